@@ -1,0 +1,142 @@
+"""One step's time: the wall on a CPU; the host's and the device's apart on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from workload import Workload
+
+Step = Callable[[], Any]
+Times = dict[str, float]  # "ms" always; on a GPU also "device_ms", "host_us", and "graph_ms" where a graph was captured
+
+
+def last_level_cache() -> int:
+    """Bytes of the CPU's largest cache; 64 MiB where the system does not say."""
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = [re.fullmatch(r"(\d+)([KM])", file.read_text().strip()) for file in files]
+    return max((int(size[1]) << (10 if size[2] == "K" else 20) for size in sizes if size), default=64 << 20)
+
+
+class CpuClock:
+    def __init__(self, device: torch.device) -> None:
+        self.flusher = torch.zeros(max(4 * last_level_cache(), 64 << 20) // 4, dtype=torch.int32)
+
+    def time(self, step: Step, hot: bool) -> Times:
+        if hot:
+            step()
+        else:
+            self.flusher.add_(1)
+        begin = time.perf_counter()
+        step()
+        return {"ms": 1e3 * (time.perf_counter() - begin)}
+
+
+class CudaClock:
+    """ms: on the device's clock, from an idle device, so it holds the host's time wherever the device waits for it.
+    device_ms: the same behind a kernel that spins while the host enqueues, so it holds the device's time alone.
+    host_us: until step() returns."""
+
+    SPIN_CYCLES_PER_SECOND = 2.5e9  # no lower than any GPU's clock: spinning longer does no harm
+
+    def __init__(self, device: torch.device) -> None:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self.flusher = torch.zeros(max(4 * cache, 256 << 20), dtype=torch.uint8, device=device)
+        self.begin, self.end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def time(self, step: Step, hot: bool) -> Times:
+        self._prepare(step, hot)
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        total = self._events(step)
+        host = self.returned - begin
+        self._prepare(step, hot)
+        torch.cuda._sleep(int((2 * host + 1e-4) * self.SPIN_CYCLES_PER_SECOND))
+        return {"ms": total, "device_ms": self._events(step), "host_us": 1e6 * host}
+
+    def time_graph(self, graph: torch.cuda.CUDAGraph, hot: bool) -> float:
+        self._prepare(graph.replay, hot)
+        torch.cuda.synchronize()
+        return self._events(graph.replay)
+
+    def _prepare(self, step: Step, hot: bool) -> None:
+        if hot:
+            step()
+        else:
+            self.flusher.add_(1)
+
+    def _events(self, step: Step) -> float:
+        self.begin.record()
+        step()
+        self.returned = time.perf_counter()
+        self.end.record()
+        self.end.synchronize()
+        return float(self.begin.elapsed_time(self.end))
+
+
+def capture(step: Step) -> torch.cuda.CUDAGraph:
+    """A graph of one step, after the warm-up on a side stream that a capture wants."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def floor_step(workload: Workload) -> tuple[str, Step]:
+    """A pass that moves the bytes of a step without arithmetic, which is the ceiling of a step; first what it is."""
+    if workload.device.type == "cuda":
+        half = workload.bytes() // 2
+        source, target = (torch.zeros(half, dtype=torch.uint8, device=workload.device) for _ in range(2))
+        return "device-to-device copy of as many bytes", lambda: target.copy_(source)
+    try:
+        floor_pass = importlib.import_module("fused_optim._C").floor_pass
+    except (ImportError, AttributeError):
+        return "separate torch passes over as many bytes", torch_floor(workload)
+    written = [lane for stream in workload.read_and_written for lane in lanes(stream, workload)]
+    return "fused_optim._C.floor_pass over the same tensors", lambda: floor_pass(written, workload.grads)
+
+
+def lanes(stream: list[Tensor], workload: Workload) -> list[Tensor]:
+    """The stream as one or more lists of tensors with as many bytes each as the gradients, as floor_pass wants them."""
+    count = stream[0].dtype.itemsize // workload.grads[0].dtype.itemsize
+    flat = [tensor.view(-1).view(torch.uint8).chunk(count) for tensor in stream]
+    return [pieces[lane] for lane in range(count) for pieces in flat]
+
+
+def torch_floor(workload: Workload) -> Step:
+    """Where the extension is not built: one torch operation per stream, on flat buffers, of integers."""
+
+    def flat(tensors: list[Tensor]) -> Tensor:
+        return torch.zeros(sum(tensor.nbytes for tensor in tensors) // 2, dtype=torch.int16)
+
+    param, *states = [flat(stream) for stream in workload.read_and_written]
+    grad = flat(workload.grads)
+
+    def step() -> None:
+        param.bitwise_or_(grad)
+        for state in states:
+            state.bitwise_or_(0)
+
+    return step
+
+
+def trim() -> None:
+    """Hands freed memory back to the system, so that the next case starts as the first one did."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)

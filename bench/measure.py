@@ -1,0 +1,229 @@
+"""Measures one case: checks every peer's numbers, then times them in turn, A B A B, in one process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from clocks import CpuClock, CudaClock, Step, capture, floor_step, trim
+from peers import PEERS, Peer, backend_of
+from shapes import CASES, elements
+from workload import Config, Workload, check
+
+FLOOR = "floor"
+
+
+def progress(text: str, done: bool = False) -> None:
+    """One line on stderr that overwrites itself on a terminal; only finished lines elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="\n" if done else "", file=sys.stderr, flush=True)
+    elif done:
+        print(text, file=sys.stderr, flush=True)
+
+
+@dataclass
+class Timed:
+    """One peer in one case. samples: lists of equal length, one value per round, keyed as clocks.Times."""
+
+    name: str
+    backend: str | None = None
+    error: float | None = None  # as a share of the tolerance
+    first_step_s: float | None = None  # the very first step(): state, tables, compilation
+    host_us: float | None = None
+    samples: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, times: dict[str, float]) -> None:
+        for key, value in times.items():
+            self.samples.setdefault(key, []).append(value)
+
+    def median(self, key: str = "ms") -> float | None:
+        return statistics.median(self.samples[key]) if self.samples.get(key) else None
+
+    def quartiles(self) -> tuple[float, float]:
+        first, _, third = statistics.quantiles(self.samples["ms"], n=4, method="inclusive")
+        return first, third
+
+    def speed(self, other: Timed | None) -> float | None:
+        """How many times faster than the other: the median over the rounds, each of which timed both within moments."""
+        if other is None or not other.samples or not self.samples:
+            return None
+        return statistics.median(b / a for a, b in zip(self.samples["ms"], other.samples["ms"], strict=True))
+
+
+@dataclass
+class Measured:
+    config: Config
+    tensors: int
+    elements: int
+    bytes: int
+    floor: str
+    timed: dict[str, Timed]
+    skipped: dict[str, str]
+    load: float  # the system's load average when it was done
+
+    def json(self, baseline: str) -> dict[str, Any]:
+        peers = []
+        for timed in self.timed.values():
+            first, third = timed.quartiles()
+            median = timed.median() or float("nan")
+            peers.append(
+                {
+                    **asdict(timed),
+                    "median_ms": median,
+                    "quartiles_ms": [first, third],
+                    f"speed_against_{baseline}": timed.speed(self.timed.get(baseline)),
+                    "share_of_floor": timed.speed(self.timed[FLOOR]),
+                    "gb_per_s": self.bytes / median / 1e6,
+                }
+            )
+        return {
+            "config": asdict(self.config),
+            "tensors": self.tensors,
+            "elements": self.elements,
+            "bytes": self.bytes,
+            "bytes_per_element": self.bytes / self.elements,
+            "floor": self.floor,
+            "peers": peers,
+            "skipped": self.skipped,
+            "load_average": self.load,
+        }
+
+
+def free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def ready(peer: Peer, workload: Workload, timed: Timed) -> Step:
+    """The peer's step, checked and given the shared states. Raises where it cannot run or its numbers are wrong."""
+    optimizer = peer.build(workload.groups(), workload.config, workload.device)
+    timed.backend = backend_of(optimizer, workload.device)
+
+    def step() -> None:
+        begin = time.perf_counter()
+        optimizer.step()
+        if timed.first_step_s is None:
+            if workload.device.type == "cuda":
+                torch.cuda.synchronize()
+            timed.first_step_s = time.perf_counter() - begin
+
+    timed.error = check(workload, step, peer.slack)
+    if not timed.error <= 1:
+        raise ArithmeticError(f"numbers are wrong: the largest error is {timed.error:.3g} of the tolerance")
+    workload.share(optimizer)
+    run: Step = torch.compile(optimizer.step) if peer.compiled else optimizer.step
+    for _ in range(3):
+        run()
+    return run
+
+
+def measure(config: Config, device: torch.device, peers: list[str], rounds: int, graph: bool = False) -> Measured | str:
+    """The case's figures, or why it cannot run here."""
+    gc.collect()
+    trim()
+    if config.memory() > 0.9 * free_memory(device):
+        return f"needs {config.memory() / 2**30:.1f} GiB, and {free_memory(device) / 2**30:.1f} are free"
+    torch.manual_seed(0)
+    workload = Workload(config, device)
+    timed: dict[str, Timed] = {}
+    steps: dict[str, Step] = {}
+    skipped: dict[str, str] = {}
+    for name in peers:
+        progress(f"{config}: checking {name}")
+        candidate = Timed(name)
+        reason = PEERS[name].why_not(workload)
+        if reason is None:
+            try:
+                steps[name] = ready(PEERS[name], workload, candidate)
+                timed[name] = candidate
+            except Exception as error:  # whatever a stranger's optimizer raises is the reason why it is not timed
+                lines = str(error).strip().splitlines()
+                reason = f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+        if reason is not None:
+            skipped[name] = reason
+        gc.collect()
+
+    kind, steps[FLOOR] = floor_step(workload)
+    timed[FLOOR] = Timed(FLOOR)
+    steps[FLOOR]()
+    clock = CudaClock(device) if device.type == "cuda" else CpuClock(device)
+    take_turns(config, clock, steps, timed, rounds)
+    if isinstance(clock, CudaClock):
+        for candidate in timed.values():
+            candidate.host_us = candidate.median("host_us")
+        if graph:
+            replay_graphs(config, clock, steps, timed, skipped, rounds)
+    else:
+        host_time(config, steps.keys() - {FLOOR}, timed, rounds)
+    load = os.getloadavg()[0]
+    progress(f"{config}: done", done=True)
+    return Measured(
+        config, len(workload.params), elements(CASES[config.case]()), workload.bytes(), kind, timed, skipped, load
+    )
+
+
+def take_turns(
+    config: Config, clock: CpuClock | CudaClock, steps: dict[str, Step], timed: dict[str, Timed], rounds: int
+) -> None:
+    """Every peer once per round, the first one in turn, so that nobody always follows the same neighbour."""
+    names = list(steps)
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            progress(f"{config}: round {turn + 1} of {rounds}")
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                timed[name].add(clock.time(steps[name], config.hot))
+    finally:
+        gc.enable()
+
+
+def replay_graphs(
+    config: Config,
+    clock: CudaClock,
+    steps: dict[str, Step],
+    timed: dict[str, Timed],
+    skipped: dict[str, str],
+    rounds: int,
+) -> None:
+    """Times a captured graph of each step: launch-free device time, as a training loop under CUDA graphs sees it."""
+    for name, step in steps.items():
+        progress(f"{config}: graph of {name}")
+        try:
+            graph = capture(step)
+        except Exception as error:
+            torch.cuda.synchronize()
+            skipped[f"{name}, graph"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:200]
+            continue
+        for _ in range(rounds):
+            timed[name].add({"graph_ms": clock.time_graph(graph, config.hot)})
+
+
+def host_time(config: Config, names: set[str], timed: dict[str, Timed], rounds: int) -> None:
+    """The host's share, which on a CPU nothing tells apart: a step over as many tensors of one element each."""
+    workload = Workload(config, torch.device("cpu"), shapes=[(1,) * len(shape) for shape in CASES[config.case]()])
+    probes = {}
+    for name in sorted(names):
+        progress(f"{config}: host time of {name}")
+        optimizer = PEERS[name].build(workload.groups(), config, workload.device)
+        optimizer.step()
+        run: Step = torch.compile(optimizer.step) if PEERS[name].compiled else optimizer.step
+        run()
+        probes[name] = run
+    samples: dict[str, list[float]] = {name: [] for name in probes}
+    for _ in range(rounds):
+        for name, run in probes.items():
+            run()
+            begin = time.perf_counter()
+            run()
+            samples[name].append(1e6 * (time.perf_counter() - begin))
+    for name, values in samples.items():
+        timed[name].host_us = statistics.median(values)

@@ -1,0 +1,130 @@
+"""The figures as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from measure import FLOOR, Measured, Timed
+from suites import Goal, verdicts
+from workload import Config
+
+COLUMNS = ["case", "peer", "median ms", "quartiles", "x {baseline}", "GB/s", "of floor", "host µs", "error"]
+GPU_COLUMNS = ["device ms", "graph ms"]
+
+METHOD = """\
+Peers take turns within each round (A B A B), all on the same memory, with random data; "x {baseline}" and "of floor"
+are medians over the rounds of the ratio within a round. GB/s counts each operand once per read and once per write, from
+the dtypes of the case, whatever a peer really moves. The floor is a pass with the bytes of a step and no arithmetic:
+{floor}. Unless it says hot, everything is flushed from the caches before each step. {host} Error is the largest
+deviation of the params from AdamW in float64 after three steps, as a share of the tolerance that bench/workload.py
+states; a peer above 1 is not timed."""
+
+CPU_HOST = "Host time is that of a step over as many tensors of one element each."
+GPU_HOST = (
+    "ms holds the host's time where the device waits for it, device ms does not; host time is until step() returns."
+)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+def row(measured: Measured, timed: Timed, baseline: str, gpu: bool) -> list[str]:
+    median = timed.median() or float("nan")
+    first, third = timed.quartiles()
+    name = timed.name + (f" ({timed.backend})" if timed.backend and not timed.name.endswith(timed.backend) else "")
+    cells = [
+        str(measured.config),
+        name,
+        number(median, 4),
+        f"{number(first)} to {number(third)}",
+        number(timed.speed(measured.timed.get(baseline))),
+        number(measured.bytes / median / 1e6),
+        number(timed.speed(measured.timed[FLOOR])),
+        number(timed.host_us),
+        number(timed.error, 2),
+    ]
+    return cells + ([number(timed.median("device_ms"), 4), number(timed.median("graph_ms"), 4)] if gpu else [])
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table that is aligned as plain text too; text columns to the left, numbers to the right."""
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    left = [all(not line[i][:1].isdigit() or " " in line[i] for line in rows if line[i]) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        padded = [c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(cells, widths, left, strict=True)]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * (w if to_left else w - 1) + ("" if to_left else ":") for w, to_left in zip(widths, left, strict=True)]
+    return "\n".join([line(header), line(rule), *map(line, rows)])
+
+
+def table(results: list[Measured], baseline: str, gpu: bool) -> str:
+    header = [column.format(baseline=baseline) for column in COLUMNS] + (GPU_COLUMNS if gpu else [])
+    rows = [row(measured, timed, baseline, gpu) for measured in results for timed in measured.timed.values()]
+    return markdown(header, rows)
+
+
+def reasons(results: list[Measured], impossible: dict[str, str]) -> str:
+    """Who was left out of which cases, and why: one line per peer and reason."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for measured in results:
+        for name, reason in measured.skipped.items():
+            cases.setdefault((name, reason), []).append(str(measured.config))
+    lines = [
+        f"- {name}: {reason}" + ("" if len(where) == len(results) else f" ({'; '.join(where)})")
+        for (name, reason), where in cases.items()
+    ]
+    lines += [f"- {case}: {reason}" for case, reason in impossible.items()]
+    return "\n".join(lines)
+
+
+def goals_table(goals: dict[Config, Goal], results: list[Measured]) -> str:
+    others = {measured.config: measured for measured in results}
+    rows = [
+        [str(measured.config), peer, goal, figure, "met" if met else "missed"]
+        for measured in results
+        for peer, goal, figure, met in verdicts(goals.get(measured.config, Goal()), measured, others)
+    ]
+    return markdown(["case", "peer", "goal", "figure", "verdict"], rows) if rows else ""
+
+
+def document(
+    title: str,
+    about: dict[str, Any],
+    results: list[Measured],
+    impossible: dict[str, str],
+    goals: dict[Config, Goal],
+    baseline: str,
+    picture: str,
+) -> str:
+    gpu = about["cuda"] is not None and results[0].timed[FLOOR].host_us is not None
+    versions = [f"{key} {about[key]}" for key in ("python", "torch", "triton", "cuda", "driver") if about[key]]
+    kernel = f", {about['instruction_set']}" if about["instruction_set"] else ""
+    floors = "; ".join(sorted({measured.floor for measured in results}))
+    parts = [
+        f"# {title}",
+        f"`{about['command']}`",
+        f"{about['device']}{kernel}, {about['threads']} threads; {', '.join(versions)}; commit {about['commit']}; {about['date']}; "
+        f"{len(results[0].timed[FLOOR].samples['ms'])} rounds; load average {max(m.load for m in results):.1f} at most.",
+        METHOD.format(baseline=baseline, floor=floors, host=GPU_HOST if gpu else CPU_HOST),
+        f"![Speed of each peer against {baseline}]({picture})",
+        table(results, baseline, gpu),
+    ]
+    if text := goals_table(goals, results):
+        parts += ["## Goals", text]
+    if text := reasons(results, impossible):
+        parts += ["## Left out", text]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_json(
+    path: Path, about: dict[str, Any], results: list[Measured], impossible: dict[str, str], baseline: str
+) -> None:
+    content = {"about": about, "results": [measured.json(baseline) for measured in results], "impossible": impossible}
+    path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,148 @@
+"""How long does one AdamW step take? Ours beside its peers, with the ceiling measured in the same run.
+
+    python bench/step.py --case gpt2-124m,resnet50 --dtype float32,bf16
+    python bench/step.py --suite cpu      (writes bench/results/<machine>/step-cpu.{json,md,png}; --suite gpu likewise)
+
+Every peer's numbers are checked against float64 before it is timed; one that is wrong or cannot run is left out, with
+its reason.
+Exits with 1 when the numbers of one of ours are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Collection
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from environment import ROOT, describe, device_name, folder_name
+from measure import Measured, measure
+from peers import PEERS
+from report import document, reasons, table, write_json
+from shapes import CASES
+from suites import BASELINE, SUITES, Goal, Suite
+from workload import DTYPES, Config
+
+GROUPS = ("one", "two", "each")
+MIN_ROUNDS = 10
+
+
+def listed(known: Collection[str]) -> Callable[[str], list[str]]:
+    """A parser of comma-separated names, each of which must be known."""
+
+    def parse(text: str) -> list[str]:
+        names = list(dict.fromkeys(text.split(",")))
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--suite", choices=SUITES, help="the whole grid of one kind of device; sets device, cases, peers and files"
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--case", type=listed(CASES), default=["gpt2-124m"], help=", ".join(CASES))
+    parser.add_argument("--dtype", type=listed(DTYPES), default=["float32"], help=", ".join(DTYPES))
+    parser.add_argument(
+        "--groups", type=listed(GROUPS), default=["one"], help="one, two (decay and no decay), each (one per tensor)"
+    )
+    parser.add_argument("--peers", type=listed(PEERS), help=", ".join(PEERS))
+    parser.add_argument("--baseline", default=BASELINE, choices=PEERS, help="the peer that ratios are taken to")
+    parser.add_argument("--amsgrad", action="store_true")
+    parser.set_defaults(hot=False)
+    heat = parser.add_mutually_exclusive_group()
+    heat.add_argument(
+        "--cold", dest="hot", action="store_false", default=False, help="flush the caches before each step (default)"
+    )
+    heat.add_argument("--hot", dest="hot", action="store_true", help="step twice and time the second")
+    parser.add_argument("--rounds", type=int, help=f"at least {MIN_ROUNDS}; {Suite.rounds} unless said")
+    parser.add_argument("--graph", action="store_true", help="time the replay of a captured CUDA graph too")
+    parser.add_argument("--threads", type=int, help="torch's threads")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE")
+    parser.add_argument("--out", type=Path, help="folder for a suite's files, in place of bench/results/<machine>")
+    options = parser.parse_args()
+    if options.rounds is not None and options.rounds < MIN_ROUNDS:
+        parser.error(f"--rounds must be at least {MIN_ROUNDS}: medians of fewer say little")
+    return options
+
+
+def chosen(options: argparse.Namespace) -> Suite:
+    if options.suite:
+        return SUITES[options.suite]
+    grid = product(options.case, options.dtype, options.groups)
+    goals = {Config(case, dtype, groups, options.amsgrad, options.hot): Goal() for case, dtype, groups in grid}
+    return Suite(options.device, SUITES["gpu" if options.device == "cuda" else "cpu"].peers, goals, graph=options.graph)
+
+
+def main() -> int:
+    options = arguments()
+    suite = chosen(options)
+    if suite.device == "cuda" and not torch.cuda.is_available():
+        print("There is no GPU that torch can use on this machine, so nothing was measured.", file=sys.stderr)
+        return 2
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(suite.device)
+    peers = options.peers or suite.peers
+    if options.baseline not in peers:
+        peers = [options.baseline, *peers]
+
+    results: list[Measured] = []
+    impossible: dict[str, str] = {}
+    for config in suite.configs:
+        measured = measure(config, device, peers, options.rounds or suite.rounds, suite.graph)
+        if isinstance(measured, str):
+            impossible[str(config)] = measured
+        else:
+            results.append(measured)
+            print("\n" + table([measured], options.baseline, device.type == "cuda"), flush=True)
+    if text := reasons(results, impossible):
+        print("\nLeft out:\n" + text)
+    if not results:
+        return 1
+    write(options, suite, results, impossible, device)
+    wrong = [
+        name
+        for measured in results
+        for name, reason in measured.skipped.items()
+        if name.startswith("ours") and "Arithmetic" in reason
+    ]
+    return 1 if wrong else 0
+
+
+def write(
+    options: argparse.Namespace, suite: Suite, results: list[Measured], impossible: dict[str, str], device: torch.device
+) -> None:
+    about = describe(device)
+    json_file, plot_file = options.json, options.plot
+    title = f"AdamW step on {device_name(device)}"
+    if options.suite:
+        folder = options.out or ROOT / "bench" / "results" / folder_name(device)
+        folder.mkdir(parents=True, exist_ok=True)
+        json_file, plot_file = (folder / f"step-{options.suite}.{kind}" for kind in ("json", "png"))
+        text = document(title, about, results, impossible, suite.goals, options.baseline, plot_file.name)
+        (folder / f"step-{options.suite}.md").write_text(text)
+        print(
+            f"\n{text.partition('## Goals')[2].partition('## Left')[0].strip()}\n\nWrote {folder}/step-{options.suite}.json, .md and .png"
+        )
+    if json_file:
+        write_json(json_file, about, results, impossible, options.baseline)
+    if plot_file:
+        try:
+            from plot import draw
+        except ImportError as error:
+            print(f"No plot: {error}", file=sys.stderr)
+            return
+        draw(plot_file, results, options.baseline, title)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+// bfloat16 and float16 to float and back, rounding to nearest even, as torch does it. The host's versions are bit arithmetic with selects in
+// place of branches, so that the compiler vectorises loops over them and no instruction set is required; they hold with denormals flushed, too.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "rules.h"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace fused_optim {
+
+FUSED_HD uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+FUSED_HD float bits_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+FUSED_HD float bf16_to_float(uint16_t x) { return bits_float(static_cast<uint32_t>(x) << 16); }
+
+// Half a unit of the last kept place, less one where that place is even, carries into it exactly when rounding must go up.
+FUSED_HD uint16_t float_to_bf16(float x) {
+#ifdef __CUDA_ARCH__
+  return __bfloat16_as_ushort(__float2bfloat16_rn(x));
+#else
+  const uint32_t bits = float_bits(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+#endif
+}
+
+FUSED_HD float f16_to_float(uint16_t x) {
+#ifdef __CUDA_ARCH__
+  return __half2float(__ushort_as_half(x));
+#else
+  constexpr int32_t kBias = (127 - 15) << 23;  // between the two exponents
+  const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16;
+  const int32_t magnitude = static_cast<int32_t>(x & 0x7fff) << 13;
+  const int32_t normal = magnitude + kBias;
+  const int32_t special = normal + kBias;  // inf and NaN: all ones again
+  // A denormal is a whole number of 2**-24: as the lowest bits of 2**-14 + x it is exact, and the subtraction leaves x.
+  const float denormal = bits_float(static_cast<uint32_t>(normal + (1 << 23))) - 0x1p-14f;
+  const int32_t finite = magnitude < (1 << 23) ? static_cast<int32_t>(float_bits(denormal)) : normal;
+  return bits_float(sign | static_cast<uint32_t>(magnitude >= (31 << 23) ? special : finite));
+#endif
+}
+
+FUSED_HD uint16_t float_to_f16(float x) {
+#ifdef __CUDA_ARCH__
+  return __half_as_ushort(__float2half_rn(x));
+#else
+  constexpr int32_t kBias = (127 - 15) << 23, kInf16 = 0x7c00, kNan16 = 0x7e00, kInf32 = 0x7f800000;
+  const uint32_t bits = float_bits(x);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const int32_t magnitude = static_cast<int32_t>(bits & 0x7fffffffu);
+  // The last place of numbers just above 0.5 is 2**-24, float16's smallest step: the addition does the rounding.
+  const float aligned = bits_float(static_cast<uint32_t>(magnitude)) + 0.5f;
+  const int32_t denormal = static_cast<int32_t>(float_bits(aligned)) - 0x3f000000;
+  const int32_t normal = (magnitude - kBias + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const int32_t finite = magnitude < kBias + (1 << 23) ? denormal : normal;
+  const int32_t bounded = magnitude >= 0x47800000 || finite > kInf16 ? kInf16 : finite;
+  return static_cast<uint16_t>(sign | static_cast<uint32_t>(magnitude > kInf32 ? kNan16 : bounded));
+#endif
+}
+
+}  // namespace fused_optim

@@ -1,0 +1,51 @@
+// From what is known at run time (a rule's name, a row's signature) to template arguments.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "rules.h"
+#include "tables.h"
+
+namespace fused_optim {
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+template <class... Rules>
+struct RuleList {
+  template <class F>
+  static bool visit(const char* name, F&& f) {
+    return ((std::strcmp(name, Rules::name) == 0 && (f(Tag<Rules>{}), true)) || ...);
+  }
+};
+
+// Every rule of rules.h: a new one is entered here, and nowhere else.
+using AllRules = RuleList<Adam>;
+
+// Calls f(Tag<Rule>{}) for the rule of that name. False when there is none.
+template <class F>
+bool visit_rule(const char* name, F&& f) {
+  return AllRules::visit(name, static_cast<F&&>(f));
+}
+
+// Dtype of a stream of a row: 0 is the param, 1 the gradient, 2 and up the states.
+FUSED_HD constexpr Dtype dtype_of(int64_t signature, int stream) {
+  return static_cast<Dtype>((signature >> (4 * stream)) & 15);
+}
+
+// Calls f(std::integral_constant<int, S>{}) with S the number of states in the signature, within what the rule allows.
+template <class Rule, int S = Rule::min_states, class F>
+FUSED_HD void visit_states(int64_t signature, F&& f) {
+  if constexpr (S < Rule::max_states) {
+    if (dtype_of(signature, 2 + S) != kAbsent) {
+      visit_states<Rule, S + 1>(signature, static_cast<F&&>(f));
+      return;
+    }
+  }
+  f(std::integral_constant<int, S>{});
+}
+
+}  // namespace fused_optim

@@ -1,0 +1,208 @@
+#include "watch.h"
+
+#include <ATen/Functions.h>
+
+namespace fused_optim {
+namespace {
+
+const at::Tensor& unpack(py::handle object) { return THPVariable_Unpack(object.ptr()); }
+
+// Strides along dimensions of one element say nothing.
+bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+  const auto sizes = a.sizes(), x = a.strides(), y = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (x[d] != y[d] && sizes[d] != 1) return false;
+  }
+  return true;
+}
+
+bool plain(const at::Tensor& t) {
+  return t.layout() == at::kStrided && !t.is_conj() && !t.is_neg() && !t.key_set().has(c10::DispatchKey::Python);
+}
+
+}  // namespace
+
+Watch::Watch(py::list groups, py::dict state, const std::vector<std::tuple<std::string, int, int>>& columns, at::Tensor raw, at::Tensor lr)
+    : groups_(std::move(groups)), state_(std::move(state)), raw_(std::move(raw)), lr_(std::move(lr)) {
+  for (const auto& item : state_) states_.push_back(py::reinterpret_borrow<py::object>(item.second));
+  for (const auto& [key, first, count] : columns) columns_.push_back({py::str(key), first, count});
+  for (py::handle handle : groups_) {
+    WatchedGroup watched{py::reinterpret_borrow<py::object>(handle), py::list(), {}, {}, false};
+    PyObject *key, *value;
+    Py_ssize_t position = 0;
+    while (PyDict_Next(handle.ptr(), &position, &key, &value)) {
+      watched.items.push_back(py::reinterpret_borrow<py::object>(key));
+      watched.items.push_back(py::reinterpret_borrow<py::object>(value));
+    }
+    watched.params = py::cast<py::list>(py::cast<py::dict>(handle)["params"]);
+    for (py::handle param : watched.params) watched.members.push_back(py::reinterpret_borrow<py::object>(param));
+    watched_groups_.push_back(std::move(watched));
+    int ignored = 0;
+    if (!read_hyperparameters(watched_groups_.size() - 1, ignored)) {
+      throw py::value_error("every hyperparameter of a param group must be a number, a one-element tensor, or a tuple of these");
+    }
+  }
+}
+
+void Watch::add_pending(py::object param) { pending_.push_back(unpack(param)); }
+
+void Watch::add_row(py::object param, at::Tensor target, py::dict state, at::ScalarType grad_dtype, at::Tensor grads, int64_t row) {
+  WatchedRow watched{Watched(unpack(param)), std::move(target), {}, std::move(state), grad_dtype, grads, grads.mutable_data_ptr<int64_t>() + row};
+  for (const auto& item : py::cast<py::dict>(watched.state)) {
+    if (THPVariable_Check(item.second.ptr())) watched.states.emplace_back(unpack(item.second));
+  }
+  rows_.push_back(std::move(watched));
+}
+
+int Watch::look() {
+  int answer = 0;
+  held_.clear();
+  held_.reserve(rows_.size());
+  if (static_cast<size_t>(PyList_GET_SIZE(groups_.ptr())) != watched_groups_.size()) return kRebuild;
+  for (size_t index = 0; index < watched_groups_.size(); ++index) {
+    if (!look_at_group(index, answer)) return kRebuild;
+  }
+  for (const at::Tensor& param : pending_) {
+    if (param.grad().defined()) return kRebuild;
+  }
+  if (!look_at_states()) return kRebuild;
+  for (WatchedRow& row : rows_) {
+    if (!row.param.same() || !look_at_grad(row, answer)) return kRebuild;
+  }
+  return answer;
+}
+
+bool Watch::look_at_states() const {
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  size_t seen = 0;
+  while (PyDict_Next(state_.ptr(), &position, &key, &value)) {
+    if (seen == states_.size() || states_[seen++].ptr() != value) return false;
+  }
+  if (seen != states_.size()) return false;
+
+  for (const WatchedRow& row : rows_) {
+    position = 0;
+    seen = 0;
+    while (PyDict_Next(row.state.ptr(), &position, &key, &value)) {
+      if (!THPVariable_Check(value)) continue;
+      if (seen == row.states.size()) return false;
+      const Watched& state = row.states[seen++];
+      if (!unpack(value).is_same(state.tensor) || !state.same()) return false;
+    }
+    if (seen != row.states.size()) return false;
+  }
+  return true;
+}
+
+bool Watch::look_at_group(size_t index, int& answer) {
+  WatchedGroup& watched = watched_groups_[index];
+  if (PyList_GET_ITEM(groups_.ptr(), static_cast<Py_ssize_t>(index)) != watched.group.ptr()) return false;
+
+  bool changed = watched.volatile_values;
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  size_t i = 0;
+  while (PyDict_Next(watched.group.ptr(), &position, &key, &value)) {
+    if (i == watched.items.size() || watched.items[i].ptr() != key) return false;
+    if (watched.items[i + 1].ptr() != value) {
+      bool hyperparameter = false;
+      for (const auto& column : columns_) hyperparameter |= PyUnicode_Compare(column.key.ptr(), key) == 0;
+      if (!hyperparameter) return false;
+      watched.items[i + 1] = py::reinterpret_borrow<py::object>(value);
+      changed = true;
+    }
+    i += 2;
+  }
+  if (i != watched.items.size()) return false;
+
+  if (static_cast<size_t>(PyList_GET_SIZE(watched.params.ptr())) != watched.members.size()) return false;
+  for (size_t m = 0; m < watched.members.size(); ++m) {
+    if (PyList_GET_ITEM(watched.params.ptr(), static_cast<Py_ssize_t>(m)) != watched.members[m].ptr()) return false;
+  }
+  return !changed || read_hyperparameters(index, answer);
+}
+
+bool Watch::read_hyperparameters(size_t index, int& answer) {
+  WatchedGroup& watched = watched_groups_[index];
+  double* raw = raw_.mutable_data_ptr<double>() + index * kRawWidth;
+  int64_t* lr = lr_.mutable_data_ptr<int64_t>() + index;
+  watched.volatile_values = false;
+
+  auto put = [&](PyObject* value, int column) {
+    if (THPVariable_Check(value)) {
+      watched.volatile_values = true;
+      const at::Tensor& tensor = unpack(value);
+      if (!tensor.is_cpu()) {  // read where it lies, by prep: asking for its value would wait for the device
+        const bool wide = tensor.scalar_type() == at::kDouble;
+        if (column != kLr || !(wide || tensor.scalar_type() == at::kFloat)) return false;
+        const int64_t address = reinterpret_cast<int64_t>(Watched::address(tensor)) | (wide ? 1 : 0);
+        if (*lr != address) answer |= kRawChanged;
+        *lr = address;
+        return true;
+      }
+    }
+    const double number = PyFloat_AsDouble(value);
+    if (number == -1.0 && PyErr_Occurred()) {
+      PyErr_Clear();
+      return false;
+    }
+    if (column == kLr && *lr != 0) {
+      *lr = 0;
+      answer |= kRawChanged;
+    }
+    if (raw[column] != number) {
+      raw[column] = number;
+      answer |= kRawChanged;
+    }
+    return true;
+  };
+
+  for (const auto& [key, first, count] : columns_) {
+    PyObject* value = PyDict_GetItemWithError(watched.group.ptr(), key.ptr());
+    if (value == nullptr) return false;
+    if (PyTuple_Check(value) || PyList_Check(value)) {
+      watched.volatile_values |= PyList_Check(value);
+      if (PySequence_Fast_GET_SIZE(value) != count) return false;
+      for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(value); ++i) {
+        if (!put(PySequence_Fast_GET_ITEM(value, i), first + static_cast<int>(i))) return false;
+      }
+    } else if (count != 1 || !put(value, first)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool Watch::look_at_grad(WatchedRow& row, int& answer) {
+  const at::Tensor& param = row.param.tensor;
+  const at::Tensor& grad = param.grad();
+  int64_t address = 0;
+  if (grad.defined()) {
+    if (grad.scalar_type() != row.grad_dtype || grad.device() != param.device() || grad.sizes() != param.sizes()) return false;
+    if (grad.layout() != at::kStrided || grad.key_set().has(c10::DispatchKey::Python)) return false;
+    if (plain(grad) && same_layout(grad, row.target)) {
+      held_.push_back(grad);
+    } else {
+      at::NoGradGuard no_grad;
+      at::Tensor copy = at::empty_strided(row.target.sizes(), row.target.strides(), grad.options());
+      held_.push_back(copy.copy_(grad));
+    }
+    address = reinterpret_cast<int64_t>(Watched::address(held_.back()));
+    if (address == 0) address = kEmpty;
+  }
+  if (*row.grad_slot != address) {
+    *row.grad_slot = address;
+    answer |= kGradsMoved;
+  }
+  return true;
+}
+
+void Watch::done() {
+  held_.clear();
+  for (WatchedRow& row : rows_) {
+    if (*row.grad_slot != 0 && !row.param.tensor.is_inference()) row.param.tensor.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+}  // namespace fused_optim

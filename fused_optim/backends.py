@@ -1,0 +1,181 @@
+"""The backends: which there are, which work here, and how each takes a table.
+
+"triton"     GPUs; CPU tensors too when TRITON_INTERPRET=1 was set before the import of Triton
+"cuda"       NVIDIA GPUs, where the extension was built with nvcc; CPU tensors too when FUSED_OPTIM_CUDA_EMULATE=1 (the kernel's body in a loop)
+"cpp"        CPU tensors, where the extension was built
+"reference"  plain PyTorch, any device; it waits for the device at every step
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .device import DeviceTable
+from .table import CHUNK, HYPER_WIDTH, RAW_WIDTH, ROW_WIDTH, Table
+
+
+@functools.cache
+def extension() -> ModuleType | str:
+    """The compiled module, or why there is none."""
+    try:
+        module = importlib.import_module("fused_optim._C")
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        return "the C++ extension is not built (no C++ compiler when it was installed?)" if missing else (
+            f"the C++ extension does not load with torch {torch.__version__}; reinstall fused_optim ({error})"
+        )
+    if (module.CHUNK, module.ROW_WIDTH, module.RAW_WIDTH, module.HYPER_WIDTH) != (CHUNK, ROW_WIDTH, RAW_WIDTH, HYPER_WIDTH):
+        return "the C++ extension is of another version than the Python files; rebuild it (pip install .)"
+    return module
+
+
+def built() -> ModuleType:
+    module = extension()
+    if isinstance(module, str):
+        raise RuntimeError(module)
+    return module
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def emulated() -> bool:
+    return os.environ.get("FUSED_OPTIM_CUDA_EMULATE") == "1"
+
+
+def _why_not_triton(device: torch.device | None) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device is not None and device.type == "cpu" and not interpreted():
+        return "Triton runs CPU tensors only under TRITON_INTERPRET=1"
+    if device is not None and device.type not in ("cpu", "cuda"):
+        return f"Triton kernels run on CUDA and ROCm devices, not on {device.type}"
+    if device is None and not (torch.cuda.is_available() or interpreted()):
+        return "there is no GPU that torch can use"
+    return None
+
+
+def _why_not_cuda(device: torch.device | None) -> str | None:
+    module = extension()
+    if isinstance(module, str):
+        return module
+    if emulated():
+        return None if device is None or device.type == "cpu" else "FUSED_OPTIM_CUDA_EMULATE=1 is for CPU tensors"
+    if not module.WITH_CUDA:
+        return "the extension was built without CUDA (it needs nvcc and a CUDA build of torch, or FUSED_OPTIM_CUDA=1)"
+    if device is not None and device.type != "cuda":
+        return f"the CUDA kernel runs on CUDA devices, not on {device.type}"
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return "there is no NVIDIA GPU that torch can use"
+    return None
+
+
+def _why_not_cpp(device: torch.device | None) -> str | None:
+    module = extension()
+    if isinstance(module, str):
+        return module
+    if device is not None and device.type != "cpu":
+        return f"the C++ kernel runs on the CPU, not on {device.type}"
+    return None
+
+
+def _why_not_reference(device: torch.device | None) -> str | None:
+    return None
+
+
+def _arrays(table: Table) -> tuple[Tensor, ...]:
+    return table.desc, table.rows, table.grads, table.scalars.lr, table.scalars.raw, table.group, table.hyper
+
+
+def _step_triton(table: Table, moved: int, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    from .triton_kernels.launch import launch
+
+    if table.device.type == "cpu":
+        launch(table.rule.name, table.kinds, *_arrays(table), grad_scale, found_inf)
+        return
+    with torch.cuda.device(table.device):
+        launch(table.rule.name, table.kinds, *DeviceTable.of(table).arrays(moved), grad_scale, found_inf)
+
+
+def _step_cuda(table: Table, moved: int, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    if table.device.type == "cpu":
+        built().step_cuda_emulated(table.rule.name, *_arrays(table), grad_scale, found_inf)
+        return
+    with torch.cuda.device(table.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        arrays = DeviceTable.of(table).arrays(moved)
+        built().step_cuda(table.rule.name, *arrays, grad_scale, found_inf, stream, torch.cuda.current_device())
+
+
+def _step_cpp(table: Table, moved: int, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    built().step_cpu(table.rule.name, *_arrays(table), grad_scale, found_inf)
+
+
+def _step_reference(table: Table, moved: int, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    reference.step(table, grad_scale, found_inf)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """why_not(device): None where it can run that device's tensors (None: any device at all), else the reason.
+    step(table, what moved since the last step, grad_scale, found_inf): one whole step of one device."""
+
+    name: str
+    why_not: Callable[[torch.device | None], str | None]
+    step: Callable[[Table, int, Tensor | None, Tensor | None], None]
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("triton", _why_not_triton, _step_triton),
+        Backend("cuda", _why_not_cuda, _step_cuda),
+        Backend("cpp", _why_not_cpp, _step_cpp),
+        Backend("reference", _why_not_reference, _step_reference),
+    )
+}
+
+
+def available() -> dict[str, str | None]:
+    """Every backend's name, with None where it works here, or the reason why not."""
+    return {name: backend.why_not(None) for name, backend in BACKENDS.items()}
+
+
+@functools.cache
+def _warn_slow(device_type: str, reasons: str) -> None:
+    warnings.warn(f"fused_optim steps {device_type} tensors in plain PyTorch, which is slow, because {reasons}.", stacklevel=4)
+
+
+def pick(name: str, device: torch.device) -> Backend:
+    """The backend called `name` for that device; "auto" takes the first that works.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: the named backend cannot run tensors of that device; says why.
+    """
+    if name == "auto":
+        order = ["triton", "cuda"] if device.type == "cuda" else ["cpp"]
+        reasons = {candidate: BACKENDS[candidate].why_not(device) for candidate in order}
+        for candidate, reason in reasons.items():
+            if reason is None:
+                return BACKENDS[candidate]
+        if device.type in ("cpu", "cuda"):
+            _warn_slow(device.type, "; ".join(f"{key}: {reason}" for key, reason in reasons.items()))
+        return BACKENDS["reference"]
+    if name not in BACKENDS:
+        raise ValueError(f'backend must be "auto" or one of {", ".join(BACKENDS)}, but got {name!r}')
+    if (reason := BACKENDS[name].why_not(device)) is not None:
+        raise RuntimeError(f'backend="{name}" cannot step tensors on {device}: {reason}')
+    return BACKENDS[name]

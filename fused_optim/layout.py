@@ -1,0 +1,127 @@
+"""What is asked of params, gradients and states, and how states are made to fit: the slow road, taken when tables are built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .table import DTYPE_CODES, Row, is_dense, real_dtype, same_strides
+
+SUPPORTED = "float32, bfloat16, float16, float64, complex64 or complex128"
+
+
+def check_param(param: Tensor) -> None:
+    """Raises RuntimeError or TypeError for a param that no backend could update."""
+    if real_dtype(param.dtype) not in DTYPE_CODES:
+        raise TypeError(f"params must be {SUPPORTED}, but got one of {param.dtype}; leave it out of the optimizer or convert it")
+    if param.layout != torch.strided:
+        raise RuntimeError(f"params must be dense tensors, but got one with layout {param.layout}")
+    if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
+        raise RuntimeError(
+            f"a param of shape {tuple(param.shape)} and strides {param.stride()} has elements that share memory (it was expanded), "
+            "so it cannot be updated element by element; use param.clone()"
+        )
+
+
+def check_grad(optimizer: str, param: Tensor, grad: Tensor, name: str | None) -> None:
+    """Raises RuntimeError for a gradient that does not fit its param."""
+    who = f'the gradient of param "{name}"' if name else f"the gradient of a param of shape {tuple(param.shape)}"
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"{optimizer.removeprefix('Fused').removesuffix('W')} does not support sparse gradients, please consider SparseAdam instead")
+    if grad.device != param.device:
+        raise RuntimeError(f"{who} must be on the param's device, {param.device}, but is on {grad.device}; move one of them")
+    if grad.shape != param.shape:
+        raise RuntimeError(
+            f"{who} must have the param's shape, {tuple(param.shape)}, but has {tuple(grad.shape)}; "
+            "was the param's .data replaced after backward()? Call zero_grad() and backward() again"
+        )
+    narrow = {torch.float32, torch.bfloat16, torch.float16}
+    if grad.dtype != param.dtype and not {grad.dtype, param.dtype} <= narrow:
+        raise RuntimeError(
+            f"{who} must be {param.dtype} like the param (or float32, bfloat16 or float16 where the param is one of these), "
+            f"but is {grad.dtype}; convert it"
+        )
+
+
+def check_hyperparameter(key: str, value: Any, count: int) -> Sequence[Any]:
+    """The `count` numbers, or one-element tensors, of a group's option. Raises TypeError or ValueError where they are something else."""
+    values = value if count > 1 else [value]
+    if not isinstance(values, tuple | list) or len(values) != count:
+        raise ValueError(f'option "{key}" of a param group must hold {count} numbers, but is {value!r}')
+    for number in values:
+        if isinstance(number, Tensor):
+            if number.numel() != 1:
+                raise ValueError(f'option "{key}" of a param group must be a one-element tensor, but has shape {tuple(number.shape)}')
+            if number.device.type != "cpu" and (key != "lr" or number.dtype not in (torch.float32, torch.float64)):
+                raise TypeError(f'option "{key}" of a param group may not be a {number.dtype} tensor on {number.device}; use a number (a float32 or float64 lr may be there)')
+        elif not isinstance(number, int | float) and not hasattr(number, "__float__"):
+            raise TypeError(f'option "{key}" of a param group must be a number or a one-element tensor, but is {value!r}')
+    return values
+
+
+def target_of(param: Tensor) -> Tensor:
+    """The param itself, or a dense tensor to take its place in the kernel where it has holes."""
+    plain = is_dense(param) and not param.is_conj() and not param.is_neg()
+    return param if plain else torch.empty_like(param, requires_grad=False)
+
+
+def state_dtype_of(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    narrow = param.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return wanted if narrow and wanted is not None else param.dtype
+
+
+def allowed_dtype(param: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype a loaded state is kept in: its own, unless the arithmetic of the param is wider or narrower altogether."""
+    same_width = (real_dtype(param.dtype) == torch.float64) == (real_dtype(dtype) == torch.float64)
+    fits = real_dtype(dtype) in DTYPE_CODES and dtype.is_complex == param.dtype.is_complex
+    return dtype if same_width and fits else param.dtype
+
+
+def conform(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
+    """The states among `wanted`, and `step`, that are there: on the param's device, in its memory layout. The tensors themselves where they fit.
+
+    Raises:
+        RuntimeError: a state has another shape than its param.
+    """
+    fitting: dict[str, Any] = {}
+    step = state.get("step", 0.0)
+    if not isinstance(step, Tensor):
+        step = torch.tensor(float(step))
+    fitting["step"] = step.to(param.device, torch.float32).reshape(())
+    for name in wanted:
+        old = state.get(name)
+        if old is None:
+            continue
+        if old.shape != param.shape:
+            raise RuntimeError(f'state "{name}" must have its param\'s shape, {tuple(param.shape)}, but has {tuple(old.shape)}')
+        dtype = allowed_dtype(param, old.dtype)
+        new = torch.empty_like(param, dtype=dtype, requires_grad=False)
+        if old.device == param.device and old.dtype == dtype and same_strides(old, new) and not (old.is_conj() or old.is_neg()):
+            fitting[name] = old
+        else:
+            fitting[name] = new.copy_(old)
+    return fitting
+
+
+def make_states(param: Tensor, state: dict[str, Any], wanted: Sequence[str], dtype: torch.dtype | None) -> dict[str, Any]:
+    """Those of `step` and `wanted` that `state` lacks: zeros, but the maximum of an average starts from the average."""
+    made: dict[str, Any] = {}
+    if "step" not in state:
+        made["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+    for name in wanted:
+        if name in state:
+            continue
+        average = state.get(name.removeprefix("max_"))
+        if average is not None:
+            made[name] = average.clone()
+        else:
+            made[name] = torch.zeros_like(param, dtype=state_dtype_of(param, dtype), requires_grad=False)
+    return made
+
+
+def make_row(param: Tensor, state: dict[str, Any], wanted: Sequence[str], group: int) -> Row:
+    grad_dtype = param.dtype if param.grad is None else param.grad.dtype
+    return Row(param, target_of(param), [state[name] for name in wanted], state["step"], state, grad_dtype, group)

@@ -1,0 +1,219 @@
+"""FusedOptimizer: param groups, state, checkpoints and step() of every optimizer here. Subclasses name a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import backends
+from .layout import check_grad, check_hyperparameter, check_param, conform, make_row, make_states
+from .table import Row, Rule, Scalars, Table
+from .watch import REBUILD
+from .watch import Watch as PythonWatch
+
+
+class _Uncast:
+    """Carries a state through torch's load_state_dict, which would cast it to its param's dtype."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class FusedOptimizer(Optimizer):
+    """Base of the fused optimizers; stands before a torch.optim class, or alone, among the bases of one.
+
+    Args:
+        backend: "auto", "triton", "cuda", "cpp" or "reference" (see fused_optim.backends). A named one that cannot run the params is an error.
+        state_dtype: dtype of the states of real params narrower than float64, e.g. float32 averages for bfloat16 params; None: the param's own.
+        All else goes to the torch.optim class.
+
+    Raises:
+        RuntimeError: the named backend cannot run here, or differentiable=True.
+    """
+
+    rule: ClassVar[Rule]
+    _step_supports_amp_scaling = True  # GradScaler hands grad_scale and found_inf to step()
+
+    def __init__(self, *args: Any, backend: str = "auto", state_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        if state_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"state_dtype must be None, torch.float32, torch.bfloat16 or torch.float16, but got {state_dtype}")
+        self.backend = backend
+        self.state_dtype = state_dtype
+        self._forget()
+        super().__init__(*args, **kwargs)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            if group.get("differentiable"):
+                raise RuntimeError("`fused` does not support `differentiable`")
+            for param in group["params"]:
+                check_param(param)
+                backends.pick(self.backend, param.device)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._forget()
+
+    # ---- step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every param that has a gradient: one launch per device.
+
+        Args:
+            closure: reevaluates the model, with grad enabled, and returns the loss.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or of another shape, dtype or device than its param allows. Nothing has been changed then.
+        """
+        if self._on_cuda:
+            self._check_capture()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        moved = self._watch.look() if self._watch is not None and self._watched is self.state else REBUILD
+        if moved & REBUILD:
+            moved = self._rebuild()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for table, backend in self._tables:
+            self._step_table(table, backend, moved, grad_scale, found_inf)
+        self._watch.done()
+        return loss
+
+    def _step_table(
+        self, table: Table, backend: backends.Backend, moved: int, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        if grad_scale is not None:
+            grad_scale = grad_scale.to(table.device, torch.float32, non_blocking=True)
+        if found_inf is not None:
+            found_inf = found_inf.to(table.device, torch.float32, non_blocking=True)
+        with torch.no_grad():
+            for row in table.copies:
+                row.target.copy_(row.param)
+            backend.step(table, moved, grad_scale, found_inf)
+            for row in table.copies:
+                if row.param.grad is not None:
+                    row.param.copy_(row.target)
+
+    def _check_capture(self) -> None:
+        # The name before torch 2.10 is the second one.
+        check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
+        check()
+
+    # ---- tables
+
+    def _forget(self) -> None:
+        """Drops the tables: the next step looks at everything anew."""
+        self._watch: Any = None
+        self._watched: object = None
+        self._tables: list[tuple[Table, backends.Backend]] = []
+        self._on_cuda = True
+
+    @torch.no_grad()
+    def _rebuild(self) -> int:
+        """New tables for what is there now. Checks first, then makes states, and installs both only when all has gone well."""
+        self._keep_captured()
+        self._forget()
+        members = [(param, index, group) for index, group in enumerate(self.param_groups) for param in group["params"]]
+        names = [name for group in self.param_groups for name in group.get("param_names", [None] * len(group["params"]))]
+        for (param, _, _), name in zip(members, names, strict=True):
+            check_param(param)
+            if param.grad is not None:
+                check_grad(type(self).__name__, param, param.grad, name)
+
+        for group in self.param_groups:
+            for key, _, count in self.rule.columns:
+                check_hyperparameter(key, group[key], count)
+
+        rows: list[Row] = []
+        pending: list[Tensor] = []
+        fresh: dict[Tensor, dict[str, Any]] = {}
+        for param, index, group in members:
+            state = self.state.get(param, {})
+            if param.grad is None and not state:
+                pending.append(param)
+                continue
+            wanted = self.rule.states_of(group)
+            fresh[param] = conform(param, state, wanted) if state else {}
+            fresh[param].update(make_states(param, fresh[param], wanted, self.state_dtype))
+            rows.append(make_row(param, fresh[param], wanted, index))
+
+        scalars = Scalars(len(self.param_groups))
+        by_device: dict[torch.device, list[Row]] = {}
+        for row in rows:
+            by_device.setdefault(row.param.device, []).append(row)
+        tables = [(Table(self.rule, device, members_, scalars), backends.pick(self.backend, device)) for device, members_ in by_device.items()]
+
+        for row in rows:  # the state dicts stay the same objects, which others may hold
+            state = self.state[row.param]
+            state.update(fresh[row.param])
+            row.state = state
+        extension = backends.extension()
+        watch: Any = (PythonWatch if isinstance(extension, str) else extension.Watch)(
+            self.param_groups, self.state, self.rule.columns, scalars.raw, scalars.lr
+        )
+        for param in pending:
+            watch.add_pending(param)
+        for table, _ in tables:
+            for number, row in enumerate(table.rows_list):
+                watch.add_row(row.param, row.target, row.state, row.grad_dtype, table.grads, number)
+        moved = watch.look()
+        if moved & REBUILD:
+            raise RuntimeError("params, gradients or states changed while the step was being prepared; was another thread at them?")
+        self._watch, self._watched, self._tables = watch, self.state, tables
+        self._on_cuda = any(table.device.type == "cuda" for table, _ in tables)
+        return moved
+
+    def _keep_captured(self) -> None:
+        """A captured graph goes on reading the tables it was captured with."""
+        kept = [table for table, _ in self._tables if table.on_device is not None and table.on_device.was_captured()]
+        self.__dict__.setdefault("_captured", []).extend(kept)
+
+    # ---- checkpoints
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "backend": self.backend, "state_dtype": self.state_dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Before torch's class looks: it makes a tensor of a `step` that is none.
+        for values in state["state"].values():
+            if isinstance(values, dict):
+                values.update({key: value.tensor for key, value in values.items() if isinstance(value, _Uncast)})
+        super().__setstate__(state)
+        self.__dict__.setdefault("backend", "auto")
+        self.__dict__.setdefault("state_dtype", None)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        self._forget()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this class, or of torch's class of the same rule.
+
+        States keep the dtype that they were saved in, `step` may be a number or a tensor of any device, and options that the saved groups lack
+        keep this optimizer's values. Errors are torch's.
+        """
+
+        def protect(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            states = {
+                key: {k: _Uncast(v) if isinstance(v, Tensor) else v for k, v in value.items()} if isinstance(value, dict) else value
+                for key, value in incoming["state"].items()
+            }
+            groups = incoming["param_groups"]
+            if len(groups) == len(self.param_groups):
+                ours = ({k: v for k, v in group.items() if k not in ("params", "param_names")} for group in self.param_groups)
+                groups = [{**options, **group} for options, group in zip(ours, groups, strict=True)]
+            return {**incoming, "state": states, "param_groups": groups}
+
+        handle = self.register_load_state_dict_pre_hook(protect)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()

@@ -1,0 +1,145 @@
+"""The table: everything that describes one step of one device, as plain arrays that a walker reads. csrc/tables.h is its mirror."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+CHUNK = 4096  # elements of one tensor that one program handles
+ROW_WIDTH = 8  # numel, param, step, signature, states
+RAW_WIDTH = 12
+HYPER_WIDTH = 16
+MAX_STATES = ROW_WIDTH - 4
+ALIGNMENT = 16  # bytes of the widest access
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+REAL_DTYPES = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+ABSENT = 15
+EMPTY = 16  # stands in `grads` for the address of a gradient without elements, which is null
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the machinery must know of an optimizer; the arithmetic itself is looked up by `name` in each backend.
+
+    states: names in `optimizer.state[param]`, in the order in which the rule takes them; `step` is always there besides.
+    switched: states that exist only where a group's option is true, as {state: option}; they come last in `states`.
+    columns: (group key, first column of `raw`, number of columns); a tuple fills several.
+    """
+
+    name: str
+    states: tuple[str, ...]
+    columns: tuple[tuple[str, int, int], ...]
+    switched: Mapping[str, str] = field(default_factory=dict)
+
+    def states_of(self, group: Mapping[str, object]) -> list[str]:
+        return [name for name in self.states if name not in self.switched or group[self.switched[name]]]
+
+
+# Columns of `raw`.
+LR, BETAS, EPS, WEIGHT_DECAY, DECOUPLED, MAXIMIZE, OWN = 0, 1, 3, 4, 5, 6, 7
+
+
+@dataclass
+class Row:
+    """One tensor of a table. `target` is what the kernel updates: the param, or a dense copy of one that has holes or is a conjugate view."""
+
+    param: Tensor
+    target: Tensor
+    states: list[Tensor]
+    step: Tensor
+    state: dict[str, Tensor]
+    grad_dtype: torch.dtype
+    group: int
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.target, *self.states]
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    return REAL_DTYPES.get(dtype, dtype)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory, in any order, each once."""
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1):
+        if stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
+def same_strides(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape are laid out alike; strides along dimensions of one element say nothing."""
+    return all(x == y or size == 1 for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def signature_of(dtypes: Sequence[torch.dtype]) -> tuple[int, ...]:
+    """Dtype codes of param, grad and states: a kind."""
+    return tuple(DTYPE_CODES[real_dtype(dtype)] for dtype in dtypes)
+
+
+def pack(signature: Sequence[int]) -> int:
+    packed = 0
+    for position in range(2 + MAX_STATES):
+        packed |= (signature[position] if position < len(signature) else ABSENT) << (4 * position)
+    return packed
+
+
+class Scalars:
+    """The hyperparameters of all groups, on the host: one buffer, so that one copy brings them to a device.
+
+    raw: float64 [groups, RAW_WIDTH]. lr: int64 [groups], the address of a device lr tensor (lowest bit set: float64, else float32), or 0.
+    """
+
+    def __init__(self, groups: int) -> None:
+        self.buffer = torch.zeros(groups * (RAW_WIDTH + 1), dtype=torch.int64)
+        self.raw, self.lr = self.split(self.buffer)
+
+    @staticmethod
+    def split(buffer: Tensor) -> tuple[Tensor, Tensor]:
+        groups = buffer.numel() // (RAW_WIDTH + 1)
+        raw = buffer[: groups * RAW_WIDTH].view(torch.float64).view(groups, RAW_WIDTH)
+        return raw, buffer[groups * RAW_WIDTH :]
+
+
+class Table:
+    """The host arrays of one device's rows.
+
+    desc: int64 [chunks], chunk << 32 | row << 8 | kind << 1 | slow. rows: int64 [rows, ROW_WIDTH]. grads: int64 [rows], 0 without a gradient.
+    group: int32 [rows]. hyper: float64 [rows, HYPER_WIDTH] on the device, written by prep. kinds: signatures, by kind number.
+    """
+
+    def __init__(self, rule: Rule, device: torch.device, rows: list[Row], scalars: Scalars) -> None:
+        self.rule = rule
+        self.device = device
+        self.rows_list = rows
+        self.scalars = scalars
+        self.on_device: object = None  # device.DeviceTable, on GPUs
+        self.copies = [row for row in rows if row.target is not row.param]
+
+        kinds: dict[tuple[int, ...], int] = {}
+        signatures = [signature_of([row.target.dtype, row.grad_dtype, *(s.dtype for s in row.states)]) for row in rows]
+        kind = torch.tensor([kinds.setdefault(signature, len(kinds)) for signature in signatures])
+        slow = torch.tensor([any(t.data_ptr() % ALIGNMENT for t in row.tensors) for row in rows]).long()
+        numel = torch.tensor([row.target.numel() * (2 if row.target.is_complex() else 1) for row in rows])
+        self.kinds = tuple(kinds)
+
+        chunks = (numel + CHUNK - 1) // CHUNK
+        row = torch.repeat_interleave(torch.arange(len(rows)), chunks)
+        chunk = torch.arange(row.numel()) - (chunks.cumsum(0) - chunks)[row]
+        self.desc = chunk << 32 | row << 8 | kind[row] << 1 | slow[row]
+        self.rows = torch.tensor([self._columns(r, n, s) for r, n, s in zip(rows, numel.tolist(), signatures, strict=True)])
+        self.group = torch.tensor([row.group for row in rows], dtype=torch.int32)
+        self.grads = torch.zeros(len(rows), dtype=torch.int64)
+        self.hyper = torch.empty(len(rows), HYPER_WIDTH, dtype=torch.float64, device=device)
+
+    @staticmethod
+    def _columns(row: Row, numel: int, signature: tuple[int, ...]) -> list[int]:
+        states = [state.data_ptr() for state in row.states]
+        return [numel, row.target.data_ptr(), row.step.data_ptr(), pack(signature), *states, *[0] * (MAX_STATES - len(states))]

@@ -1,0 +1,220 @@
+"""What cannot be stepped is refused in a full sentence, and before anything has changed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, HAS_CUDA, Target, assert_equal, build, make_params, on_every_target, random_grads, set_grads
+from torch.optim import Optimizer
+
+AMSGRAD = CASES[5]
+SENTENCE = re.compile(r"(\S+\s+){8,}\S+")  # torch's messages have neither capitals nor full stops
+
+
+def frozen(optimizer: Optimizer, params: list[torch.nn.Parameter]) -> Any:
+    """Everything a failed step must leave as it is."""
+    return (
+        [p.detach().clone() for p in params],
+        [p._version for p in params],
+        {i: {k: v.clone() for k, v in optimizer.state[p].items()} for i, p in enumerate(params) if p in optimizer.state},
+        len(optimizer.state),
+    )
+
+
+def wrong_shape(params: list[torch.nn.Parameter]) -> None:
+    params[1].grad.data = torch.ones(3, device=params[1].device)  # type: ignore[union-attr]
+
+
+def same_numel_wrong_shape(params: list[torch.nn.Parameter]) -> None:
+    params[0].grad.data = torch.ones(3, 5, device=params[0].device)  # type: ignore[union-attr]
+
+
+def wrong_dtype(params: list[torch.nn.Parameter]) -> None:
+    params[1].grad.data = params[1].grad.data.double()  # type: ignore[union-attr]
+
+
+def whole_numbers(params: list[torch.nn.Parameter]) -> None:
+    params[1].grad.data = torch.ones(40, dtype=torch.int32, device=params[1].device)  # type: ignore[union-attr]
+
+
+def complex_grad(params: list[torch.nn.Parameter]) -> None:
+    params[1].grad.data = torch.ones(40, dtype=torch.complex64, device=params[1].device)  # type: ignore[union-attr]
+
+
+def sparse(params: list[torch.nn.Parameter]) -> None:
+    params[2].grad = torch.ones_like(params[2]).to_sparse()
+
+
+def resized_param(params: list[torch.nn.Parameter]) -> None:
+    params[1].data = torch.ones(41, device=params[1].device)
+
+
+def other_device(params: list[torch.nn.Parameter]) -> None:
+    grad = params[1].grad
+    params[1].data = params[1].data.to("cpu" if params[1].is_cuda else "cuda")
+    assert grad is not None
+    assert params[1].grad is not None
+    assert params[1].grad.device != params[1].device
+
+
+SPOILS = [wrong_shape, same_numel_wrong_shape, wrong_dtype, whole_numbers, complex_grad, sparse, resized_param]
+for_every_spoil = pytest.mark.parametrize("spoil", SPOILS, ids=lambda f: f.__name__)
+
+
+@on_every_target
+@for_every_spoil
+@pytest.mark.parametrize("steps_before", [0, 1, 2])
+@pytest.mark.parametrize("one_group", [True, False], ids=["one-group", "group-each"])
+def test_refused_before_anything_changed(
+    target: Target, spoil: Callable[[list[torch.nn.Parameter]], None], steps_before: int, one_group: bool
+) -> None:
+    params = make_params([(5, 3), (40,), (7,)], device=target.device)
+    optimizer = build(AMSGRAD, target, params if one_group else [{"params": [p]} for p in params])
+    for step in range(steps_before):
+        set_grads(params, random_grads(params, step))
+        optimizer.step()
+    set_grads(params, random_grads(params, 9))
+    spoil(params)
+    before = frozen(optimizer, params)
+    for _ in range(2):  # a failed step must not leave a table behind that the next one trusts
+        with pytest.raises((RuntimeError, ValueError, TypeError)) as error:
+            optimizer.step()
+        assert SENTENCE.search(str(error.value)), str(error.value)
+        after = frozen(optimizer, params)
+        assert_equal(after, before)
+    if spoil is not resized_param:
+        set_grads(params, random_grads(params, 10))
+        optimizer.step()
+        assert all(optimizer.state[p]["step"] == steps_before + 1 for p in params)
+
+
+def test_sparse_error_is_torchs() -> None:
+    p = torch.nn.Parameter(torch.ones(3, 3))
+    for case in CASES:
+        optimizer = case.ours([p])
+        p.grad = torch.eye(3).to_sparse()
+        message = "Adam does not support sparse gradients, please consider SparseAdam instead"
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.step()
+
+
+@on_every_target
+@pytest.mark.skipif(not HAS_CUDA, reason="a gradient on another device than its param needs a second kind of device")
+def test_gradient_on_another_device(target: Target) -> None:
+    params = make_params([(5, 3), (40,), (7,)], device=target.device)
+    optimizer = build(AMSGRAD, target, params)
+    set_grads(params, random_grads(params, 0))
+    optimizer.step()
+    other_device(params)
+    before = frozen(optimizer, params)
+    with pytest.raises(RuntimeError) as error:
+        optimizer.step()
+    assert SENTENCE.search(str(error.value)), str(error.value)
+    assert_equal(frozen(optimizer, params), before)
+
+
+BROKEN_STATES: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+    "other-device": lambda state: state.update(exp_avg=state["exp_avg"].to("meta")),
+    "too-short": lambda state: state.update(exp_avg_sq=state["exp_avg_sq"][:5].clone()),
+    "too-long": lambda state: state.update(exp_avg_sq=torch.zeros(41, device=state["exp_avg_sq"].device)),
+    "step-too-long": lambda state: state.update(step=torch.zeros(3, device=state["step"].device)),
+    "step-elsewhere": lambda state: state.update(step=torch.zeros((), device="meta")),
+}
+
+
+@on_every_target
+@pytest.mark.parametrize("spoil", BROKEN_STATES.values(), ids=BROKEN_STATES.keys())
+def test_broken_states_are_refused(target: Target, spoil: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    params = make_params([(5, 3), (40,), (7,)], device=target.device)
+    optimizer = build(AMSGRAD, target, params)
+    set_grads(params, random_grads(params, 0))
+    optimizer.step()
+    spoil(optimizer.state[params[1]])
+    before = [p.detach().clone() for p in params]
+    with pytest.raises((RuntimeError, ValueError, KeyError, TypeError)):
+        optimizer.step()
+    assert_equal([p.detach() for p in params], before)
+    assert all(optimizer.state[p]["step"] == 1 for p in (params[0], params[2]))
+
+
+BROKEN_OPTIONS: list[dict[str, Any]] = [
+    {"lr": "fast"},
+    {"lr": None},
+    {"lr": torch.zeros(2)},
+    {"betas": (0.9,)},
+    {"betas": None},
+    {"eps": "small"},
+    {"weight_decay": [1, 2]},
+]
+
+
+@on_every_target
+@pytest.mark.parametrize("option", BROKEN_OPTIONS, ids=str)
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_broken_options_change_nothing(target: Target, option: dict[str, Any], steps_before: int) -> None:
+    """The second group's option is wrong: the first group must not have been stepped when that is noticed."""
+    params = make_params([(5, 3), (40,)], device=target.device)
+    optimizer = build(AMSGRAD, target, [{"params": params[:1]}, {"params": params[1:]}])
+    for step in range(steps_before):
+        set_grads(params, random_grads(params, step))
+        optimizer.step()
+    set_grads(params, random_grads(params, 9))
+    good = {key: optimizer.param_groups[1][key] for key in option}
+    optimizer.param_groups[1].update(option)
+    before = frozen(optimizer, params)
+    with pytest.raises((RuntimeError, ValueError, TypeError, KeyError)):
+        optimizer.step()
+    assert_equal(frozen(optimizer, params), before)
+    optimizer.param_groups[1].update(good)
+    optimizer.step()
+    assert all(optimizer.state[p]["step"] == steps_before + 1 for p in params)
+
+
+@on_every_target
+def test_failing_closure_changes_nothing(target: Target) -> None:
+    params = make_params([(5, 3), (40,)], device=target.device)
+    optimizer = build(AMSGRAD, target, params)
+    set_grads(params, random_grads(params, 0))
+    before = frozen(optimizer, params)
+
+    def closure() -> float:
+        raise ArithmeticError("the loss failed")
+
+    with pytest.raises(ArithmeticError, match="the loss failed"):
+        optimizer.step(closure)
+    assert_equal(frozen(optimizer, params), before)
+
+
+@on_every_target
+def test_expanded_params_are_refused(target: Target) -> None:
+    """Elements that share memory would be updated several times, in any order."""
+    p = torch.nn.Parameter(torch.zeros(1, 4, device=target.device).expand(3, 4))
+    with pytest.raises((RuntimeError, ValueError)) as error:
+        optimizer = build(AMSGRAD, target, [p])
+        p.grad = torch.ones(p.shape, device=target.device)
+        optimizer.step()
+    assert SENTENCE.search(str(error.value)), str(error.value)
+    assert not p.any()
+
+
+def test_backends_refuse_devices_they_do_not_have() -> None:
+    p = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    for backend in ("cpp", "triton", "cuda"):
+        with pytest.raises(RuntimeError) as error:
+            CASES[4].ours([p], backend=backend)
+        assert SENTENCE.search(str(error.value)), str(error.value)
+
+
+@on_every_target
+def test_params_of_whole_numbers_are_refused(target: Target) -> None:
+    p = torch.zeros(3, dtype=torch.int64, device=target.device)
+    with pytest.raises((RuntimeError, ValueError, TypeError)) as error:
+        optimizer = build(AMSGRAD, target, [p])
+        p.grad = torch.ones(3, dtype=torch.int64, device=target.device)
+        optimizer.step()
+    assert SENTENCE.search(str(error.value)), str(error.value)
+    assert not p.any()

@@ -1,0 +1,282 @@
+"""Params and every state against the float64 oracle, and against torch's for-loop classes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from cases import (
+    CASES,
+    SHAPES,
+    Case,
+    Target,
+    assert_equal,
+    assert_like_torch,
+    build,
+    build_torch,
+    checked_step,
+    copies,
+    errors,
+    for_every_case,
+    hypers,
+    larger_scales,
+    make_params,
+    on_every_target,
+    parameters,
+    quick,
+    random_grads,
+    scales,
+    set_grads,
+    snapshot,
+    stored_dtypes,
+    train,
+)
+from torch import Tensor
+
+# One step from stored numbers to stored numbers, in the units of cases.scales. The
+# arithmetic is float32 with one rounding per operation; the store of a 16-bit dtype adds half an ulp of its own.
+ONE_STEP = 3.0
+ONE_STEP_16BIT = 0.6
+# 100 steps from the same start, each side on its own path, in ulps of the largest value an element has had.
+HUNDRED_STEPS = 16.0
+
+
+def free_run(optimizer: Any, case: Case, steps: int) -> dict[str, float]:
+    """`steps` steps of the optimizer beside the oracle, which never sees the optimizer's rounded numbers again."""
+    params = parameters(optimizer)
+    truth = peak = snapshot(optimizer)
+    for step in range(steps):
+        set_grads(params, random_grads(params, step))
+        grads = [p.grad for p in params]
+        before, truth = truth, oracle.step(case.rule, truth, grads, hypers(optimizer))
+        peak = larger_scales(peak, scales(case.rule, before, truth, grads, hypers(optimizer)))
+        optimizer.step()
+    return errors(snapshot(optimizer), truth, peak, stored_dtypes(optimizer))
+
+
+@on_every_target
+@for_every_case
+def test_hundred_steps_stay_at_the_oracle(case: Case, target: Target) -> None:
+    optimizer = build(case, target, make_params(device=target.device))
+    worst = free_run(optimizer, case, quick(target, 100, 8))
+    assert max(worst.values()) <= HUNDRED_STEPS, worst
+
+
+@on_every_target
+@for_every_case
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128, torch.bfloat16, torch.float16], ids=str
+)
+def test_every_step_rounds_once(case: Case, target: Target, dtype: torch.dtype) -> None:
+    if target.backend == "triton" and case not in (CASES[0], CASES[5]) and quick(target, 1, 0) == 0:
+        pytest.skip("two cases are enough in Triton's interpreter, which needs a second for each step")
+    params = make_params(dtype=dtype, device=target.device)
+    optimizer = build(case, target, params, eps=1e-3 if dtype == torch.float16 else 1e-8)
+    bound = ONE_STEP_16BIT if dtype in (torch.bfloat16, torch.float16) else ONE_STEP
+    for step in range(quick(target, 20, 3)):
+        set_grads(params, random_grads(params, step))
+        checked_step(optimizer, case.rule, bound)
+
+
+@on_every_target
+@for_every_case
+def test_like_torch_for_loop(case: Case, target: Target) -> None:
+    ours = build(case, target, make_params(device=target.device))
+    theirs = build_torch(case, make_params(device=target.device))
+    train([ours, theirs], quick(target, 50, 5))
+    assert_like_torch(ours, theirs)
+
+
+@on_every_target
+@for_every_case
+def test_float64_like_torch_for_loop(case: Case, target: Target) -> None:
+    """With 29 more bits than float32 the formulas must agree, not only the rounding."""
+    ours = build(case, target, make_params(dtype=torch.float64, device=target.device))
+    theirs = build_torch(case, make_params(dtype=torch.float64, device=target.device))
+    train([ours, theirs], quick(target, 50, 5))
+    assert_like_torch(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+MIXED = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.float32, torch.bfloat16]
+
+
+@on_every_target
+@for_every_case
+def test_mixed_dtypes_in_one_optimizer(case: Case, target: Target) -> None:
+    mixed = [p for i, dtype in enumerate(MIXED) for p in make_params([(11, 3)], dtype, target.device, seed=i)]
+    optimizer = build(case, target, mixed, eps=1e-3)
+    alone = [build(case, target, [p], eps=1e-3) for p in copies(mixed)]
+    for step in range(quick(target, 10, 2)):
+        grads = random_grads(mixed, step)
+        set_grads(mixed, grads)
+        optimizer.step()
+        for single, grad in zip(alone, grads, strict=True):
+            set_grads(parameters(single), [grad])
+            single.step()
+    for p, single in zip(mixed, alone, strict=True):
+        (q,) = parameters(single)
+        assert_equal(p, q)
+        assert_equal(optimizer.state[p], single.state[q])
+
+
+@on_every_target
+@for_every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_states_for_16bit_params(case: Case, target: Target, dtype: torch.dtype) -> None:
+    params = make_params(dtype=dtype, device=target.device)
+    optimizer = build(case, target, params, state_dtype=torch.float32, eps=1e-3)
+    for step in range(quick(target, 20, 2)):
+        set_grads(params, random_grads(params, step))
+        worst = checked_step(optimizer, case.rule, ONE_STEP)
+        assert worst["param"] <= ONE_STEP_16BIT
+    for p in params:
+        assert {value.dtype for value in optimizer.state[p].values()} == {torch.float32}
+
+
+@on_every_target
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_another_dtype(target: Target, param_dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    if not hasattr(Tensor, "grad_dtype"):
+        pytest.skip("this torch has no Tensor.grad_dtype: gradients have the dtype of their params")
+    params = make_params(dtype=param_dtype, device=target.device)
+    optimizer = build(CASES[4], target, params, eps=1e-3)
+    for step in range(quick(target, 5, 2)):
+        set_grads(params, random_grads(params, step, grad_dtype))
+        checked_step(optimizer, CASES[4].rule, ONE_STEP if param_dtype == torch.float32 else ONE_STEP_16BIT)
+
+
+SPECIAL = [math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-45, 1e-30, -1e-20, 1.0, 1e18, 1e19, -3e19, 1e20, -1e20]
+
+
+def special_pair(values: list[float], device: str) -> tuple[Tensor, Tensor]:
+    """Every value beside every gradient, as one tensor of each."""
+    x = torch.tensor(values, device=device)
+    return x.repeat_interleave(len(SPECIAL)), torch.tensor(SPECIAL, device=device).repeat(len(values))
+
+
+@on_every_target
+@for_every_case
+def test_special_gradients_propagate_as_in_torch(case: Case, target: Target) -> None:
+    """Infinite, NaN, subnormal and huge gradients, then ordinary ones: what has become NaN or infinite stays it."""
+    start, grad = special_pair([0.0, 1.0, -2.5], target.device)
+    ours = build(case, target, [torch.nn.Parameter(start.clone())])
+    theirs = build_torch(case, [torch.nn.Parameter(start.clone())])
+    for gradient in (grad, torch.ones_like(grad), grad.flip(0), torch.zeros_like(grad)):
+        for optimizer in (ours, theirs):
+            set_grads(parameters(optimizer), [gradient])
+            optimizer.step()
+        assert_like_torch(ours, theirs)
+
+
+@on_every_target
+@for_every_case
+def test_special_params_as_in_torch(case: Case, target: Target) -> None:
+    """Infinite params (masks of attention, for one) stay what torch lets them be."""
+    start, grad = special_pair([math.inf, -math.inf, math.nan, 3e38, -3e38, 1e-45, -0.0], target.device)
+    grad = grad.clamp(-1, 1)
+    ours = build(case, target, [torch.nn.Parameter(start.clone())])
+    theirs = build_torch(case, [torch.nn.Parameter(start.clone())])
+    for _ in range(3):
+        for optimizer in (ours, theirs):
+            set_grads(parameters(optimizer), [grad])
+            optimizer.step()
+        assert_like_torch(ours, theirs)
+
+
+@on_every_target
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_infinite_params_with_zero_gradients_stay(target: Target, dtype: torch.dtype, weight_decay: float) -> None:
+    p = torch.nn.Parameter(torch.tensor([-math.inf, math.inf, 1.0], dtype=dtype, device=target.device))
+    optimizer = build(CASES[4], target, [p], weight_decay=weight_decay)
+    for _ in range(3):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+        assert p[0] == -math.inf
+        assert p[1] == math.inf
+        assert p[2].isfinite()
+
+
+@on_every_target
+@for_every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_lr_zero_moves_nothing(case: Case, target: Target, dtype: torch.dtype) -> None:
+    """Distributed checkpointing makes states by one step with lr 0 and zero gradients."""
+    params = make_params(SHAPES, dtype, target.device)
+    before = copies(params)
+    optimizer = build(case, target, params, lr=0.0)
+    for grads in ([torch.zeros_like(p) for p in params], random_grads(params, 0)):
+        set_grads(params, grads)
+        optimizer.step()
+        for p, q in zip(params, before, strict=True):
+            assert_equal(p, q)
+    assert all(optimizer.state[p]["step"] == 2 for p in params)
+
+
+@on_every_target
+@for_every_case
+def test_eps_zero(case: Case, target: Target) -> None:
+    """Nothing but the elements themselves may be divided: a zero past the end of a tensor would make NaN."""
+    params = make_params([(n,) for n in (1, 3, 17, 255, 257)], device=target.device)
+    optimizer = build(case, target, params, eps=0.0)
+    for step in range(quick(target, 10, 2)):
+        set_grads(params, [g.sign() * (g.abs() + 1e-3) for g in random_grads(params, step)])
+        checked_step(optimizer, case.rule, ONE_STEP)
+        assert all(p.isfinite().all() for p in params)
+
+
+@on_every_target
+@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.0), (0.0, 0.0), (0.99, 0.99999), (0.5, 0.9)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_unusual_betas(target: Target, betas: tuple[float, float], dtype: torch.dtype) -> None:
+    params = make_params(dtype=dtype, device=target.device)
+    optimizer = build(CASES[0], target, params, betas=betas)
+    for step in range(quick(target, 20, 2)):
+        set_grads(params, random_grads(params, step))
+        checked_step(optimizer, CASES[0].rule, ONE_STEP)
+
+
+@on_every_target
+@pytest.mark.parametrize("step", [999, 10_000, 1_000_000, 2**24 - 2])
+def test_late_steps(target: Target, step: int) -> None:
+    """Bias corrections far into a training; float32 counts exactly up to 2**24."""
+    params = make_params([(100,)], device=target.device)
+    optimizer = build(CASES[4], target, params)
+    set_grads(params, random_grads(params, 0))
+    optimizer.step()
+    optimizer.state[params[0]]["step"].fill_(step)
+    set_grads(params, random_grads(params, 1))
+    checked_step(optimizer, CASES[4].rule, ONE_STEP)
+    assert optimizer.state[params[0]]["step"] == step + 1
+
+
+@on_every_target
+def test_every_group_has_its_own_numbers(target: Target) -> None:
+    """One group per tensor, every option different, in one step."""
+    params = make_params([(n,) for n in (5, 70, 1, 300)], device=target.device)
+    options: list[dict[str, Any]] = [
+        {"lr": 0.1, "betas": (0.5, 0.6), "amsgrad": True},
+        {"lr": 0.01, "eps": 1e-2, "weight_decay": 0.5},
+        {"lr": 0.001, "maximize": True, "betas": (0.0, 0.9)},
+        {"lr": 0.2, "weight_decay": 0.01, "amsgrad": True, "maximize": True},
+    ]
+    for case in (CASES[0], CASES[4]):
+        groups = [{"params": [p], **option} for p, option in zip(params, options, strict=True)]
+        optimizer = build(case, target, groups)
+        for step in range(quick(target, 10, 2)):
+            set_grads(params, random_grads(params, step))
+            checked_step(optimizer, case.rule, ONE_STEP)
+
+
+def test_state_step_is_float32(target: Target = Target("reference", "cpu")) -> None:
+    params = make_params(dtype=torch.float64)
+    optimizer = build(CASES[0], target, params)
+    set_grads(params, random_grads(params, 0))
+    optimizer.step()
+    for p in params:
+        step = optimizer.state[p]["step"]
+        assert (step.dtype, step.shape, step.device) == (torch.float32, (), p.device)

@@ -1,0 +1,1 @@
+"""The Triton kernels: portable GPU code, installed as `fused_optim.triton_kernels`."""

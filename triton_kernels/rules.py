@@ -1,0 +1,103 @@
+"""Rules: the arithmetic of each optimizer, on values already in registers. Mirrors csrc/rules.h, line by line.
+
+A rule gets the hyperparameters `h`, the param, the gradient and a tuple of states, and returns the update that the walker
+subtracts from the param, and the new states. All values have one dtype: float32, or float64 for float64 tensors.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Hyper(NamedTuple):
+    """What a rule reads: one scalar each per tensor, written by prep. The order is that of the table's `hyper`."""
+
+    lr: tl.tensor
+    beta1: tl.tensor
+    beta2: tl.tensor
+    eps: tl.tensor
+    weight1: tl.tensor  # 1 - beta1
+    weight2: tl.tensor  # 1 - beta2
+    step_size: tl.tensor  # lr / bias_correction1
+    denom_scale: tl.tensor  # 1 / sqrt(bias_correction2)
+    grad_scale: tl.tensor  # multiplies the gradient: unscaling, and the sign of maximize
+    l2: tl.tensor  # weight decay that goes into the gradient
+    decay: tl.tensor  # weight decay that goes past it: lr * weight_decay
+    skip: tl.tensor  # 1: leave this tensor alone
+    first: tl.tensor  # 1 on the first update of this tensor
+    a: tl.tensor  # the rule's own numbers
+    b: tl.tensor
+    step: tl.tensor  # number of this update, from 1
+
+
+@triton.constexpr_function
+def largest(dtype):
+    return 1.7976931348623157e308 if dtype == tl.float64 else 3.4028234663852886e38
+
+
+@triton.jit
+def maximum(a, b):
+    """The larger of the two; NaN if either is, as torch.maximum."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def minimum(a, b):
+    """The smaller of the two; NaN if either is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def finite(x):
+    """x, with infinities brought to the largest finite number: 0 * finite(x) is 0 where 0 * inf would be NaN."""
+    return maximum(minimum(x, largest(x.dtype)), -largest(x.dtype))
+
+
+@triton.jit
+def square_root(x):
+    """Correctly rounded: tl.sqrt is approximate in float32, and sqrt_rn knows nothing but float32."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def divide(x, y):
+    """Correctly rounded: in float32 the plain / is approximate, and div_rn knows nothing but float32."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def lerp(average, x, weight):
+    """average + weight * (x - average): rounding `weight` once from float64 keeps the average exact."""
+    return tl.fma(weight, x - average, average)
+
+
+@triton.jit
+def lerp_square(average, x, weight):
+    """average + weight * (x * x - average), finite where weight * x * x is, and inf (not NaN) once the average is inf."""
+    forgotten = maximum(-weight * average, -largest(x.dtype))
+    return average + tl.fma(weight * x, x, forgotten)
+
+
+@triton.jit
+def adam(h, param, grad, states):
+    """Adam, arXiv:1412.6980; with a third state amsgrad, Reddi et al., ICLR 2018, whose maximum torch takes before bias
+    correction. States: exp_avg, exp_avg_sq, and max_exp_avg_sq."""
+    exp_avg = lerp(states[0], grad, h.weight1)
+    exp_avg_sq = lerp_square(states[1], grad, h.weight2)
+    if len(states) == 3:
+        max_exp_avg_sq = maximum(states[2], exp_avg_sq)
+        update = h.step_size * divide(exp_avg, tl.fma(square_root(max_exp_avg_sq), h.denom_scale, h.eps))
+        return update, (exp_avg, exp_avg_sq, max_exp_avg_sq)
+    else:
+        update = h.step_size * divide(exp_avg, tl.fma(square_root(exp_avg_sq), h.denom_scale, h.eps))
+        return update, (exp_avg, exp_avg_sq)
+
+
+RULES = {"adam": adam}
