@@ -109,7 +109,7 @@ class Build(build_ext):
         job("cpu/simd.cpp", "simd.o", common)
         job("cuda/emulate.cpp", "emulate.o", [*common, *KERNEL_FLAGS, *sets.get("avx2", [])])
         if with_cuda:
-            job("cuda/step.cu", "step_cuda.o", [str(nvcc()), "-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC", *gencode()])
+            job("cuda/step.cu", "step_cuda.o", [str(nvcc()), "-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", *gencode()])
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             list(pool.map(self.call, jobs))

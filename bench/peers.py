@@ -26,7 +26,7 @@ COMPILE_LIMIT = 500
 class Peer:
     """build(groups, config, device): the optimizer, the groups holding params and weight_decay.
 
-    states: the dtype it keeps them in: "param" (the param's), "float32", "own" (a format of its own), "any" (it can be told).
+    states: the dtype it keeps them in: "param" (the param's), "float32", "own" (its own format), "any" (as told).
     slack: see workload.check.
     """
 

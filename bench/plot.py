@@ -40,7 +40,7 @@ def draw(path: Path, results: list[Measured], baseline: str, title: str) -> None
             ratios.append(ratio)
             axis.barh(bottom, ratio - 1, left=1, height=0.8, color=colours[name], label=name, zorder=2)
             weight = "bold" if name in mine else "normal"
-            side, pad = ("left", 3) if ratio >= 1 else ("right", -3)
+            side, pad = ("left", 4) if ratio >= 1 else ("right", -4)
             axis.annotate(
                 f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}",
                 (ratio, bottom),
@@ -50,6 +50,8 @@ def draw(path: Path, results: list[Measured], baseline: str, title: str) -> None
                 ha=side,
                 fontsize=8,
                 fontweight=weight,
+                bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"},
+                zorder=4,
             )
             bottom += 1
         floor = measured.timed[FLOOR].speed(measured.timed[baseline]) or float("nan")

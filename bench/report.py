@@ -107,11 +107,12 @@ def document(
     versions = [f"{key} {about[key]}" for key in ("python", "torch", "triton", "cuda", "driver") if about[key]]
     kernel = f", {about['instruction_set']}" if about["instruction_set"] else ""
     floors = "; ".join(sorted({measured.floor for measured in results}))
+    rounds = len(results[0].timed[FLOOR].samples["ms"])
     parts = [
         f"# {title}",
         f"`{about['command']}`",
-        f"{about['device']}{kernel}, {about['threads']} threads; {', '.join(versions)}; commit {about['commit']}; {about['date']}; "
-        f"{len(results[0].timed[FLOOR].samples['ms'])} rounds; load average {max(m.load for m in results):.1f} at most.",
+        f"{about['device']}{kernel}, {about['threads']} threads; {', '.join(versions)}; commit {about['commit']}; "
+        f"{about['date']}; {rounds} rounds; load average {max(m.load for m in results):.1f} at most.",
         METHOD.format(baseline=baseline, floor=floors, host=GPU_HOST if gpu else CPU_HOST),
         f"![Speed of each peer against {baseline}]({picture})",
         table(results, baseline, gpu),

@@ -17,11 +17,10 @@ from itertools import product
 from pathlib import Path
 
 import torch
-
 from environment import ROOT, describe, device_name, folder_name
 from measure import Measured, measure
 from peers import PEERS
-from report import document, reasons, table, write_json
+from report import document, goals_table, reasons, table, write_json
 from shapes import CASES
 from suites import BASELINE, SUITES, Goal, Suite
 from workload import DTYPES, Config
@@ -130,9 +129,7 @@ def write(
         json_file, plot_file = (folder / f"step-{options.suite}.{kind}" for kind in ("json", "png"))
         text = document(title, about, results, impossible, suite.goals, options.baseline, plot_file.name)
         (folder / f"step-{options.suite}.md").write_text(text)
-        print(
-            f"\n{text.partition('## Goals')[2].partition('## Left')[0].strip()}\n\nWrote {folder}/step-{options.suite}.json, .md and .png"
-        )
+        print(f"\n{goals_table(suite.goals, results)}\n\nWrote {folder}/step-{options.suite}.json, .md and .png")
     if json_file:
         write_json(json_file, about, results, impossible, options.baseline)
     if plot_file:

@@ -25,7 +25,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Config:
-    """One row of the grid. groups: "one", "two" (decay and no decay), "each" (one per tensor). hot: what fits stays in cache."""
+    """One row of the grid. groups: "one", "two" (decay and no decay), "each" (one per tensor). hot: no flushing."""
 
     case: str
     dtype: str = "float32"
@@ -134,10 +134,10 @@ class Sample:
 
 
 def check(workload: Workload, step: Callable[[], Any], slack: float) -> float:
-    """Largest error of the params after three steps against AdamW in float64 (arXiv:1711.05101), as a share of the tolerance.
+    """Largest error of the params after three steps against float64 AdamW (arXiv:1711.05101), as a share of tolerance.
 
-    Tolerance per step: 2 eps |param| for the param's roundings and (32 eps + slack) lr for those of the update, where eps is
-    that of the coarsest dtype in play, and slack is what a peer with quantised states is allowed on top.
+    Tolerance per step: 2 eps |param| for the param's roundings and (32 eps + slack) lr for those of the update, where
+    eps is that of the coarsest dtype in play, and slack is what a peer with quantised states is allowed on top.
     """
     sample = Sample(workload.params)
     decay_of = {param: group["weight_decay"] for group in workload.groups() for param in group["params"]}

@@ -1,5 +1,6 @@
-// bfloat16 and float16 to float and back, rounding to nearest even, as torch does it. The host's versions are bit arithmetic with selects in
-// place of branches, so that the compiler vectorises loops over them and no instruction set is required; they hold with denormals flushed, too.
+// bfloat16 and float16 to float and back, rounding to nearest even, as torch does it. The host's versions are bit
+// arithmetic with selects in place of branches, so that the compiler vectorises loops over them and no instruction set
+// is required; they hold with denormals flushed, too.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -27,7 +28,7 @@ FUSED_HD float bits_float(uint32_t bits) {
 
 FUSED_HD float bf16_to_float(uint16_t x) { return bits_float(static_cast<uint32_t>(x) << 16); }
 
-// Half a unit of the last kept place, less one where that place is even, carries into it exactly when rounding must go up.
+// Just under half of the last kept place, and one more where that place is odd: it carries when rounding must go up.
 FUSED_HD uint16_t float_to_bf16(float x) {
 #ifdef __CUDA_ARCH__
   return __bfloat16_as_ushort(__float2bfloat16_rn(x));

@@ -67,10 +67,12 @@ FUSED_HD Hyper<T> read_hyper(const double* in) {
 
 // What every rule shares: gradient scale and L2 before it, decoupled decay and the subtraction after it.
 template <class Rule, class T, int S>
-FUSED_HD T apply(const Hyper<T>& h, T param, T grad, T (&state)[S]) {
-  T decaying = finite(param);
-  T update = Rule::template update<T, S>(h, param, fma(h.l2, decaying, grad * h.grad_scale), state);
-  return param - fma(h.decay, decaying, update);
+FUSED_HD T apply(const Hyper<T>& h, T param, T grad, T* state) {
+  const T scaled = grad * h.grad_scale;
+  // Without decay the param stays out of it: 0 * inf would put NaN into the states, and an infinite param (a mask, say) must stay what it is.
+  const T decayed = h.l2 != T(0) ? fma(h.l2, param, scaled) : scaled;
+  const T update = Rule::template update<T, S>(h, param, decayed, state);
+  return param - fma(h.decay, finite(param), update);
 }
 
 }  // namespace fused_optim

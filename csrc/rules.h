@@ -1,5 +1,5 @@
 // Rules: the arithmetic of each optimizer, on values. No pointers, no torch, no CUDA headers: g++ and nvcc compile the same lines.
-// A rule gets the hyperparameters, the param, the gradient and the states of one element, changes the states,
+// A rule gets the hyperparameters, the param, the gradient and the S states of one element, changes the states,
 // and returns the update that the walker subtracts from the param. T is float, or double for float64 tensors.
 #pragma once
 #include <cmath>
@@ -90,7 +90,7 @@ struct Adam {
   static constexpr int min_states = 2, max_states = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
 
   template <class T, int S>
-  FUSED_HD static T update(const Hyper<T>& h, T param, T grad, T (&state)[S]) {
+  FUSED_HD static T update(const Hyper<T>& h, T /*param*/, T grad, T* state) {
     T exp_avg = state[0] = lerp(state[0], grad, h.weight1);
     T exp_avg_sq = state[1] = lerp_square(state[1], grad, h.weight2);
     if constexpr (S == 3) exp_avg_sq = state[2] = maximum(state[2], exp_avg_sq);

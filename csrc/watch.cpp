@@ -9,6 +9,7 @@ const at::Tensor& unpack(py::handle object) { return THPVariable_Unpack(object.p
 
 // Strides along dimensions of one element say nothing.
 bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+  if (a.is_contiguous() && b.is_contiguous()) return true;
   const auto sizes = a.sizes(), x = a.strides(), y = b.strides();
   for (size_t d = 0; d < sizes.size(); ++d) {
     if (x[d] != y[d] && sizes[d] != 1) return false;
@@ -21,6 +22,17 @@ bool plain(const at::Tensor& t) {
 }
 
 }  // namespace
+
+Watched::Watched(const at::Tensor& t)
+    : impl(t.getIntrusivePtr()),
+      storage(impl->unsafe_storage().unsafeGetStorageImpl()),
+      data(storage->data()),
+      offset(impl->storage_offset()),
+      numel(impl->numel()),
+      dtype(impl->dtype()),
+      contiguous(impl->is_contiguous()) {
+  if (!contiguous) strides = t.strides().vec();
+}
 
 Watch::Watch(py::list groups, py::dict state, const std::vector<std::tuple<std::string, int, int>>& columns, at::Tensor raw, at::Tensor lr)
     : groups_(std::move(groups)), state_(std::move(state)), raw_(std::move(raw)), lr_(std::move(lr)) {
@@ -46,12 +58,20 @@ Watch::Watch(py::list groups, py::dict state, const std::vector<std::tuple<std::
 
 void Watch::add_pending(py::object param) { pending_.push_back(unpack(param)); }
 
-void Watch::add_row(py::object param, at::Tensor target, py::dict state, at::ScalarType grad_dtype, at::Tensor grads, int64_t row) {
-  WatchedRow watched{Watched(unpack(param)), std::move(target), {}, std::move(state), grad_dtype, grads, grads.mutable_data_ptr<int64_t>() + row};
-  for (const auto& item : py::cast<py::dict>(watched.state)) {
-    if (THPVariable_Check(item.second.ptr())) watched.states.emplace_back(unpack(item.second));
+void Watch::add_row(py::object param, at::Tensor target, py::dict state, at::ScalarType grad_dtype, at::Tensor grads, int64_t number) {
+  WatchedRow row;
+  row.param = unpack(param);
+  row.target = std::move(target);
+  row.placed = Watched(row.param);
+  row.grad_dtype = grad_dtype;
+  row.grads = std::move(grads);
+  row.grad_slot = row.grads.mutable_data_ptr<int64_t>() + number;
+  for (const auto& item : state) {
+    row.entries.push_back(py::reinterpret_borrow<py::object>(item.second));
+    if (THPVariable_Check(item.second.ptr())) row.states.emplace_back(unpack(item.second));
   }
-  rows_.push_back(std::move(watched));
+  row.state = std::move(state);
+  rows_.push_back(std::move(row));
 }
 
 int Watch::look() {
@@ -67,7 +87,7 @@ int Watch::look() {
   }
   if (!look_at_states()) return kRebuild;
   for (WatchedRow& row : rows_) {
-    if (!row.param.same() || !look_at_grad(row, answer)) return kRebuild;
+    if (!row.placed.same() || !look_at_grad(row, answer)) return kRebuild;
   }
   return answer;
 }
@@ -75,22 +95,22 @@ int Watch::look() {
 bool Watch::look_at_states() const {
   PyObject *key, *value;
   Py_ssize_t position = 0;
-  size_t seen = 0;
+  size_t entries = 0;
   while (PyDict_Next(state_.ptr(), &position, &key, &value)) {
-    if (seen == states_.size() || states_[seen++].ptr() != value) return false;
+    if (entries == states_.size() || states_[entries++].ptr() != value) return false;
   }
-  if (seen != states_.size()) return false;
+  if (entries != states_.size()) return false;
 
   for (const WatchedRow& row : rows_) {
+    entries = 0;
     position = 0;
-    seen = 0;
     while (PyDict_Next(row.state.ptr(), &position, &key, &value)) {
-      if (!THPVariable_Check(value)) continue;
-      if (seen == row.states.size()) return false;
-      const Watched& state = row.states[seen++];
-      if (!unpack(value).is_same(state.tensor) || !state.same()) return false;
+      if (entries == row.entries.size() || row.entries[entries++].ptr() != value) return false;
     }
-    if (seen != row.states.size()) return false;
+    if (entries != row.entries.size()) return false;
+    for (const Watched& state : row.states) {
+      if (!state.same()) return false;
+    }
   }
   return true;
 }
@@ -136,7 +156,7 @@ bool Watch::read_hyperparameters(size_t index, int& answer) {
       if (!tensor.is_cpu()) {  // read where it lies, by prep: asking for its value would wait for the device
         const bool wide = tensor.scalar_type() == at::kDouble;
         if (column != kLr || !(wide || tensor.scalar_type() == at::kFloat)) return false;
-        const int64_t address = reinterpret_cast<int64_t>(Watched::address(tensor)) | (wide ? 1 : 0);
+        const int64_t address = reinterpret_cast<int64_t>(tensor.unsafeGetTensorImpl()->data()) | (wide ? 1 : 0);
         if (*lr != address) answer |= kRawChanged;
         *lr = address;
         return true;
@@ -175,8 +195,8 @@ bool Watch::read_hyperparameters(size_t index, int& answer) {
 }
 
 bool Watch::look_at_grad(WatchedRow& row, int& answer) {
-  const at::Tensor& param = row.param.tensor;
-  const at::Tensor& grad = param.grad();
+  const at::Tensor& param = row.param;
+  const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
   int64_t address = 0;
   if (grad.defined()) {
     if (grad.scalar_type() != row.grad_dtype || grad.device() != param.device() || grad.sizes() != param.sizes()) return false;
@@ -188,7 +208,7 @@ bool Watch::look_at_grad(WatchedRow& row, int& answer) {
       at::Tensor copy = at::empty_strided(row.target.sizes(), row.target.strides(), grad.options());
       held_.push_back(copy.copy_(grad));
     }
-    address = reinterpret_cast<int64_t>(Watched::address(held_.back()));
+    address = reinterpret_cast<int64_t>(held_.back().unsafeGetTensorImpl()->data());
     if (address == 0) address = kEmpty;
   }
   if (*row.grad_slot != address) {
@@ -200,8 +220,8 @@ bool Watch::look_at_grad(WatchedRow& row, int& answer) {
 
 void Watch::done() {
   held_.clear();
-  for (WatchedRow& row : rows_) {
-    if (*row.grad_slot != 0 && !row.param.tensor.is_inference()) row.param.tensor.unsafeGetTensorImpl()->bump_version();
+  for (const WatchedRow& row : rows_) {
+    if (*row.grad_slot != 0 && !row.param.is_inference()) row.param.unsafeGetTensorImpl()->bump_version();
   }
 }
 

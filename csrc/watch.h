@@ -8,32 +8,37 @@
 
 namespace fused_optim {
 
-// A tensor as it was when the tables were built.
+// A tensor as it was when the tables were built. Past the walks below lie some thousand tensors at every step: each check is a load and a compare.
 struct Watched {
-  at::Tensor tensor;
-  const void* data;
-  int64_t numel;
-  at::ScalarType dtype;
-  std::vector<int64_t> strides;
+  c10::intrusive_ptr<c10::TensorImpl> impl;
+  const c10::StorageImpl* storage = nullptr;
+  const void* data = nullptr;
+  int64_t offset = 0;
+  int64_t numel = 0;
+  caffe2::TypeMeta dtype;
+  bool contiguous = false;
+  std::vector<int64_t> strides;  // empty where contiguous, as most are: the flag then says all
 
-  explicit Watched(at::Tensor t)
-      : tensor(std::move(t)), data(address(tensor)), numel(tensor.numel()), dtype(tensor.scalar_type()), strides(tensor.strides().vec()) {}
+  Watched() = default;
+  explicit Watched(const at::Tensor& t);
 
-  static const void* address(const at::Tensor& t) { return t.unsafeGetTensorImpl()->data(); }
   bool same() const {
-    return address(tensor) == data && tensor.numel() == numel && tensor.scalar_type() == dtype && tensor.strides().equals(strides);
+    return impl->unsafe_storage().unsafeGetStorageImpl() == storage && storage->data() == data && impl->storage_offset() == offset &&
+           impl->numel() == numel && impl->dtype() == dtype && impl->is_contiguous() == contiguous && (contiguous || impl->strides().equals(strides));
   }
 };
 
 // One row of the table.
 struct WatchedRow {
-  Watched param;
-  at::Tensor target;            // the memory that the kernel updates: the param, or its dense copy where the param has holes
-  std::vector<Watched> states;  // as they lie in the state dict, `step` among them
-  py::object state;             // optimizer.state[param]
+  at::Tensor param;
+  at::Tensor target;    // the memory that the kernel updates: the param, or its dense copy where the param has holes
+  Watched placed;       // the param's place
+  py::object state;     // optimizer.state[param]
+  std::vector<py::object> entries;  // its values
+  std::vector<Watched> states;      // the tensors among them
   at::ScalarType grad_dtype;
-  at::Tensor grads;             // the table's
-  int64_t* grad_slot;           // this row's place in it
+  at::Tensor grads;     // the table's
+  int64_t* grad_slot;   // this row's place in it
 };
 
 // A key of a group, and the columns of raw that its value fills.

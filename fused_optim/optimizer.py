@@ -78,7 +78,8 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        moved = self._watch.look() if self._watch is not None and self._watched is self.state else REBUILD
+        watched = self._watched_state is self.state and self._watched_groups is self.param_groups
+        moved = self._watch.look() if watched else REBUILD
         if moved & REBUILD:
             moved = self._rebuild()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -112,7 +113,8 @@ class FusedOptimizer(Optimizer):
     def _forget(self) -> None:
         """Drops the tables: the next step looks at everything anew."""
         self._watch: Any = None
-        self._watched: object = None
+        self._watched_state: object = None
+        self._watched_groups: object = None
         self._tables: list[tuple[Table, backends.Backend]] = []
         self._on_cuda = True
 
@@ -167,7 +169,8 @@ class FusedOptimizer(Optimizer):
         moved = watch.look()
         if moved & REBUILD:
             raise RuntimeError("params, gradients or states changed while the step was being prepared; was another thread at them?")
-        self._watch, self._watched, self._tables = watch, self.state, tables
+        self._watch, self._tables = watch, tables
+        self._watched_state, self._watched_groups = self.state, self.param_groups
         self._on_cuda = any(table.device.type == "cuda" for table, _ in tables)
         return moved
 

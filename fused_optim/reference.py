@@ -71,8 +71,8 @@ def step_row(table: Table, row: Row, grad_scale: float) -> None:
     if decay and not raw[DECOUPLED]:
         grad = grad + decay * param
     update, states = RULES[table.rule.name](h, param, grad, [widen(state) for state in row.states])
-    if decay and raw[DECOUPLED]:
-        param = param * (1 - h.lr * decay)
+    if decay and raw[DECOUPLED]:  # infinite params stay what they are
+        update = update + torch.where(param.isinf(), 0.0, h.lr * decay * param)
     real_view(row.target).copy_(param - update)
     for old, new in zip(row.states, states, strict=True):
         real_view(old).copy_(new)

@@ -50,7 +50,7 @@ def adam(
     decoupled_weight_decay: bool,
     **_: Any,
 ) -> tuple[Tensor, State]:
-    """Adam (arXiv:1412.6980), AdamW (arXiv:1711.05101) and AMSGrad (Reddi et al., ICLR 2018; maximum before bias correction)."""
+    """Adam (arXiv:1412.6980), AdamW (arXiv:1711.05101), AMSGrad (Reddi et al., ICLR 2018; before bias correction)."""
     rate, beta1, beta2 = scalar(lr), scalar(betas[0]), scalar(betas[1])
     zeros = torch.zeros_like(param)
     step = state.get("step", torch.zeros((), dtype=torch.float64)) + 1
@@ -90,7 +90,7 @@ def step(
 ) -> list[Slot]:
     """One optimizer step over a list of tensors, each with the hyperparameters of its own group.
 
-    A tensor without a gradient keeps its param, its state and its step count; so do all tensors when found_inf is not 0.
+    A tensor without a gradient keeps its param, its state and its step count, and so do all when found_inf is not 0.
     Gradients are divided by grad_scale.
     """
     if found_inf != 0:

@@ -20,7 +20,7 @@ def frozen(optimizer: Optimizer, params: list[torch.nn.Parameter]) -> Any:
     return (
         [p.detach().clone() for p in params],
         [p._version for p in params],
-        {i: {k: v.clone() for k, v in optimizer.state[p].items()} for i, p in enumerate(params) if p in optimizer.state},
+        [{k: v.clone() for k, v in optimizer.state[p].items()} if p in optimizer.state else {} for p in params],
         len(optimizer.state),
     )
 

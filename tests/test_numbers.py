@@ -36,12 +36,21 @@ from cases import (
 )
 from torch import Tensor
 
-# One step from stored numbers to stored numbers, in the units of cases.scales. The
-# arithmetic is float32 with one rounding per operation; the store of a 16-bit dtype adds half an ulp of its own.
+# Bounds in ulps, in the units of cases.scales; measured values in brackets (C++ on x86 with FMA, 7 cases).
+# One step from stored numbers to stored numbers: a handful of float32 operations that round once each [2.1]. The store
+# of a 16-bit dtype adds half an ulp of its own, beside which those are nothing [0.50].
 ONE_STEP = 3.0
 ONE_STEP_16BIT = 0.6
-# 100 steps from the same start, each side on its own path, in ulps of the largest value an element has had.
-HUNDRED_STEPS = 16.0
+# Float64 has no wider arithmetic above it: 1 - beta2**t loses up to three digits in the oracle too [23].
+ONE_STEP_FLOAT64 = 200.0
+# 100 steps from the same start, each side on its own path: roundings add up like a random walk [8.7].
+HUNDRED_STEPS = 12.0
+
+
+def one_step_bound(dtype: torch.dtype) -> float:
+    if dtype in (torch.bfloat16, torch.float16):
+        return ONE_STEP_16BIT
+    return ONE_STEP_FLOAT64 if dtype in (torch.float64, torch.complex128) else ONE_STEP
 
 
 def free_run(optimizer: Any, case: Case, steps: int) -> dict[str, float]:
@@ -75,8 +84,8 @@ def test_every_step_rounds_once(case: Case, target: Target, dtype: torch.dtype) 
         pytest.skip("two cases are enough in Triton's interpreter, which needs a second for each step")
     params = make_params(dtype=dtype, device=target.device)
     optimizer = build(case, target, params, eps=1e-3 if dtype == torch.float16 else 1e-8)
-    bound = ONE_STEP_16BIT if dtype in (torch.bfloat16, torch.float16) else ONE_STEP
-    for step in range(quick(target, 20, 3)):
+    bound = one_step_bound(dtype)
+    for step in range(quick(target, 10, 2)):
         set_grads(params, random_grads(params, step))
         checked_step(optimizer, case.rule, bound)
 
@@ -128,7 +137,7 @@ def test_mixed_dtypes_in_one_optimizer(case: Case, target: Target) -> None:
 def test_float32_states_for_16bit_params(case: Case, target: Target, dtype: torch.dtype) -> None:
     params = make_params(dtype=dtype, device=target.device)
     optimizer = build(case, target, params, state_dtype=torch.float32, eps=1e-3)
-    for step in range(quick(target, 20, 2)):
+    for step in range(quick(target, 10, 2)):
         set_grads(params, random_grads(params, step))
         worst = checked_step(optimizer, case.rule, ONE_STEP)
         assert worst["param"] <= ONE_STEP_16BIT
@@ -146,7 +155,7 @@ def test_gradients_of_another_dtype(target: Target, param_dtype: torch.dtype, gr
     optimizer = build(CASES[4], target, params, eps=1e-3)
     for step in range(quick(target, 5, 2)):
         set_grads(params, random_grads(params, step, grad_dtype))
-        checked_step(optimizer, CASES[4].rule, ONE_STEP if param_dtype == torch.float32 else ONE_STEP_16BIT)
+        checked_step(optimizer, CASES[4].rule, one_step_bound(param_dtype))
 
 
 SPECIAL = [math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-45, 1e-30, -1e-20, 1.0, 1e18, 1e19, -3e19, 1e20, -1e20]
@@ -235,9 +244,12 @@ def test_eps_zero(case: Case, target: Target) -> None:
 def test_unusual_betas(target: Target, betas: tuple[float, float], dtype: torch.dtype) -> None:
     params = make_params(dtype=dtype, device=target.device)
     optimizer = build(CASES[0], target, params, betas=betas)
-    for step in range(quick(target, 20, 2)):
+    for step in range(quick(target, 10, 2)):
         set_grads(params, random_grads(params, step))
-        checked_step(optimizer, CASES[0].rule, ONE_STEP)
+        # beta1 = 0.9 with beta2 = 0 lets a step grow to any size beside what is averaged; and 1 - beta2**t loses more
+        # digits the nearer beta2 is to 1.
+        bound = ONE_STEP + 2 if dtype == torch.float32 else ONE_STEP_FLOAT64 * max(1.0, 1e-3 / (1 - betas[1]))
+        checked_step(optimizer, CASES[0].rule, bound)
 
 
 @on_every_target
@@ -272,8 +284,9 @@ def test_every_group_has_its_own_numbers(target: Target) -> None:
             checked_step(optimizer, case.rule, ONE_STEP)
 
 
-def test_state_step_is_float32(target: Target = Target("reference", "cpu")) -> None:
-    params = make_params(dtype=torch.float64)
+@on_every_target
+def test_state_step_is_float32(target: Target) -> None:
+    params = make_params(dtype=torch.float64, device=target.device)
     optimizer = build(CASES[0], target, params)
     set_grads(params, random_grads(params, 0))
     optimizer.step()

@@ -1,6 +1,5 @@
-"""Launching the kernels on the current stream, with no knowledge of any optimizer; and compiling them where no GPU is."""
+"""Launches the kernels on the current stream, with no knowledge of any optimizer; compiles them where no GPU is."""
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -31,30 +30,29 @@ def launch(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """One step of every tensor of a table (csrc/tables.h): prep, then the update.
+    """One step of every tensor of a table (csrc/tables.h), whose device is the current one: prep, then the update.
 
     kinds: the dtype codes (param, grad, *states) of every kind, in the order in which `desc` numbers them.
-    grad_scale, found_inf: one float32 each on the table's device; None is no scaling, no skipping.
+    grad_scale, found_inf: one number each, best a float32 on the table's device; None is no scaling, no skipping.
     """
     tensors, chunks = grads.numel(), desc.numel()
     if tensors == 0:
         return
     device = grads.device
     one, zero = _neutral(device)
-    scale = one if grad_scale is None else grad_scale.to(device, torch.float32)
-    found = zero if found_inf is None else found_inf.to(device, torch.float32)
-    with _current(device):
-        programs = triton.cdiv(tensors, PREP_TENSORS.value)
-        _start((device,), prep_kernel, programs, 1, rows, grads, lr, raw, group, hyper, scale, found, tensors)
-        if chunks:
-            args = desc, rows, grads, hyper, RULES[rule], _packed(kinds)
-            _start((device, rule, kinds), step_kernel, chunks, THREADS.value // _warp_size(), *args)
+    scale = one if grad_scale is None else _float32_on(device, grad_scale)
+    found = zero if found_inf is None else _float32_on(device, found_inf)
+    programs = -(-tensors // PREP_TENSORS.value)
+    _start((device,), prep_kernel, programs, 1, rows, grads, lr, raw, group, hyper, scale, found, tensors)
+    if chunks:
+        args = desc, rows, grads, hyper, RULES[rule], _packed(kinds)
+        _start((device, rule, kinds), step_kernel, chunks, THREADS.value // _warp_size(), *args)
 
 
 def _start(key: tuple[Any, ...], kernel: Any, programs: int, warps: int, *args: Any) -> None:
     """Runs a kernel through the handle that its first launch with this key left. `kernel[grid]` would work out the
-    specialisation every time, at several times the cost, though it depends on nothing but the key: the arguments are not
-    specialised on value or alignment, and the table fixes their dtypes."""
+    specialisation every time, at several times the cost, though it depends on nothing but the key: no argument is
+    specialised on its value or alignment, and the table fixes the dtypes."""
     handle = _compiled.get(key)
     if handle is not None:
         handle[programs, 1, 1](*args)
@@ -64,16 +62,15 @@ def _start(key: tuple[Any, ...], kernel: Any, programs: int, warps: int, *args: 
         _compiled[key] = handle
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device and its current stream."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
 @cache
 def _neutral(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.ones(1, device=device), torch.zeros(1, device=device)
+
+
+def _float32_on(device: torch.device, tensor: Tensor) -> Tensor:
+    if tensor.dtype == torch.float32 and tensor.device == device:  # `to` alone takes microseconds to find nothing to do
+        return tensor
+    return tensor.to(device, torch.float32)
 
 
 @cache

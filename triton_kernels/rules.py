@@ -1,7 +1,7 @@
-"""Rules: the arithmetic of each optimizer, on values already in registers. Mirrors csrc/rules.h, line by line.
+"""Rules: the arithmetic of each optimizer, on values already in registers. Mirrors csrc/rules.h.
 
-A rule gets the hyperparameters `h`, the param, the gradient and a tuple of states, and returns the update that the walker
-subtracts from the param, and the new states. All values have one dtype: float32, or float64 for float64 tensors.
+A rule gets the hyperparameters `h`, the param, the gradient and a tuple of states, and returns the update that the
+walker subtracts from the param, and the new states. All values have one dtype: float32, or float64 for float64 tensors.
 """
 
 from typing import NamedTuple
@@ -32,31 +32,32 @@ class Hyper(NamedTuple):
 
 
 @triton.constexpr_function
-def largest(dtype):
+def largest(dtype: tl.dtype) -> float:
+    """The largest finite number of a dtype."""
     return 1.7976931348623157e308 if dtype == tl.float64 else 3.4028234663852886e38
 
 
 @triton.jit
-def maximum(a, b):
+def maximum(a: tl.tensor, b: tl.tensor) -> tl.tensor:
     """The larger of the two; NaN if either is, as torch.maximum."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def minimum(a, b):
+def minimum(a: tl.tensor, b: tl.tensor) -> tl.tensor:
     """The smaller of the two; NaN if either is."""
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def finite(x):
+def finite(x: tl.tensor) -> tl.tensor:
     """x, with infinities brought to the largest finite number: 0 * finite(x) is 0 where 0 * inf would be NaN."""
     return maximum(minimum(x, largest(x.dtype)), -largest(x.dtype))
 
 
 @triton.jit
-def square_root(x):
-    """Correctly rounded: tl.sqrt is approximate in float32, and sqrt_rn knows nothing but float32."""
+def square_root(x: tl.tensor) -> tl.tensor:
+    """Correctly rounded: tl.sqrt is only in float64, and tl.sqrt_rn takes nothing but float32."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
     else:
@@ -64,8 +65,8 @@ def square_root(x):
 
 
 @triton.jit
-def divide(x, y):
-    """Correctly rounded: in float32 the plain / is approximate, and div_rn knows nothing but float32."""
+def divide(x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    """Correctly rounded: / is only in float64, and tl.div_rn takes nothing but float32."""
     if x.dtype == tl.float64:
         return x / y
     else:
@@ -73,31 +74,31 @@ def divide(x, y):
 
 
 @triton.jit
-def lerp(average, x, weight):
-    """average + weight * (x - average): rounding `weight` once from float64 keeps the average exact."""
+def lerp(average: tl.tensor, x: tl.tensor, weight: tl.tensor) -> tl.tensor:
+    """average + weight * (x - average): `weight`, rounded once from float64, keeps the average exact where
+    1 - float(beta) drifts."""
     return tl.fma(weight, x - average, average)
 
 
 @triton.jit
-def lerp_square(average, x, weight):
-    """average + weight * (x * x - average), finite where weight * x * x is, and inf (not NaN) once the average is inf."""
-    forgotten = maximum(-weight * average, -largest(x.dtype))
-    return average + tl.fma(weight * x, x, forgotten)
+def lerp_square(average: tl.tensor, x: tl.tensor, weight: tl.tensor) -> tl.tensor:
+    """average + weight * (x * x - average), finite where weight * x * x is, and inf (not NaN) once the average is."""
+    # The sign goes to the scalar: negating a block costs an instruction per element.
+    forget = maximum(-weight * average, -largest(x.dtype))
+    return average + tl.fma(weight * x, x, forget)
 
 
 @triton.jit
-def adam(h, param, grad, states):
+def adam(h: Hyper, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
     """Adam, arXiv:1412.6980; with a third state amsgrad, Reddi et al., ICLR 2018, whose maximum torch takes before bias
-    correction. States: exp_avg, exp_avg_sq, and max_exp_avg_sq."""
+    correction. States: exp_avg, exp_avg_sq, max_exp_avg_sq."""
     exp_avg = lerp(states[0], grad, h.weight1)
     exp_avg_sq = lerp_square(states[1], grad, h.weight2)
+    new_states: tl.tuple = (exp_avg, exp_avg_sq)
     if len(states) == 3:
-        max_exp_avg_sq = maximum(states[2], exp_avg_sq)
-        update = h.step_size * divide(exp_avg, tl.fma(square_root(max_exp_avg_sq), h.denom_scale, h.eps))
-        return update, (exp_avg, exp_avg_sq, max_exp_avg_sq)
-    else:
-        update = h.step_size * divide(exp_avg, tl.fma(square_root(exp_avg_sq), h.denom_scale, h.eps))
-        return update, (exp_avg, exp_avg_sq)
+        exp_avg_sq = maximum(states[2], exp_avg_sq)
+        new_states += (exp_avg_sq,)
+    return h.step_size * divide(exp_avg, tl.fma(square_root(exp_avg_sq), h.denom_scale, h.eps)), new_states
 
 
 RULES = {"adam": adam}

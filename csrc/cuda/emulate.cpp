@@ -1,5 +1,5 @@
-// The CUDA kernels on the CPU: g++ compiles their very lines, and two loops stand in for blocks and threads, which never speak to each other here.
-// Slow, and meant for tests: it proves indices, alignment and memory where no GPU is.
+// The CUDA kernels on the CPU: g++ compiles their very lines, and two loops stand in for blocks and threads, which
+// never speak to each other here. Slow, and meant for tests: it proves indices, alignment and memory where no GPU is.
 #define __global__ static
 #define __launch_bounds__(...)
 

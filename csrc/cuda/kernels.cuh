@@ -1,6 +1,9 @@
-// The CUDA walker's kernels. nvcc compiles them for the GPU (step.cu), g++ for the CPU (emulate.cpp, which stands in for blocks and threads):
-// what the tests prove of indices and memory on a machine without a GPU is proven of these very lines.
+// The CUDA walker's kernels. nvcc compiles them for the GPU (step.cu), g++ for the CPU (emulate.cpp, which stands in
+// for blocks and threads): what the tests prove of indices and memory on a machine without a GPU is proven of these
+// very lines.
 #pragma once
+#include <cassert>
+
 #include "../convert.h"
 #include "../dispatch.h"
 #include "../prep.h"
@@ -8,12 +11,13 @@
 namespace fused_optim {
 
 constexpr int kThreads = 128;     // of a block of step_kernel, which handles one chunk
-constexpr int kPrepThreads = 32;  // of a block of prep_kernel: small blocks spread the float64 work over many multiprocessors
+constexpr int kPrepThreads = 32;  // of a block of prep_kernel: small ones spread the float64 work over the GPU
 constexpr int kAccess = 16;       // bytes, the widest load and store
 
-// Elements that a thread takes at once: as many as fill a 16-byte access of every stream, fewer where they would crowd the registers.
+// Elements that a thread takes at once. Eight fill a 16-byte access of every dtype; with three states they would crowd
+// the registers of all kinds, for one kernel serves them all.
 template <class T, int S>
-constexpr int kVector = sizeof(T) == 8 ? 2 : S <= 2 ? 8 : 4;
+constexpr int kVector = sizeof(T) == 8 ? 2 : (S <= 2 ? 8 : 4);
 
 // One chunk of one tensor of a row.
 struct Stream {
@@ -32,18 +36,21 @@ struct Stream {
   FUSED_HD char* at(int element) const { return data + element * itemsize(); }
 };
 
-// Words (4 or 2) of aligned global memory in one access. In PTX, because nvcc takes a memcpy, and at times a uint4, apart into smaller ones.
+// Words (4 or 2) of aligned global memory in one access. In PTX, because nvcc splits a memcpy, and at times a uint4.
 template <int kWords>
 FUSED_HD void load_words(const char* from, uint32_t* word) {
 #ifdef __CUDA_ARCH__
   if constexpr (kWords == 4) {
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) : "l"(from) : "memory");
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "l"(from)
+                 : "memory");
   } else {
     asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "l"(from) : "memory");
   }
 #else
-  std::memcpy(word, __builtin_assume_aligned(from, 4 * kWords), 4 * kWords);
+  assert(reinterpret_cast<uintptr_t>(from) % (4 * kWords) == 0);
+  std::memcpy(word, from, 4 * kWords);
 #endif
 }
 
@@ -52,12 +59,15 @@ FUSED_HD void store_words(char* to, const uint32_t* word) {
 #ifdef __CUDA_ARCH__
   if constexpr (kWords == 4) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
-                 : : "l"(to), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
+                 :
+                 : "l"(to), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+                 : "memory");
   } else {
     asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(to), "r"(word[0]), "r"(word[1]) : "memory");
   }
 #else
-  std::memcpy(__builtin_assume_aligned(to, 4 * kWords), word, 4 * kWords);
+  assert(reinterpret_cast<uintptr_t>(to) % (4 * kWords) == 0);
+  std::memcpy(to, word, 4 * kWords);
 #endif
 }
 
@@ -67,10 +77,10 @@ struct Pack {
   uint32_t word[V * sizeof(T) / 4];
 };
 
-// Elements first .. first + V. Those as wide as T come in 16-byte parts, from one of which to the next it is `gap` elements.
+// V elements from `first` on. Those as wide as T come in parts of 16 bytes, each starting `gap` elements past the last.
 template <class T, int V>
 FUSED_HD void load(const Stream& stream, int first, int gap, Pack<T, V>& pack) {
-  constexpr int kParts = V * sizeof(T) / 16;
+  constexpr int kParts = V * sizeof(T) / kAccess;
   if (sizeof(T) == 8 || stream.dtype == kFloat32) {
     for (int i = 0; i < kParts; ++i) load_words<4>(stream.at(first + i * gap), pack.word + 4 * i);
   } else {
@@ -95,7 +105,7 @@ FUSED_HD void unpack(const Pack<T, V>& pack, Dtype dtype, T (&x)[V]) {
 
 template <class T, int V>
 FUSED_HD void store(const Stream& stream, int first, int gap, const T (&x)[V]) {
-  constexpr int kParts = V * sizeof(T) / 16;
+  constexpr int kParts = V * sizeof(T) / kAccess;
   Pack<T, V> pack;
   if (sizeof(T) == 8 || stream.dtype == kFloat32) {
     std::memcpy(pack.word, x, sizeof x);
@@ -135,7 +145,8 @@ FUSED_HD void update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
   constexpr int V = kVector<T, S>, kStreams = 2 + S, kGrad = 1, kPart = kAccess / sizeof(T);
   const Hyper<T> h = read_hyper<T>(t.hyper + row_number * kHyperWidth);
   const int64_t* row = t.rows + row_number * kRowWidth;
-  const int64_t signature = row[kSignature], grad = t.grads[row_number], begin = chunk * kChunk, left = row[kNumel] - begin;
+  const int64_t signature = row[kSignature], grad = t.grads[row_number];
+  const int64_t begin = chunk * kChunk, left = row[kNumel] - begin;
   const int count = left < kChunk ? static_cast<int>(left) : kChunk;
   Stream stream[kStreams];
   bool all_float32 = true;
@@ -158,7 +169,7 @@ FUSED_HD void update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
     for (int i = 0; i < kStreams; ++i) load(stream[i], first, gap, pack[i]);
     for (int i = 0; i < kStreams; ++i) unpack(pack[i], stream[i].dtype, x[i]);
     for (int v = 0; v < V; ++v) {
-      T state[S];
+      T state[S > 0 ? S : 1];
       for (int s = 0; s < S; ++s) state[s] = x[2 + s][v];
       x[0][v] = apply<Rule, T, S>(h, x[0][v], x[kGrad][v], state);
       for (int s = 0; s < S; ++s) x[2 + s][v] = state[s];
@@ -169,7 +180,7 @@ FUSED_HD void update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
   }
 
   for (int element = vectored + thread; element < count; element += kThreads) {
-    T state[S];
+    T state[S > 0 ? S : 1];
     for (int s = 0; s < S; ++s) state[s] = load_one<T>(stream[2 + s], element);
     const T param = load_one<T>(stream[0], element);
     store_one(stream[0], element, apply<Rule, T, S>(h, param, load_one<T>(stream[kGrad], element), state));
@@ -183,6 +194,7 @@ __global__ void prep_kernel(Tables t) {
   if (row < t.tensors) prepare(t, row, memo);
 }
 
+// Five blocks on a multiprocessor: 640 threads await 64 bytes or more each. The registers of more would have to spill.
 template <class Rule>
 __global__ void __launch_bounds__(kThreads, 5) step_kernel(Tables t) {
   const int64_t desc = t.desc[blockIdx.x], row = (desc >> 8) & 0xffffff, chunk = desc >> 32;

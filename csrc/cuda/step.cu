@@ -43,7 +43,8 @@ int launch_step_cuda(const char* rule, const Tables& t, void* stream, int device
 }
 
 const char* cuda_error_text(int error) {
-  return error == kUnknownRule ? "the CUDA kernels know no rule of this name" : cudaGetErrorString(static_cast<cudaError_t>(error));
+  return error == kUnknownRule ? "the CUDA kernels know no rule of this name"
+                               : cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
 }  // namespace fused_optim

@@ -1,0 +1,101 @@
+"""What does the host pay per tensor? The time of one AdamW step over T tensors of one element, fitted as a + b T.
+
+    python bench/host.py --json host.json
+
+On a GPU the time is until step() returns, the device having been idle before; on a CPU it is the whole step, in which
+one element per tensor leaves nothing but the overhead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from environment import describe
+from measure import progress
+from peers import PEERS
+from report import markdown, number
+from workload import Config, Workload
+
+TENSORS = (1, 10, 148, 500, 2000, 20000)
+PEER_NAMES = ["torch-for", "torch-foreach", "torch-fused", "ours"]
+
+
+def measure(tensors: int, names: list[str], device: torch.device, rounds: int) -> dict[str, float]:
+    """Median µs per step of each peer, which take turns in each round."""
+    workload = Workload(Config("2000x1000", hot=True), device, shapes=[(1,)] * tensors)
+    steps = {}
+    for name in names:
+        progress(f"{tensors:,} tensors: preparing {name}")
+        if (reason := PEERS[name].why_not(workload)) is not None:
+            progress(f"{name} left out: {reason}", done=True)
+            continue
+        steps[name] = PEERS[name].build(workload.groups(), workload.config, device).step
+        for _ in range(3):
+            steps[name]()
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    gc.collect()
+    gc.disable()
+    for turn in range(rounds):
+        progress(f"{tensors:,} tensors: round {turn + 1} of {rounds}")
+        for name, step in steps.items():
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            step()
+            samples[name].append(1e6 * (time.perf_counter() - begin))
+    gc.enable()
+    progress(f"{tensors:,} tensors: done", done=True)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def fit(medians: dict[int, float]) -> tuple[float, float]:
+    """a (µs per step) and b (µs per tensor) of the line with the least squares of relative errors."""
+    tensors, times = np.array(list(medians), dtype=float), np.array(list(medians.values()))
+    design = np.stack([np.ones_like(tensors), tensors], axis=1) / times[:, None]
+    a, b = np.linalg.lstsq(design, np.ones_like(times), rcond=None)[0]
+    return float(a), float(b)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--peers", default=",".join(PEER_NAMES), help=", ".join(PEERS))
+    parser.add_argument("--tensors", default=",".join(map(str, TENSORS)), help="how many, comma-separated")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    names = options.peers.split(",")
+    if unknown := [name for name in names if name not in PEERS]:
+        parser.error(f"{', '.join(unknown)}: not among {', '.join(PEERS)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("There is no GPU that torch can use on this machine, so nothing was measured.", file=sys.stderr)
+        return 2
+
+    counts = [int(count) for count in options.tensors.split(",")]
+    by_count = {count: measure(count, names, torch.device(options.device), options.rounds) for count in counts}
+    medians = {name: {count: by_count[count][name] for count in counts} for name in by_count[counts[0]]}
+    fits = {name: fit(values) for name, values in medians.items()} if len(counts) > 1 else {}
+    header = ["peer", *(f"T = {count:,}" for count in counts), *(["µs + µs per tensor"] if fits else [])]
+    rows = [
+        [name, *(number(value) for value in values.values()), *([f"{a:.1f} + {b:.3f} T"] if fits else [])]
+        for (name, values), (a, b) in ((item, fits.get(item[0], (0.0, 0.0))) for item in medians.items())
+    ]
+    print("Median µs per step over tensors of one element each:\n\n" + markdown(header, rows))
+    if options.json:
+        content = {"about": describe(torch.device(options.device)), "rounds": options.rounds, "median_us": medians}
+        content["fit_us"] = {name: {"per_step": a, "per_tensor": b} for name, (a, b) in fits.items()}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

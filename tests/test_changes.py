@@ -1,0 +1,167 @@
+"""Users who change tensors, states and groups under the optimizer: nothing stale may ever be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    Target,
+    build,
+    checked_step,
+    make_params,
+    on_every_target,
+    parameters,
+    quick,
+    random_grads,
+    set_grads,
+)
+
+AMSGRAD = CASES[5]
+SHAPES = [(5, 3), (), (40,), (9,)]
+
+Change = Callable[[list[torch.nn.Parameter], torch.optim.Optimizer], None]
+
+
+def swap_param_data(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    params[2].data = params[2].data.clone() * 2
+
+
+def swap_grad_data(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    assert params[2].grad is not None
+    params[2].grad.data = params[2].grad.data.clone() * 3
+
+
+def replace_state(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state[params[2]]["exp_avg"] = torch.full_like(params[2], 0.5)
+
+
+def swap_state_data(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    state = optimizer.state[params[2]]
+    state["exp_avg_sq"].data = state["exp_avg_sq"].data.clone() * 4
+
+
+def fill_step(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state[params[2]]["step"].fill_(40)
+
+
+def replace_step(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state[params[2]]["step"] = torch.tensor(17.0, device=params[2].device)
+
+
+def replace_state_dict_of_param(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state[params[2]] = {key: value.clone() for key, value in optimizer.state[params[2]].items()}
+
+
+def drop_state(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    del optimizer.state[params[2]]
+
+
+def clear_states(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state.clear()
+
+
+def resize_param(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    params[2].data = torch.randn(55, device=params[2].device)
+    params[2].grad = torch.randn(55, device=params[2].device)
+    del optimizer.state[params[2]]
+
+
+def halve_param(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    params[2].data = params[2].data.to(torch.bfloat16)
+    params[2].grad = torch.ones_like(params[2])
+    del optimizer.state[params[2]]
+
+
+def halve_states(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    state = optimizer.state[params[2]]
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        state[key] = state[key].to(torch.bfloat16)
+
+
+def drop_param(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[0]["params"] = [p for p in params if p is not params[2]]
+
+
+def swap_order(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[0]["params"].reverse()
+
+
+def move_to_other_group(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[0]["params"] = params[:2]
+    optimizer.add_param_group({"params": params[2:], "lr": 0.4})
+
+
+def replace_group(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.4}
+
+
+def replace_groups(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups = [{**optimizer.param_groups[0], "lr": 0.4}]
+
+
+CHANGES: list[Change] = [
+    swap_param_data,
+    swap_grad_data,
+    replace_state,
+    swap_state_data,
+    fill_step,
+    replace_step,
+    replace_state_dict_of_param,
+    drop_state,
+    clear_states,
+    resize_param,
+    halve_param,
+    halve_states,
+    drop_param,
+    swap_order,
+    move_to_other_group,
+    replace_group,
+    replace_groups,
+]
+
+
+@on_every_target
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_changes_between_steps_are_noticed(target: Target, change: Change) -> None:
+    params = make_params(SHAPES, device=target.device)
+    optimizer = build(AMSGRAD, target, params)
+    for step in range(2):
+        set_grads(params, random_grads(params, step))
+        checked_step(optimizer, AMSGRAD.rule, 3.0)
+    set_grads(params, random_grads(params, 2))
+    change(params, optimizer)
+    checked_step(optimizer, AMSGRAD.rule, 3.0)
+    for p in parameters(optimizer):
+        p.grad = torch.ones_like(p)
+    checked_step(optimizer, AMSGRAD.rule, 3.0)
+
+
+@on_every_target
+def test_gradients_in_reused_memory(target: Target) -> None:
+    """The allocator hands the same address to another gradient, of another dtype or layout, for another param."""
+    params = make_params([(64,), (8, 8)], device=target.device)
+    optimizer = build(AMSGRAD, target, params)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(quick(target, 40, 4)):
+        for p in params:
+            p.grad = None
+        for p in params if step % 2 else params[::-1]:
+            if step % 5 != 4 or p is params[0]:
+                values = torch.randn(p.shape, generator=generator).to(target.device)
+                p.grad = values.t().contiguous().t() if p.dim() == 2 and step % 3 == 1 else values
+        checked_step(optimizer, AMSGRAD.rule, 3.0)
+
+
+@on_every_target
+def test_params_in_reused_memory(target: Target) -> None:
+    """Optimizers come and go; a new param may lie where an old one lay."""
+    for seed in range(quick(target, 20, 3)):
+        params = make_params([(64,), (8, 8)], device=target.device, seed=seed)
+        optimizer = build(AMSGRAD, target, params)
+        for step in range(2):
+            set_grads(params, random_grads(params, step))
+            checked_step(optimizer, AMSGRAD.rule, 3.0)
+        del params, optimizer
