@@ -1,4 +1,5 @@
-"""Builds what this machine can: the C++ kernel where there is a C++ compiler, the CUDA kernel where nvcc and a CUDA torch are, nothing where there is neither.
+"""Builds what this machine can: the C++ kernel where there is a C++ compiler, the CUDA kernel where nvcc and a CUDA
+torch are, nothing where there is neither.
 
 Environment: MAX_JOBS, CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST as torch's own builds read them.
 FUSED_OPTIM_CPP=0|1    forbid the extension, or fail the installation when it cannot be built
@@ -22,7 +23,8 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
-# No errno: else every square root is a call. No traps: else selects cannot be vectorised. No contraction: the rules say where they fuse.
+# No errno: else every square root is a call. No traps: else selects cannot be vectorised. No contraction: the rules
+# say where they fuse.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 INSTRUCTION_SETS = {
     "baseline": [],
@@ -68,7 +70,7 @@ class Build(build_ext):
             if switch("FUSED_OPTIM_CPP") or switch("FUSED_OPTIM_CUDA"):
                 raise
             print(f"fused_optim: installing without the C++ extension, because {error}", file=sys.stderr)
-            self.extensions = []
+            self.extensions: list[Extension] = []
 
     def build_extension(self, extension: Extension) -> None:
         import torch
@@ -109,7 +111,20 @@ class Build(build_ext):
         job("cpu/simd.cpp", "simd.o", common)
         job("cuda/emulate.cpp", "emulate.o", [*common, *KERNEL_FLAGS, *sets.get("avx2", [])])
         if with_cuda:
-            job("cuda/step.cu", "step_cuda.o", [str(nvcc()), "-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", *gencode()])
+            job(
+                "cuda/step.cu",
+                "step_cuda.o",
+                [
+                    str(nvcc()),
+                    "-O3",
+                    "-std=c++17",
+                    "-fmad=false",
+                    "--expt-relaxed-constexpr",
+                    "-Xcompiler",
+                    "-fPIC",
+                    *gencode(),
+                ],
+            )
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             list(pool.map(self.call, jobs))
@@ -128,7 +143,9 @@ class Build(build_ext):
         result = subprocess.run(command, capture_output=True, text=True)
         print(result.stdout + result.stderr, end="", flush=True)
         if result.returncode != 0:
-            raise RuntimeError(f"`{command[0]}` failed with exit status {result.returncode}: {result.stderr.strip()[-2000:]}")
+            raise RuntimeError(
+                f"`{command[0]}` failed with exit status {result.returncode}: {result.stderr.strip()[-2000:]}"
+            )
 
 
 setup(ext_modules=[Extension("fused_optim._C", sources=[])], cmdclass={"build_ext": Build})

@@ -1,9 +1,6 @@
 // What Python sees of the C++.
 #include <ATen/Parallel.h>
-#include <pthread.h>
 #include <torch/csrc/utils/pybind.h>
-
-#include <atomic>
 
 #include "cpu/simd.h"
 #include "cuda/step.h"
@@ -12,11 +9,7 @@
 namespace fused_optim {
 namespace {
 
-// A forked child has none of its parent's OpenMP threads and would wait for them for ever.
-std::atomic<bool> forked{false};
-
 int threads_for(int64_t chunks) {
-  if (forked.load(std::memory_order_relaxed)) return 1;
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), chunks / 2)));
 }
 
@@ -29,20 +22,31 @@ const float* optional_data(const std::optional<at::Tensor>& tensor) {
   return tensor ? data<const float>(*tensor) : nullptr;
 }
 
-Tables tables(const at::Tensor& desc, const at::Tensor& rows, const at::Tensor& grads, const at::Tensor& lr, const at::Tensor& raw, const at::Tensor& group,
-              const at::Tensor& hyper, const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf) {
-  return {data<const int64_t>(desc),  data<const int64_t>(rows), data<const int64_t>(grads),
-          data<const int64_t>(lr),    data<const double>(raw),   data<const int32_t>(group),
-          data<double>(hyper),        optional_data(grad_scale), optional_data(found_inf),
-          desc.numel(),               rows.size(0)};
+Tables tables(const at::Tensor& desc, const at::Tensor& rows, const at::Tensor& grads, const at::Tensor& lr,
+              const at::Tensor& raw, const at::Tensor& group, const at::Tensor& hyper,
+              const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf) {
+  return {data<const int64_t>(desc),
+          data<const int64_t>(rows),
+          data<const int64_t>(grads),
+          data<const int64_t>(lr),
+          data<const double>(raw),
+          data<const int32_t>(group),
+          data<double>(hyper),
+          optional_data(grad_scale),
+          optional_data(found_inf),
+          desc.numel(),
+          rows.size(0)};
 }
 
 void require_rule(bool found, const std::string& rule) {
-  if (!found) throw py::value_error("the extension has no rule \"" + rule + "\"; rebuild it (pip install .) so that it matches the Python files");
+  if (!found)
+    throw py::value_error("the extension has no rule \"" + rule +
+                          "\"; rebuild it (pip install .) so that it matches the Python files");
 }
 
 void floor_pass_tensors(const std::vector<at::Tensor>& written, const std::vector<at::Tensor>& read) {
-  TORCH_CHECK(!written.empty() && (read.size() % written.size() == 0 || written.size() % read.size() == 0), "floor_pass wants whole sets of streams");
+  TORCH_CHECK(!written.empty() && (read.size() % written.size() == 0 || written.size() % read.size() == 0),
+              "floor_pass wants whole sets of streams");
   py::gil_scoped_release release;
   std::vector<int64_t> addresses, sizes;
   const size_t tensors = read.empty() ? written.size() : std::min(written.size(), read.size());
@@ -52,23 +56,20 @@ void floor_pass_tensors(const std::vector<at::Tensor>& written, const std::vecto
     for (size_t s = 0; s < r; ++s) addresses.push_back(reinterpret_cast<int64_t>(read[s * tensors + t].data_ptr()));
     sizes.push_back(static_cast<int64_t>(written[t].nbytes()));
   }
-  floor_pass(addresses.data(), sizes.data(), static_cast<int64_t>(tensors), static_cast<int>(w), static_cast<int>(r), threads_for(1 << 20));
+  floor_pass(addresses.data(), sizes.data(), static_cast<int64_t>(tensors), static_cast<int>(w), static_cast<int>(r),
+             threads_for(1 << 20));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  pthread_atfork(nullptr, nullptr, [] { forked = true; });
-
-  m.attr("CHUNK") = kChunk;
-  m.attr("ROW_WIDTH") = kRowWidth;
-  m.attr("RAW_WIDTH") = kRawWidth;
-  m.attr("HYPER_WIDTH") = kHyperWidth;
+  m.attr("LAYOUT") = py::make_tuple(kChunk, kRowWidth, kRawWidth, kHyperWidth);
   m.def("instruction_set", [] { return instruction_set().name; });
   m.def("threads", [] { return threads_for(1 << 20); });
 
-  m.def("step_cpu", [](const std::string& rule, const at::Tensor& desc, const at::Tensor& rows, const at::Tensor& grads, const at::Tensor& lr, const at::Tensor& raw,
-                       const at::Tensor& group, const at::Tensor& hyper, const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf) {
+  m.def("step_cpu", [](const std::string& rule, const at::Tensor& desc, const at::Tensor& rows, const at::Tensor& grads,
+                       const at::Tensor& lr, const at::Tensor& raw, const at::Tensor& group, const at::Tensor& hyper,
+                       const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf) {
     const Tables t = tables(desc, rows, grads, lr, raw, group, hyper, grad_scale, found_inf);
     bool found;
     {
@@ -78,19 +79,26 @@ PYBIND11_MODULE(_C, m) {
     require_rule(found, rule);
   });
 
-  m.def("step_cuda_emulated", [](const std::string& rule, const at::Tensor& desc, const at::Tensor& rows, const at::Tensor& grads, const at::Tensor& lr, const at::Tensor& raw,
-                                 const at::Tensor& group, const at::Tensor& hyper, const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf) {
-    require_rule(launch_step_emulated(rule.c_str(), tables(desc, rows, grads, lr, raw, group, hyper, grad_scale, found_inf)) == 0, rule);
-  });
+  m.def("step_cuda_emulated",
+        [](const std::string& rule, const at::Tensor& desc, const at::Tensor& rows, const at::Tensor& grads,
+           const at::Tensor& lr, const at::Tensor& raw, const at::Tensor& group, const at::Tensor& hyper,
+           const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf) {
+          require_rule(launch_step_emulated(
+                           rule.c_str(), tables(desc, rows, grads, lr, raw, group, hyper, grad_scale, found_inf)) == 0,
+                       rule);
+        });
 
 #ifdef WITH_CUDA
   m.attr("WITH_CUDA") = true;
-  m.def("step_cuda", [](const std::string& rule, const at::Tensor& desc, const at::Tensor& rows, const at::Tensor& grads, const at::Tensor& lr, const at::Tensor& raw,
-                        const at::Tensor& group, const at::Tensor& hyper, const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf, int64_t stream, int device) {
+  m.def("step_cuda", [](const std::string& rule, const at::Tensor& desc, const at::Tensor& rows,
+                        const at::Tensor& grads, const at::Tensor& lr, const at::Tensor& raw, const at::Tensor& group,
+                        const at::Tensor& hyper, const std::optional<at::Tensor>& grad_scale,
+                        const std::optional<at::Tensor>& found_inf, int64_t stream, int device) {
     const Tables t = tables(desc, rows, grads, lr, raw, group, hyper, grad_scale, found_inf);
     const int error = launch_step_cuda(rule.c_str(), t, reinterpret_cast<void*>(stream), device);
     require_rule(error != kUnknownRule, rule);
-    if (error != 0) throw std::runtime_error(std::string("the CUDA step could not be launched: ") + cuda_error_text(error));
+    if (error != 0)
+      throw std::runtime_error(std::string("the CUDA step could not be launched: ") + cuda_error_text(error));
   });
 #else
   m.attr("WITH_CUDA") = false;
@@ -99,7 +107,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("floor_pass", &floor_pass_tensors, py::arg("written"), py::arg("read"));
 
   py::class_<Watch>(m, "Watch")
-      .def(py::init<py::list, py::dict, const std::vector<std::tuple<std::string, int, int>>&, at::Tensor, at::Tensor>())
+      .def(
+          py::init<py::list, py::dict, const std::vector<std::tuple<std::string, int, int>>&, at::Tensor, at::Tensor>())
       .def("add_pending", &Watch::add_pending)
       .def("add_row", &Watch::add_row)
       .def("look", &Watch::look)

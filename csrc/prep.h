@@ -1,11 +1,13 @@
-// Prep: from a group's raw hyperparameters and a tensor's step count to the numbers its rule reads, in float64, once per tensor.
+// Prep: from a group's raw hyperparameters and a tensor's step count to the numbers its rule reads, in float64, once
+// per tensor.
 #pragma once
 #include "rules.h"
 #include "tables.h"
 
 namespace fused_optim {
 
-// base**exponent by squaring: the same few multiplications on every device, no libm. exponent is a whole number below 2**31.
+// base**exponent by squaring: the same few multiplications on every device, no libm. exponent is a whole number below
+// 2**31.
 FUSED_HD double power(double base, double exponent) {
   double result = 1.0;
   for (unsigned bits = static_cast<unsigned>(exponent); bits != 0; bits >>= 1) {
@@ -24,7 +26,8 @@ struct BiasCorrections {
   double beta1, beta2, step, correction1, correction2;
 };
 
-// Advances the step of tensor `row` and writes its hyper row. `memo` spares the powers where the last tensor had the same betas and step.
+// Advances the step of tensor `row` and writes its hyper row. `memo` spares the powers where the last tensor had the
+// same betas and step.
 FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   double* out = t.hyper + row * kHyperWidth;
   bool skip = t.grads[row] == 0 || (t.found_inf && *t.found_inf != 0.0f);
@@ -69,7 +72,8 @@ FUSED_HD Hyper<T> read_hyper(const double* in) {
 template <class Rule, class T, int S>
 FUSED_HD T apply(const Hyper<T>& h, T param, T grad, T* state) {
   const T scaled = grad * h.grad_scale;
-  // Without decay the param stays out of it: 0 * inf would put NaN into the states, and an infinite param (a mask, say) must stay what it is.
+  // Without decay the param stays out of it: 0 * inf would put NaN into the states, and an infinite param (a mask, say)
+  // must stay what it is.
   const T decayed = h.l2 != T(0) ? fma(h.l2, param, scaled) : scaled;
   const T update = Rule::template update<T, S>(h, param, decayed, state);
   return param - fma(h.decay, finite(param), update);

@@ -1,6 +1,6 @@
-// Rules: the arithmetic of each optimizer, on values. No pointers, no torch, no CUDA headers: g++ and nvcc compile the same lines.
-// A rule gets the hyperparameters, the param, the gradient and the S states of one element, changes the states,
-// and returns the update that the walker subtracts from the param. T is float, or double for float64 tensors.
+// Rules: the arithmetic of each optimizer, on values. No pointers, no torch, no CUDA headers: g++ and nvcc compile the
+// same lines. A rule gets the hyperparameters, the param, the gradient and the S states of one element, changes the
+// states, and returns the update that the walker subtracts from the param. T is float, or double for float64 tensors.
 #pragma once
 #include <cmath>
 #include <limits>
@@ -13,7 +13,8 @@
 
 namespace fused_optim {
 
-// What a rule reads. One per tensor, written by prep in float64, rounded once to T. The order is that of `hyper` in the table.
+// What a rule reads. One per tensor, written by prep in float64, rounded once to T. The order is that of `hyper` in the
+// table.
 template <class T>
 struct Hyper {
   T lr;
@@ -31,7 +32,7 @@ struct Hyper {
   T first;        // 1 on the first update of this tensor
   T a;            // the rule's own numbers
   T b;
-  T step;         // number of this update, from 1
+  T step;  // number of this update, from 1
 };
 
 // GCC vectorises these builtins; without FMA hardware a call per element would cost more than the second rounding.
@@ -63,8 +64,8 @@ FUSED_HD T finite(T x) {
   return low < -largest<T>() ? -largest<T>() : low;
 }
 
-// (1 - weight) * average + weight * x. `weight` is rounded once from float64: 1 - float(weight) is closer to the truth than float(beta), and the
-// two still sum to 1. With weight 1 (beta 0) the old average is gone without a trace.
+// (1 - weight) * average + weight * x. `weight` is rounded once from float64: 1 - float(weight) is closer to the truth
+// than float(beta), and the two still sum to 1. With weight 1 (beta 0) the old average is gone without a trace.
 template <class T>
 FUSED_HD T lerp(T average, T x, T weight) {
   return fma(weight, x, fma(-weight, average, average));
@@ -84,7 +85,8 @@ FUSED_HD T maximum(T a, T b) {
   return (b > a || b != b) ? b : a;
 }
 
-// Adam, arXiv:1412.6980; with a third state amsgrad, Reddi et al., ICLR 2018, whose maximum torch takes before bias correction.
+// Adam, arXiv:1412.6980; with a third state amsgrad, Reddi et al., ICLR 2018, whose maximum torch takes before bias
+// correction.
 struct Adam {
   static constexpr const char* name = "adam";
   static constexpr int min_states = 2, max_states = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq

@@ -1,13 +1,14 @@
-// The table: everything that describes one step, as plain arrays. Mirrors fused_optim/table.py; read by the CPU and the CUDA walker.
+// The table: everything that describes one step, as plain arrays. Mirrors fused_optim/table.py; read by the CPU and the
+// CUDA walker.
 #pragma once
 #include <cstdint>
 
 namespace fused_optim {
 
-constexpr int kChunk = 4096;      // elements of one tensor that one program (GPU) or one loop turn (CPU) handles
-constexpr int kRowWidth = 8;      // int64 columns of `rows`
-constexpr int kRawWidth = 12;     // float64 columns of `raw`
-constexpr int kHyperWidth = 16;   // float64 columns of `hyper`
+constexpr int kChunk = 4096;     // elements of one tensor that one program (GPU) or one loop turn (CPU) handles
+constexpr int kRowWidth = 8;     // int64 columns of `rows`
+constexpr int kRawWidth = 12;    // float64 columns of `raw`
+constexpr int kHyperWidth = 16;  // float64 columns of `hyper`
 constexpr int kMaxStates = 4;
 
 enum RowColumn { kNumel, kParam, kStep, kSignature, kFirstState };
@@ -16,19 +17,20 @@ enum RawColumn { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kDecoupled, kMaximize,
 
 constexpr int64_t kEmpty = 16;  // stands in `grads` for the address of a gradient without elements, which is null
 
-constexpr int kSkip = 11;  // column of `hyper`: 1 where this tensor sits the step out, and the row's other columns mean nothing
+constexpr int kSkip =
+    11;  // column of `hyper`: 1 where this tensor sits the step out, and the row's other columns mean nothing
 
 // Dtypes of one row, a nibble each: param, grad, then its states; kAbsent ends the list.
 enum Dtype { kFloat32, kBFloat16, kFloat16, kFloat64, kAbsent = 15 };
 
 struct Tables {
-  const int64_t* desc;      // [chunks]  chunk << 32 | row << 8 | kind << 1 | slow
-  const int64_t* rows;      // [tensors, kRowWidth]
-  const int64_t* grads;     // [tensors]  address of the gradient, 0 where there is none: that tensor sits this step out
-  const int64_t* lr;        // [groups]  address of a device lr tensor (lowest bit set: float64, else float32), 0: use raw
-  const double* raw;        // [groups, kRawWidth]
-  const int32_t* group;     // [tensors]
-  double* hyper;            // [tensors, kHyperWidth]  written by prep, read by the walkers
+  const int64_t* desc;   // [chunks]  chunk << 32 | row << 8 | kind << 1 | slow
+  const int64_t* rows;   // [tensors, kRowWidth]
+  const int64_t* grads;  // [tensors]  address of the gradient, 0 where there is none: that tensor sits this step out
+  const int64_t* lr;     // [groups]  address of a device lr tensor (lowest bit set: float64, else float32), 0: use raw
+  const double* raw;     // [groups, kRawWidth]
+  const int32_t* group;  // [tensors]
+  double* hyper;         // [tensors, kHyperWidth]  written by prep, read by the walkers
   const float* grad_scale;  // [1] or null: gradients are divided by it
   const float* found_inf;   // [1] or null: any non-zero value skips the step
   int64_t chunks;

@@ -34,7 +34,8 @@ Watched::Watched(const at::Tensor& t)
   if (!contiguous) strides = t.strides().vec();
 }
 
-Watch::Watch(py::list groups, py::dict state, const std::vector<std::tuple<std::string, int, int>>& columns, at::Tensor raw, at::Tensor lr)
+Watch::Watch(py::list groups, py::dict state, const std::vector<std::tuple<std::string, int, int>>& columns,
+             at::Tensor raw, at::Tensor lr)
     : groups_(std::move(groups)), state_(std::move(state)), raw_(std::move(raw)), lr_(std::move(lr)) {
   for (const auto& item : state_) states_.push_back(py::reinterpret_borrow<py::object>(item.second));
   for (const auto& [key, first, count] : columns) columns_.push_back({py::str(key), first, count});
@@ -51,14 +52,16 @@ Watch::Watch(py::list groups, py::dict state, const std::vector<std::tuple<std::
     watched_groups_.push_back(std::move(watched));
     int ignored = 0;
     if (!read_hyperparameters(watched_groups_.size() - 1, ignored)) {
-      throw py::value_error("every hyperparameter of a param group must be a number, a one-element tensor, or a tuple of these");
+      throw py::value_error(
+          "every hyperparameter of a param group must be a number, a one-element tensor, or a tuple of these");
     }
   }
 }
 
 void Watch::add_pending(py::object param) { pending_.push_back(unpack(param)); }
 
-void Watch::add_row(py::object param, at::Tensor target, py::dict state, at::ScalarType grad_dtype, at::Tensor grads, int64_t number) {
+void Watch::add_row(py::object param, at::Tensor target, py::dict state, at::ScalarType grad_dtype, at::Tensor grads,
+                    int64_t number) {
   WatchedRow row;
   row.param = unpack(param);
   row.target = std::move(target);
@@ -199,7 +202,8 @@ bool Watch::look_at_grad(WatchedRow& row, int& answer) {
   const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
   int64_t address = 0;
   if (grad.defined()) {
-    if (grad.scalar_type() != row.grad_dtype || grad.device() != param.device() || grad.sizes() != param.sizes()) return false;
+    if (grad.scalar_type() != row.grad_dtype || grad.device() != param.device() || grad.sizes() != param.sizes())
+      return false;
     if (grad.layout() != at::kStrided || grad.key_set().has(c10::DispatchKey::Python)) return false;
     if (plain(grad) && same_layout(grad, row.target)) {
       held_.push_back(grad);

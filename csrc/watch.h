@@ -8,7 +8,8 @@
 
 namespace fused_optim {
 
-// A tensor as it was when the tables were built. Past the walks below lie some thousand tensors at every step: each check is a load and a compare.
+// A tensor as it was when the tables were built. Past the walks below lie some thousand tensors at every step: each
+// check is a load and a compare.
 struct Watched {
   c10::intrusive_ptr<c10::TensorImpl> impl;
   const c10::StorageImpl* storage = nullptr;
@@ -23,22 +24,23 @@ struct Watched {
   explicit Watched(const at::Tensor& t);
 
   bool same() const {
-    return impl->unsafe_storage().unsafeGetStorageImpl() == storage && storage->data() == data && impl->storage_offset() == offset &&
-           impl->numel() == numel && impl->dtype() == dtype && impl->is_contiguous() == contiguous && (contiguous || impl->strides().equals(strides));
+    return impl->unsafe_storage().unsafeGetStorageImpl() == storage && storage->data() == data &&
+           impl->storage_offset() == offset && impl->numel() == numel && impl->dtype() == dtype &&
+           impl->is_contiguous() == contiguous && (contiguous || impl->strides().equals(strides));
   }
 };
 
 // One row of the table.
 struct WatchedRow {
   at::Tensor param;
-  at::Tensor target;    // the memory that the kernel updates: the param, or its dense copy where the param has holes
-  Watched placed;       // the param's place
-  py::object state;     // optimizer.state[param]
+  at::Tensor target;  // the memory that the kernel updates: the param, or its dense copy where the param has holes
+  Watched placed;     // the param's place
+  py::object state;   // optimizer.state[param]
   std::vector<py::object> entries;  // its values
   std::vector<Watched> states;      // the tensors among them
   at::ScalarType grad_dtype;
-  at::Tensor grads;     // the table's
-  int64_t* grad_slot;   // this row's place in it
+  at::Tensor grads;    // the table's
+  int64_t* grad_slot;  // this row's place in it
 };
 
 // A key of a group, and the columns of raw that its value fills.
@@ -60,15 +62,19 @@ class Watch {
  public:
   enum Answer { kRebuild = 1, kGradsMoved = 2, kRawChanged = 4 };
 
-  // columns: (key in the group, first column of raw, how many). raw: float64 [groups, kRawWidth], lr: int64 [groups], both host tensors written here.
-  Watch(py::list groups, py::dict state, const std::vector<std::tuple<std::string, int, int>>& columns, at::Tensor raw, at::Tensor lr);
+  // columns: (key in the group, first column of raw, how many). raw: float64 [groups, kRawWidth], lr: int64 [groups],
+  // both host tensors written here.
+  Watch(py::list groups, py::dict state, const std::vector<std::tuple<std::string, int, int>>& columns, at::Tensor raw,
+        at::Tensor lr);
 
   // `pending` params have had no gradient yet; the first one to get one asks for new tables.
   void add_pending(py::object param);
   // The row's place in `grads` (int64, host) gets the address of its gradient, of this dtype.
-  void add_row(py::object param, at::Tensor target, py::dict state, at::ScalarType grad_dtype, at::Tensor grads, int64_t row);
+  void add_row(py::object param, at::Tensor target, py::dict state, at::ScalarType grad_dtype, at::Tensor grads,
+               int64_t row);
 
-  // Reads groups, params, states and gradients; writes raw, lr and the grad slots. kRebuild: the tables are stale, nothing else is meant.
+  // Reads groups, params, states and gradients; writes raw, lr and the grad slots. kRebuild: the tables are stale,
+  // nothing else is meant.
   int look();
 
   // After a step: lets the gradients go, and tells autograd that the params have changed.

@@ -26,7 +26,8 @@ ADAM = Rule(
 
 
 class FusedAdam(FusedOptimizer, torch.optim.Adam):
-    r"""Adam in one pass over memory, in place of torch.optim.Adam: same arguments, groups, states, errors and checkpoints.
+    r"""Adam in one pass over memory, in place of torch.optim.Adam: same arguments, groups, states, errors and
+    checkpoints.
 
     With :math:`g` the gradient, plus :math:`\lambda p` where weight_decay :math:`\lambda` is not 0:
 
@@ -37,7 +38,8 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
     With amsgrad the largest :math:`v` so far takes its place in the root.
 
     Args:
-        params: tensors, (name, tensor) pairs, or dicts of groups; float32, bfloat16, float16, float64 or complex, any shape and memory layout.
+        params: tensors, (name, tensor) pairs, or dicts of groups; float32, bfloat16, float16, float64 or complex, any
+            shape and memory layout.
         lr: learning rate; a one-element tensor is read at every step, where it lies.
         betas: decay rates of the two averages, each in [0, 1).
         eps: added to the root, after bias correction.

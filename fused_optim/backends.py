@@ -1,7 +1,8 @@
 """The backends: which there are, which work here, and how each takes a table.
 
 "triton"     GPUs; CPU tensors too when TRITON_INTERPRET=1 was set before the import of Triton
-"cuda"       NVIDIA GPUs, where the extension was built with nvcc; CPU tensors too when FUSED_OPTIM_CUDA_EMULATE=1 (the kernel's body in a loop)
+"cuda"       NVIDIA GPUs, where the extension was built with nvcc; CPU tensors too when FUSED_OPTIM_CUDA_EMULATE=1 (the
+             kernel's body in a loop)
 "cpp"        CPU tensors, where the extension was built
 "reference"  plain PyTorch, any device; it waits for the device at every step
 """
@@ -31,11 +32,10 @@ def extension() -> ModuleType | str:
     try:
         module = importlib.import_module("fused_optim._C")
     except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError)
-        return "the C++ extension is not built (no C++ compiler when it was installed?)" if missing else (
-            f"the C++ extension does not load with torch {torch.__version__}; reinstall fused_optim ({error})"
-        )
-    if (module.CHUNK, module.ROW_WIDTH, module.RAW_WIDTH, module.HYPER_WIDTH) != (CHUNK, ROW_WIDTH, RAW_WIDTH, HYPER_WIDTH):
+        if isinstance(error, ModuleNotFoundError):
+            return "the C++ extension is not built (no C++ compiler when it was installed?)"
+        return f"the C++ extension does not load with torch {torch.__version__}; reinstall fused_optim ({error})"
+    if module.LAYOUT != (CHUNK, ROW_WIDTH, RAW_WIDTH, HYPER_WIDTH):
         return "the C++ extension is of another version than the Python files; rebuild it (pip install .)"
     return module
 
@@ -155,7 +155,9 @@ def available() -> dict[str, str | None]:
 
 @functools.cache
 def _warn_slow(device_type: str, reasons: str) -> None:
-    warnings.warn(f"fused_optim steps {device_type} tensors in plain PyTorch, which is slow, because {reasons}.", stacklevel=4)
+    warnings.warn(
+        f"fused_optim steps {device_type} tensors in plain PyTorch, which is slow, because {reasons}.", stacklevel=4
+    )
 
 
 def pick(name: str, device: torch.device) -> Backend:

@@ -10,14 +10,15 @@ from .watch import GRADS_MOVED, RAW_CHANGED
 
 
 class Upload:
-    """A host array's copy on the device. The host array may be overwritten while older copies of it are still on their way, so each one
-    leaves from a pinned buffer of its own, used again once an event says that it has left."""
+    """A host array's copy on the device. The host array may be overwritten while older copies of it are still on their
+    way, so each one leaves from a pinned buffer of its own, used again once an event says that it has left."""
 
     def __init__(self, host: Tensor, device: torch.device) -> None:
         self.host = host
         self.on_device = torch.empty_like(host, device=device)
         self.ring: list[tuple[Tensor, torch.cuda.Event]] = []
-        # A captured graph reads its buffer at every replay: it gets one that nothing else ever uses, pinned while that is allowed.
+        # A captured graph reads its buffer at every replay: it gets one that nothing else ever uses, pinned while
+        # that is allowed.
         self.spare = [self._pinned()]
         self.captured: list[Tensor] = []
 
@@ -52,9 +53,6 @@ class DeviceTable:
         self.scalars = Upload(table.scalars.buffer, table.device)
         for upload in (*self.fixed, self.grads, self.scalars):
             upload()
-
-    def was_captured(self) -> bool:
-        return self.captured or any(upload.captured for upload in (*self.fixed, self.grads, self.scalars))
 
     @staticmethod
     def of(table: Table) -> DeviceTable:

@@ -1,4 +1,5 @@
-"""What is asked of params, gradients and states, and how states are made to fit: the slow road, taken when tables are built."""
+"""What is asked of params, gradients and states, and how states are made to fit: the slow road, taken when tables are
+built."""
 
 from __future__ import annotations
 
@@ -16,12 +17,15 @@ SUPPORTED = "float32, bfloat16, float16, float64, complex64 or complex128"
 def check_param(param: Tensor) -> None:
     """Raises RuntimeError or TypeError for a param that no backend could update."""
     if real_dtype(param.dtype) not in DTYPE_CODES:
-        raise TypeError(f"params must be {SUPPORTED}, but got one of {param.dtype}; leave it out of the optimizer or convert it")
+        raise TypeError(
+            f"params must be {SUPPORTED}, but got one of {param.dtype}; leave it out of the optimizer or convert it"
+        )
     if param.layout != torch.strided:
         raise RuntimeError(f"params must be dense tensors, but got one with layout {param.layout}")
     if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
         raise RuntimeError(
-            f"a param of shape {tuple(param.shape)} and strides {param.stride()} has elements that share memory (it was expanded), "
+            f"a param of shape {tuple(param.shape)} and strides {param.stride()} has elements that "
+            f"share memory (it was expanded), "
             "so it cannot be updated element by element; use param.clone()"
         )
 
@@ -30,9 +34,14 @@ def check_grad(optimizer: str, param: Tensor, grad: Tensor, name: str | None) ->
     """Raises RuntimeError for a gradient that does not fit its param."""
     who = f'the gradient of param "{name}"' if name else f"the gradient of a param of shape {tuple(param.shape)}"
     if grad.layout != torch.strided:
-        raise RuntimeError(f"{optimizer.removeprefix('Fused').removesuffix('W')} does not support sparse gradients, please consider SparseAdam instead")
+        raise RuntimeError(
+            f"{optimizer.removeprefix('Fused').removesuffix('W')} does not support sparse gradients, "
+            f"please consider SparseAdam instead"
+        )
     if grad.device != param.device:
-        raise RuntimeError(f"{who} must be on the param's device, {param.device}, but is on {grad.device}; move one of them")
+        raise RuntimeError(
+            f"{who} must be on the param's device, {param.device}, but is on {grad.device}; move one of them"
+        )
     if grad.shape != param.shape:
         raise RuntimeError(
             f"{who} must have the param's shape, {tuple(param.shape)}, but has {tuple(grad.shape)}; "
@@ -41,24 +50,33 @@ def check_grad(optimizer: str, param: Tensor, grad: Tensor, name: str | None) ->
     narrow = {torch.float32, torch.bfloat16, torch.float16}
     if grad.dtype != param.dtype and not {grad.dtype, param.dtype} <= narrow:
         raise RuntimeError(
-            f"{who} must be {param.dtype} like the param (or float32, bfloat16 or float16 where the param is one of these), "
+            f"{who} must be {param.dtype} like the param (or float32, bfloat16 or float16 where the "
+            f"param is one of these), "
             f"but is {grad.dtype}; convert it"
         )
 
 
 def check_hyperparameter(key: str, value: Any, count: int) -> Sequence[Any]:
-    """The `count` numbers, or one-element tensors, of a group's option. Raises TypeError or ValueError where they are something else."""
+    """The `count` numbers, or one-element tensors, of a group's option. Raises TypeError or ValueError where they are
+    something else."""
     values = value if count > 1 else [value]
     if not isinstance(values, tuple | list) or len(values) != count:
         raise ValueError(f'option "{key}" of a param group must hold {count} numbers, but is {value!r}')
     for number in values:
         if isinstance(number, Tensor):
             if number.numel() != 1:
-                raise ValueError(f'option "{key}" of a param group must be a one-element tensor, but has shape {tuple(number.shape)}')
+                raise ValueError(
+                    f'option "{key}" of a param group must be a one-element tensor, but has shape {tuple(number.shape)}'
+                )
             if number.device.type != "cpu" and (key != "lr" or number.dtype not in (torch.float32, torch.float64)):
-                raise TypeError(f'option "{key}" of a param group may not be a {number.dtype} tensor on {number.device}; use a number (a float32 or float64 lr may be there)')
+                raise TypeError(
+                    f'option "{key}" of a param group may not be a {number.dtype} tensor on '
+                    f"{number.device}; use a number (a float32 or float64 lr may be there)"
+                )
         elif not isinstance(number, int | float) and not hasattr(number, "__float__"):
-            raise TypeError(f'option "{key}" of a param group must be a number or a one-element tensor, but is {value!r}')
+            raise TypeError(
+                f'option "{key}" of a param group must be a number or a one-element tensor, but is {value!r}'
+            )
     return values
 
 
@@ -74,14 +92,16 @@ def state_dtype_of(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
 
 
 def allowed_dtype(param: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype a loaded state is kept in: its own, unless the arithmetic of the param is wider or narrower altogether."""
+    """The dtype a loaded state is kept in: its own, unless the arithmetic of the param is wider or narrower
+    altogether."""
     same_width = (real_dtype(param.dtype) == torch.float64) == (real_dtype(dtype) == torch.float64)
     fits = real_dtype(dtype) in DTYPE_CODES and dtype.is_complex == param.dtype.is_complex
     return dtype if same_width and fits else param.dtype
 
 
 def conform(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
-    """The states among `wanted`, and `step`, that are there: on the param's device, in its memory layout. The tensors themselves where they fit.
+    """The states among `wanted`, and `step`, that are there: on the param's device, in its memory layout. The tensors
+    themselves where they fit.
 
     Raises:
         RuntimeError: a state has another shape than its param.
@@ -96,17 +116,26 @@ def conform(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) -> dict
         if old is None:
             continue
         if old.shape != param.shape:
-            raise RuntimeError(f'state "{name}" must have its param\'s shape, {tuple(param.shape)}, but has {tuple(old.shape)}')
+            raise RuntimeError(
+                f'state "{name}" must have its param\'s shape, {tuple(param.shape)}, but has {tuple(old.shape)}'
+            )
         dtype = allowed_dtype(param, old.dtype)
         new = torch.empty_like(param, dtype=dtype, requires_grad=False)
-        if old.device == param.device and old.dtype == dtype and same_strides(old, new) and not (old.is_conj() or old.is_neg()):
+        if (
+            old.device == param.device
+            and old.dtype == dtype
+            and same_strides(old, new)
+            and not (old.is_conj() or old.is_neg())
+        ):
             fitting[name] = old
         else:
             fitting[name] = new.copy_(old)
     return fitting
 
 
-def make_states(param: Tensor, state: dict[str, Any], wanted: Sequence[str], dtype: torch.dtype | None) -> dict[str, Any]:
+def make_states(
+    param: Tensor, state: dict[str, Any], wanted: Sequence[str], dtype: torch.dtype | None
+) -> dict[str, Any]:
     """Those of `step` and `wanted` that `state` lacks: zeros, but the maximum of an average starts from the average."""
     made: dict[str, Any] = {}
     if "step" not in state:

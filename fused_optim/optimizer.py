@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -10,10 +11,31 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends
+from .device import DeviceTable
 from .layout import check_grad, check_hyperparameter, check_param, conform, make_row, make_states
 from .table import Row, Rule, Scalars, Table
 from .watch import REBUILD
 from .watch import Watch as PythonWatch
+
+
+class _Fork:
+    """A forked child has none of its parent's OpenMP threads: torch, whose thread count the C++ step follows too,
+    would wait for them for ever."""
+
+    in_child = False
+
+    @classmethod
+    def remember(cls) -> None:
+        cls.in_child = True
+
+    @classmethod
+    def heed(cls) -> None:
+        torch.set_num_threads(1)
+        cls.in_child = False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Fork.remember)
 
 
 class _Uncast:
@@ -27,8 +49,10 @@ class FusedOptimizer(Optimizer):
     """Base of the fused optimizers; stands before a torch.optim class, or alone, among the bases of one.
 
     Args:
-        backend: "auto", "triton", "cuda", "cpp" or "reference" (see fused_optim.backends). A named one that cannot run the params is an error.
-        state_dtype: dtype of the states of real params narrower than float64, e.g. float32 averages for bfloat16 params; None: the param's own.
+        backend: "auto", "triton", "cuda", "cpp" or "reference" (see fused_optim.backends). A named one that cannot run
+            the params is an error.
+        state_dtype: dtype of the states of real params narrower than float64, e.g. float32 averages for bfloat16
+            params; None: the param's own.
         All else goes to the torch.optim class.
 
     Raises:
@@ -38,9 +62,13 @@ class FusedOptimizer(Optimizer):
     rule: ClassVar[Rule]
     _step_supports_amp_scaling = True  # GradScaler hands grad_scale and found_inf to step()
 
-    def __init__(self, *args: Any, backend: str = "auto", state_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, backend: str = "auto", state_dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> None:
         if state_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"state_dtype must be None, torch.float32, torch.bfloat16 or torch.float16, but got {state_dtype}")
+            raise ValueError(
+                f"state_dtype must be None, torch.float32, torch.bfloat16 or torch.float16, but got {state_dtype}"
+            )
         self.backend = backend
         self.state_dtype = state_dtype
         self._forget()
@@ -69,7 +97,8 @@ class FusedOptimizer(Optimizer):
             closure: reevaluates the model, with grad enabled, and returns the loss.
 
         Raises:
-            RuntimeError: a gradient is sparse, or of another shape, dtype or device than its param allows. Nothing has been changed then.
+            RuntimeError: a gradient is sparse, or of another shape, dtype or device than its param allows. Nothing has
+            been changed then.
         """
         if self._on_cuda:
             self._check_capture()
@@ -78,6 +107,8 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        if _Fork.in_child:
+            _Fork.heed()
         watched = self._watched_state is self.state and self._watched_groups is self.param_groups
         moved = self._watch.look() if watched else REBUILD
         if moved & REBUILD:
@@ -120,11 +151,14 @@ class FusedOptimizer(Optimizer):
 
     @torch.no_grad()
     def _rebuild(self) -> int:
-        """New tables for what is there now. Checks first, then makes states, and installs both only when all has gone well."""
+        """New tables for what is there now. Checks first, then makes states, and installs both only when all has gone
+        well."""
         self._keep_captured()
         self._forget()
         members = [(param, index, group) for index, group in enumerate(self.param_groups) for param in group["params"]]
-        names = [name for group in self.param_groups for name in group.get("param_names", [None] * len(group["params"]))]
+        names = [
+            name for group in self.param_groups for name in group.get("param_names", [None] * len(group["params"]))
+        ]
         for (param, _, _), name in zip(members, names, strict=True):
             check_param(param)
             if param.grad is not None:
@@ -151,7 +185,10 @@ class FusedOptimizer(Optimizer):
         by_device: dict[torch.device, list[Row]] = {}
         for row in rows:
             by_device.setdefault(row.param.device, []).append(row)
-        tables = [(Table(self.rule, device, members_, scalars), backends.pick(self.backend, device)) for device, members_ in by_device.items()]
+        tables = [
+            (Table(self.rule, device, members_, scalars), backends.pick(self.backend, device))
+            for device, members_ in by_device.items()
+        ]
 
         for row in rows:  # the state dicts stay the same objects, which others may hold
             state = self.state[row.param]
@@ -168,7 +205,9 @@ class FusedOptimizer(Optimizer):
                 watch.add_row(row.param, row.target, row.state, row.grad_dtype, table.grads, number)
         moved = watch.look()
         if moved & REBUILD:
-            raise RuntimeError("params, gradients or states changed while the step was being prepared; was another thread at them?")
+            raise RuntimeError(
+                "params, gradients or states changed while the step was being prepared; was another thread at them?"
+            )
         self._watch, self._tables = watch, tables
         self._watched_state, self._watched_groups = self.state, self.param_groups
         self._on_cuda = any(table.device.type == "cuda" for table, _ in tables)
@@ -176,7 +215,9 @@ class FusedOptimizer(Optimizer):
 
     def _keep_captured(self) -> None:
         """A captured graph goes on reading the tables it was captured with."""
-        kept = [table for table, _ in self._tables if table.on_device is not None and table.on_device.was_captured()]
+        kept = [
+            table for table, _ in self._tables if isinstance(table.on_device, DeviceTable) and table.on_device.captured
+        ]
         self.__dict__.setdefault("_captured", []).extend(kept)
 
     # ---- checkpoints
@@ -200,18 +241,24 @@ class FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class, or of torch's class of the same rule.
 
-        States keep the dtype that they were saved in, `step` may be a number or a tensor of any device, and options that the saved groups lack
+        States keep the dtype that they were saved in, `step` may be a number or a tensor of any device, and options
+        that the saved groups lack
         keep this optimizer's values. Errors are torch's.
         """
 
         def protect(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
             states = {
-                key: {k: _Uncast(v) if isinstance(v, Tensor) else v for k, v in value.items()} if isinstance(value, dict) else value
+                key: {k: _Uncast(v) if isinstance(v, Tensor) else v for k, v in value.items()}
+                if isinstance(value, dict)
+                else value
                 for key, value in incoming["state"].items()
             }
             groups = incoming["param_groups"]
             if len(groups) == len(self.param_groups):
-                ours = ({k: v for k, v in group.items() if k not in ("params", "param_names")} for group in self.param_groups)
+                ours = (
+                    {k: v for k, v in group.items() if k not in ("params", "param_names")}
+                    for group in self.param_groups
+                )
                 groups = [{**options, **group} for options, group in zip(ours, groups, strict=True)]
             return {**incoming, "state": states, "param_groups": groups}
 

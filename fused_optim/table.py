@@ -1,4 +1,5 @@
-"""The table: everything that describes one step of one device, as plain arrays that a walker reads. csrc/tables.h is its mirror."""
+"""The table: everything that describes one step of one device, as plain arrays that a walker reads. csrc/tables.h is
+its mirror."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ EMPTY = 16  # stands in `grads` for the address of a gradient without elements, 
 class Rule:
     """What the machinery must know of an optimizer; the arithmetic itself is looked up by `name` in each backend.
 
-    states: names in `optimizer.state[param]`, in the order in which the rule takes them; `step` is always there besides.
+    states: names in `optimizer.state[param]`, in the order in which the rule takes them; `step` is always there
+        besides.
     switched: states that exist only where a group's option is true, as {state: option}; they come last in `states`.
     columns: (group key, first column of `raw`, number of columns); a tuple fills several.
     """
@@ -45,7 +47,8 @@ LR, BETAS, EPS, WEIGHT_DECAY, DECOUPLED, MAXIMIZE, OWN = 0, 1, 3, 4, 5, 6, 7
 
 @dataclass
 class Row:
-    """One tensor of a table. `target` is what the kernel updates: the param, or a dense copy of one that has holes or is a conjugate view."""
+    """One tensor of a table. `target` is what the kernel updates: the param, or a dense copy of one that has holes or
+    is a conjugate view."""
 
     param: Tensor
     target: Tensor
@@ -67,7 +70,9 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory, in any order, each once."""
     expected = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1):
+    for stride, size in sorted(
+        (stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1
+    ):
         if stride != expected:
             return tensor.numel() == 0
         expected *= size
@@ -94,7 +99,8 @@ def pack(signature: Sequence[int]) -> int:
 class Scalars:
     """The hyperparameters of all groups, on the host: one buffer, so that one copy brings them to a device.
 
-    raw: float64 [groups, RAW_WIDTH]. lr: int64 [groups], the address of a device lr tensor (lowest bit set: float64, else float32), or 0.
+    raw: float64 [groups, RAW_WIDTH]. lr: int64 [groups], the address of a device lr tensor (lowest bit set: float64,
+        else float32), or 0.
     """
 
     def __init__(self, groups: int) -> None:
@@ -111,8 +117,10 @@ class Scalars:
 class Table:
     """The host arrays of one device's rows.
 
-    desc: int64 [chunks], chunk << 32 | row << 8 | kind << 1 | slow. rows: int64 [rows, ROW_WIDTH]. grads: int64 [rows], 0 without a gradient.
-    group: int32 [rows]. hyper: float64 [rows, HYPER_WIDTH] on the device, written by prep. kinds: signatures, by kind number.
+    desc: int64 [chunks], chunk << 32 | row << 8 | kind << 1 | slow. rows: int64 [rows, ROW_WIDTH]. grads: int64
+        [rows], 0 without a gradient.
+    group: int32 [rows]. hyper: float64 [rows, HYPER_WIDTH] on the device, written by prep. kinds: signatures, by kind
+        number.
     """
 
     def __init__(self, rule: Rule, device: torch.device, rows: list[Row], scalars: Scalars) -> None:
@@ -134,7 +142,9 @@ class Table:
         row = torch.repeat_interleave(torch.arange(len(rows)), chunks)
         chunk = torch.arange(row.numel()) - (chunks.cumsum(0) - chunks)[row]
         self.desc = chunk << 32 | row << 8 | kind[row] << 1 | slow[row]
-        self.rows = torch.tensor([self._columns(r, n, s) for r, n, s in zip(rows, numel.tolist(), signatures, strict=True)])
+        self.rows = torch.tensor(
+            [self._columns(r, n, s) for r, n, s in zip(rows, numel.tolist(), signatures, strict=True)]
+        )
         self.group = torch.tensor([row.group for row in rows], dtype=torch.int32)
         self.grads = torch.zeros(len(rows), dtype=torch.int64)
         self.hyper = torch.empty(len(rows), HYPER_WIDTH, dtype=torch.float64, device=device)
@@ -142,4 +152,11 @@ class Table:
     @staticmethod
     def _columns(row: Row, numel: int, signature: tuple[int, ...]) -> list[int]:
         states = [state.data_ptr() for state in row.states]
-        return [numel, row.target.data_ptr(), row.step.data_ptr(), pack(signature), *states, *[0] * (MAX_STATES - len(states))]
+        return [
+            numel,
+            row.target.data_ptr(),
+            row.step.data_ptr(),
+            pack(signature),
+            *states,
+            *[0] * (MAX_STATES - len(states)),
+        ]

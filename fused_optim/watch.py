@@ -1,4 +1,5 @@
-"""The look before each step, in Python: what csrc/watch.cpp does where the extension is built, some ten times slower."""
+"""The look before each step, in Python: what csrc/watch.cpp does where the extension is built, some ten times
+slower."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ class Watch:
     def add_pending(self, param: Tensor) -> None:
         self.pending.append(param)
 
-    def add_row(self, param: Tensor, target: Tensor, state: dict[str, Any], dtype: torch.dtype, grads: Tensor, row: int) -> None:
+    def add_row(
+        self, param: Tensor, target: Tensor, state: dict[str, Any], dtype: torch.dtype, grads: Tensor, row: int
+    ) -> None:
         self.rows.append((param, target, dtype, grads, row))
 
     def look(self) -> int:
@@ -63,7 +66,11 @@ class Watch:
         for param, target, dtype, grads, row in self.rows:
             grad, address = param.grad, 0
             if grad is not None:
-                if grad.layout != torch.strided or (grad.dtype, grad.device, grad.shape) != (dtype, param.device, param.shape):
+                if grad.layout != torch.strided or (grad.dtype, grad.device, grad.shape) != (
+                    dtype,
+                    param.device,
+                    param.shape,
+                ):
                     return REBUILD
                 self.held.append(dense_grad(grad, target))
                 address = self.held[-1].data_ptr() or EMPTY

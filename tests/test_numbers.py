@@ -69,8 +69,8 @@ def free_run(optimizer: Any, case: Case, steps: int) -> dict[str, float]:
 @on_every_target
 @for_every_case
 def test_hundred_steps_stay_at_the_oracle(case: Case, target: Target) -> None:
-    optimizer = build(case, target, make_params(device=target.device))
-    worst = free_run(optimizer, case, quick(target, 100, 8))
+    optimizer = build(case, target, make_params([(1000,), (3, 5)], device=target.device))
+    worst = free_run(optimizer, case, quick(target, 100, 6))
     assert max(worst.values()) <= HUNDRED_STEPS, worst
 
 
@@ -80,12 +80,10 @@ def test_hundred_steps_stay_at_the_oracle(case: Case, target: Target) -> None:
     "dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128, torch.bfloat16, torch.float16], ids=str
 )
 def test_every_step_rounds_once(case: Case, target: Target, dtype: torch.dtype) -> None:
-    if target.backend == "triton" and case not in (CASES[0], CASES[5]) and quick(target, 1, 0) == 0:
-        pytest.skip("two cases are enough in Triton's interpreter, which needs a second for each step")
     params = make_params(dtype=dtype, device=target.device)
     optimizer = build(case, target, params, eps=1e-3 if dtype == torch.float16 else 1e-8)
     bound = one_step_bound(dtype)
-    for step in range(quick(target, 10, 2)):
+    for step in range(quick(target, 8, 2)):
         set_grads(params, random_grads(params, step))
         checked_step(optimizer, case.rule, bound)
 
@@ -95,7 +93,7 @@ def test_every_step_rounds_once(case: Case, target: Target, dtype: torch.dtype) 
 def test_like_torch_for_loop(case: Case, target: Target) -> None:
     ours = build(case, target, make_params(device=target.device))
     theirs = build_torch(case, make_params(device=target.device))
-    train([ours, theirs], quick(target, 50, 5))
+    train([ours, theirs], quick(target, 20, 3))
     assert_like_torch(ours, theirs)
 
 
@@ -105,7 +103,7 @@ def test_float64_like_torch_for_loop(case: Case, target: Target) -> None:
     """With 29 more bits than float32 the formulas must agree, not only the rounding."""
     ours = build(case, target, make_params(dtype=torch.float64, device=target.device))
     theirs = build_torch(case, make_params(dtype=torch.float64, device=target.device))
-    train([ours, theirs], quick(target, 50, 5))
+    train([ours, theirs], quick(target, 20, 3))
     assert_like_torch(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
@@ -118,7 +116,7 @@ def test_mixed_dtypes_in_one_optimizer(case: Case, target: Target) -> None:
     mixed = [p for i, dtype in enumerate(MIXED) for p in make_params([(11, 3)], dtype, target.device, seed=i)]
     optimizer = build(case, target, mixed, eps=1e-3)
     alone = [build(case, target, [p], eps=1e-3) for p in copies(mixed)]
-    for step in range(quick(target, 10, 2)):
+    for step in range(quick(target, 8, 2)):
         grads = random_grads(mixed, step)
         set_grads(mixed, grads)
         optimizer.step()
@@ -137,7 +135,7 @@ def test_mixed_dtypes_in_one_optimizer(case: Case, target: Target) -> None:
 def test_float32_states_for_16bit_params(case: Case, target: Target, dtype: torch.dtype) -> None:
     params = make_params(dtype=dtype, device=target.device)
     optimizer = build(case, target, params, state_dtype=torch.float32, eps=1e-3)
-    for step in range(quick(target, 10, 2)):
+    for step in range(quick(target, 8, 2)):
         set_grads(params, random_grads(params, step))
         worst = checked_step(optimizer, case.rule, ONE_STEP)
         assert worst["param"] <= ONE_STEP_16BIT
@@ -232,7 +230,7 @@ def test_eps_zero(case: Case, target: Target) -> None:
     """Nothing but the elements themselves may be divided: a zero past the end of a tensor would make NaN."""
     params = make_params([(n,) for n in (1, 3, 17, 255, 257)], device=target.device)
     optimizer = build(case, target, params, eps=0.0)
-    for step in range(quick(target, 10, 2)):
+    for step in range(quick(target, 8, 2)):
         set_grads(params, [g.sign() * (g.abs() + 1e-3) for g in random_grads(params, step)])
         checked_step(optimizer, case.rule, ONE_STEP)
         assert all(p.isfinite().all() for p in params)
@@ -244,7 +242,7 @@ def test_eps_zero(case: Case, target: Target) -> None:
 def test_unusual_betas(target: Target, betas: tuple[float, float], dtype: torch.dtype) -> None:
     params = make_params(dtype=dtype, device=target.device)
     optimizer = build(CASES[0], target, params, betas=betas)
-    for step in range(quick(target, 10, 2)):
+    for step in range(quick(target, 8, 2)):
         set_grads(params, random_grads(params, step))
         # beta1 = 0.9 with beta2 = 0 lets a step grow to any size beside what is averaged; and 1 - beta2**t loses more
         # digits the nearer beta2 is to 1.
@@ -279,7 +277,7 @@ def test_every_group_has_its_own_numbers(target: Target) -> None:
     for case in (CASES[0], CASES[4]):
         groups = [{"params": [p], **option} for p, option in zip(params, options, strict=True)]
         optimizer = build(case, target, groups)
-        for step in range(quick(target, 10, 2)):
+        for step in range(quick(target, 8, 2)):
             set_grads(params, random_grads(params, step))
             checked_step(optimizer, case.rule, ONE_STEP)
 

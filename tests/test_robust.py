@@ -16,6 +16,7 @@ import pytest
 import torch
 from cases import (
     CASES,
+    SLOW,
     Case,
     Target,
     assert_equal,
@@ -40,8 +41,9 @@ SHAPES = [(5, 3), (), (40,), (9,)]
 @on_every_target
 @for_every_case
 def test_two_optimizers_from_two_threads(case: Case, target: Target) -> None:
-    steps = quick(target, 60, 2)
-    shapes = [(3000,), (7, 5), (11,)] if quick(target, 1, 0) else [(30,), (7, 5)]
+    if target.backend in SLOW:
+        pytest.skip("Triton's interpreter replaces triton.language while it runs: one thread at a time")
+    steps, shapes = 40, [(3000,), (7, 5), (11,)]
     together = [build(case, target, make_params(shapes, device=target.device, seed=i)) for i in range(2)]
     alone = [build(case, target, copies(parameters(optimizer))) for optimizer in together]
     start, failures = threading.Barrier(2), []
@@ -142,7 +144,7 @@ def test_fork(steps_before: int) -> None:
 
 def live_tensors() -> int:
     gc.collect()
-    return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+    return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
 
 
 @on_every_target

@@ -213,7 +213,7 @@ def test_beyond_32_bits() -> None:
         Group(weight_decay=0.1),
         Group(weight_decay=0.1, maximize=True),
         Group(weight_decay=0.1, decoupled=True),
-        Group(beta1=0.5, beta2=0.9),
+        Group(beta1=0.0, beta2=0.0),
         Group(lr=0.0, weight_decay=0.1, decoupled=True),
     ],
     ids=str,

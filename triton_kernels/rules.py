@@ -75,17 +75,16 @@ def divide(x: tl.tensor, y: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def lerp(average: tl.tensor, x: tl.tensor, weight: tl.tensor) -> tl.tensor:
-    """average + weight * (x - average): `weight`, rounded once from float64, keeps the average exact where
-    1 - float(beta) drifts."""
-    return tl.fma(weight, x - average, average)
+    """(1 - weight) * average + weight * x. `weight` is rounded once from float64: 1 - float(weight) is closer to the
+    truth than float(beta), and the two still sum to 1. With weight 1 (beta 0) the old average is gone without a trace."""
+    return tl.fma(weight, x, tl.fma(-weight, average, average))
 
 
 @triton.jit
 def lerp_square(average: tl.tensor, x: tl.tensor, weight: tl.tensor) -> tl.tensor:
-    """average + weight * (x * x - average), finite where weight * x * x is, and inf (not NaN) once the average is."""
-    # The sign goes to the scalar: negating a block costs an instruction per element.
-    forget = maximum(-weight * average, -largest(x.dtype))
-    return average + tl.fma(weight * x, x, forget)
+    """The same of x * x: finite where weight * x * x is, and inf (not NaN) once the average is inf."""
+    forget = minimum(weight * average, largest(x.dtype))
+    return tl.fma(weight * x, x, average - forget)
 
 
 @triton.jit

@@ -163,14 +163,14 @@ def update_block(
     else:  # Lanes past the end compute on ones, which no rule divides by zero, and store nothing.
         values = [tl.load(pointer, mask=mask, other=1.0).to(COMPUTE) for pointer in pointers]
     param = values[0]
-    # Without decay the param stays out of it: 0 * inf would put NaN into the states, and an infinite param must stay so.
+    # Without decay the param stays out of it: 0 * inf would put NaN into the states, and an infinite param must stay.
     scaled = values[1] * h.grad_scale
     grad = tl.where(h.l2 != 0.0, tl.fma(h.l2, param, scaled), scaled)
     update, states = RULE(h, param, grad, values[2:])
-    param -= tl.fma(h.decay, finite(param), update)
-    tl.store(pointers[0], narrow(param, stream_dtype(KIND, 0)), mask=mask)
     for i in tl.static_range(count_streams(KIND) - 2):
         tl.store(pointers[2 + i], narrow(states[i], stream_dtype(KIND, 2 + i)), mask=mask)
+    param -= tl.fma(h.decay, finite(param), update)
+    tl.store(pointers[0], narrow(param, stream_dtype(KIND, 0)), mask=mask)
 
 
 @triton.jit

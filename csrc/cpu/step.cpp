@@ -1,5 +1,6 @@
 // The CPU walker: one parallel region for the whole step, whatever the number of tensors, groups and dtypes.
-// setup.py compiles this file once per instruction set, with FUSED_ISA naming the namespace; simd.cpp chooses at run time.
+// setup.py compiles this file once per instruction set, with FUSED_ISA naming the namespace; simd.cpp chooses at run
+// time.
 #include "step.h"
 
 #include <algorithm>
@@ -15,7 +16,7 @@
 namespace fused_optim::FUSED_ISA {
 namespace {
 
-constexpr int kBlock = 256;           // elements between two looks at dtypes and prefetches; every stream's block stays in L1
+constexpr int kBlock = 256;  // elements between two looks at dtypes and prefetches; every stream's block stays in L1
 constexpr int kPrefetchBytes = 1024;  // how far ahead of the block
 
 // One tensor of a row: where it lies and what it holds.
@@ -91,7 +92,8 @@ void update_chunk(const Tables& t, int64_t row_number, int64_t chunk) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - element));
     T* p = open(param, element, count, scratch[0]);
     const T* g = open(grad, element, count, scratch[1]);
-    for (int s = 0; s < S; ++s) states[s] = open(Stream(row[kFirstState + s], row[kSignature], 2 + s), element, count, scratch[2 + s]);
+    for (int s = 0; s < S; ++s)
+      states[s] = open(Stream(row[kFirstState + s], row[kSignature], 2 + s), element, count, scratch[2 + s]);
     update_block<Rule, T, S>(h, p, g, states, count);
     close(param, element, count, p);
     for (int s = 0; s < S; ++s) close(Stream(row[kFirstState + s], row[kSignature], 2 + s), element, count, states[s]);

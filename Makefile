@@ -1,0 +1,51 @@
+# make demo   everything from nothing: environment, build, and a net trained with FusedAdamW beside torch's AdamW
+# make test   everything from nothing: environment, build, all tests that need no GPU
+# make gpu    on a CUDA machine whose python3 has torch: build, tests, sanitizer, benchmarks into bench/results/
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+PY := $(VENV)/bin/python
+PYTEST := $(PY) -m pytest -q -n $(JOBS)
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+
+.PHONY: demo test lint bench gpu asan clean
+
+demo: $(VENV)/built
+	$(PY) demo.py
+
+test: $(VENV)/built
+	$(PYTEST) tests
+	TRITON_INTERPRET=1 $(PYTEST) tests --ignore=tests/test_cuda_compile.py --ignore=tests/test_triton_compile.py
+	FUSED_OPTIM_CUDA_EMULATE=1 $(PYTEST) tests --ignore=tests/test_cuda_compile.py --ignore=tests/test_triton_compile.py
+	FUSED_OPTIM_ISA=baseline $(PYTEST) tests/test_numbers.py -k cpp
+	$(MAKE) asan
+
+# The extension built with the address sanitizer, under the tests that move memory about.
+asan: $(VENV)/built
+	PY=$(abspath $(PY)) bash tests/asan.sh
+
+lint: $(VENV)/installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(VENV)/built
+	$(PY) bench/step.py --suite cpu
+
+gpu:
+	PYTHON=$(PYTHON) bash bench/gpu.sh
+
+$(VENV)/installed: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	FUSED_OPTIM_CPP=1 $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info fused_optim/*.so $(VENV)

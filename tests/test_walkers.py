@@ -1,0 +1,73 @@
+"""The walkers alone, without torch: tables made by hand, under the sanitizers; and the conversions that they share."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+WALKERS = {
+    "cpu": ["tests/cpp/walk_cpu.cpp", "csrc/cpu/step.cpp"],
+    "cuda-emulated": ["tests/cpp/walk_cuda.cpp", "csrc/cuda/emulate.cpp"],
+}
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+
+
+def run(command: list[str]) -> str:
+    """Output of a command that must succeed, both streams."""
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
+    return done.stdout
+
+
+@needs_gxx
+@pytest.mark.parametrize("walker", WALKERS)
+def test_walker_against_double_precision(walker: str, tmp_path: Path) -> None:
+    """A driver without torch walks random tables; the address and undefined-behaviour sanitizers watch."""
+    driver = str(tmp_path / "driver")
+    sources = ["tests/cpp/driver.cpp", *WALKERS[walker]]
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    run(["g++", "-std=c++17", "-O1", "-g", "-fopenmp", *sanitizers, *sources, "-o", driver])
+    agreeing = re.search(r"(\d+) updates of single elements agree", run([driver, "0", "12"]))
+    assert agreeing and int(agreeing.group(1)) > 500_000
+
+
+@needs_gxx
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_conversions_round_as_torch(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Every two-byte number, the floats halfway between neighbours and their neighbours in turn, to the bit."""
+    name = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+    source, library = tmp_path / "convert.cpp", tmp_path / "convert.so"
+    source.write_text(f"""#include "{ROOT}/csrc/convert.h"
+extern "C" void narrow(uint16_t* out, const float* in, int n) {{
+  for (int i = 0; i < n; ++i) out[i] = fused_optim::float_to_{name}(in[i]);
+}}
+extern "C" void widen(float* out, const uint16_t* in, int n) {{
+  for (int i = 0; i < n; ++i) out[i] = fused_optim::{name}_to_float(in[i]);
+}}
+""")
+    # The flags of the CPU walker: the vectorised loop is the one that must be right.
+    run(["g++", "-std=c++17", "-O3", "-fno-trapping-math", "-fPIC", "-shared", str(source), "-o", str(library)])
+    convert = ctypes.CDLL(str(library))
+
+    halves = torch.arange(65536, dtype=torch.int32).to(torch.int16)
+    wide = torch.empty(65536)
+    convert.widen(ctypes.c_void_p(wide.data_ptr()), ctypes.c_void_p(halves.data_ptr()), 65536)
+    exact = halves.view(dtype).float()
+    number = ~exact.isnan()
+    assert torch.equal(wide.view(torch.int32)[number], exact.view(torch.int32)[number])
+    assert wide[~number].isnan().all()
+
+    finite = exact[exact.isfinite()].double().sort().values
+    middle = torch.cat([(finite[1:] + finite[:-1]) / 2, torch.tensor([65520.0, -65520.0, 1e30, -1e30])]).float()
+    infinity = torch.full_like(middle, torch.inf)
+    floats = torch.cat([exact, middle, middle.nextafter(infinity), middle.nextafter(-infinity)])
+    narrow = torch.empty(len(floats), dtype=torch.int16)
+    convert.narrow(ctypes.c_void_p(narrow.data_ptr()), ctypes.c_void_p(floats.data_ptr()), len(floats))
+    number = ~floats.isnan()
+    assert torch.equal(narrow[number], floats.to(dtype).view(torch.int16)[number])
+    assert narrow.view(dtype)[~number].isnan().all()
