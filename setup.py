@@ -148,4 +148,5 @@ class Build(build_ext):
             )
 
 
-setup(ext_modules=[Extension("fused_optim._C", sources=[])], cmdclass={"build_ext": Build})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("fused_optim._C", sources=[])], cmdclass={"build_ext": Build})

@@ -70,7 +70,7 @@ FUSED_HD Hyper<T> read_hyper(const double* in) {
 
 // What every rule shares: gradient scale and L2 before it, decoupled decay and the subtraction after it.
 template <class Rule, class T, int S>
-FUSED_HD T apply(const Hyper<T>& h, T param, T grad, T* state) {
+FUSED_HD T apply(const Hyper<T>& h, T param, T grad, T (&state)[S > 0 ? S : 1]) {
   const T scaled = grad * h.grad_scale;
   // Without decay the param stays out of it: 0 * inf would put NaN into the states, and an infinite param (a mask, say)
   // must stay what it is.

@@ -92,7 +92,7 @@ struct Adam {
   static constexpr int min_states = 2, max_states = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
 
   template <class T, int S>
-  FUSED_HD static T update(const Hyper<T>& h, T /*param*/, T grad, T* state) {
+  FUSED_HD static T update(const Hyper<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
     T exp_avg = state[0] = lerp(state[0], grad, h.weight1);
     T exp_avg_sq = state[1] = lerp_square(state[1], grad, h.weight2);
     if constexpr (S == 3) exp_avg_sq = state[2] = maximum(state[2], exp_avg_sq);

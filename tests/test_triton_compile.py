@@ -200,8 +200,7 @@ class Kernel:
         self.launches: list[tuple[tuple[int, ...], tuple[Any, ...]]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def run(*args: Any, num_warps: int, enable_fp_fusion: bool) -> Handle:
-            assert not enable_fp_fusion
+        def run(*args: Any, **options: Any) -> Handle:
             self.launches.append((grid, args))
             return self.handle
 
@@ -214,7 +213,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> tuple[Kernel, Kernel]:
     monkeypatch.setattr(launching, "prep_kernel", prep)
     monkeypatch.setattr(launching, "step_kernel", step)
     monkeypatch.setattr(launching, "_compiled", {})
-    monkeypatch.setattr(launching, "_warp_size", lambda: 32)
+    monkeypatch.setattr(launching, "_target", lambda: HOPPER)
     return prep, step
 
 

@@ -10,11 +10,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from .rules import RULES
-from .step import PREP_TENSORS, THREADS, pack_kind, prep_kernel, step_kernel
+from .step import PREP_TENSORS, THREADS, pack_kind, prep_kernel, step_kernel, vector_width
 
 Kinds = tuple[tuple[int, ...], ...]
 
-_compiled: dict[tuple[Any, ...], CompiledKernel] = {}
+INTERPRETER = GPUTarget("interpreter", 0, 32)
+
+_compiled: dict[tuple[torch.device, str, Kinds | None], CompiledKernel] = {}
 
 
 def launch(
@@ -43,13 +45,13 @@ def launch(
     scale = one if grad_scale is None else _float32_on(device, grad_scale)
     found = zero if found_inf is None else _float32_on(device, found_inf)
     programs = -(-tensors // PREP_TENSORS.value)
-    _start((device,), prep_kernel, programs, 1, rows, grads, lr, raw, group, hyper, scale, found, tensors)
+    _start((device, "prep", None), prep_kernel, programs, rows, grads, lr, raw, group, hyper, scale, found, tensors)
     if chunks:
         args = desc, rows, grads, hyper, RULES[rule], _packed(kinds)
-        _start((device, rule, kinds), step_kernel, chunks, THREADS.value // _warp_size(), *args)
+        _start((device, rule, kinds), step_kernel, chunks, *args)
 
 
-def _start(key: tuple[Any, ...], kernel: Any, programs: int, warps: int, *args: Any) -> None:
+def _start(key: tuple[torch.device, str, Kinds | None], kernel: Any, programs: int, *args: Any) -> None:
     """Runs a kernel through the handle that its first launch with this key left. `kernel[grid]` would work out the
     specialisation every time, at several times the cost, though it depends on nothing but the key: no argument is
     specialised on its value or alignment, and the table fixes the dtypes."""
@@ -57,7 +59,7 @@ def _start(key: tuple[Any, ...], kernel: Any, programs: int, warps: int, *args: 
     if handle is not None:
         handle[programs, 1, 1](*args)
         return
-    handle = kernel[programs, 1, 1](*args, num_warps=warps, enable_fp_fusion=False)
+    handle = kernel[programs, 1, 1](*args, **_options(key[2], _target()))
     if handle is not None:  # The interpreter has none.
         _compiled[key] = handle
 
@@ -78,27 +80,30 @@ def _packed(kinds: Kinds) -> tuple[int, ...]:
     return tuple(pack_kind(codes) for codes in kinds)
 
 
-@cache
-def _warp_size() -> int:
-    return 32 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().warp_size
+def _target() -> GPUTarget:
+    return INTERPRETER if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target()
+
+
+def _options(kinds: Kinds | None, target: GPUTarget) -> dict[str, Any]:
+    """How to compile the step kernel for these kinds, or prep (None)."""
+    options = {"num_warps": THREADS.value // target.warp_size if kinds else 1, "enable_fp_fusion": False}
+    # Left to itself, NVIDIA's assembler spills one of some 70 registers to fit one more block per SM; a limit keeps it
+    # from that. Kinds with four elements per access need no more than 64, and a limit would only make it use more.
+    if target.backend == "cuda" and any(vector_width(kind) != 4 for kind in _packed(kinds or ())):
+        options["maxnreg"] = 96
+    return options
 
 
 def compile_ahead(rule: str, kinds: Kinds, target: GPUTarget) -> CompiledKernel:
     """The step kernel as `launch` would have it compiled for a target, such as GPUTarget("cuda", 90, 32)."""
     constants = {"RULE": RULES[rule], "KINDS": _packed(kinds)}
-    pointers = {"desc": "*i64", "rows": "*i64", "grads": "*i64", "hyper": "*fp64"}
-    return _compile(step_kernel, pointers, constants, target, THREADS.value // target.warp_size)
+    arguments = {"desc": "*i64", "rows": "*i64", "grads": "*i64", "hyper": "*fp64"}
+    source = ASTSource(step_kernel, arguments | dict.fromkeys(constants, "constexpr"), constants)
+    return triton.compile(source, target=target, options=_options(kinds, target))
 
 
 def compile_prep_ahead(target: GPUTarget) -> CompiledKernel:
     """The prep kernel as `launch` would have it compiled for a target."""
     arguments = {"rows": "*i64", "grads": "*i64", "lr": "*i64", "raw": "*fp64", "group": "*i32", "hyper": "*fp64"}
     arguments |= {"grad_scale": "*fp32", "found_inf": "*fp32", "tensors": "i32"}
-    return _compile(prep_kernel, arguments, {}, target, 1)
-
-
-def _compile(
-    kernel: Any, arguments: dict[str, str], constants: dict[str, Any], target: GPUTarget, warps: int
-) -> CompiledKernel:
-    source = ASTSource(kernel, arguments | dict.fromkeys(constants, "constexpr"), constants)
-    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
+    return triton.compile(ASTSource(prep_kernel, arguments, {}), target=target, options=_options(None, target))

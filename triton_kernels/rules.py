@@ -76,7 +76,7 @@ def divide(x: tl.tensor, y: tl.tensor) -> tl.tensor:
 @triton.jit
 def lerp(average: tl.tensor, x: tl.tensor, weight: tl.tensor) -> tl.tensor:
     """(1 - weight) * average + weight * x. `weight` is rounded once from float64: 1 - float(weight) is closer to the
-    truth than float(beta), and the two still sum to 1. With weight 1 (beta 0) the old average is gone without a trace."""
+    truth than float(beta), and the two still sum to 1. With weight 1 (beta 0) the old average leaves no trace."""
     return tl.fma(weight, x, tl.fma(-weight, average, average))
 
 

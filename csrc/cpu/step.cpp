@@ -17,7 +17,7 @@ namespace fused_optim::FUSED_ISA {
 namespace {
 
 constexpr int kBlock = 256;  // elements between two looks at dtypes and prefetches; every stream's block stays in L1
-constexpr int kPrefetchBytes = 1024;  // how far ahead of the block
+constexpr int kPrefetchBytes = 512;  // how far ahead of the block
 
 // One tensor of a row: where it lies and what it holds.
 struct Stream {
@@ -37,7 +37,7 @@ template <class T>
 constexpr Dtype kNative = sizeof(T) == 4 ? kFloat32 : kFloat64;
 
 void prefetch(const char* from, int bytes) {
-  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + kPrefetchBytes + line, 1);
+  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + kPrefetchBytes + line);
 }
 
 // The block as T: the tensor's own memory where it holds T, else widened into `scratch`.
