@@ -109,6 +109,7 @@ class Build(build_ext):
         for isa, flags in sets.items():
             job("cpu/step.cpp", f"step_{isa}.o", [*common, *KERNEL_FLAGS, *flags, f"-DFUSED_ISA={isa}"])
         job("cpu/simd.cpp", "simd.o", common)
+        job("cpu/floor.cpp", "floor.o", common)
         job("cuda/emulate.cpp", "emulate.o", [*common, *KERNEL_FLAGS, *sets.get("avx2", [])])
         if with_cuda:
             job(

@@ -78,7 +78,7 @@ def draw(path: Path, results: list[Measured], baseline: str, title: str) -> None
     ]
     axis.set_xticks(marks, [f"{mark:g}" for mark in marks])
     axis.minorticks_off()
-    axis.set_xlim(min(ratios) / 1.35, max(ratios) * 1.35)
+    axis.set_xlim(min(0.7, min(ratios) / 1.35), max(ratios) * 1.35)
     axis.set_yticks(ticks, labels)
     axis.invert_yaxis()
     axis.grid(axis="x", color="#e3e3e3", linewidth=0.7, zorder=0)

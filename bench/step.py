@@ -11,6 +11,7 @@ Exits with 1 when the numbers of one of ours are wrong.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Collection
 from itertools import product
@@ -93,6 +94,10 @@ def main() -> int:
     peers = options.peers or suite.peers
     if options.baseline not in peers:
         peers = [options.baseline, *peers]
+
+    if device.type == "cpu" and (load := os.getloadavg()[0]) > 0.5:
+        # A parallel region waits for its last thread: one that lost its core costs whole time slices, not per cents.
+        print(f"Load average {load:.1f}: other processes are busy, and will be in the figures.", file=sys.stderr)
 
     results: list[Measured] = []
     impossible: dict[str, str] = {}

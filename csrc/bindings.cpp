@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "cpu/floor.h"
 #include "cpu/simd.h"
 #include "cuda/step.h"
 #include "watch.h"
@@ -44,20 +45,20 @@ void require_rule(bool found, const std::string& rule) {
                           "\"; rebuild it (pip install .) so that it matches the Python files");
 }
 
+// written: the streams one after the other, each as a list of as many tensors as `read`; tensor t of all has one size.
 void floor_pass_tensors(const std::vector<at::Tensor>& written, const std::vector<at::Tensor>& read) {
-  TORCH_CHECK(!written.empty() && (read.size() % written.size() == 0 || written.size() % read.size() == 0),
-              "floor_pass wants whole sets of streams");
+  TORCH_CHECK(!read.empty() && written.size() % read.size() == 0,
+              "floor_pass wants whole streams of as many tensors as are read");
   py::gil_scoped_release release;
-  std::vector<int64_t> addresses, sizes;
-  const size_t tensors = read.empty() ? written.size() : std::min(written.size(), read.size());
-  const size_t w = written.size() / tensors, r = read.size() / tensors;
+  const size_t tensors = read.size(), streams = written.size() / tensors;
+  std::vector<FloorRow> rows(tensors);
   for (size_t t = 0; t < tensors; ++t) {
-    for (size_t s = 0; s < w; ++s) addresses.push_back(reinterpret_cast<int64_t>(written[s * tensors + t].data_ptr()));
-    for (size_t s = 0; s < r; ++s) addresses.push_back(reinterpret_cast<int64_t>(read[s * tensors + t].data_ptr()));
-    sizes.push_back(static_cast<int64_t>(written[t].nbytes()));
+    rows[t].bytes = static_cast<int64_t>(read[t].nbytes());
+    for (size_t s = 0; s < streams; ++s) rows[t].streams.push_back(data<char>(written[s * tensors + t]));
+    rows[t].streams.push_back(data<char>(read[t]));
   }
-  floor_pass(addresses.data(), sizes.data(), static_cast<int64_t>(tensors), static_cast<int>(w), static_cast<int>(r),
-             threads_for(1 << 20));
+  TORCH_CHECK(floor_pass(rows, static_cast<int>(streams), at::get_num_threads()),
+              "floor_pass takes one to eight written streams");
 }
 
 }  // namespace
@@ -65,7 +66,6 @@ void floor_pass_tensors(const std::vector<at::Tensor>& written, const std::vecto
 PYBIND11_MODULE(_C, m) {
   m.attr("LAYOUT") = py::make_tuple(kChunk, kRowWidth, kRawWidth, kHyperWidth);
   m.def("instruction_set", [] { return instruction_set().name; });
-  m.def("threads", [] { return threads_for(1 << 20); });
 
   m.def("step_cpu", [](const std::string& rule, const at::Tensor& desc, const at::Tensor& rows, const at::Tensor& grads,
                        const at::Tensor& lr, const at::Tensor& raw, const at::Tensor& group, const at::Tensor& hyper,

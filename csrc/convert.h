@@ -29,13 +29,17 @@ FUSED_HD float bits_float(uint32_t bits) {
 FUSED_HD float bf16_to_float(uint16_t x) { return bits_float(static_cast<uint32_t>(x) << 16); }
 
 // Just under half of the last kept place, and one more where that place is odd: it carries when rounding must go up.
+// The upper half of what comes is the bfloat16, for numbers and for NaNs whose lower half is 0.
+FUSED_HD uint32_t round_to_upper_half(float x) {
+  const uint32_t bits = float_bits(x);
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
 FUSED_HD uint16_t float_to_bf16(float x) {
 #ifdef __CUDA_ARCH__
   return __bfloat16_as_ushort(__float2bfloat16_rn(x));
 #else
-  const uint32_t bits = float_bits(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+  return static_cast<uint16_t>(x != x ? 0x7fc0u : round_to_upper_half(x) >> 16);
 #endif
 }
 

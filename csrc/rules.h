@@ -57,11 +57,16 @@ FUSED_HD constexpr T largest() {
   return std::numeric_limits<T>::max();
 }
 
-// x, with infinities brought to the largest finite number: 0 * finite(x) is 0 where 0 * inf would be NaN.
+template <class T>
+FUSED_HD T absolute(T x) {
+  if constexpr (sizeof(T) == 4) return __builtin_fabsf(x);
+  else return __builtin_fabs(x);
+}
+
+// x, or 0 where it is inf or NaN: 0 * inf would be NaN.
 template <class T>
 FUSED_HD T finite(T x) {
-  T low = x > largest<T>() ? largest<T>() : x;
-  return low < -largest<T>() ? -largest<T>() : low;
+  return absolute(x) <= largest<T>() ? x : T(0);
 }
 
 // (1 - weight) * average + weight * x. `weight` is rounded once from float64: 1 - float(weight) is closer to the truth

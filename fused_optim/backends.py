@@ -35,7 +35,7 @@ def extension() -> ModuleType | str:
         if isinstance(error, ModuleNotFoundError):
             return "the C++ extension is not built (no C++ compiler when it was installed?)"
         return f"the C++ extension does not load with torch {torch.__version__}; reinstall fused_optim ({error})"
-    if module.LAYOUT != (CHUNK, ROW_WIDTH, RAW_WIDTH, HYPER_WIDTH):
+    if getattr(module, "LAYOUT", None) != (CHUNK, ROW_WIDTH, RAW_WIDTH, HYPER_WIDTH):
         return "the C++ extension is of another version than the Python files; rebuild it (pip install .)"
     return module
 

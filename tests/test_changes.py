@@ -19,6 +19,8 @@ from cases import (
     set_grads,
 )
 
+from fused_optim import backends
+
 AMSGRAD = CASES[5]
 SHAPES = [(5, 3), (), (40,), (9,)]
 
@@ -123,8 +125,11 @@ CHANGES: list[Change] = [
 ]
 
 
+for_every_change = pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+
+
 @on_every_target
-@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+@for_every_change
 def test_changes_between_steps_are_noticed(target: Target, change: Change) -> None:
     params = make_params(SHAPES, device=target.device)
     optimizer = build(AMSGRAD, target, params)
@@ -165,3 +170,34 @@ def test_params_in_reused_memory(target: Target) -> None:
             set_grads(params, random_grads(params, step))
             checked_step(optimizer, AMSGRAD.rule, 3.0)
         del params, optimizer
+
+
+REFERENCE = Target("reference", "cpu")
+
+
+@pytest.fixture
+def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a C++ compiler: Python looks at the tensors before each step."""
+    monkeypatch.setattr(backends, "extension", lambda: "the C++ extension is hidden from this test")
+
+
+@pytest.mark.usefixtures("no_extension")
+@for_every_change
+def test_changes_are_noticed_without_the_extension(change: Change) -> None:
+    test_changes_between_steps_are_noticed(REFERENCE, change)
+
+
+@pytest.mark.usefixtures("no_extension")
+def test_without_the_extension() -> None:
+    """Late params, gradients in reused memory and of changing layout, a stale graph: all as with the extension."""
+    test_gradients_in_reused_memory(REFERENCE)
+    params = make_params(SHAPES)
+    optimizer = build(AMSGRAD, REFERENCE, params)
+    for step, present in enumerate(["1000", "0000", "0101", "1111"]):
+        grads = random_grads(params, step)
+        set_grads(params, [g if bit == "1" else None for g, bit in zip(grads, present, strict=True)])
+        checked_step(optimizer, AMSGRAD.rule, 3.0)
+    loss = (params[0] ** 2).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

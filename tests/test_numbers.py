@@ -36,15 +36,16 @@ from cases import (
 )
 from torch import Tensor
 
-# Bounds in ulps, in the units of cases.scales; measured values in brackets (C++ on x86 with FMA, 7 cases).
-# One step from stored numbers to stored numbers: a handful of float32 operations that round once each [2.1]. The store
+# Bounds in ulps, in the units of cases.scales; measured values in brackets (C++ with FMA and plain PyTorch, 7 cases).
+# One step from stored numbers to stored numbers: a handful of float32 operations that round once each [2.9]. The store
 # of a 16-bit dtype adds half an ulp of its own, beside which those are nothing [0.50].
 ONE_STEP = 3.0
 ONE_STEP_16BIT = 0.6
 # Float64 has no wider arithmetic above it: 1 - beta2**t loses up to three digits in the oracle too [23].
 ONE_STEP_FLOAT64 = 200.0
-# 100 steps from the same start, each side on its own path: roundings add up like a random walk [8.7].
-HUNDRED_STEPS = 12.0
+# 100 steps from the same start, each side on its own path: roundings add up like a random walk [params 8.9,
+# exp_avg_sq 10.7].
+HUNDRED_STEPS = 16.0
 
 
 def one_step_bound(dtype: torch.dtype) -> float:
@@ -70,7 +71,7 @@ def free_run(optimizer: Any, case: Case, steps: int) -> dict[str, float]:
 @for_every_case
 def test_hundred_steps_stay_at_the_oracle(case: Case, target: Target) -> None:
     optimizer = build(case, target, make_params([(1000,), (3, 5)], device=target.device))
-    worst = free_run(optimizer, case, quick(target, 100, 6))
+    worst = free_run(optimizer, case, quick(target, 100, 4))
     assert max(worst.values()) <= HUNDRED_STEPS, worst
 
 
@@ -93,7 +94,7 @@ def test_every_step_rounds_once(case: Case, target: Target, dtype: torch.dtype) 
 def test_like_torch_for_loop(case: Case, target: Target) -> None:
     ours = build(case, target, make_params(device=target.device))
     theirs = build_torch(case, make_params(device=target.device))
-    train([ours, theirs], quick(target, 20, 3))
+    train([ours, theirs], quick(target, 20, 2))
     assert_like_torch(ours, theirs)
 
 
@@ -103,7 +104,7 @@ def test_float64_like_torch_for_loop(case: Case, target: Target) -> None:
     """With 29 more bits than float32 the formulas must agree, not only the rounding."""
     ours = build(case, target, make_params(dtype=torch.float64, device=target.device))
     theirs = build_torch(case, make_params(dtype=torch.float64, device=target.device))
-    train([ours, theirs], quick(target, 20, 3))
+    train([ours, theirs], quick(target, 20, 2))
     assert_like_torch(ours, theirs, rtol=1e-12, atol=1e-13)
 
 

@@ -51,8 +51,8 @@ def minimum(a: tl.tensor, b: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def finite(x: tl.tensor) -> tl.tensor:
-    """x, with infinities brought to the largest finite number: 0 * finite(x) is 0 where 0 * inf would be NaN."""
-    return maximum(minimum(x, largest(x.dtype)), -largest(x.dtype))
+    """x, or 0 where it is inf or NaN: 0 * inf would be NaN."""
+    return tl.where(tl.abs(x) <= largest(x.dtype), x, 0.0)
 
 
 @triton.jit
