@@ -9,6 +9,8 @@ VENV ?= .venv
 JOBS ?= 2
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -q -n $(JOBS)
+# The tests that go over every backend; the others look at compilers' output and would only repeat themselves.
+NUMBERS := tests --ignore=tests/test_cuda_compile.py --ignore=tests/test_triton_compile.py --ignore=tests/test_walkers.py
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 .PHONY: demo test lint bench gpu asan clean
@@ -18,8 +20,8 @@ demo: $(VENV)/built
 
 test: $(VENV)/built
 	$(PYTEST) tests
-	TRITON_INTERPRET=1 $(PYTEST) tests --ignore=tests/test_cuda_compile.py --ignore=tests/test_triton_compile.py
-	FUSED_OPTIM_CUDA_EMULATE=1 $(PYTEST) tests --ignore=tests/test_cuda_compile.py --ignore=tests/test_triton_compile.py
+	TRITON_INTERPRET=1 FUSED_OPTIM_TEST_BACKENDS=triton $(PYTEST) $(NUMBERS)
+	FUSED_OPTIM_CUDA_EMULATE=1 FUSED_OPTIM_TEST_BACKENDS=cuda $(PYTEST) $(NUMBERS)
 	FUSED_OPTIM_ISA=baseline $(PYTEST) tests/test_numbers.py -k cpp
 	$(MAKE) asan
 
@@ -30,6 +32,7 @@ asan: $(VENV)/built
 lint: $(VENV)/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files 'csrc/**' 'tests/cpp/*')
 	$(PY) -m mypy
 
 bench: $(VENV)/built

@@ -10,9 +10,8 @@
 namespace fused_optim {
 namespace {
 
-int threads_for(int64_t chunks) {
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), chunks / 2)));
-}
+// Waking a second thread takes longer than a small step. A chunk costs some 64 elements before its first one.
+int threads_for(int64_t elements, int64_t chunks) { return elements + 64 * chunks < 32768 ? 1 : at::get_num_threads(); }
 
 template <class T>
 T* data(const at::Tensor& tensor) {
@@ -67,17 +66,18 @@ PYBIND11_MODULE(_C, m) {
   m.attr("LAYOUT") = py::make_tuple(kChunk, kRowWidth, kRawWidth, kHyperWidth);
   m.def("instruction_set", [] { return instruction_set().name; });
 
-  m.def("step_cpu", [](const std::string& rule, const at::Tensor& desc, const at::Tensor& rows, const at::Tensor& grads,
-                       const at::Tensor& lr, const at::Tensor& raw, const at::Tensor& group, const at::Tensor& hyper,
-                       const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf) {
-    const Tables t = tables(desc, rows, grads, lr, raw, group, hyper, grad_scale, found_inf);
-    bool found;
-    {
-      py::gil_scoped_release release;
-      found = instruction_set().step(rule.c_str(), t, threads_for(t.chunks));
-    }
-    require_rule(found, rule);
-  });
+  m.def("step_cpu",
+        [](const std::string& rule, const at::Tensor& desc, const at::Tensor& rows, const at::Tensor& grads,
+           const at::Tensor& lr, const at::Tensor& raw, const at::Tensor& group, const at::Tensor& hyper,
+           const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf, int64_t elements) {
+          const Tables t = tables(desc, rows, grads, lr, raw, group, hyper, grad_scale, found_inf);
+          bool found;
+          {
+            py::gil_scoped_release release;
+            found = instruction_set().step(rule.c_str(), t, threads_for(elements, t.chunks));
+          }
+          require_rule(found, rule);
+        });
 
   m.def("step_cuda_emulated",
         [](const std::string& rule, const at::Tensor& desc, const at::Tensor& rows, const at::Tensor& grads,

@@ -21,18 +21,18 @@ bool plain(const at::Tensor& t) {
   return t.layout() == at::kStrided && !t.is_conj() && !t.is_neg() && !t.key_set().has(c10::DispatchKey::Python);
 }
 
-}  // namespace
+constexpr size_t kAhead = 12;  // rows, or groups
 
-Watched::Watched(const at::Tensor& t)
-    : impl(t.getIntrusivePtr()),
-      storage(impl->unsafe_storage().unsafeGetStorageImpl()),
-      data(storage->data()),
-      offset(impl->storage_offset()),
-      numel(impl->numel()),
-      dtype(impl->dtype()),
-      contiguous(impl->is_contiguous()) {
-  if (!contiguous) strides = t.strides().vec();
+void prefetch_lines(const void* object, int lines) {
+  for (int line = 0; line < lines; ++line) __builtin_prefetch(static_cast<const char*>(object) + 64 * line);
 }
+
+void prefetch_tensor(const void* impl, const void* storage) {
+  prefetch_lines(impl, 4);
+  __builtin_prefetch(storage);
+}
+
+}  // namespace
 
 Watch::Watch(py::list groups, py::dict state, const std::vector<std::tuple<std::string, int, int>>& columns,
              at::Tensor raw, at::Tensor lr)
@@ -40,7 +40,7 @@ Watch::Watch(py::list groups, py::dict state, const std::vector<std::tuple<std::
   for (const auto& item : state_) states_.push_back(py::reinterpret_borrow<py::object>(item.second));
   for (const auto& [key, first, count] : columns) columns_.push_back({py::str(key), first, count});
   for (py::handle handle : groups_) {
-    WatchedGroup watched{py::reinterpret_borrow<py::object>(handle), py::list(), {}, {}, false};
+    WatchedGroup watched{py::reinterpret_borrow<py::object>(handle), py::list(), {}, {}, false, nullptr, nullptr};
     PyObject *key, *value;
     Py_ssize_t position = 0;
     while (PyDict_Next(handle.ptr(), &position, &key, &value)) {
@@ -48,6 +48,8 @@ Watch::Watch(py::list groups, py::dict state, const std::vector<std::tuple<std::
       watched.items.push_back(py::reinterpret_borrow<py::object>(value));
     }
     watched.params = py::cast<py::list>(py::cast<py::dict>(handle)["params"]);
+    watched.keys = reinterpret_cast<PyDictObject*>(handle.ptr())->ma_keys;
+    watched.param_array = reinterpret_cast<PyListObject*>(watched.params.ptr())->ob_item;
     for (py::handle param : watched.params) watched.members.push_back(py::reinterpret_borrow<py::object>(param));
     watched_groups_.push_back(std::move(watched));
     int ignored = 0;
@@ -62,19 +64,48 @@ void Watch::add_pending(py::object param) { pending_.push_back(unpack(param)); }
 
 void Watch::add_row(py::object param, at::Tensor target, py::dict state, at::ScalarType grad_dtype, at::Tensor grads,
                     int64_t number) {
-  WatchedRow row;
+  WatchedRow row{};
   row.param = unpack(param);
   row.target = std::move(target);
-  row.placed = Watched(row.param);
+  row.state = state.ptr();
+  row.grad_slot = grads.mutable_data_ptr<int64_t>() + number;
   row.grad_dtype = grad_dtype;
-  row.grads = std::move(grads);
-  row.grad_slot = row.grads.mutable_data_ptr<int64_t>() + number;
+  row.first_place = static_cast<int>(places_.size());
+  row.first_entry = static_cast<int>(entries_.size());
+  add_place(row.param);
   for (const auto& item : state) {
-    row.entries.push_back(py::reinterpret_borrow<py::object>(item.second));
-    if (THPVariable_Check(item.second.ptr())) row.states.emplace_back(unpack(item.second));
+    alive_.push_back(py::reinterpret_borrow<py::object>(item.second));
+    entries_.push_back(item.second.ptr());
+    if (THPVariable_Check(item.second.ptr())) add_place(unpack(item.second));
   }
-  row.state = std::move(state);
+  row.places = static_cast<int>(places_.size()) - row.first_place;
+  row.entries = static_cast<int>(entries_.size()) - row.first_entry;
+  row.state_keys = reinterpret_cast<PyDictObject*>(row.state)->ma_keys;
+  row.autograd_meta = torch::autograd::impl::get_autograd_meta(row.param);
+  alive_.push_back(std::move(state));
+  alive_tensors_.push_back(std::move(grads));
   rows_.push_back(std::move(row));
+}
+
+void Watch::add_place(const at::Tensor& tensor) {
+  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  const c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  int strides = -1;
+  if (!tensor.is_contiguous()) {
+    strides = static_cast<int>(strides_.size());
+    strides_.push_back(tensor.strides().vec());
+  }
+  places_.push_back(
+      {impl, storage, storage->data(), impl->storage_offset(), impl->numel(), tensor.scalar_type(), strides});
+  alive_tensors_.push_back(tensor);
+}
+
+bool Watch::same(const Place& place) const {
+  const c10::TensorImpl& impl = *place.impl;
+  return impl.unsafe_storage().unsafeGetStorageImpl() == place.storage && place.storage->data() == place.data &&
+         impl.storage_offset() == place.offset && impl.numel() == place.numel &&
+         c10::typeMetaToScalarType(impl.dtype()) == place.dtype && impl.is_contiguous() == (place.strides < 0) &&
+         (place.strides < 0 || impl.strides().equals(strides_[place.strides]));
 }
 
 int Watch::look() {
@@ -83,37 +114,64 @@ int Watch::look() {
   held_.reserve(rows_.size());
   if (static_cast<size_t>(PyList_GET_SIZE(groups_.ptr())) != watched_groups_.size()) return kRebuild;
   for (size_t index = 0; index < watched_groups_.size(); ++index) {
+    if (index + kAhead < watched_groups_.size()) prefetch_group(watched_groups_[index + kAhead]);
     if (!look_at_group(index, answer)) return kRebuild;
   }
   for (const at::Tensor& param : pending_) {
     if (param.grad().defined()) return kRebuild;
   }
-  if (!look_at_states()) return kRebuild;
-  for (WatchedRow& row : rows_) {
-    if (!row.placed.same() || !look_at_grad(row, answer)) return kRebuild;
+  if (!look_at_state()) return kRebuild;
+  for (size_t ahead = 0; ahead < kAhead; ++ahead) prefetch(ahead);
+  for (size_t number = 0; number < rows_.size(); ++number) {
+    prefetch(number + kAhead);
+    WatchedRow& row = rows_[number];
+    if (!look_at_row(row) || !look_at_grad(row, answer)) return kRebuild;
   }
   return answer;
 }
 
-bool Watch::look_at_states() const {
+void Watch::prefetch_group(const WatchedGroup& group) const {
+  __builtin_prefetch(group.group.ptr());
+  prefetch_lines(group.keys, 10);
+  prefetch_lines(group.items.data(), 3);
+  __builtin_prefetch(group.members.data());
+  __builtin_prefetch(group.params.ptr());
+  __builtin_prefetch(group.param_array);
+}
+
+void Watch::prefetch(size_t number) const {
+  if (number >= rows_.size()) return;
+  const WatchedRow& row = rows_[number];
+  for (int i = 0; i < row.places; ++i) {
+    const Place& place = places_[row.first_place + i];
+    prefetch_tensor(place.impl, place.storage);
+  }
+  prefetch_tensor(row.grad, row.grad_storage);
+  __builtin_prefetch(row.state);
+  __builtin_prefetch(row.autograd_meta);
+  prefetch_lines(row.state_keys, 3);
+}
+
+bool Watch::look_at_state() const {
   PyObject *key, *value;
   Py_ssize_t position = 0;
   size_t entries = 0;
   while (PyDict_Next(state_.ptr(), &position, &key, &value)) {
     if (entries == states_.size() || states_[entries++].ptr() != value) return false;
   }
-  if (entries != states_.size()) return false;
+  return entries == states_.size();
+}
 
-  for (const WatchedRow& row : rows_) {
-    entries = 0;
-    position = 0;
-    while (PyDict_Next(row.state.ptr(), &position, &key, &value)) {
-      if (entries == row.entries.size() || row.entries[entries++].ptr() != value) return false;
-    }
-    if (entries != row.entries.size()) return false;
-    for (const Watched& state : row.states) {
-      if (!state.same()) return false;
-    }
+bool Watch::look_at_row(const WatchedRow& row) const {
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  int entries = 0;
+  while (PyDict_Next(row.state, &position, &key, &value)) {
+    if (entries == row.entries || entries_[row.first_entry + entries++] != value) return false;
+  }
+  if (entries != row.entries) return false;
+  for (int i = 0; i < row.places; ++i) {
+    if (!same(places_[row.first_place + i])) return false;
   }
   return true;
 }
@@ -216,6 +274,10 @@ bool Watch::look_at_grad(WatchedRow& row, int& answer) {
     if (address == 0) address = kEmpty;
   }
   if (*row.grad_slot != address) {
+    if (address != 0) {
+      row.grad = held_.back().unsafeGetTensorImpl();
+      row.grad_storage = row.grad->unsafe_storage().unsafeGetStorageImpl();
+    }
     *row.grad_slot = address;
     answer |= kGradsMoved;
   }

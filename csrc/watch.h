@@ -8,39 +8,36 @@
 
 namespace fused_optim {
 
-// A tensor as it was when the tables were built. Past the walks below lie some thousand tensors at every step: each
-// check is a load and a compare.
-struct Watched {
-  c10::intrusive_ptr<c10::TensorImpl> impl;
-  const c10::StorageImpl* storage = nullptr;
-  const void* data = nullptr;
-  int64_t offset = 0;
-  int64_t numel = 0;
-  caffe2::TypeMeta dtype;
-  bool contiguous = false;
-  std::vector<int64_t> strides;  // empty where contiguous, as most are: the flag then says all
+// Past the walk below lie some thousand tensors at every step, and after a pass over the model all of this has left the
+// caches: hence the flat arrays, of what is looked at and no more.
 
-  Watched() = default;
-  explicit Watched(const at::Tensor& t);
-
-  bool same() const {
-    return impl->unsafe_storage().unsafeGetStorageImpl() == storage && storage->data() == data &&
-           impl->storage_offset() == offset && impl->numel() == numel && impl->dtype() == dtype &&
-           impl->is_contiguous() == contiguous && (contiguous || impl->strides().equals(strides));
-  }
+// A tensor as it was when the tables were built.
+struct Place {
+  const c10::TensorImpl* impl;
+  const c10::StorageImpl* storage;
+  const void* data;
+  int64_t offset;
+  int64_t numel;
+  at::ScalarType dtype;
+  int strides;  // where in `strides_`, -1 where contiguous: the flag then says all
 };
 
 // One row of the table.
 struct WatchedRow {
   at::Tensor param;
-  at::Tensor target;  // the memory that the kernel updates: the param, or its dense copy where the param has holes
-  Watched placed;     // the param's place
-  py::object state;   // optimizer.state[param]
-  std::vector<py::object> entries;  // its values
-  std::vector<Watched> states;      // the tensors among them
+  at::Tensor target;   // the memory that the kernel updates: the param, or its dense copy where the param has holes
+  PyObject* state;     // optimizer.state[param]
+  int64_t* grad_slot;  // this row's place in a table's `grads`
   at::ScalarType grad_dtype;
-  at::Tensor grads;    // the table's
-  int64_t* grad_slot;  // this row's place in it
+  int first_place;  // in `places_`: the param, then the tensors among its states
+  int first_entry;  // in `entries_`: the values of `state`
+  int places, entries;
+  // Where the last look found things that no Place points to. Asked for some rows ahead and never read: a stale one
+  // costs nothing, but one miss after the other would cost more than the whole step.
+  const void* state_keys;
+  const void* autograd_meta;
+  const c10::TensorImpl* grad;
+  const c10::StorageImpl* grad_storage;
 };
 
 // A key of a group, and the columns of raw that its value fills.
@@ -54,8 +51,9 @@ struct WatchedGroup {
   py::object group;
   py::list params;
   std::vector<py::object> members;
-  std::vector<py::object> items;  // key, value, key, value, ...
-  bool volatile_values;           // holds tensors or lists, which change without changing identity
+  std::vector<py::object> items;   // key, value, key, value, ...
+  bool volatile_values;            // holds tensors or lists, which change without changing identity
+  const void *keys, *param_array;  // where dict and list keep their own, for prefetches alone
 };
 
 class Watch {
@@ -81,8 +79,13 @@ class Watch {
   void done();
 
  private:
+  void add_place(const at::Tensor& tensor);
   bool look_at_group(size_t index, int& answer);
-  bool look_at_states() const;
+  bool look_at_state() const;
+  bool look_at_row(const WatchedRow& row) const;
+  bool same(const Place& place) const;
+  void prefetch(size_t row) const;
+  void prefetch_group(const WatchedGroup& group) const;
   bool read_hyperparameters(size_t index, int& answer);
   bool look_at_grad(WatchedRow& row, int& answer);
 
@@ -93,6 +96,11 @@ class Watch {
   std::vector<WatchedGroup> watched_groups_;
   std::vector<py::object> states_;  // the values of optimizer.state, in order
   std::vector<WatchedRow> rows_;
+  std::vector<Place> places_;
+  std::vector<PyObject*> entries_;
+  std::vector<std::vector<int64_t>> strides_;
+  std::vector<py::object> alive_;  // all that the raw pointers point to
+  std::vector<at::Tensor> alive_tensors_;
   std::vector<at::Tensor> pending_;
   std::vector<at::Tensor> held_;  // gradients in use, so that nobody frees them while the GIL is released
 };

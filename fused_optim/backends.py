@@ -120,7 +120,7 @@ def _step_cuda(table: Table, moved: int, grad_scale: Tensor | None, found_inf: T
 
 
 def _step_cpp(table: Table, moved: int, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    built().step_cpu(table.rule.name, *_arrays(table), grad_scale, found_inf)
+    built().step_cpu(table.rule.name, *_arrays(table), grad_scale, found_inf, table.elements)
 
 
 def _step_reference(table: Table, moved: int, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

@@ -38,6 +38,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_Fork.remember)
 
 
+def _float32(scalar: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if scalar is None else scalar.to(device, torch.float32, non_blocking=True)
+
+
 class _Uncast:
     """Carries a state through torch's load_state_dict, which would cast it to its param's dtype."""
 
@@ -113,26 +117,27 @@ class FusedOptimizer(Optimizer):
         moved = self._watch.look() if watched else REBUILD
         if moved & REBUILD:
             moved = self._rebuild()
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scaling = self.__dict__  # GradScaler puts its two tensors here, and takes them away after the step
         for table, backend in self._tables:
-            self._step_table(table, backend, moved, grad_scale, found_inf)
+            grad_scale, found_inf = (_float32(scaling.get(key), table.device) for key in ("grad_scale", "found_inf"))
+            if table.copies:
+                self._step_copies(table, backend, moved, grad_scale, found_inf)
+            else:
+                backend.step(table, moved, grad_scale, found_inf)
         self._watch.done()
         return loss
 
-    def _step_table(
-        self, table: Table, backend: backends.Backend, moved: int, grad_scale: Tensor | None, found_inf: Tensor | None
+    @staticmethod
+    @torch.no_grad()
+    def _step_copies(
+        table: Table, backend: backends.Backend, moved: int, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        if grad_scale is not None:
-            grad_scale = grad_scale.to(table.device, torch.float32, non_blocking=True)
-        if found_inf is not None:
-            found_inf = found_inf.to(table.device, torch.float32, non_blocking=True)
-        with torch.no_grad():
-            for row in table.copies:
-                row.target.copy_(row.param)
-            backend.step(table, moved, grad_scale, found_inf)
-            for row in table.copies:
-                if row.param.grad is not None:
-                    row.param.copy_(row.target)
+        for row in table.copies:
+            row.target.copy_(row.param)
+        backend.step(table, moved, grad_scale, found_inf)
+        for row in table.copies:
+            if row.param.grad is not None:
+                row.param.copy_(row.target)
 
     def _check_capture(self) -> None:
         # The name before torch 2.10 is the second one.

@@ -78,6 +78,7 @@ def step_row(table: Table, row: Row, grad_scale: float) -> None:
         real_view(old).copy_(new)
 
 
+@torch.no_grad()
 def step(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     if found_inf is not None and found_inf.item():
         return

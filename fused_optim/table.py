@@ -137,6 +137,7 @@ class Table:
         slow = torch.tensor([any(t.data_ptr() % ALIGNMENT for t in row.tensors) for row in rows]).long()
         numel = torch.tensor([row.target.numel() * (2 if row.target.is_complex() else 1) for row in rows])
         self.kinds = tuple(kinds)
+        self.elements = int(numel.sum())
 
         chunks = (numel + CHUNK - 1) // CHUNK
         row = torch.repeat_interleave(torch.arange(len(rows)), chunks)
