@@ -31,7 +31,9 @@ INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
-CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+# Without contraction here too: the rules say where they fuse, and a * b + c elsewhere must round as it does on the CPU.
+CUDA_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC"]
+CUDA_ARCHITECTURES = ["8.0", "9.0", "10.0"]  # those of them that the compiler knows, and PTX of the last for later ones
 
 
 def switch(name: str) -> bool | None:
@@ -45,11 +47,15 @@ def nvcc() -> str | None:
     return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None) or shutil.which("nvcc")
 
 
-def gencode() -> list[str]:
+def gencode(compiler: str) -> list[str]:
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
+    entries = [entry for entry in wanted if entry]
+    if not entries:
+        known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+        entries = [entry for entry in CUDA_ARCHITECTURES if f"compute_{entry.replace('.', '')}" in known]
+        entries[-1:] = [f"{entry}+PTX" for entry in entries[-1:]]
     flags = []
-    for entry in os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES).replace(" ", ";").split(";"):
-        if not entry:
-            continue
+    for entry in entries:
         number = entry.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if entry.endswith("+PTX"):
@@ -79,65 +85,65 @@ class Build(build_ext):
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
         if compiler is None:
             raise RuntimeError("there is no C++ compiler (g++) on this machine")
+        out = Path(self.build_temp)
+        out.mkdir(parents=True, exist_ok=True)
+        cuda = self.compile_cuda(out, torch.version.cuda is not None)
 
         debug = bool(switch("FUSED_OPTIM_DEBUG"))
         optimise = ["-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer"] if debug else ["-O3"]
         common = [*compiler.split(), "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", *optimise, *WARNINGS]
-        if torch.__version__ >= "2.13" or not hasattr(torch._C, "_GLIBCXX_USE_CXX11_ABI"):
-            abi = "1"
-        else:
-            abi = str(int(torch._C._GLIBCXX_USE_CXX11_ABI))
-        torch_flags = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-        torch_flags += [f"-isystem{sysconfig.get_paths()['include']}", f"-D_GLIBCXX_USE_CXX11_ABI={abi}", "-std=c++20"]
-
-        with_cuda = switch("FUSED_OPTIM_CUDA")
-        if with_cuda is None:
-            with_cuda = nvcc() is not None and torch.version.cuda is not None
-        if with_cuda and nvcc() is None:
-            raise RuntimeError("FUSED_OPTIM_CUDA=1, and there is no nvcc on the PATH or under CUDA_HOME")
-
-        out = Path(self.build_temp)
-        out.mkdir(parents=True, exist_ok=True)
-        jobs: list[list[str]] = []
-
-        def job(source: str, name: str, command: list[str]) -> None:
-            jobs.append([*command, "-c", str(CSRC / source), "-o", str(out / name)])
-
-        for source in ("watch.cpp", "bindings.cpp"):
-            job(source, source.replace(".cpp", ".o"), [*common, *torch_flags, *(["-DWITH_CUDA"] if with_cuda else [])])
+        abi = int(getattr(torch._C, "_GLIBCXX_USE_CXX11_ABI", True))
+        includes = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
+        for_torch = [
+            *common,
+            "-std=c++20",
+            f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
+            *(f"-isystem{path}" for path in includes),
+        ]
+        if cuda:
+            for_torch.append("-DWITH_CUDA")
         sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
-        for isa, flags in sets.items():
-            job("cpu/step.cpp", f"step_{isa}.o", [*common, *KERNEL_FLAGS, *flags, f"-DFUSED_ISA={isa}"])
-        job("cpu/simd.cpp", "simd.o", common)
-        job("cpu/floor.cpp", "floor.o", common)
-        job("cuda/emulate.cpp", "emulate.o", [*common, *KERNEL_FLAGS, *sets.get("avx2", [])])
-        if with_cuda:
-            job(
-                "cuda/step.cu",
-                "step_cuda.o",
-                [
-                    str(nvcc()),
-                    "-O3",
-                    "-std=c++17",
-                    "-fmad=false",
-                    "--expt-relaxed-constexpr",
-                    "-Xcompiler",
-                    "-fPIC",
-                    *gencode(),
-                ],
-            )
 
+        jobs = [
+            [*for_torch, "-c", str(CSRC / f"{name}.cpp"), "-o", str(out / f"{name}.o")]
+            for name in ("watch", "bindings")
+        ]
+        for isa, flags in sets.items():
+            kernel = [*common, *KERNEL_FLAGS, *flags, f"-DFUSED_ISA={isa}"]
+            jobs.append([*kernel, "-c", str(CSRC / "cpu/step.cpp"), "-o", str(out / f"step_{isa}.o")])
+        emulated = [*common, *KERNEL_FLAGS, *sets.get("avx2", [])]
+        jobs.append([*emulated, "-c", str(CSRC / "cuda/emulate.cpp"), "-o", str(out / "emulate.o")])
+        for name in ("simd", "floor"):
+            jobs.append([*common, "-c", str(CSRC / f"cpu/{name}.cpp"), "-o", str(out / f"{name}.o")])
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             list(pool.map(self.call, jobs))
 
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch_python"]
-        if with_cuda:
-            cuda_lib = Path(str(nvcc())).resolve().parent.parent / "lib64"
-            libraries += [f"-L{cuda_lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu", "-ltorch_python"]
         objects = [command[-1] for command in jobs]
-        self.call([*compiler.split(), "-shared", "-fopenmp", *optimise, *objects, *libraries, "-o", str(target)])
+        if cuda:  # nvcc knows where its runtime lies, and links it statically
+            linker = [cuda[0], "-shared", "-Xcompiler", ",".join(["-fopenmp", *optimise])]
+            self.call([*linker, *objects, cuda[1], *libraries, "-o", str(target)])
+        else:
+            self.call([*compiler.split(), "-shared", "-fopenmp", *optimise, *objects, *libraries, "-o", str(target)])
+
+    def compile_cuda(self, out: Path, torch_has_cuda: bool) -> tuple[str, str] | None:
+        """nvcc and the object that it made, where there shall be one. Fails only where it was asked for by name."""
+        wanted, compiler = switch("FUSED_OPTIM_CUDA"), nvcc()
+        if wanted is False or (wanted is None and not (compiler and torch_has_cuda)):
+            return None
+        if compiler is None:
+            raise RuntimeError("FUSED_OPTIM_CUDA=1, and there is no nvcc on the PATH or under CUDA_HOME")
+        made = str(out / "step_cuda.o")
+        try:
+            self.call([compiler, *CUDA_FLAGS, *gencode(compiler), "-c", str(CSRC / "cuda/step.cu"), "-o", made])
+        except RuntimeError as error:
+            if wanted:
+                raise
+            print(f"fused_optim: building without the CUDA kernel, because {error}", file=sys.stderr)
+            return None
+        return compiler, made
 
     def call(self, command: list[str]) -> None:
         print(" ".join(command), flush=True)

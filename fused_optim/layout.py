@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .table import DTYPE_CODES, Row, is_dense, real_dtype, same_strides
 
@@ -19,6 +20,11 @@ def check_param(param: Tensor) -> None:
     if real_dtype(param.dtype) not in DTYPE_CODES:
         raise TypeError(
             f"params must be {SUPPORTED}, but got one of {param.dtype}; leave it out of the optimizer or convert it"
+        )
+    if is_traceable_wrapper_subclass(param):
+        raise RuntimeError(
+            f"params must be plain tensors, but got a {type(param).__name__}, which wraps others; "
+            "give the optimizer the tensors inside (of a DTensor: .to_local())"
         )
     if param.layout != torch.strided:
         raise RuntimeError(f"params must be dense tensors, but got one with layout {param.layout}")

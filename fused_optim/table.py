@@ -19,6 +19,7 @@ ALIGNMENT = 16  # bytes of the widest access
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 REAL_DTYPES = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 ABSENT = 15
+MAX_KINDS = 128  # what desc has bits for
 EMPTY = 16  # stands in `grads` for the address of a gradient without elements, which is null
 
 
@@ -137,6 +138,11 @@ class Table:
         slow = torch.tensor([any(t.data_ptr() % ALIGNMENT for t in row.tensors) for row in rows]).long()
         numel = torch.tensor([row.target.numel() * (2 if row.target.is_complex() else 1) for row in rows])
         self.kinds = tuple(kinds)
+        if len(kinds) > MAX_KINDS:
+            raise RuntimeError(
+                f"the tensors of one device may have at most {MAX_KINDS} combinations of param, gradient and state "
+                f"dtypes, but have {len(kinds)}; use several optimizers"
+            )
         self.elements = int(numel.sum())
 
         chunks = (numel + CHUNK - 1) // CHUNK

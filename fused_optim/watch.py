@@ -21,7 +21,7 @@ def placement(tensor: Tensor) -> tuple[Any, ...]:
 
 def dense_grad(grad: Tensor, target: Tensor) -> Tensor:
     """The gradient in the memory layout of the tensor that it updates; itself where it has that layout already."""
-    if same_strides(grad, target) and not grad.is_conj() and not grad.is_neg():
+    if same_strides(grad, target) and not (grad.is_conj() or grad.is_neg() or grad._is_zerotensor()):
         return grad
     with torch.no_grad():
         return torch.empty_strided(target.shape, target.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import CASES, HAS_CUDA, Target, assert_equal, build, make_params, on_every_target, random_grads, set_grads
 from torch.optim import Optimizer
+from torch.testing._internal.two_tensor import TwoTensor
 
 AMSGRAD = CASES[5]
 SENTENCE = re.compile(r"(\S+\s+){8,}\S+")  # torch's messages have neither capitals nor full stops
@@ -100,6 +101,26 @@ def test_sparse_error_is_torchs() -> None:
         message = "Adam does not support sparse gradients, please consider SparseAdam instead"
         with pytest.raises(RuntimeError, match=message):
             optimizer.step()
+
+
+def test_wrapping_subclasses_are_refused() -> None:
+    """Their own address is null: the memory is that of the tensors inside."""
+    inside = torch.ones(4)
+    with pytest.raises(RuntimeError, match=r"must be plain tensors, but got a TwoTensor.*to_local"):
+        CASES[0].ours([TwoTensor(inside, inside.clone()).requires_grad_()])
+
+
+@on_every_target
+def test_gradient_without_memory_is_zero(target: Target) -> None:
+    """Autograd may hand over zeros that are stored nowhere."""
+    p, q = (torch.nn.Parameter(torch.ones(5, device=target.device)) for _ in range(2))
+    ours, torchs = build(CASES[1], target, [p]), CASES[1].torch([q], **CASES[1].kwargs)
+    for step in range(3):
+        p.grad = torch._efficientzerotensor(5, device=target.device) if step else torch.ones(5, device=target.device)
+        q.grad = torch.zeros_like(q) if step else torch.ones_like(q)
+        ours.step()
+        torchs.step()
+    torch.testing.assert_close(p, q)
 
 
 @on_every_target

@@ -26,6 +26,8 @@ from cases import (
     train,
 )
 from torch.optim import lr_scheduler
+
+pytest.importorskip("expecttest", reason="torch's own lists of optimizer inputs need the package expecttest")
 from torch.testing._internal import common_optimizers
 
 AMSGRAD = CASES[5]  # has every state

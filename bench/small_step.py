@@ -1,0 +1,35 @@
+"""A few steps over awkward tensors with both GPU backends: small enough for compute-sanitizer."""
+
+from __future__ import annotations
+
+import torch
+
+from fused_optim import FusedAdamW
+
+SIZES = [0, 1, 31, 1000, 4096, 4097, 9000]
+
+
+def tensors(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Each size once aligned, and once two elements into a longer buffer."""
+    views = [torch.randn(size + 4, device="cuda", dtype=dtype)[2 : 2 + size] for size in SIZES]
+    return [torch.randn(size, device="cuda", dtype=dtype) for size in SIZES] + views
+
+
+def main() -> None:
+    for backend in ("triton", "cuda"):
+        for amsgrad in (False, True):
+            params = [tensor.requires_grad_() for dtype in (torch.float32, torch.bfloat16) for tensor in tensors(dtype)]
+            optimizer = FusedAdamW(params, amsgrad=amsgrad, backend=backend)
+            for step in range(3):
+                for index, param in enumerate(params):
+                    param.grad = None if (index + step) % 5 == 0 else torch.randn_like(param)
+                optimizer.step()
+            torch.cuda.synchronize()
+            finite = all(bool(param.isfinite().all()) for param in params)
+            print(f"{backend}, amsgrad={amsgrad}: {'finite' if finite else 'NOT finite'}")
+            if not finite:
+                raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
