@@ -103,15 +103,15 @@ def floor_step(workload: Workload) -> tuple[str, Step]:
         source, target = (torch.zeros(half, dtype=torch.uint8, device=workload.device) for _ in range(2))
         return "device-to-device copy of as many bytes", lambda: target.copy_(source)
     try:
-        floor_pass = importlib.import_module("fused_optim._C").floor_pass
+        floor_pass = importlib.import_module("fused_optim._C").FloorPass
     except (ImportError, AttributeError):
         return "separate torch passes over as many bytes", torch_floor(workload)
     written = [lane for stream in workload.read_and_written for lane in lanes(stream, workload)]
-    return "fused_optim._C.floor_pass over the same tensors", lambda: floor_pass(written, workload.grads)
+    return "fused_optim._C.FloorPass over the same tensors", floor_pass(written, workload.grads)
 
 
 def lanes(stream: list[Tensor], workload: Workload) -> list[Tensor]:
-    """The stream as one or more lists of tensors with as many bytes each as the gradients, as floor_pass wants them."""
+    """The stream as one or more lists of tensors with as many bytes each as the gradients, as FloorPass wants them."""
     count = stream[0].dtype.itemsize // workload.grads[0].dtype.itemsize
     flat = [tensor.view(-1).view(torch.uint8).chunk(count) for tensor in stream]
     return [pieces[lane] for lane in range(count) for pieces in flat]

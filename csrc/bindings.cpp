@@ -44,21 +44,37 @@ void require_rule(bool found, const std::string& rule) {
                           "\"; rebuild it (pip install .) so that it matches the Python files");
 }
 
-// written: the streams one after the other, each as a list of as many tensors as `read`; tensor t of all has one size.
-void floor_pass_tensors(const std::vector<at::Tensor>& written, const std::vector<at::Tensor>& read) {
-  TORCH_CHECK(!read.empty() && written.size() % read.size() == 0,
-              "floor_pass wants whole streams of as many tensors as are read");
-  py::gil_scoped_release release;
-  const size_t tensors = read.size(), streams = written.size() / tensors;
-  std::vector<FloorRow> rows(tensors);
-  for (size_t t = 0; t < tensors; ++t) {
-    rows[t].bytes = static_cast<int64_t>(read[t].nbytes());
-    for (size_t s = 0; s < streams; ++s) rows[t].streams.push_back(data<char>(written[s * tensors + t]));
-    rows[t].streams.push_back(data<char>(read[t]));
+// The floor pass over given tensors, ready to run. written: the streams one after the other, each as a list of as many
+// tensors as `read`; tensor t of all has one size.
+class FloorPass {
+ public:
+  FloorPass(const std::vector<at::Tensor>& written, const std::vector<at::Tensor>& read) : tensors_(written) {
+    TORCH_CHECK(!read.empty() && written.size() % read.size() == 0,
+                "a floor pass wants whole streams of as many tensors as are read");
+    const size_t tensors = read.size();
+    streams_ = static_cast<int>(written.size() / tensors);
+    TORCH_CHECK(streams_ >= 1 && streams_ <= 8, "a floor pass takes one to eight written streams, but got ", streams_);
+    tensors_.insert(tensors_.end(), read.begin(), read.end());
+    for (size_t t = 0; t < tensors; ++t) {
+      FloorRow row{{}, static_cast<int64_t>(read[t].nbytes())};
+      for (int s = 0; s < streams_; ++s) row.streams.push_back(data<char>(written[s * tensors + t]));
+      row.streams.push_back(data<char>(read[t]));
+      rows_.push_back(std::move(row));
+    }
+    spans_ = floor_spans(rows_);
   }
-  TORCH_CHECK(floor_pass(rows, static_cast<int>(streams), at::get_num_threads()),
-              "floor_pass takes one to eight written streams");
-}
+
+  void run() const {
+    py::gil_scoped_release release;
+    floor_pass(spans_, streams_, at::get_num_threads());
+  }
+
+ private:
+  std::vector<at::Tensor> tensors_;
+  std::vector<FloorRow> rows_;
+  std::vector<FloorSpan> spans_;
+  int streams_;
+};
 
 }  // namespace
 
@@ -104,7 +120,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("WITH_CUDA") = false;
 #endif
 
-  m.def("floor_pass", &floor_pass_tensors, py::arg("written"), py::arg("read"));
+  py::class_<FloorPass>(m, "FloorPass")
+      .def(py::init<const std::vector<at::Tensor>&, const std::vector<at::Tensor>&>(), py::arg("written"),
+           py::arg("read"))
+      .def("__call__", &FloorPass::run);
 
   py::class_<Watch>(m, "Watch")
       .def(

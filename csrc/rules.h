@@ -80,7 +80,7 @@ FUSED_HD T lerp(T average, T x, T weight) {
 template <class T>
 FUSED_HD T lerp_square(T average, T x, T weight) {
   T forget = weight * average;
-  forget = forget > largest<T>() ? largest<T>() : forget;
+  forget = forget < largest<T>() ? forget : largest<T>();
   return fma(weight * x, x, average - forget);
 }
 

@@ -41,17 +41,27 @@ Watch::Watch(py::list groups, py::dict state, const std::vector<std::tuple<std::
   for (const auto& item : state_) states_.push_back(py::reinterpret_borrow<py::object>(item.second));
   for (const auto& [key, first, count] : columns) columns_.push_back({py::str(key), first, count});
   for (py::handle handle : groups_) {
-    WatchedGroup watched{py::reinterpret_borrow<py::object>(handle), py::list(), {}, {}, false, nullptr, nullptr};
+    WatchedGroup watched{py::reinterpret_borrow<py::object>(handle),
+                         py::list(),
+                         items_.size(),
+                         0,
+                         members_.size(),
+                         0,
+                         false,
+                         nullptr,
+                         nullptr};
     PyObject *key, *value;
     Py_ssize_t position = 0;
     while (PyDict_Next(handle.ptr(), &position, &key, &value)) {
-      watched.items.push_back(py::reinterpret_borrow<py::object>(key));
-      watched.items.push_back(py::reinterpret_borrow<py::object>(value));
+      items_.push_back(py::reinterpret_borrow<py::object>(key));
+      items_.push_back(py::reinterpret_borrow<py::object>(value));
     }
     watched.params = py::cast<py::list>(py::cast<py::dict>(handle)["params"]);
     watched.keys = reinterpret_cast<PyDictObject*>(handle.ptr())->ma_keys;
     watched.param_array = reinterpret_cast<PyListObject*>(watched.params.ptr())->ob_item;
-    for (py::handle param : watched.params) watched.members.push_back(py::reinterpret_borrow<py::object>(param));
+    for (py::handle param : watched.params) members_.push_back(py::reinterpret_borrow<py::object>(param));
+    watched.items = items_.size() - watched.first_item;
+    watched.members = members_.size() - watched.first_member;
     watched_groups_.push_back(std::move(watched));
     int ignored = 0;
     if (!read_hyperparameters(watched_groups_.size() - 1, ignored)) {
@@ -133,9 +143,7 @@ int Watch::look() {
 
 void Watch::prefetch_group(const WatchedGroup& group) const {
   __builtin_prefetch(group.group.ptr());
-  prefetch_lines(group.keys, 10);
-  prefetch_lines(group.items.data(), 3);
-  __builtin_prefetch(group.members.data());
+  prefetch_lines(group.keys, 5);
   __builtin_prefetch(group.params.ptr());
   __builtin_prefetch(group.param_array);
 }
@@ -187,21 +195,24 @@ bool Watch::look_at_group(size_t index, int& answer) {
   Py_ssize_t position = 0;
   size_t i = 0;
   while (PyDict_Next(watched.group.ptr(), &position, &key, &value)) {
-    if (i == watched.items.size() || watched.items[i].ptr() != key) return false;
-    if (watched.items[i + 1].ptr() != value) {
+    if (i == watched.items || items_[watched.first_item + i].ptr() != key) return false;
+    py::object& item = items_[watched.first_item + i + 1];
+    if (item.ptr() != value) {
       bool hyperparameter = false;
       for (const auto& column : columns_) hyperparameter |= PyUnicode_Compare(column.key.ptr(), key) == 0;
       if (!hyperparameter) return false;
-      watched.items[i + 1] = py::reinterpret_borrow<py::object>(value);
+      item = py::reinterpret_borrow<py::object>(value);
       changed = true;
     }
     i += 2;
   }
-  if (i != watched.items.size()) return false;
+  if (i != watched.items) return false;
 
-  if (static_cast<size_t>(PyList_GET_SIZE(watched.params.ptr())) != watched.members.size()) return false;
-  for (size_t m = 0; m < watched.members.size(); ++m) {
-    if (PyList_GET_ITEM(watched.params.ptr(), static_cast<Py_ssize_t>(m)) != watched.members[m].ptr()) return false;
+  if (static_cast<size_t>(PyList_GET_SIZE(watched.params.ptr())) != watched.members) return false;
+  for (size_t m = 0; m < watched.members; ++m) {
+    if (PyList_GET_ITEM(watched.params.ptr(), static_cast<Py_ssize_t>(m)) != members_[watched.first_member + m].ptr()) {
+      return false;
+    }
   }
   return !changed || read_hyperparameters(index, answer);
 }

@@ -50,8 +50,8 @@ struct Column {
 struct WatchedGroup {
   py::object group;
   py::list params;
-  std::vector<py::object> members;
-  std::vector<py::object> items;   // key, value, key, value, ...
+  size_t first_item, items;        // in `items_`: key, value, key, value, ...
+  size_t first_member, members;    // in `members_`: the params
   bool volatile_values;            // holds tensors or lists, which change without changing identity
   const void *keys, *param_array;  // where dict and list keep their own, for prefetches alone
 };
@@ -94,6 +94,7 @@ class Watch {
   std::vector<Column> columns_;
   at::Tensor raw_, lr_;
   std::vector<WatchedGroup> watched_groups_;
+  std::vector<py::object> items_, members_;
   std::vector<py::object> states_;  // the values of optimizer.state, in order
   std::vector<WatchedRow> rows_;
   std::vector<Place> places_;

@@ -2,6 +2,7 @@
 # Builds the extension with the address sanitizer into a folder of its own, and runs the tests of memory layouts and of changes between steps on it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+repo=$PWD
 PY=${PY:-python3}
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
@@ -13,5 +14,7 @@ cp -r triton_kernels "$out/lib/fused_optim/triton_kernels"
 # The interpreter itself is not sanitized, so the library must be there first; it never frees everything, so leaks say nothing.
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$out/lib" FUSED_OPTIM_CUDA_EMULATE=1
+cd "$out"  # the checkout's own build must not be found first
 "$PY" -c 'import fused_optim, sys; assert fused_optim.__file__.startswith(sys.argv[1]), fused_optim.__file__' "$out"
-"$PY" -m pytest -q -p no:cacheprovider tests/test_layouts.py tests/test_robust.py -k "not fork and not subprocess and not import and not module"
+"$PY" -m pytest -q -c "$repo/pyproject.toml" --rootdir "$repo" -p no:cacheprovider \
+  "$repo/tests/test_layouts.py" "$repo/tests/test_changes.py" "$repo/tests/test_robust.py" -k "not fork and not import and not module"

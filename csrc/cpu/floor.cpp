@@ -8,14 +8,9 @@ namespace {
 
 constexpr int64_t kSpan = 16384;  // bytes of each stream in one piece of work, as kChunk float32 elements
 
-struct Span {
-  const FloorRow* row;
-  int64_t begin;
-};
-
 // `zero` is 0, which the compiler must not know.
 template <int W>
-uint64_t pass(const Span& span, uint64_t zero) {
+uint64_t pass(const FloorSpan& span, uint64_t zero) {
   const int64_t words = std::min(kSpan, span.row->bytes - span.begin) / 8;
   uint64_t* written[W];
   for (int s = 0; s < W; ++s) written[s] = reinterpret_cast<uint64_t*>(span.row->streams[s] + span.begin);
@@ -30,7 +25,7 @@ uint64_t pass(const Span& span, uint64_t zero) {
 }
 
 template <int W>
-void run(const std::vector<Span>& spans, int threads) {
+void run(const std::vector<FloorSpan>& spans, int threads) {
   static volatile uint64_t nothing = 0;
   const uint64_t zero = nothing;
   uint64_t seen = 0;
@@ -40,17 +35,21 @@ void run(const std::vector<Span>& spans, int threads) {
 }
 
 template <int... W>
-bool choose(int written, const std::vector<Span>& spans, int threads, std::integer_sequence<int, W...>) {
+bool choose(int written, const std::vector<FloorSpan>& spans, int threads, std::integer_sequence<int, W...>) {
   return ((written == W + 1 && (run<W + 1>(spans, threads), true)) || ...);
 }
 
 }  // namespace
 
-bool floor_pass(const std::vector<FloorRow>& rows, int written, int threads) {
-  std::vector<Span> spans;
+std::vector<FloorSpan> floor_spans(const std::vector<FloorRow>& rows) {
+  std::vector<FloorSpan> spans;
   for (const FloorRow& row : rows) {
     for (int64_t begin = 0; begin < row.bytes; begin += kSpan) spans.push_back({&row, begin});
   }
+  return spans;
+}
+
+bool floor_pass(const std::vector<FloorSpan>& spans, int written, int threads) {
   return choose(written, spans, threads, std::make_integer_sequence<int, 8>{});
 }
 

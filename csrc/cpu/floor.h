@@ -11,8 +11,16 @@ struct FloorRow {
   int64_t bytes;
 };
 
+// What one turn takes.
+struct FloorSpan {
+  const FloorRow* row;
+  int64_t begin;
+};
+
+std::vector<FloorSpan> floor_spans(const std::vector<FloorRow>& rows);
+
 // A pass with the reads and writes of a step and no arithmetic, in one parallel region. False for more than eight
 // written streams.
-bool floor_pass(const std::vector<FloorRow>& rows, int written, int threads);
+bool floor_pass(const std::vector<FloorSpan>& spans, int written, int threads);
 
 }  // namespace fused_optim
