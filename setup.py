@@ -80,7 +80,7 @@ class Build(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         import torch
-        from torch.utils import cpp_extension
+        from torch.utils.cpp_extension import include_paths, library_paths
 
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
         if compiler is None:
@@ -93,7 +93,7 @@ class Build(build_ext):
         optimise = ["-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer"] if debug else ["-O3"]
         common = [*compiler.split(), "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", *optimise, *WARNINGS]
         abi = int(getattr(torch._C, "_GLIBCXX_USE_CXX11_ABI", True))
-        includes = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
+        includes = [*include_paths(), sysconfig.get_paths()["include"]]
         for_torch = [
             *common,
             "-std=c++20",
@@ -120,7 +120,7 @@ class Build(build_ext):
 
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu", "-ltorch_python"]
+        libraries = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch_python"]
         objects = [command[-1] for command in jobs]
         if cuda:  # nvcc knows where its runtime lies, and links it statically
             linker = [cuda[0], "-shared", "-Xcompiler", ",".join(["-fopenmp", *optimise])]
