@@ -116,7 +116,8 @@ class FusedOptimizer(Optimizer):
         watched = self._watched_state is self.state and self._watched_groups is self.param_groups
         moved = self._watch.look() if watched else REBUILD
         if moved & REBUILD:
-            moved = self._rebuild()
+            self._rebuild()
+            moved = 0  # new tables go to their device whole, when they are first used
         scaling = self.__dict__  # GradScaler puts its two tensors here, and takes them away after the step
         for table, backend in self._tables:
             grad_scale, found_inf = (_float32(scaling.get(key), table.device) for key in ("grad_scale", "found_inf"))
@@ -155,7 +156,7 @@ class FusedOptimizer(Optimizer):
         self._on_cuda = True
 
     @torch.no_grad()
-    def _rebuild(self) -> int:
+    def _rebuild(self) -> None:
         """New tables for what is there now. Checks first, then makes states, and installs both only when all has gone
         well."""
         self._keep_captured()
@@ -208,15 +209,13 @@ class FusedOptimizer(Optimizer):
         for table, _ in tables:
             for number, row in enumerate(table.rows_list):
                 watch.add_row(row.param, row.target, row.state, row.grad_dtype, table.grads, number)
-        moved = watch.look()
-        if moved & REBUILD:
+        if watch.look() & REBUILD:
             raise RuntimeError(
                 "params, gradients or states changed while the step was being prepared; was another thread at them?"
             )
         self._watch, self._tables = watch, tables
         self._watched_state, self._watched_groups = self.state, self.param_groups
         self._on_cuda = any(table.device.type == "cuda" for table, _ in tables)
-        return moved
 
     def _keep_captured(self) -> None:
         """A captured graph goes on reading the tables it was captured with."""
@@ -247,8 +246,7 @@ class FusedOptimizer(Optimizer):
         """Loads a checkpoint of this class, or of torch's class of the same rule.
 
         States keep the dtype that they were saved in, `step` may be a number or a tensor of any device, and options
-        that the saved groups lack
-        keep this optimizer's values. Errors are torch's.
+        that the saved groups lack keep this optimizer's values. Errors are torch's.
         """
 
         def protect(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:

@@ -1,36 +1,17 @@
-"""The CUDA kernels without a GPU: what nvcc makes of them, and what they compute when the CPU runs their very lines."""
+"""The CUDA kernels without a GPU: what nvcc makes of them. test_walkers.py has what they compute."""
 
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from commands import SETUP, run
 
-ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
-# Without contraction: the rules name every fma they want, and a * b + c elsewhere must round as it does on the CPU.
-FLAGS = ["-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr"]
+FLAGS: list[str] = SETUP["CUDA_FLAGS"]
 # In PTX, which every CUDA toolkit can print; an access that stands there in asm is one instruction of the GPU, too.
 ACCESS = re.compile(r"\b(ld|st)\.global\.(v4\.u32|v2\.u32)")
-
-
-def find_nvcc() -> str | None:
-    """The compiler of CUDA_HOME, else the one on the PATH."""
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
-
-
-NVCC = find_nvcc()
+NVCC: str | None = SETUP["nvcc"]()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-
-
-def run(command: list[str]) -> str:
-    """Output of a command that must succeed, both streams."""
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
-    return done.stdout
 
 
 @needs_nvcc

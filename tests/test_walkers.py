@@ -3,27 +3,18 @@
 import ctypes
 import platform
 import re
-import runpy
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT, SETUP, run
 
-ROOT = Path(__file__).resolve().parent.parent
 WALKERS = {
     "cpu": ["tests/cpp/walk_cpu.cpp", "csrc/cpu/step.cpp"],
     "cuda-emulated": ["tests/cpp/walk_cuda.cpp", "csrc/cuda/emulate.cpp"],
 }
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
-
-
-def run(command: list[str]) -> str:
-    """Output of a command that must succeed, both streams."""
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
-    return done.stdout
 
 
 @needs_gxx
@@ -81,8 +72,7 @@ extern "C" void widen(float* out, const uint16_t* in, int n) {{
 def test_cpu_walker_is_vectorised(isa: str, register: str, tmp_path: Path) -> None:
     """Every rule's loop divides and takes roots in whole registers. One line in a rule that the compiler cannot
     vectorise makes the step six times slower, and no other test would notice."""
-    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="not main")
-    flags = ["-std=c++17", "-O3", "-fopenmp", *setup["KERNEL_FLAGS"], *setup["INSTRUCTION_SETS"][isa]]
+    flags = ["-std=c++17", "-O3", "-fopenmp", *SETUP["KERNEL_FLAGS"], *SETUP["INSTRUCTION_SETS"][isa]]
     assembly = tmp_path / "step.s"
     run(["g++", *flags, f"-DFUSED_ISA={isa}", "-S", "csrc/cpu/step.cpp", "-o", str(assembly)])
     text = assembly.read_text()

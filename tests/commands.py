@@ -1,0 +1,18 @@
+"""Compilers and what they make, for the tests that look at code rather than at numbers. Flags are those of setup.py."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SETUP: dict[str, Any] = runpy.run_path(str(ROOT / "setup.py"), run_name="not main")
+
+
+def run(command: list[str]) -> str:
+    """Output of a command that must succeed, both streams."""
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
+    return done.stdout
