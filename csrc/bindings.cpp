@@ -13,29 +13,45 @@ namespace {
 // Waking a second thread takes longer than a small step. A chunk costs some 64 elements before its first one.
 int threads_for(int64_t elements, int64_t chunks) { return elements + 64 * chunks < 32768 ? 1 : at::get_num_threads(); }
 
+// The arrays of one table, held for as long as their addresses are: made once, used at every step.
+struct Arrays {
+  std::vector<std::optional<at::Tensor>> held;
+  Tables tables;
+  int64_t elements;
+};
+
 template <class T>
-T* data(const at::Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
+T* data(const std::optional<at::Tensor>& tensor) {
+  return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
 }
 
-const float* optional_data(const std::optional<at::Tensor>& tensor) {
-  return tensor ? data<const float>(*tensor) : nullptr;
+Arrays make_arrays(const std::vector<std::optional<at::Tensor>>& x, int64_t elements) {
+  TORCH_CHECK(x.size() == 11, "a table has 11 arrays, but got ", x.size());
+  Tables t{};
+  t.desc = data<const int64_t>(x[0]);
+  t.rows = data<const int64_t>(x[1]);
+  t.grads = data<const int64_t>(x[2]);
+  t.lr = data<const int64_t>(x[3]);
+  t.raw = data<const double>(x[4]);
+  t.group = data<const int32_t>(x[5]);
+  t.hyper = data<double>(x[6]);
+  t.spans = data<const int64_t>(x[7]);
+  t.partials = data<double>(x[8]);
+  t.sums = data<double>(x[9]);
+  t.trust = data<double>(x[10]);
+  t.chunks = x[0]->numel();
+  t.tensors = x[1]->size(0);
+  return {x, t, elements};
 }
 
-Tables tables(const at::Tensor& desc, const at::Tensor& rows, const at::Tensor& grads, const at::Tensor& lr,
-              const at::Tensor& raw, const at::Tensor& group, const at::Tensor& hyper,
-              const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf) {
-  return {data<const int64_t>(desc),
-          data<const int64_t>(rows),
-          data<const int64_t>(grads),
-          data<const int64_t>(lr),
-          data<const double>(raw),
-          data<const int32_t>(group),
-          data<double>(hyper),
-          optional_data(grad_scale),
-          optional_data(found_inf),
-          desc.numel(),
-          rows.size(0)};
+// What comes anew with each step: one number each, in the memory of the table's device.
+Tables with_scaling(const Arrays& arrays, const std::optional<at::Tensor>& grad_scale,
+                    const std::optional<at::Tensor>& found_inf, const std::optional<at::Tensor>& squares) {
+  Tables t = arrays.tables;
+  t.grad_scale = data<const float>(grad_scale);
+  t.found_inf = data<const float>(found_inf);
+  t.squares = data<const double>(squares);
+  return t;
 }
 
 void require_rule(bool found, const std::string& rule) {
@@ -44,21 +60,34 @@ void require_rule(bool found, const std::string& rule) {
                           "\"; rebuild it (pip install .) so that it matches the Python files");
 }
 
-// The floor pass over given tensors, ready to run. written: the streams one after the other, each as a list of as many
-// tensors as `read`; tensor t of all has one size.
+#ifdef WITH_CUDA
+void require_launched(int error, const std::string& rule) {
+  require_rule(error != kUnknownRule, rule);
+  if (error != 0)
+    throw std::runtime_error(std::string("the CUDA step could not be launched: ") + cuda_error_text(error));
+}
+#endif
+
+// The floor pass over given tensors, ready to run. Streams are lists of as many tensors each; tensor t of all of them
+// has one size in bytes.
 class FloorPass {
  public:
-  FloorPass(const std::vector<at::Tensor>& written, const std::vector<at::Tensor>& read) : tensors_(written) {
-    TORCH_CHECK(!read.empty() && written.size() % read.size() == 0,
-                "a floor pass wants whole streams of as many tensors as are read");
-    const size_t tensors = read.size();
-    streams_ = static_cast<int>(written.size() / tensors);
-    TORCH_CHECK(streams_ >= 1 && streams_ <= 8, "a floor pass takes one to eight written streams, but got ", streams_);
-    tensors_.insert(tensors_.end(), read.begin(), read.end());
-    for (size_t t = 0; t < tensors; ++t) {
-      FloorRow row{{}, static_cast<int64_t>(read[t].nbytes())};
-      for (int s = 0; s < streams_; ++s) row.streams.push_back(data<char>(written[s * tensors + t]));
-      row.streams.push_back(data<char>(read[t]));
+  using Streams = std::vector<std::vector<at::Tensor>>;
+
+  FloorPass(const Streams& written, const Streams& read) : held_(written) {
+    TORCH_CHECK(1 <= written.size() && written.size() <= kFloorWritten && 1 <= read.size() && read.size() <= kFloorRead,
+                "a floor pass takes 1 to ", kFloorWritten, " written streams and 1 to ", kFloorRead,
+                " that are read, but got ", written.size(), " and ", read.size());
+    held_.insert(held_.end(), read.begin(), read.end());
+    written_ = static_cast<int>(written.size());
+    read_ = static_cast<int>(read.size());
+    for (size_t t = 0; t < read[0].size(); ++t) {
+      FloorRow row{{}, static_cast<int64_t>(read[0][t].nbytes())};
+      for (const auto& stream : held_) {
+        TORCH_CHECK(stream.size() == read[0].size() && stream[t].nbytes() == read[0][t].nbytes(),
+                    "the streams of a floor pass must hold tensors of the same sizes in bytes; tensor ", t, " differs");
+        row.streams.push_back(static_cast<char*>(stream[t].data_ptr()));
+      }
       rows_.push_back(std::move(row));
     }
     spans_ = floor_spans(rows_);
@@ -66,14 +95,14 @@ class FloorPass {
 
   void run() const {
     py::gil_scoped_release release;
-    floor_pass(spans_, streams_, at::get_num_threads());
+    floor_pass(spans_, written_, read_, at::get_num_threads());
   }
 
  private:
-  std::vector<at::Tensor> tensors_;
+  Streams held_;
   std::vector<FloorRow> rows_;
   std::vector<FloorSpan> spans_;
-  int streams_;
+  int written_, read_;
 };
 
 }  // namespace
@@ -82,52 +111,66 @@ PYBIND11_MODULE(_C, m) {
   m.attr("LAYOUT") = py::make_tuple(kChunk, kRowWidth, kRawWidth, kHyperWidth);
   m.def("instruction_set", [] { return instruction_set().name; });
 
-  m.def("step_cpu",
-        [](const std::string& rule, const at::Tensor& desc, const at::Tensor& rows, const at::Tensor& grads,
-           const at::Tensor& lr, const at::Tensor& raw, const at::Tensor& group, const at::Tensor& hyper,
-           const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf, int64_t elements) {
-          const Tables t = tables(desc, rows, grads, lr, raw, group, hyper, grad_scale, found_inf);
-          bool found;
-          {
-            py::gil_scoped_release release;
-            found = instruction_set().step(rule.c_str(), t, threads_for(elements, t.chunks));
-          }
-          require_rule(found, rule);
-        });
+  using Number = std::optional<at::Tensor>;
+  py::class_<Arrays>(m, "Arrays").def(py::init(&make_arrays), py::arg("arrays"), py::arg("elements"));
 
-  m.def("step_cuda_emulated",
-        [](const std::string& rule, const at::Tensor& desc, const at::Tensor& rows, const at::Tensor& grads,
-           const at::Tensor& lr, const at::Tensor& raw, const at::Tensor& group, const at::Tensor& hyper,
-           const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf) {
-          require_rule(launch_step_emulated(
-                           rule.c_str(), tables(desc, rows, grads, lr, raw, group, hyper, grad_scale, found_inf)) == 0,
-                       rule);
-        });
+  m.def("step_cpu", [](const std::string& rule, const Arrays& arrays, const Number& grad_scale, const Number& found_inf,
+                       const Number& squares) {
+    const Tables t = with_scaling(arrays, grad_scale, found_inf, squares);
+    bool found;
+    {
+      py::gil_scoped_release release;
+      found = instruction_set().walker.step(rule.c_str(), t, threads_for(arrays.elements, t.chunks));
+    }
+    require_rule(found, rule);
+  });
+  m.def("move_cpu", [](const std::string& rule, const Arrays& arrays) {
+    py::gil_scoped_release release;
+    const Tables& t = arrays.tables;
+    instruction_set().walker.move(rule.c_str(), t, threads_for(arrays.elements, t.chunks));
+  });
+  m.def("squares_cpu", [](const Arrays& arrays, at::Tensor out) {
+    py::gil_scoped_release release;
+    const Tables& t = arrays.tables;
+    *out.mutable_data_ptr<double>() = instruction_set().walker.squares(t, threads_for(arrays.elements, t.chunks));
+  });
+
+  m.def("step_cuda_emulated", [](const std::string& rule, const Arrays& arrays, const Number& grad_scale,
+                                 const Number& found_inf, const Number& squares) {
+    require_rule(launch_step_emulated(rule.c_str(), with_scaling(arrays, grad_scale, found_inf, squares)) == 0, rule);
+  });
+  m.def("move_cuda_emulated",
+        [](const std::string& rule, const Arrays& arrays) { launch_move_emulated(rule.c_str(), arrays.tables); });
+  m.def("squares_cuda_emulated", [](const Arrays& arrays, at::Tensor out) {
+    launch_squares_emulated(arrays.tables, out.mutable_data_ptr<double>());
+  });
 
 #ifdef WITH_CUDA
   m.attr("WITH_CUDA") = true;
-  m.def("step_cuda", [](const std::string& rule, const at::Tensor& desc, const at::Tensor& rows,
-                        const at::Tensor& grads, const at::Tensor& lr, const at::Tensor& raw, const at::Tensor& group,
-                        const at::Tensor& hyper, const std::optional<at::Tensor>& grad_scale,
-                        const std::optional<at::Tensor>& found_inf, int64_t stream, int device) {
-    const Tables t = tables(desc, rows, grads, lr, raw, group, hyper, grad_scale, found_inf);
-    const int error = launch_step_cuda(rule.c_str(), t, reinterpret_cast<void*>(stream), device);
-    require_rule(error != kUnknownRule, rule);
-    if (error != 0)
-      throw std::runtime_error(std::string("the CUDA step could not be launched: ") + cuda_error_text(error));
+  m.def("step_cuda", [](const std::string& rule, const Arrays& arrays, const Number& grad_scale,
+                        const Number& found_inf, const Number& squares, int64_t stream, int device) {
+    require_launched(launch_step_cuda(rule.c_str(), with_scaling(arrays, grad_scale, found_inf, squares),
+                                      reinterpret_cast<void*>(stream), device),
+                     rule);
+  });
+  m.def("move_cuda", [](const std::string& rule, const Arrays& arrays, int64_t stream, int device) {
+    require_launched(launch_move_cuda(rule.c_str(), arrays.tables, reinterpret_cast<void*>(stream), device), rule);
+  });
+  m.def("squares_cuda", [](const Arrays& arrays, at::Tensor out, int64_t stream, int device) {
+    require_launched(launch_squares_cuda(arrays.tables, static_cast<double*>(out.data_ptr()),
+                                         reinterpret_cast<void*>(stream), device),
+                     "");
   });
 #else
   m.attr("WITH_CUDA") = false;
 #endif
 
   py::class_<FloorPass>(m, "FloorPass")
-      .def(py::init<const std::vector<at::Tensor>&, const std::vector<at::Tensor>&>(), py::arg("written"),
-           py::arg("read"))
+      .def(py::init<const FloorPass::Streams&, const FloorPass::Streams&>(), py::arg("written"), py::arg("read"))
       .def("__call__", &FloorPass::run);
 
   py::class_<Watch>(m, "Watch")
-      .def(
-          py::init<py::list, py::dict, const std::vector<std::tuple<std::string, int, int>>&, at::Tensor, at::Tensor>())
+      .def(py::init<py::list, py::dict, const std::vector<ColumnSpec>&, at::Tensor, at::Tensor>())
       .def("add_pending", &Watch::add_pending)
       .def("add_row", &Watch::add_row)
       .def("look", &Watch::look)

@@ -23,7 +23,7 @@ struct RuleList {
 };
 
 // Every rule of rules.h: a new one is entered here, and nowhere else.
-using AllRules = RuleList<Adam>;
+using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion>;
 
 // Calls f(Tag<Rule>{}) for the rule of that name. False when there is none.
 template <class F>

@@ -7,13 +7,30 @@ namespace fused_optim {
 
 constexpr int kChunk = 4096;     // elements of one tensor that one program (GPU) or one loop turn (CPU) handles
 constexpr int kRowWidth = 8;     // int64 columns of `rows`
-constexpr int kRawWidth = 12;    // float64 columns of `raw`
+constexpr int kRawWidth = 16;    // float64 columns of `raw`
 constexpr int kHyperWidth = 16;  // float64 columns of `hyper`
 constexpr int kMaxStates = 4;
 
 enum RowColumn { kNumel, kParam, kStep, kSignature, kFirstState };
 
-enum RawColumn { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kDecoupled, kMaximize, kRawA, kRawB };
+enum RawColumn {
+  kLr,
+  kBeta1,
+  kBeta2,
+  kEps,
+  kWeightDecay,
+  kDecoupled,
+  kMaximize,
+  kRawA,
+  kRawB,
+  kLrReference,  // decoupled decay is lr / lr_reference * weight_decay / sqrt(decay_period): torch's where both are 1
+  kDecayPeriod,
+  kMaxNorm,  // of all gradients together; 0: this group is neither clipped nor part of that norm
+  kClipEps,
+  kTrustLow,  // bounds of the trust ratio
+  kTrustHigh,
+  kTrustAlways  // where there is no weight decay, too
+};
 
 constexpr int64_t kEmpty = 16;  // stands in `grads` for the address of a gradient without elements, which is null
 
@@ -33,6 +50,12 @@ struct Tables {
   double* hyper;         // [tensors, kHyperWidth]  written by prep, read by the walkers
   const float* grad_scale;  // [1] or null: gradients are divided by it
   const float* found_inf;   // [1] or null: any non-zero value skips the step
+  // Only where something is summed over whole tensors; null otherwise.
+  const int64_t* spans;   // [tensors + 1]  row r has the chunks desc[spans[r]] up to desc[spans[r + 1]]
+  double* partials;       // [chunks, 2]  what a pass sums over each chunk
+  double* sums;           // [tensors, 2]  squares of param and update, summed over each tensor
+  double* trust;          // [tensors]  trust ratios
+  const double* squares;  // [1] or null: sum of the squares of all gradients before grad_scale; asks for clipping
   int64_t chunks;
   int64_t tensors;
 };

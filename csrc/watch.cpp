@@ -35,11 +35,13 @@ void prefetch_tensor(const void* impl, const void* storage) {
 
 }  // namespace
 
-Watch::Watch(py::list groups, py::dict state, const std::vector<std::tuple<std::string, int, int>>& columns,
-             at::Tensor raw, at::Tensor lr)
+Watch::Watch(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns, at::Tensor raw, at::Tensor lr)
     : groups_(std::move(groups)), state_(std::move(state)), raw_(std::move(raw)), lr_(std::move(lr)) {
   for (const auto& item : state_) states_.push_back(py::reinterpret_borrow<py::object>(item.second));
-  for (const auto& [key, first, count] : columns) columns_.push_back({py::str(key), first, count});
+  for (const auto& [key, first, count, optional, is_switch] : columns)
+    columns_.push_back({py::str(key), first, count, optional, is_switch});
+  const double* made = raw_.const_data_ptr<double>();
+  if (raw_.numel() != 0) defaults_.assign(made, made + kRawWidth);
   for (py::handle handle : groups_) {
     WatchedGroup watched{py::reinterpret_borrow<py::object>(handle),
                          py::list(),
@@ -69,6 +71,7 @@ Watch::Watch(py::list groups, py::dict state, const std::vector<std::tuple<std::
           "every hyperparameter of a param group must be a number, a one-element tensor, or a tuple of these");
     }
   }
+  reading_first_ = false;
 }
 
 void Watch::add_pending(py::object param) { pending_.push_back(unpack(param)); }
@@ -223,6 +226,13 @@ bool Watch::read_hyperparameters(size_t index, int& answer) {
   int64_t* lr = lr_.mutable_data_ptr<int64_t>() + index;
   watched.volatile_values = false;
 
+  auto set = [&](int column, double number) {
+    if (raw[column] != number) {
+      raw[column] = number;
+      answer |= kRawChanged;
+    }
+    return true;
+  };
   auto put = [&](PyObject* value, int column) {
     if (THPVariable_Check(value)) {
       watched.volatile_values = true;
@@ -245,16 +255,17 @@ bool Watch::read_hyperparameters(size_t index, int& answer) {
       *lr = 0;
       answer |= kRawChanged;
     }
-    if (raw[column] != number) {
-      raw[column] = number;
-      answer |= kRawChanged;
-    }
-    return true;
+    return set(column, number);
   };
 
-  for (const auto& [key, first, count] : columns_) {
+  for (const auto& [key, first, count, optional, is_switch] : columns_) {
     PyObject* value = PyDict_GetItemWithError(watched.group.ptr(), key.ptr());
+    if (optional && (value == nullptr || value == Py_None)) {
+      for (int column = first; column < first + count; ++column) set(column, defaults_[column]);
+      continue;
+    }
     if (value == nullptr) return false;
+    const bool was_on = raw[first] != 0.0;
     if (PyTuple_Check(value) || PyList_Check(value)) {
       watched.volatile_values |= PyList_Check(value);
       if (PySequence_Fast_GET_SIZE(value) != count) return false;
@@ -264,6 +275,7 @@ bool Watch::read_hyperparameters(size_t index, int& answer) {
     } else if (count != 1 || !put(value, first)) {
       return false;
     }
+    if (is_switch && !reading_first_ && (raw[first] != 0.0) != was_on) return false;
   }
   return true;
 }

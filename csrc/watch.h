@@ -40,10 +40,13 @@ struct WatchedRow {
   const c10::StorageImpl* grad_storage;
 };
 
-// A key of a group, and the columns of raw that its value fills.
+// A key of a group, and the columns of raw that its value fills. Optional: where the key is missing or its value None,
+// the columns keep what raw was made with. Switch: new tables are due once the value becomes zero, or no longer is.
+using ColumnSpec = std::tuple<std::string, int, int, bool, bool>;
 struct Column {
   py::str key;
   int first, count;
+  bool optional, is_switch;
 };
 
 // One param_group: every key and value but "params", by identity.
@@ -60,10 +63,9 @@ class Watch {
  public:
   enum Answer { kRebuild = 1, kGradsMoved = 2, kRawChanged = 4 };
 
-  // columns: (key in the group, first column of raw, how many). raw: float64 [groups, kRawWidth], lr: int64 [groups],
-  // both host tensors written here.
-  Watch(py::list groups, py::dict state, const std::vector<std::tuple<std::string, int, int>>& columns, at::Tensor raw,
-        at::Tensor lr);
+  // columns: key in the group, first column of raw, how many, optional, switch. raw: float64 [groups, kRawWidth], lr:
+  // int64 [groups], both host tensors written here.
+  Watch(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns, at::Tensor raw, at::Tensor lr);
 
   // `pending` params have had no gradient yet; the first one to get one asks for new tables.
   void add_pending(py::object param);
@@ -92,6 +94,8 @@ class Watch {
   py::list groups_;
   py::dict state_;
   std::vector<Column> columns_;
+  std::vector<double> defaults_;  // a row of raw as it was made
+  bool reading_first_ = true;
   at::Tensor raw_, lr_;
   std::vector<WatchedGroup> watched_groups_;
   std::vector<py::object> items_, members_;

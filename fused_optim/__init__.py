@@ -1,7 +1,21 @@
 """PyTorch optimizers whose whole step is one pass over memory and one launch."""
 
 from .adam import FusedAdam, FusedAdamW
+from .lamb import FusedLAMB
+from .lion import FusedLion
 from .optimizer import FusedOptimizer
+from .qhadam import FusedQHAdam, FusedQHAdamW
+from .sgd import FusedSGD, FusedSGDW
 
 __version__ = "0.1.0"
-__all__ = ["FusedAdam", "FusedAdamW", "FusedOptimizer"]
+__all__ = [
+    "FusedAdam",
+    "FusedAdamW",
+    "FusedLAMB",
+    "FusedLion",
+    "FusedOptimizer",
+    "FusedQHAdam",
+    "FusedQHAdamW",
+    "FusedSGD",
+    "FusedSGDW",
+]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .decoupled import DECAY_COLUMNS, DECAY_KEYS, Decoupled
 from .optimizer import FusedOptimizer
 from .table import BETAS, DECOUPLED, EPS, LR, MAXIMIZE, WEIGHT_DECAY, Rule
 
@@ -21,7 +22,9 @@ ADAM = Rule(
         ("weight_decay", WEIGHT_DECAY, 1),
         ("maximize", MAXIMIZE, 1),
         ("decoupled_weight_decay", DECOUPLED, 1),
+        *DECAY_COLUMNS,
     ),
+    optional=DECAY_KEYS,
 )
 
 
@@ -96,12 +99,13 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
         )
 
 
-class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
+class FusedAdamW(Decoupled, torch.optim.AdamW):
     r"""AdamW in one pass over memory, in place of torch.optim.AdamW: FusedAdam with decay decoupled from the gradient.
 
     .. math:: p = (1 - lr \cdot \lambda) p - \text{Adam's update}
 
-    Args and errors as FusedAdam's; weight_decay is 1e-2 by default.
+    Args and errors as FusedAdam's; weight_decay is 1e-2 by default, and decay, lr_reference and decay_period say how it
+    is measured (see fused_optim.decoupled.Decoupled).
 
     Sources: Loshchilov and Hutter, arXiv:1711.05101; torch.optim.AdamW.
     """
@@ -122,6 +126,9 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        decay: str = "torch",
+        lr_reference: float | None = None,
+        decay_period: float | None = None,
         backend: str = "auto",
         state_dtype: torch.dtype | None = None,
     ) -> None:
@@ -137,6 +144,9 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
+            decay=decay,
+            lr_reference=lr_reference,
+            decay_period=decay_period,
             backend=backend,
             state_dtype=state_dtype,
         )

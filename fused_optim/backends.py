@@ -15,8 +15,10 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,55 +97,121 @@ def _why_not_reference(device: torch.device | None) -> str | None:
     return None
 
 
-def _arrays(table: Table) -> tuple[Tensor, ...]:
-    return table.desc, table.rows, table.grads, table.scalars.lr, table.scalars.raw, table.group, table.hyper
+@dataclass(frozen=True)
+class Scaling:
+    """What comes anew with each step, a number each on the table's device: float32 grad_scale and found_inf, and
+    float64 `squares`, the sum of the squares of all gradients, where they are to be clipped."""
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    squares: Tensor | None = None
 
 
-def _step_triton(table: Table, moved: int, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    from .triton_kernels.launch import launch
+def _upload(table: Table, moved: int) -> None:
+    if table.device.type == "cuda":
+        with torch.cuda.device(table.device):
+            DeviceTable.of(table).update(moved)
 
+
+def _nothing_to_upload(table: Table, moved: int) -> None:
+    pass
+
+
+def _arrays(table: Table) -> tuple[Tensor | None, ...]:
+    return table.arrays if table.device.type == "cpu" else DeviceTable.of(table).arrays
+
+
+def _native(table: Table) -> Any:
+    if table.native is None:
+        table.native = built().Arrays(_arrays(table), table.elements)
+    return table.native
+
+
+def _triton(table: Table, function: str, *args: Any) -> None:
+    from .triton_kernels import launch
+
+    with nullcontext() if table.device.type == "cpu" else torch.cuda.device(table.device):
+        getattr(launch, function)(*args)
+
+
+def _step_triton(table: Table, scaling: Scaling) -> None:
+    numbers = scaling.grad_scale, scaling.found_inf, scaling.squares
+    _triton(table, "launch", table.rule.name, table.kinds, *_arrays(table), *numbers)
+
+
+def _move_triton(table: Table) -> None:
+    _triton(table, "launch_move", table.rule.name, table.kinds, *_arrays(table))
+
+
+def _squares_triton(table: Table, out: Tensor) -> None:
+    _triton(table, "launch_squares", table.kinds, *_arrays(table), out)
+
+
+def _cuda(table: Table, function: str, *args: Any) -> None:
     if table.device.type == "cpu":
-        launch(table.rule.name, table.kinds, *_arrays(table), grad_scale, found_inf)
+        getattr(built(), f"{function}_cuda_emulated")(*args)
         return
     with torch.cuda.device(table.device):
-        launch(table.rule.name, table.kinds, *DeviceTable.of(table).arrays(moved), grad_scale, found_inf)
+        stream, index = torch.cuda.current_stream().cuda_stream, torch.cuda.current_device()
+        getattr(built(), f"{function}_cuda")(*args, stream, index)
 
 
-def _step_cuda(table: Table, moved: int, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    if table.device.type == "cpu":
-        built().step_cuda_emulated(table.rule.name, *_arrays(table), grad_scale, found_inf)
-        return
-    with torch.cuda.device(table.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        arrays = DeviceTable.of(table).arrays(moved)
-        built().step_cuda(table.rule.name, *arrays, grad_scale, found_inf, stream, torch.cuda.current_device())
+def _step_cuda(table: Table, scaling: Scaling) -> None:
+    _cuda(table, "step", table.rule.name, _native(table), scaling.grad_scale, scaling.found_inf, scaling.squares)
 
 
-def _step_cpp(table: Table, moved: int, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    built().step_cpu(table.rule.name, *_arrays(table), grad_scale, found_inf, table.elements)
+def _move_cuda(table: Table) -> None:
+    _cuda(table, "move", table.rule.name, _native(table))
 
 
-def _step_reference(table: Table, moved: int, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    reference.step(table, grad_scale, found_inf)
+def _squares_cuda(table: Table, out: Tensor) -> None:
+    _cuda(table, "squares", _native(table), out)
+
+
+def _step_cpp(table: Table, scaling: Scaling) -> None:
+    built().step_cpu(table.rule.name, _native(table), scaling.grad_scale, scaling.found_inf, scaling.squares)
+
+
+def _move_cpp(table: Table) -> None:
+    built().move_cpu(table.rule.name, _native(table))
+
+
+def _squares_cpp(table: Table, out: Tensor) -> None:
+    built().squares_cpu(_native(table), out)
+
+
+def _step_reference(table: Table, scaling: Scaling) -> None:
+    reference.step(table, scaling.grad_scale, scaling.found_inf, scaling.squares)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """why_not(device): None where it can run that device's tensors (None: any device at all), else the reason.
-    step(table, what moved since the last step, grad_scale, found_inf): one whole step of one device."""
+    """One way to walk a table.
+
+    why_not(device): None where it can run that device's tensors (None: any device at all), else the reason.
+    upload(table, moved): brings over what has changed since the last step (see watch).
+    squares(table, out): writes the sum of the squares of all gradients that are clipped; float64, one element.
+    step(table, scaling): the whole step of one device; of a rule with a trust ratio the first walk.
+    move(table): its second walk.
+    """
 
     name: str
     why_not: Callable[[torch.device | None], str | None]
-    step: Callable[[Table, int, Tensor | None, Tensor | None], None]
+    upload: Callable[[Table, int], None]
+    squares: Callable[[Table, Tensor], None]
+    step: Callable[[Table, Scaling], None]
+    move: Callable[[Table], None]
 
 
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("triton", _why_not_triton, _step_triton),
-        Backend("cuda", _why_not_cuda, _step_cuda),
-        Backend("cpp", _why_not_cpp, _step_cpp),
-        Backend("reference", _why_not_reference, _step_reference),
+        Backend("triton", _why_not_triton, _upload, _squares_triton, _step_triton, _move_triton),
+        Backend("cuda", _why_not_cuda, _upload, _squares_cuda, _step_cuda, _move_cuda),
+        Backend("cpp", _why_not_cpp, _nothing_to_upload, _squares_cpp, _step_cpp, _move_cpp),
+        Backend(
+            "reference", _why_not_reference, _nothing_to_upload, reference.squares, _step_reference, reference.move
+        ),
     )
 }
 

@@ -43,16 +43,22 @@ class Upload:
 
 
 class DeviceTable:
-    """The device's copies of desc, rows, grads, lr, raw and group."""
+    """The device's copies of desc, rows, grads, lr, raw, group and spans."""
 
     def __init__(self, table: Table) -> None:
         self.table = table
         self.captured = False
-        self.fixed = [Upload(host, table.device) for host in (table.desc, table.rows, table.group)]
+        fixed = [table.desc, table.rows, table.group, *([] if table.spans is None else [table.spans])]
+        self.fixed = [Upload(host, table.device) for host in fixed]
         self.grads = Upload(table.grads, table.device)
         self.scalars = Upload(table.scalars.buffer, table.device)
         for upload in (*self.fixed, self.grads, self.scalars):
             upload()
+
+        raw, lr = Scalars.split(self.scalars.on_device)
+        desc, rows, group, *spans = (upload.on_device for upload in self.fixed)
+        sums = (spans[0] if spans else None, table.partials, table.sums, table.trust)
+        self.arrays = (desc, rows, self.grads.on_device, lr, raw, group, table.hyper, *sums)
 
     @staticmethod
     def of(table: Table) -> DeviceTable:
@@ -61,13 +67,10 @@ class DeviceTable:
         assert isinstance(table.on_device, DeviceTable)
         return table.on_device
 
-    def arrays(self, moved: int) -> tuple[Tensor, ...]:
-        """desc, rows, grads, lr, raw, group, hyper, after bringing over what has `moved`."""
+    def update(self, moved: int) -> None:
+        """Brings over what has `moved`."""
         self.captured |= torch.cuda.is_current_stream_capturing()
         if moved & GRADS_MOVED:
             self.grads()
         if moved & RAW_CHANGED:
             self.scalars()
-        raw, lr = Scalars.split(self.scalars.on_device)
-        desc, rows, group = (upload.on_device for upload in self.fixed)
-        return desc, rows, self.grads.on_device, lr, raw, group, self.table.hyper

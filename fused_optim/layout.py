@@ -105,18 +105,20 @@ def allowed_dtype(param: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if same_width and fits else param.dtype
 
 
+def conform_step(param: Tensor, step: Any) -> Tensor:
+    if not isinstance(step, Tensor):
+        step = torch.tensor(float(step))
+    return step.to(param.device, torch.float32).reshape(())
+
+
 def conform(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
-    """The states among `wanted`, and `step`, that are there: on the param's device, in its memory layout. The tensors
-    themselves where they fit.
+    """The states among `wanted` that are there: on the param's device, in its memory layout. The tensors themselves
+    where they fit.
 
     Raises:
         RuntimeError: a state has another shape than its param.
     """
     fitting: dict[str, Any] = {}
-    step = state.get("step", 0.0)
-    if not isinstance(step, Tensor):
-        step = torch.tensor(float(step))
-    fitting["step"] = step.to(param.device, torch.float32).reshape(())
     for name in wanted:
         old = state.get(name)
         if old is None:
@@ -142,10 +144,8 @@ def conform(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) -> dict
 def make_states(
     param: Tensor, state: dict[str, Any], wanted: Sequence[str], dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """Those of `step` and `wanted` that `state` lacks: zeros, but the maximum of an average starts from the average."""
+    """Those of `wanted` that `state` lacks: zeros, but the maximum of an average starts from the average."""
     made: dict[str, Any] = {}
-    if "step" not in state:
-        made["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
     for name in wanted:
         if name in state:
             continue
@@ -157,6 +157,6 @@ def make_states(
     return made
 
 
-def make_row(param: Tensor, state: dict[str, Any], wanted: Sequence[str], group: int) -> Row:
+def make_row(param: Tensor, state: dict[str, Any], wanted: Sequence[str], step: Tensor, group: int) -> Row:
     grad_dtype = param.dtype if param.grad is None else param.grad.dtype
-    return Row(param, target_of(param), [state[name] for name in wanted], state["step"], state, grad_dtype, group)
+    return Row(param, target_of(param), [state[name] for name in wanted], step, state, grad_dtype, group)

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from . import backends
 from .device import DeviceTable
-from .layout import check_grad, check_hyperparameter, check_param, conform, make_row, make_states
-from .table import Row, Rule, Scalars, Table
-from .watch import REBUILD
+from .layout import check_grad, check_hyperparameter, check_param, conform, conform_step, make_row, make_states
+from .table import MAX_NORM, Row, Rule, Scalars, Table
+from .watch import RAW_CHANGED, REBUILD
 from .watch import Watch as PythonWatch
 
 
@@ -38,8 +38,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_Fork.remember)
 
 
-def _float32(scalar: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if scalar is None else scalar.to(device, torch.float32, non_blocking=True)
+def _on_device(scalar: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    return None if scalar is None else scalar.to(device, dtype, non_blocking=True)
+
+
+UNSCALED = backends.Scaling()
 
 
 class _Uncast:
@@ -64,6 +67,7 @@ class FusedOptimizer(Optimizer):
     """
 
     rule: ClassVar[Rule]
+    _clipping: bool | None  # whether any group's gradients are clipped; None: not known yet
     _step_supports_amp_scaling = True  # GradScaler hands grad_scale and found_inf to step()
 
     def __init__(
@@ -75,6 +79,7 @@ class FusedOptimizer(Optimizer):
             )
         self.backend = backend
         self.state_dtype = state_dtype
+        self._steps: dict[Tensor, Tensor] = {}  # of params whose rule keeps no `step` in its states
         self._forget()
         super().__init__(*args, **kwargs)
 
@@ -118,29 +123,62 @@ class FusedOptimizer(Optimizer):
         if moved & REBUILD:
             self._rebuild()
             moved = 0  # new tables go to their device whole, when they are first used
-        scaling = self.__dict__  # GradScaler puts its two tensors here, and takes them away after the step
         for table, backend in self._tables:
-            grad_scale, found_inf = (_float32(scaling.get(key), table.device) for key in ("grad_scale", "found_inf"))
+            backend.upload(table, moved)
             if table.copies:
-                self._step_copies(table, backend, moved, grad_scale, found_inf)
-            else:
-                backend.step(table, moved, grad_scale, found_inf)
+                self._copy_in(table)
+        squares = self._grad_squares() if self._tables and self._clips(moved) else None
+        for table, backend in self._tables:
+            backend.step(table, self._scaling(table.device, squares))
+        for table, backend in self._tables:
+            if self.rule.trust:
+                backend.move(table)
+            if table.copies:
+                self._copy_out(table)
         self._watch.done()
         return loss
 
+    def _scaling(self, device: torch.device, squares: Tensor | None) -> backends.Scaling:
+        given = self.__dict__  # GradScaler puts its two tensors here, and takes them away after the step
+        grad_scale, found_inf = given.get("grad_scale"), given.get("found_inf")
+        if grad_scale is None and found_inf is None and squares is None:
+            return UNSCALED
+        return backends.Scaling(
+            _on_device(grad_scale, device, torch.float32),
+            _on_device(found_inf, device, torch.float32),
+            _on_device(squares, device, torch.float64),
+        )
+
+    def _clips(self, moved: int) -> bool:
+        """Whether any group's gradients are clipped."""
+        if self._clipping is None or moved & RAW_CHANGED:
+            self._clipping = bool(self._tables[0][0].scalars.raw[:, MAX_NORM].any())
+        return self._clipping
+
+    def _grad_squares(self) -> Tensor:
+        """The sum of the squares of all gradients that are clipped: float64 [1] on the first table's device."""
+        totals = []
+        for table, backend in self._tables:
+            backend.squares(table, table.squares)
+            totals.append(table.squares)
+        return sum((total.to(totals[0].device, non_blocking=True) for total in totals[1:]), start=totals[0])
+
     @staticmethod
     @torch.no_grad()
-    def _step_copies(
-        table: Table, backend: backends.Backend, moved: int, grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
+    def _copy_in(table: Table) -> None:
         for row in table.copies:
             row.target.copy_(row.param)
-        backend.step(table, moved, grad_scale, found_inf)
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy_out(table: Table) -> None:
         for row in table.copies:
             if row.param.grad is not None:
                 row.param.copy_(row.target)
 
     def _check_capture(self) -> None:
+        if "capturable" not in self.defaults:  # torch lets such optimizers be captured as they are
+            return
         # The name before torch 2.10 is the second one.
         check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
         check()
@@ -153,6 +191,7 @@ class FusedOptimizer(Optimizer):
         self._watched_state: object = None
         self._watched_groups: object = None
         self._tables: list[tuple[Table, backends.Backend]] = []
+        self._clipping = None
         self._on_cuda = True
 
     @torch.no_grad()
@@ -172,22 +211,28 @@ class FusedOptimizer(Optimizer):
 
         for group in self.param_groups:
             for key, _, count in self.rule.columns:
-                check_hyperparameter(key, group[key], count)
+                if key not in self.rule.optional or group.get(key) is not None:
+                    check_hyperparameter(key, group[key], count)
 
         rows: list[Row] = []
         pending: list[Tensor] = []
         fresh: dict[Tensor, dict[str, Any]] = {}
+        steps: dict[Tensor, Tensor] = {}
         for param, index, group in members:
             state = self.state.get(param, {})
-            if param.grad is None and not state:
+            if param.grad is None and not state and param not in self._steps:
                 pending.append(param)
                 continue
             wanted = self.rule.states_of(group)
-            fresh[param] = conform(param, state, wanted) if state else {}
-            fresh[param].update(make_states(param, fresh[param], wanted, self.state_dtype))
-            rows.append(make_row(param, fresh[param], wanted, index))
+            fresh[param] = conform(param, state, wanted)
+            made = make_states(param, fresh[param], wanted, self.state_dtype)
+            steps[param] = conform_step(param, self._step_of(param, state, begun=not made))
+            fresh[param].update(made)
+            rows.append(make_row(param, fresh[param], wanted, steps[param], index))
+            if self.rule.counted:
+                fresh[param] = {"step": steps[param], **fresh[param]}
 
-        scalars = Scalars(len(self.param_groups))
+        scalars = Scalars(len(self.param_groups), self.rule.clip_eps)
         by_device: dict[torch.device, list[Row]] = {}
         for row in rows:
             by_device.setdefault(row.param.device, []).append(row)
@@ -197,12 +242,16 @@ class FusedOptimizer(Optimizer):
         ]
 
         for row in rows:  # the state dicts stay the same objects, which others may hold
-            state = self.state[row.param]
-            state.update(fresh[row.param])
-            row.state = state
+            if fresh[row.param]:
+                row.state = self.state[row.param]
+                row.state.update(fresh[row.param])
+            else:
+                row.state = self.state.get(row.param, {})
+        if not self.rule.counted:
+            self._steps.update(steps)
         extension = backends.extension()
         watch: Any = (PythonWatch if isinstance(extension, str) else extension.Watch)(
-            self.param_groups, self.state, self.rule.columns, scalars.raw, scalars.lr
+            self.param_groups, self.state, self.rule.watched_columns, scalars.raw, scalars.lr
         )
         for param in pending:
             watch.add_pending(param)
@@ -217,6 +266,13 @@ class FusedOptimizer(Optimizer):
         self._watched_state, self._watched_groups = self.state, self.param_groups
         self._on_cuda = any(table.device.type == "cuda" for table, _ in tables)
 
+    def _step_of(self, param: Tensor, state: dict[str, Any], begun: bool) -> Any:
+        """How many updates the param has had. Where that is no state, it is enough to know whether there was one: a
+        loaded optimizer has begun with a param whose states it has."""
+        if self.rule.counted:
+            return state.get("step", 0.0)
+        return self._steps.get(param, 1.0) if begun else 0.0
+
     def _keep_captured(self) -> None:
         """A captured graph goes on reading the tables it was captured with."""
         kept = [
@@ -227,18 +283,21 @@ class FusedOptimizer(Optimizer):
     # ---- checkpoints
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend, "state_dtype": self.state_dtype}
+        ours = {"backend": self.backend, "state_dtype": self.state_dtype, "_steps": self._steps}
+        return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Before torch's class looks: it makes a tensor of a `step` that is none.
         for values in state["state"].values():
             if isinstance(values, dict):
                 values.update({key: value.tensor for key, value in values.items() if isinstance(value, _Uncast)})
+        defaults = dict(state.get("defaults") or self.defaults)  # before torch's class puts options of its own in
         super().__setstate__(state)
         self.__dict__.setdefault("backend", "auto")
         self.__dict__.setdefault("state_dtype", None)
+        self.__dict__.setdefault("_steps", {})
         for group in self.param_groups:
-            for key, value in self.defaults.items():
+            for key, value in defaults.items():
                 group.setdefault(key, value)
         self._forget()
 
@@ -270,3 +329,26 @@ class FusedOptimizer(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        self._steps.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. A state that no update has reached yet (each was skipped) is left out where torch would not have
+        made it."""
+        begun = [param for param, step in self._steps.items() if self.state.get(param)]
+        waiting = [param for param, step in zip(begun, self._counts(begun), strict=True) if step == 0]
+
+        def leave_out(_: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
+            params = [param for group in self.param_groups for param in group["params"]]
+            unreached = {index for index, param in enumerate(params) if any(param is other for other in waiting)}
+            return {**packed, "state": {k: v for k, v in packed["state"].items() if k not in unreached}}
+
+        if not waiting:
+            return super().state_dict()
+        handle = self.register_state_dict_post_hook(leave_out, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _counts(self, params: list[Tensor]) -> list[float]:
+        return [float(count) for count in torch.stack([self._steps[p].cpu() for p in params])] if params else []

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .table import BETAS, DECOUPLED, EPS, LR, MAXIMIZE, OWN, WEIGHT_DECAY, Row, Table
+from .table import (
+    BETAS,
+    CLIP_EPS,
+    DECAY_PERIOD,
+    DECOUPLED,
+    EPS,
+    LR,
+    LR_REFERENCE,
+    MAX_NORM,
+    MAXIMIZE,
+    OWN,
+    TRUST_ALWAYS,
+    TRUST_CLIP,
+    WEIGHT_DECAY,
+    Row,
+    Table,
+)
 
 
 @dataclass
@@ -32,18 +49,70 @@ class Hyper:
         return 1.0 - self.beta2**self.step
 
 
-def adam(h: Hyper, param: Tensor, grad: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """arXiv:1412.6980; with a third state amsgrad (Reddi et al., ICLR 2018)."""
+# What a rule makes of param, gradient and states: the update to be subtracted, and the new states.
+Update = tuple[Tensor, list[Tensor]]
+
+
+def averages(h: Hyper, grad: Tensor, states: list[Tensor]) -> list[Tensor]:
+    """Running averages of the gradient and its square."""
     exp_avg = states[0] - (1 - h.beta1) * states[0] + (1 - h.beta1) * grad
     exp_avg_sq = states[1] - (1 - h.beta2) * states[1] + (1 - h.beta2) * grad * grad
     # Once the average is inf the line above says inf - inf.
-    exp_avg_sq = torch.where(states[1].isinf() & ~grad.isnan(), states[1], exp_avg_sq)
+    return [exp_avg, torch.where(states[1].isinf() & ~grad.isnan(), states[1], exp_avg_sq)]
+
+
+def adam(h: Hyper, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+    """arXiv:1412.6980; with a third state amsgrad (Reddi et al., ICLR 2018)."""
+    exp_avg, exp_avg_sq = averages(h, grad, states)
     states = [exp_avg, exp_avg_sq, *(torch.maximum(largest, exp_avg_sq) for largest in states[2:])]
     denom = states[-1].sqrt() / h.bias_correction2**0.5 + h.eps
     return (h.lr / h.bias_correction1) * (exp_avg / denom), states
 
 
-RULES: dict[str, Callable[[Hyper, Tensor, Tensor, list[Tensor]], tuple[Tensor, list[Tensor]]]] = {"adam": adam}
+def sgd(h: Hyper, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+    """torch.optim.SGD. beta1: momentum, a: dampening, b: nesterov."""
+    if not states:
+        return h.lr * grad, states
+    buffer = grad if h.step == 1 else h.beta1 * states[0] + (1 - h.a) * grad
+    return h.lr * (grad + h.beta1 * buffer if h.b else buffer), [buffer]
+
+
+def qhadam(h: Hyper, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+    """arXiv:1810.06801, section 4.2. a, b: nu1, nu2."""
+    exp_avg, exp_avg_sq = averages(h, grad, states)
+    mean = h.a * (exp_avg / h.bias_correction1) + (1 - h.a) * grad
+    mean_sq = h.b * (exp_avg_sq / h.bias_correction2) + (1 - h.b) * grad * grad
+    return h.lr * (mean / (mean_sq.sqrt() + h.eps)), [exp_avg, exp_avg_sq]
+
+
+def lion(h: Hyper, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+    """arXiv:2302.06675."""
+    mixed = h.beta1 * states[0] + (1 - h.beta1) * grad
+    return h.lr * mixed.sign(), [h.beta2 * states[0] + (1 - h.beta2) * grad]
+
+
+def lamb(h: Hyper, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+    """arXiv:1904.00962 as in NVIDIA Apex, before lr, decay and trust ratio. a: grad_averaging, b: bias_correction."""
+    exp_avg, exp_avg_sq = averages(h, grad, states)
+    if not h.a:
+        exp_avg = h.beta1 * states[0] + grad
+    return lamb_direction(h, [exp_avg, exp_avg_sq]), [exp_avg, exp_avg_sq]
+
+
+def lamb_direction(h: Hyper, states: list[Tensor]) -> Tensor:
+    correction1, correction2 = (h.bias_correction1, h.bias_correction2) if h.b else (1.0, 1.0)
+    return (states[0] / correction1) / ((states[1] / correction2).sqrt() + h.eps)
+
+
+RULES: dict[str, Callable[[Hyper, Tensor, Tensor, list[Tensor]], Update]] = {
+    "adam": adam,
+    "sgd": sgd,
+    "qhadam": qhadam,
+    "lion": lion,
+    "lamb": lamb,
+}
+# Of rules with a trust ratio: the update from the states alone.
+DIRECTIONS = {"lamb": lamb_direction}
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -56,7 +125,14 @@ def real_view(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def step_row(table: Table, row: Row, grad_scale: float) -> None:
+def decoupled_decay(raw: list[float], lr: float, trust: bool) -> float:
+    if trust:
+        return raw[WEIGHT_DECAY]
+    reference = raw[LR_REFERENCE]
+    return lr / reference * raw[WEIGHT_DECAY] / raw[DECAY_PERIOD] ** 0.5 if reference else 0.0
+
+
+def step_row(table: Table, row: Row, number: int, grad_scale: float, norm: float | None) -> None:
     grad = row.param.grad
     if grad is None:
         return
@@ -65,23 +141,52 @@ def step_row(table: Table, row: Row, grad_scale: float) -> None:
     h = Hyper(raw[LR], raw[BETAS], raw[BETAS + 1], raw[EPS], float(row.step), raw[OWN], raw[OWN + 1])
 
     param, grad = widen(row.target), widen(grad) / grad_scale
+    if norm is not None and raw[MAX_NORM]:
+        bound = raw[MAX_NORM] / (norm / grad_scale + raw[CLIP_EPS]) if norm + raw[CLIP_EPS] else math.inf
+        grad = grad if bound >= 1 else grad * bound
     decay = raw[WEIGHT_DECAY]
     if raw[MAXIMIZE]:
         grad = -grad
     if decay and not raw[DECOUPLED]:
         grad = grad + decay * param
     update, states = RULES[table.rule.name](h, param, grad, [widen(state) for state in row.states])
-    if decay and raw[DECOUPLED]:  # infinite params stay what they are
-        update = update + torch.where(param.isinf(), 0.0, h.lr * decay * param)
-    real_view(row.target).copy_(param - update)
     for old, new in zip(row.states, states, strict=True):
         real_view(old).copy_(new)
+    if table.rule.trust:  # of the states as they are stored, because a float16 one may have become 0
+        update = DIRECTIONS[table.rule.name](h, [widen(state) for state in row.states])
+    if decay and raw[DECOUPLED]:  # infinite params stay what they are
+        taken = decoupled_decay(raw, h.lr, table.rule.trust)
+        update = update + torch.where(param.isinf(), 0.0, taken * param)
+    if table.trust is not None:
+        table.trust[number] = trust_ratio(raw, float(param.double().norm()), float(update.double().norm()))
+        update = h.lr * float(table.trust[number]) * update
+    real_view(row.target).copy_(param - update)
+
+
+def trust_ratio(raw: list[float], param: float, update: float) -> float:
+    if not raw[WEIGHT_DECAY] and not raw[TRUST_ALWAYS]:
+        return 1.0
+    ratio = param / update if param and update else 1.0
+    return min(max(ratio, raw[TRUST_CLIP]), raw[TRUST_CLIP + 1])
 
 
 @torch.no_grad()
-def step(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+def squares(table: Table, out: Tensor) -> None:
+    out.zero_()
+    for row in table.rows_list:
+        if row.param.grad is not None and table.scalars.raw[row.group, MAX_NORM]:
+            out += widen(row.param.grad).double().square().sum()
+
+
+@torch.no_grad()
+def step(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None, squares: Tensor | None) -> None:
     if found_inf is not None and found_inf.item():
         return
     scale = 1.0 if grad_scale is None else float(grad_scale)
-    for row in table.rows_list:
-        step_row(table, row, scale)
+    norm = None if squares is None else math.sqrt(float(squares))
+    for number, row in enumerate(table.rows_list):
+        step_row(table, row, number, scale, norm)
+
+
+def move(table: Table) -> None:
+    """Nothing: `step` has gone all the way."""

@@ -3,6 +3,7 @@ its mirror."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 CHUNK = 4096  # elements of one tensor that one program handles
 ROW_WIDTH = 8  # numel, param, step, signature, states
-RAW_WIDTH = 12
+RAW_WIDTH = 16
 HYPER_WIDTH = 16
 MAX_STATES = ROW_WIDTH - 4
 ALIGNMENT = 16  # bytes of the widest access
@@ -23,27 +24,42 @@ MAX_KINDS = 128  # what desc has bits for
 EMPTY = 16  # stands in `grads` for the address of a gradient without elements, which is null
 
 
+# Columns of `raw`, as csrc/tables.h has them.
+LR, BETAS, EPS, WEIGHT_DECAY, DECOUPLED, MAXIMIZE, OWN = 0, 1, 3, 4, 5, 6, 7
+LR_REFERENCE, DECAY_PERIOD, MAX_NORM, CLIP_EPS, TRUST_CLIP, TRUST_ALWAYS = 9, 10, 11, 12, 13, 15
+
+
 @dataclass(frozen=True)
 class Rule:
     """What the machinery must know of an optimizer; the arithmetic itself is looked up by `name` in each backend.
 
-    states: names in `optimizer.state[param]`, in the order in which the rule takes them; `step` is always there
-        besides.
-    switched: states that exist only where a group's option is true, as {state: option}; they come last in `states`.
+    states: names in `optimizer.state[param]`, in the order in which the rule takes them.
     columns: (group key, first column of `raw`, number of columns); a tuple fills several.
+    optional: the keys among them that a group may lack, or hold as None.
+    switched: states that exist only where a group's option is true, as {state: option}; they come last in `states`.
+    counted: whether `step` is one of the states. Where it is not, the optimizer counts out of sight, because the first
+        update of a param may differ.
+    trust: whether each tensor's update is scaled by a ratio of norms, which takes a second walk.
+    clip_eps: added to the norm that gradients are clipped by.
     """
 
     name: str
     states: tuple[str, ...]
     columns: tuple[tuple[str, int, int], ...]
+    optional: frozenset[str] = frozenset()
     switched: Mapping[str, str] = field(default_factory=dict)
+    counted: bool = True
+    trust: bool = False
+    clip_eps: float = 1e-6
 
     def states_of(self, group: Mapping[str, object]) -> list[str]:
         return [name for name in self.states if name not in self.switched or group[self.switched[name]]]
 
-
-# Columns of `raw`.
-LR, BETAS, EPS, WEIGHT_DECAY, DECOUPLED, MAXIMIZE, OWN = 0, 1, 3, 4, 5, 6, 7
+    @property
+    def watched_columns(self) -> list[tuple[str, int, int, bool, bool]]:
+        """`columns`, and of each whether it is optional and whether it switches a state."""
+        switches = set(self.switched.values())
+        return [(key, first, count, key in self.optional, key in switches) for key, first, count in self.columns]
 
 
 @dataclass
@@ -104,9 +120,13 @@ class Scalars:
         else float32), or 0.
     """
 
-    def __init__(self, groups: int) -> None:
+    def __init__(self, groups: int, clip_eps: float) -> None:
         self.buffer = torch.zeros(groups * (RAW_WIDTH + 1), dtype=torch.int64)
         self.raw, self.lr = self.split(self.buffer)
+        # What holds where a group has no key for it.
+        self.raw[:, [LR_REFERENCE, DECAY_PERIOD]] = 1.0
+        self.raw[:, CLIP_EPS] = clip_eps
+        self.raw[:, TRUST_CLIP + 1] = math.inf
 
     @staticmethod
     def split(buffer: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,6 +142,9 @@ class Table:
         [rows], 0 without a gradient.
     group: int32 [rows]. hyper: float64 [rows, HYPER_WIDTH] on the device, written by prep. kinds: signatures, by kind
         number.
+    Where something is summed over whole tensors, else None: spans int64 [rows + 1], row r has the chunks spans[r] up to
+        spans[r + 1]; on the device, float64: partials [chunks, 2], sums [rows, 2], trust [rows],
+        squares [1].
     """
 
     def __init__(self, rule: Rule, device: torch.device, rows: list[Row], scalars: Scalars) -> None:
@@ -130,6 +153,7 @@ class Table:
         self.rows_list = rows
         self.scalars = scalars
         self.on_device: object = None  # device.DeviceTable, on GPUs
+        self.native: object = None  # the extension's hold on the arrays
         self.copies = [row for row in rows if row.target is not row.param]
 
         kinds: dict[tuple[int, ...], int] = {}
@@ -155,6 +179,24 @@ class Table:
         self.group = torch.tensor([row.group for row in rows], dtype=torch.int32)
         self.grads = torch.zeros(len(rows), dtype=torch.int64)
         self.hyper = torch.empty(len(rows), HYPER_WIDTH, dtype=torch.float64, device=device)
+
+        self.spans: Tensor | None = None
+        self.partials: Tensor | None = None
+        self.sums: Tensor | None = None
+        self.trust: Tensor | None = None
+        if rule.trust or any(column == MAX_NORM for _, column, _ in rule.columns):
+            self.spans = torch.cat([torch.zeros(1, dtype=torch.int64), chunks.cumsum(0)])
+            self.partials = torch.zeros(self.desc.numel(), 2, dtype=torch.float64, device=device)
+            self.squares = torch.zeros(1, dtype=torch.float64, device=device)
+        if rule.trust:
+            self.sums = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
+            self.trust = torch.ones(len(rows), dtype=torch.float64, device=device)
+
+    @property
+    def arrays(self) -> tuple[Tensor | None, ...]:
+        """In the order in which every backend takes them."""
+        first = self.desc, self.rows, self.grads, self.scalars.lr, self.scalars.raw, self.group, self.hyper
+        return *first, self.spans, self.partials, self.sums, self.trust
 
     @staticmethod
     def _columns(row: Row, numel: int, signature: tuple[int, ...]) -> list[int]:

@@ -34,12 +34,14 @@ class Watch:
         self,
         groups: list[dict[str, Any]],
         state: dict[Tensor, dict[str, Any]],
-        columns: Sequence[tuple[str, int, int]],
+        columns: Sequence[tuple[str, int, int, bool, bool]],
         raw: Tensor,
         lr: Tensor,
     ) -> None:
         self.groups, self.state, self.columns, self.raw, self.lr = groups, state, columns, raw, lr
-        self.hyperparameters = {key for key, _, _ in columns}
+        self.hyperparameters = {key for key, *_ in columns}
+        self.defaults = raw.clone()
+        self.switches = [first for _, first, _, _, is_switch in columns if is_switch]
         self.objects = self._objects()
         self.placements = self._placements()
         self.pending: list[Tensor] = []
@@ -61,7 +63,10 @@ class Watch:
             return REBUILD
         if self._placements() != self.placements or any(param.grad is not None for param in self.pending):
             return REBUILD
+        on = self.raw[:, self.switches] != 0
         answer = self._read_hyperparameters()
+        if not torch.equal(on, self.raw[:, self.switches] != 0):
+            return REBUILD
         self.held.clear()
         for param, target, dtype, grads, row in self.rows:
             grad, address = param.grad, 0
@@ -98,9 +103,11 @@ class Watch:
         return [placement(x) for x in self.objects if isinstance(x, Tensor) and x.layout == torch.strided]
 
     def _read_hyperparameters(self) -> int:
-        raw, lr = torch.zeros_like(self.raw), torch.zeros_like(self.lr)
+        raw, lr = self.defaults.clone(), torch.zeros_like(self.lr)
         for index, group in enumerate(self.groups):
-            for key, first, count in self.columns:
+            for key, first, count, optional, _ in self.columns:
+                if optional and group.get(key) is None:
+                    continue
                 for column, value in enumerate(check_hyperparameter(key, group[key], count), start=first):
                     if isinstance(value, Tensor) and value.device.type != "cpu":
                         lr[index] = value.data_ptr() | (value.dtype == torch.float64)

@@ -5,7 +5,9 @@
 
 namespace fused_optim {
 
-// One set of streams of as many bytes each: the first `written` are read and written, the last one is read.
+constexpr int kFloorWritten = 8, kFloorRead = 4;  // at most so many streams
+
+// One set of streams of as many bytes each: first those that are read and written, then those that are read.
 struct FloorRow {
   std::vector<char*> streams;
   int64_t bytes;
@@ -19,8 +21,8 @@ struct FloorSpan {
 
 std::vector<FloorSpan> floor_spans(const std::vector<FloorRow>& rows);
 
-// A pass with the reads and writes of a step and no arithmetic, in one parallel region. False for more than eight
-// written streams.
-bool floor_pass(const std::vector<FloorSpan>& spans, int written, int threads);
+// A pass with the reads and writes of a step and no arithmetic, in one parallel region. False where there are none or
+// too many streams.
+bool floor_pass(const std::vector<FloorSpan>& spans, int written, int read, int threads);
 
 }  // namespace fused_optim

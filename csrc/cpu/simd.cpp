@@ -18,10 +18,10 @@ bool supported(const char* name) {
 
 const InstructionSet kSets[] = {
 #if defined(__x86_64__)
-    {"avx512", avx512::step},
-    {"avx2", avx2::step},
+    {"avx512", avx512::walker},
+    {"avx2", avx2::walker},
 #endif
-    {"baseline", baseline::step},
+    {"baseline", baseline::walker},
 };
 
 const InstructionSet& choose() {

@@ -6,7 +6,7 @@ namespace fused_optim {
 
 struct InstructionSet {
   const char* name;
-  StepFunction step;
+  const CpuWalker& walker;
 };
 
 // The widest one that the processor has and the build holds; FUSED_OPTIM_ISA names a narrower one. Chosen once.

@@ -96,8 +96,17 @@ struct Row {
   const int64_t* row_;
 };
 
+// What a pass over the elements of a row touches, and how it makes the new values. `update` is the whole step of most
+// rules; those with a trust ratio are walked by `advance` and, once the ratios are known, by `move`.
+enum class Pass { kUpdate, kAdvance, kMove };
+
+// Squares of params and updates, summed as far as the walk has come.
+struct Sums {
+  double param = 0.0, update = 0.0;
+};
+
 // The loop over elements that the compiler vectorises. P, G and A are what param, grad and states are stored as.
-template <class Rule, class T, int S, class P, class G, class A>
+template <Pass pass, class Rule, class T, int S, class P, class G, class A>
 void update_block(const Hyper<T>& hyper, P* param, const G* grad, A* const* states, int count) {
   const Hyper<T> h = hyper;
   A* state[S > 0 ? S : 1];
@@ -106,9 +115,35 @@ void update_block(const Hyper<T>& hyper, P* param, const G* grad, A* const* stat
   for (int i = 0; i < count; ++i) {
     T value[S > 0 ? S : 1];
     for (int s = 0; s < S; ++s) value[s] = widen(state[s][i]);
-    narrow(apply<Rule, T, S>(h, widen(param[i]), widen(grad[i]), value), param[i]);
-    for (int s = 0; s < S; ++s) narrow(value[s], state[s][i]);
+    const T p = widen(param[i]);
+    if constexpr (pass == Pass::kUpdate) narrow(apply<Rule, T, S>(h, p, widen(grad[i]), value), param[i]);
+    else if constexpr (pass == Pass::kAdvance)
+      Rule::template advance<T, S>(h, gradient(h, p, T(widen(grad[i]))), value);
+    else narrow(p - h.lr * trusted_update<Rule, T, S>(h, p, value), param[i]);
+    if constexpr (pass != Pass::kMove) {
+      for (int s = 0; s < S; ++s) narrow(value[s], state[s][i]);
+    }
   }
+}
+
+// Of states as they are stored: `move` will make its updates of these, and a float16 state may have become 0.
+template <class Rule, class T, int S, class P, class A>
+void measure_block(const Hyper<T>& hyper, const P* param, A* const* states, int count, Sums& sums) {
+  const Hyper<T> h = hyper;
+  const A* state[S];
+  for (int s = 0; s < S; ++s) state[s] = states[s];
+  double param_sum = 0.0, update_sum = 0.0;
+#pragma omp simd reduction(+ : param_sum, update_sum)
+  for (int i = 0; i < count; ++i) {
+    T value[S];
+    for (int s = 0; s < S; ++s) value[s] = widen(state[s][i]);
+    const T p = widen(param[i]);
+    const double wide = p, update = trusted_update<Rule, T, S>(h, p, value);
+    param_sum += wide * wide;
+    update_sum += update * update;
+  }
+  sums.param += param_sum;
+  sums.update += update_sum;
 }
 
 // Two neighbouring bfloat16 values in one word, at any even address: the odd one is a float32 with a lower half to be
@@ -141,50 +176,69 @@ void update_pairs(const Hyper<float>& hyper, Pair* param, const Pair* grad, BFlo
 }
 
 // All in bfloat16: in pairs, and the last element alone where it has no neighbour.
-template <class Rule, class T, int S>
+template <Pass pass, class Rule, class T, int S, std::enable_if_t<pass == Pass::kUpdate, int> = 0>
 void update_block(const Hyper<T>& h, BFloat16* param, const BFloat16* grad, BFloat16* const* states, int count) {
   update_pairs<Rule, S>(h, reinterpret_cast<Pair*>(param), reinterpret_cast<const Pair*>(grad), states, count / 2);
   if (count % 2 == 0) return;
   BFloat16* last[S > 0 ? S : 1];
   for (int s = 0; s < S; ++s) last[s] = states[s] + count - 1;
-  update_block<Rule, T, S, BFloat16, BFloat16, BFloat16>(h, param + count - 1, grad + count - 1, last, 1);
+  update_block<pass, Rule, T, S, BFloat16, BFloat16, BFloat16>(h, param + count - 1, grad + count - 1, last, 1);
 }
 
 // The dtypes in which models are trained, straight from memory to memory.
-template <class Rule, class T, int S, class P, class G, class A>
-void update_direct(const Hyper<T>& h, const Row<S>& row, int64_t begin, int64_t end) {
+template <Pass pass, class Rule, class T, int S, class P, class G, class A>
+Sums update_direct(const Hyper<T>& h, const Row<S>& row, int64_t begin, int64_t end) {
+  Sums sums;
   for (int64_t element = begin; element < end; element += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - element));
     row.prefetch(element, count);
     A* states[S > 0 ? S : 1];
     for (int s = 0; s < S; ++s) states[s] = reinterpret_cast<A*>(row.state(s).at(element));
-    update_block<Rule, T, S>(h, reinterpret_cast<P*>(row.param.at(element)),
-                             reinterpret_cast<const G*>(row.grad.at(element)), states, count);
+    auto* param = reinterpret_cast<P*>(row.param.at(element));
+    update_block<pass, Rule, T, S>(h, param, reinterpret_cast<const G*>(row.grad.at(element)), states, count);
+    if constexpr (pass == Pass::kAdvance) measure_block<Rule, T, S>(h, param, states, count, sums);
   }
+  return sums;
 }
 
 // Any other combination, by way of float32 copies of each block.
-template <class Rule, int S>
-void update_copied(const Hyper<float>& h, const Row<S>& row, int64_t begin, int64_t end) {
+template <Pass pass, class Rule, int S>
+Sums update_copied(const Hyper<float>& h, const Row<S>& row, int64_t begin, int64_t end) {
   alignas(64) float param[kBlock], grad[kBlock], state[S > 0 ? S : 1][kBlock];
   float* states[S > 0 ? S : 1];
   for (int s = 0; s < S; ++s) states[s] = state[s];
+  Sums sums;
   for (int64_t element = begin; element < end; element += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - element));
     row.prefetch(element, count);
     row.param.load(element, count, param);
-    row.grad.load(element, count, grad);
+    if (pass != Pass::kMove) row.grad.load(element, count, grad);
     for (int s = 0; s < S; ++s) row.state(s).load(element, count, state[s]);
-    update_block<Rule, float, S>(h, param, grad, states, count);
-    row.param.store(element, count, param);
-    for (int s = 0; s < S; ++s) row.state(s).store(element, count, state[s]);
+    update_block<pass, Rule, float, S>(h, param, grad, states, count);
+    if (pass != Pass::kAdvance) row.param.store(element, count, param);
+    if (pass != Pass::kMove) {
+      for (int s = 0; s < S; ++s) row.state(s).store(element, count, state[s]);
+    }
+    if constexpr (pass == Pass::kAdvance) {
+      for (int s = 0; s < S; ++s) row.state(s).load(element, count, state[s]);
+      measure_block<Rule, float, S>(h, param, states, count, sums);
+    }
   }
+  return sums;
 }
 
-template <class Rule, int S>
-void update_chunk(const Tables& t, int64_t row_number, int64_t chunk) {
+// The scalars of a row. The second walk of a rule with a trust ratio takes the ratio with lr.
+template <class T, Pass pass>
+Hyper<T> hyper_of(const Tables& t, int64_t row) {
+  const double* in = t.hyper + row * kHyperWidth;
+  Hyper<T> h = read_hyper<T>(in);
+  if (pass == Pass::kMove) h.lr = static_cast<T>(in[0] * t.trust[row]);
+  return h;
+}
+
+template <Pass pass, class Rule, int S>
+Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk) {
   const int64_t* columns = t.rows + row_number * kRowWidth;
-  const double* hyper = t.hyper + row_number * kHyperWidth;
   const int64_t begin = chunk * kChunk, end = std::min(columns[kNumel], begin + kChunk);
   const Row<S> row(columns, t.grads[row_number]);
   const Dtype param = row.param.dtype, grad = row.grad.dtype, states = S > 0 ? row.state(0).dtype : param;
@@ -192,47 +246,121 @@ void update_chunk(const Tables& t, int64_t row_number, int64_t chunk) {
   for (int s = 1; s < S; ++s) alike &= row.state(s).dtype == states;
 
   if (param == kFloat64) {
-    update_direct<Rule, double, S, double, double, double>(read_hyper<double>(hyper), row, begin, end);
-    return;
+    return update_direct<pass, Rule, double, S, double, double, double>(hyper_of<double, pass>(t, row_number), row,
+                                                                        begin, end);
   }
-  const Hyper<float> h = read_hyper<float>(hyper);
-  if (!alike || param != grad) update_copied<Rule, S>(h, row, begin, end);
-  else if (param == kFloat32 && states == kFloat32)
-    update_direct<Rule, float, S, float, float, float>(h, row, begin, end);
-  else if (param == kBFloat16 && states == kBFloat16)
-    update_direct<Rule, float, S, BFloat16, BFloat16, BFloat16>(h, row, begin, end);
-  else if (param == kBFloat16 && states == kFloat32)
-    update_direct<Rule, float, S, BFloat16, BFloat16, float>(h, row, begin, end);
-  else update_copied<Rule, S>(h, row, begin, end);
+  const Hyper<float> h = hyper_of<float, pass>(t, row_number);
+  if (alike && param == grad) {
+    if (param == kFloat32 && states == kFloat32)
+      return update_direct<pass, Rule, float, S, float, float, float>(h, row, begin, end);
+    if (param == kBFloat16 && states == kBFloat16)
+      return update_direct<pass, Rule, float, S, BFloat16, BFloat16, BFloat16>(h, row, begin, end);
+    if (param == kBFloat16 && states == kFloat32)
+      return update_direct<pass, Rule, float, S, BFloat16, BFloat16, float>(h, row, begin, end);
+  }
+  return update_copied<pass, Rule, S>(h, row, begin, end);
 }
 
-template <class Rule>
-void update(const Tables& t, int64_t desc) {
+template <Pass pass, class Rule>
+Sums update(const Tables& t, int64_t desc) {
   const int64_t row = (desc >> 8) & 0xffffff, chunk = desc >> 32;
-  if (t.hyper[row * kHyperWidth + kSkip] != 0.0) return;
-  const int64_t signature = t.rows[row * kRowWidth + kSignature];
-  visit_states<Rule>(signature, [&](auto states) {
-    constexpr int S = decltype(states)::value;
-    update_chunk<Rule, S>(t, row, chunk);
-  });
+  Sums sums;
+  if (t.hyper[row * kHyperWidth + kSkip] != 0.0) return sums;
+  visit_states<Rule>(t.rows[row * kRowWidth + kSignature],
+                     [&](auto states) { sums = update_chunk<pass, Rule, decltype(states)::value>(t, row, chunk); });
+  return sums;
 }
 
-}  // namespace
+// The sum of the squares of one chunk's gradient.
+double squares_of(const Tables& t, int64_t desc) {
+  const int64_t row = (desc >> 8) & 0xffffff, begin = (desc >> 32) * kChunk;
+  const double* raw = t.raw + int64_t{t.group[row]} * kRawWidth;
+  if (t.grads[row] == 0 || raw[kMaxNorm] == 0.0) return 0.0;
+  const int64_t* columns = t.rows + row * kRowWidth;
+  const int count = static_cast<int>(std::min<int64_t>(kChunk, columns[kNumel] - begin));
+  const Stream grad(t.grads[row], columns[kSignature], 1);
+  const auto sum = [&](auto type) {
+    const auto* x = reinterpret_cast<const decltype(type)*>(grad.at(begin));
+    double total = 0.0;
+#pragma omp simd reduction(+ : total)
+    for (int i = 0; i < count; ++i) {
+      const double wide = widen(x[i]);
+      total += wide * wide;
+    }
+    return total;
+  };
+  double total = 0.0;
+  if (grad.dtype == kFloat64) return sum(double{});
+  visit_dtype(grad.dtype, [&](auto type) { total = sum(type); });
+  return total;
+}
+
+// Small pieces taken as they come: a static split waits for the slower core as soon as one is shared.
+int grain(const Tables& t, int threads) {
+  return static_cast<int>(std::clamp<int64_t>(t.chunks / (int64_t{threads} * 64), 1, 4));
+}
 
 bool step(const char* rule, const Tables& t, int threads) {
   return visit_rule(rule, [&](auto tag) {
     using Rule = typename decltype(tag)::type;
-    // Small pieces taken as they come: a static split waits for the slower core as soon as one is shared.
-    const int grain = static_cast<int>(std::clamp<int64_t>(t.chunks / (int64_t{threads} * 64), 1, 4));
 #pragma omp parallel num_threads(threads)
     {
       BiasCorrections memo{};
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < t.tensors; ++row) prepare(t, row, memo);
-#pragma omp for schedule(dynamic, grain)
-      for (int64_t i = 0; i < t.chunks; ++i) update<Rule>(t, t.desc[i]);
+#pragma omp for schedule(dynamic, grain(t, threads))
+      for (int64_t i = 0; i < t.chunks; ++i) {
+        if constexpr (Rule::trust) {
+          const Sums sums = update<Pass::kAdvance, Rule>(t, t.desc[i]);
+          t.partials[2 * i] = sums.param;
+          t.partials[2 * i + 1] = sums.update;
+        } else {
+          update<Pass::kUpdate, Rule>(t, t.desc[i]);
+        }
+      }
+      if constexpr (Rule::trust) {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < t.tensors; ++row) {
+          Sums sums;
+          for (int64_t i = t.spans[row]; i < t.spans[row + 1]; ++i) {
+            sums.param += t.partials[2 * i];
+            sums.update += t.partials[2 * i + 1];
+          }
+          t.sums[2 * row] = sums.param;
+          t.sums[2 * row + 1] = sums.update;
+        }
+      }
     }
   });
 }
+
+bool move(const char* rule, const Tables& t, int threads) {
+  return visit_rule(rule, [&](auto tag) {
+    using Rule = typename decltype(tag)::type;
+    if constexpr (Rule::trust) {
+#pragma omp parallel num_threads(threads)
+      {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < t.tensors; ++row) {
+          if (t.hyper[row * kHyperWidth + kSkip] == 0.0) t.trust[row] = trust_ratio(t, row);
+        }
+#pragma omp for schedule(dynamic, grain(t, threads))
+        for (int64_t i = 0; i < t.chunks; ++i) update<Pass::kMove, Rule>(t, t.desc[i]);
+      }
+    }
+  });
+}
+
+double squares(const Tables& t, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, grain(t, threads))
+  for (int64_t i = 0; i < t.chunks; ++i) t.partials[i] = squares_of(t, t.desc[i]);
+  double total = 0.0;
+  for (int64_t i = 0; i < t.chunks; ++i) total += t.partials[i];  // in this order, whatever the threads did
+  return total;
+}
+
+}  // namespace
+
+const CpuWalker walker = {step, move, squares};
 
 }  // namespace fused_optim::FUSED_ISA

@@ -4,18 +4,24 @@
 
 namespace fused_optim {
 
-// Prep and update for every tensor of `t`, in one parallel region of `threads` threads. False when there is no such
-// rule.
-using StepFunction = bool (*)(const char* rule, const Tables& t, int threads);
+struct CpuWalker {
+  // Prep and update for every tensor of `t`, in one parallel region of `threads` threads; of a rule with a trust ratio
+  // the first walk, which leaves `sums`. False when there is no such rule.
+  bool (*step)(const char* rule, const Tables& t, int threads);
+  // Its second walk: trust ratios from `sums`, and the params. Nothing for other rules.
+  bool (*move)(const char* rule, const Tables& t, int threads);
+  // The sum of the squares of all gradients whose groups are clipped, the same to the last bit at every run.
+  double (*squares)(const Tables& t, int threads);
+};
 
 namespace baseline {
-bool step(const char* rule, const Tables& t, int threads);
+extern const CpuWalker walker;
 }
 namespace avx2 {
-bool step(const char* rule, const Tables& t, int threads);
+extern const CpuWalker walker;
 }
 namespace avx512 {
-bool step(const char* rule, const Tables& t, int threads);
+extern const CpuWalker walker;
 }
 
 }  // namespace fused_optim

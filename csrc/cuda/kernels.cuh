@@ -2,148 +2,101 @@
 // for blocks and threads): what the tests prove of indices and memory on a machine without a GPU is proven of these
 // very lines.
 #pragma once
-#include <cassert>
-
-#include "../convert.h"
 #include "../dispatch.h"
 #include "../prep.h"
+#include "streams.cuh"
 
 namespace fused_optim {
 
-constexpr int kThreads = 128;     // of a block of step_kernel, which handles one chunk
-constexpr int kPrepThreads = 32;  // of a block of prep_kernel: small ones spread the float64 work over the GPU
-constexpr int kAccess = 16;       // bytes, the widest load and store
+constexpr int kThreads = 128;        // of a block that handles one chunk, or adds up one row
+constexpr int kRowThreads = 32;      // of a block that prepares rows: small ones spread the float64 work over the GPU
+constexpr int kTotalThreads = 1024;  // of the one block that adds up everything
 
-// Elements that a thread takes at once. Eight fill a 16-byte access of every dtype; with three states they would crowd
-// the registers of all kinds, for one kernel serves them all.
-template <class T, int S>
-constexpr int kVector = sizeof(T) == 8 ? 2 : (S <= 2 ? 8 : 4);
+// What a pass over the elements of a row does. kUpdate is the whole step of most rules; those with a trust ratio are
+// walked by kAdvance and, once the ratios are known, by kMove. kSquares looks at gradients alone.
+enum class Pass { kUpdate, kAdvance, kMove, kSquares };
 
-// One chunk of one tensor of a row.
-struct Stream {
-  char* data;
-  Dtype dtype;
+// Streams are numbered as in the signature: param, grad, states.
+constexpr int kParamStream = 0, kGradStream = 1, kFirstStateStream = 2;
 
-  FUSED_HD Stream() {}
-  FUSED_HD Stream(int64_t address, Dtype dtype, int64_t begin) : dtype(dtype) {
-    data = reinterpret_cast<char*>(address + begin * itemsize());
-#ifdef __CUDA_ARCH__
-    __builtin_assume(__isGlobal(data));  // unsaid, every access would be a generic one
-#endif
+constexpr bool reads(Pass pass, int stream) {
+  if (pass == Pass::kSquares) return stream == kGradStream;
+  return pass != Pass::kMove || stream != kGradStream;
+}
+
+constexpr bool writes(Pass pass, int stream) {
+  if (stream == kParamStream) return pass == Pass::kUpdate || pass == Pass::kMove;
+  return stream != kGradStream && (pass == Pass::kUpdate || pass == Pass::kAdvance);
+}
+
+constexpr bool sums_up(Pass pass) { return pass == Pass::kAdvance || pass == Pass::kSquares; }
+
+// What passes sum over the elements. No initializers: these lie in shared memory, too.
+struct Sums {
+  double values;   // squares of the params; of the gradients in kSquares
+  double updates;  // squares of the updates before lr
+
+  FUSED_HD Sums& operator+=(const Sums& other) {
+    values += other.values;
+    updates += other.updates;
+    return *this;
   }
-
-  FUSED_HD int itemsize() const { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
-  FUSED_HD char* at(int element) const { return data + element * itemsize(); }
 };
 
-// Words (4 or 2) of aligned global memory in one access. In PTX, because nvcc splits a memcpy, and at times a uint4.
-template <int kWords>
-FUSED_HD void load_words(const char* from, uint32_t* word) {
-#ifdef __CUDA_ARCH__
-  if constexpr (kWords == 4) {
-    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-                 : "l"(from)
-                 : "memory");
-  } else {
-    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "l"(from) : "memory");
-  }
-#else
-  assert(reinterpret_cast<uintptr_t>(from) % (4 * kWords) == 0);
-  std::memcpy(word, from, 4 * kWords);
+// Kernels are written as phases, in each of which every thread of the block does its share: `each_thread` is the first,
+// `then_each_thread` any later one, which sees what all threads have written before. emulate.cpp has its own two.
+#ifdef __CUDACC__
+template <int kCount, class F>
+__device__ __forceinline__ void each_thread(F&& share) {
+  share(static_cast<int>(threadIdx.x));
+}
+
+template <int kCount, class F>
+__device__ __forceinline__ void then_each_thread(F&& share) {
+  __syncthreads();
+  share(static_cast<int>(threadIdx.x));
+}
 #endif
-}
 
-template <int kWords>
-FUSED_HD void store_words(char* to, const uint32_t* word) {
-#ifdef __CUDA_ARCH__
-  if constexpr (kWords == 4) {
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
-                 :
-                 : "l"(to), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
-                 : "memory");
+// The scalars of a row. The second walk of a rule with a trust ratio takes the ratio with lr; before prep there are
+// none.
+template <Pass pass, class T>
+FUSED_HD Hyper<T> hyper_of(const Tables& t, int64_t row) {
+  if constexpr (pass == Pass::kSquares) {
+    return {};
   } else {
-    asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(to), "r"(word[0]), "r"(word[1]) : "memory");
-  }
-#else
-  assert(reinterpret_cast<uintptr_t>(to) % (4 * kWords) == 0);
-  std::memcpy(to, word, 4 * kWords);
-#endif
-}
-
-// V elements of one tensor as they lie in memory; two-byte dtypes fill the first half of the words.
-template <class T, int V>
-struct Pack {
-  uint32_t word[V * sizeof(T) / 4];
-};
-
-// V elements from `first` on. Those as wide as T come in parts of 16 bytes, each starting `gap` elements past the last.
-template <class T, int V>
-FUSED_HD void load(const Stream& stream, int first, int gap, Pack<T, V>& pack) {
-  constexpr int kParts = V * sizeof(T) / kAccess;
-  if (sizeof(T) == 8 || stream.dtype == kFloat32) {
-    for (int i = 0; i < kParts; ++i) load_words<4>(stream.at(first + i * gap), pack.word + 4 * i);
-  } else {
-    load_words<2 * kParts>(stream.at(first), pack.word);
+    const double* in = t.hyper + row * kHyperWidth;
+    Hyper<T> h = read_hyper<T>(in);
+    if constexpr (pass == Pass::kMove) h.lr = static_cast<T>(in[0] * t.trust[row]);
+    return h;
   }
 }
 
-template <class T, int V>
-FUSED_HD void unpack(const Pack<T, V>& pack, Dtype dtype, T (&x)[V]) {
-  if (sizeof(T) == 8 || dtype == kFloat32) {
-    std::memcpy(x, pack.word, sizeof x);
-    return;
-  }
-  uint16_t half[V];
-  std::memcpy(half, pack.word, sizeof half);
-  if (dtype == kBFloat16) {
-    for (int v = 0; v < V; ++v) x[v] = bf16_to_float(half[v]);
-  } else {
-    for (int v = 0; v < V; ++v) x[v] = f16_to_float(half[v]);
+// One element: param and states become the new ones.
+template <Pass pass, class Rule, class T, int S>
+FUSED_HD void update_element(const Hyper<T>& h, T& param, T grad, T (&state)[S > 0 ? S : 1]) {
+  if constexpr (pass == Pass::kUpdate) param = apply<Rule, T, S>(h, param, grad, state);
+  else if constexpr (pass == Pass::kAdvance) Rule::template advance<T, S>(h, gradient(h, param, grad), state);
+  else if constexpr (pass == Pass::kMove) param = param - h.lr * trusted_update<Rule, T, S>(h, param, state);
+}
+
+// What is summed of one element: its states are those that were stored, of which kMove will make the update again.
+template <Pass pass, class Rule, class T, int S>
+FUSED_HD void measure_element(const Hyper<T>& h, T param, T grad, const T (&state)[S > 0 ? S : 1], Sums& sums) {
+  if constexpr (pass == Pass::kAdvance) {
+    const double value = param, update = trusted_update<Rule, T, S>(h, param, state);
+    sums += {value * value, update * update};
+  } else if constexpr (pass == Pass::kSquares) {
+    const double value = grad;
+    sums.values += value * value;
   }
 }
 
-template <class T, int V>
-FUSED_HD void store(const Stream& stream, int first, int gap, const T (&x)[V]) {
-  constexpr int kParts = V * sizeof(T) / kAccess;
-  Pack<T, V> pack;
-  if (sizeof(T) == 8 || stream.dtype == kFloat32) {
-    std::memcpy(pack.word, x, sizeof x);
-    for (int i = 0; i < kParts; ++i) store_words<4>(stream.at(first + i * gap), pack.word + 4 * i);
-    return;
-  }
-  uint16_t half[V];
-  if (stream.dtype == kBFloat16) {
-    for (int v = 0; v < V; ++v) half[v] = float_to_bf16(static_cast<float>(x[v]));
-  } else {
-    for (int v = 0; v < V; ++v) half[v] = float_to_f16(static_cast<float>(x[v]));
-  }
-  std::memcpy(pack.word, half, sizeof half);
-  store_words<2 * kParts>(stream.at(first), pack.word);
-}
-
-template <class T>
-FUSED_HD T load_one(const Stream& stream, int element) {
-  const char* from = stream.at(element);
-  if constexpr (sizeof(T) == 8) return *reinterpret_cast<const double*>(from);
-  if (stream.dtype == kFloat32) return *reinterpret_cast<const float*>(from);
-  const uint16_t half = *reinterpret_cast<const uint16_t*>(from);
-  return stream.dtype == kBFloat16 ? bf16_to_float(half) : f16_to_float(half);
-}
-
-template <class T>
-FUSED_HD void store_one(const Stream& stream, int element, T x) {
-  char* to = stream.at(element);
-  if constexpr (sizeof(T) == 8) *reinterpret_cast<double*>(to) = x;
-  else if (stream.dtype == kFloat32) *reinterpret_cast<float*>(to) = x;
-  else *reinterpret_cast<uint16_t*>(to) = stream.dtype == kBFloat16 ? float_to_bf16(x) : float_to_f16(x);
-}
-
-// One thread's share of one chunk. Streams are numbered as in the signature: param, grad, states.
-template <class Rule, class T, int S>
-FUSED_HD void update_chunk(const Tables& t, int64_t row_number, int64_t chunk, bool slow, int thread) {
-  constexpr int V = kVector<T, S>, kStreams = 2 + S, kGrad = 1, kPart = kAccess / sizeof(T);
-  const Hyper<T> h = read_hyper<T>(t.hyper + row_number * kHyperWidth);
+// One thread's share of one chunk.
+template <Pass pass, class Rule, class T, int S>
+FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, bool slow, int thread) {
+  constexpr int V = kVector<T, S>, kStreams = 2 + S, kPart = kAccess / sizeof(T);
+  const Hyper<T> h = hyper_of<pass, T>(t, row_number);
   const int64_t* row = t.rows + row_number * kRowWidth;
   const int64_t signature = row[kSignature], grad = t.grads[row_number];
   const int64_t begin = chunk * kChunk, left = row[kNumel] - begin;
@@ -151,11 +104,17 @@ FUSED_HD void update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
   Stream stream[kStreams];
   bool all_float32 = true;
   for (int i = 0; i < kStreams; ++i) {
-    const int64_t address = i == 0 ? row[kParam] : i == kGrad ? grad : row[kFirstState + i - 2];
+    if (!reads(pass, i)) continue;
+    const int64_t address = i == kParamStream  ? row[kParam]
+                            : i == kGradStream ? grad
+                                               : row[kFirstState + i - kFirstStateStream];
     stream[i] = Stream(address, dtype_of(signature, i), begin);
     all_float32 = all_float32 && stream[i].dtype == kFloat32;
   }
-  const int vectored = slow || grad % kAccess != 0 ? 0 : count - count % V;
+  // `slow` speaks of param and states.
+  const bool aligned = !(reads(pass, kParamStream) && slow) && !(reads(pass, kGradStream) && grad % kAccess != 0);
+  const int vectored = aligned ? count - count % V : 0;
+  Sums sums{};
 
   for (int piece = 0; piece < vectored; piece += kThreads * V) {
     // Neighbouring threads should access neighbouring 16 bytes: float32 tensors among themselves can have it so.
@@ -166,46 +125,171 @@ FUSED_HD void update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
     Pack<T, V> pack[kStreams];
     T x[kStreams][V];
     // All loads before the first use of any.
-    for (int i = 0; i < kStreams; ++i) load(stream[i], first, gap, pack[i]);
-    for (int i = 0; i < kStreams; ++i) unpack(pack[i], stream[i].dtype, x[i]);
-    for (int v = 0; v < V; ++v) {
-      T state[S > 0 ? S : 1];
-      for (int s = 0; s < S; ++s) state[s] = x[2 + s][v];
-      x[0][v] = apply<Rule, T, S>(h, x[0][v], x[kGrad][v], state);
-      for (int s = 0; s < S; ++s) x[2 + s][v] = state[s];
+    for (int i = 0; i < kStreams; ++i) {
+      if (reads(pass, i)) load(stream[i], first, gap, pack[i]);
     }
     for (int i = 0; i < kStreams; ++i) {
-      if (i != kGrad) store(stream[i], first, gap, x[i]);
+      if (reads(pass, i)) unpack(pack[i], stream[i].dtype, x[i]);
+    }
+    for (int v = 0; v < V; ++v) {
+      T state[S > 0 ? S : 1];
+      for (int s = 0; s < S; ++s) state[s] = x[kFirstStateStream + s][v];
+      update_element<pass, Rule, T, S>(h, x[kParamStream][v], x[kGradStream][v], state);
+      for (int s = 0; s < S; ++s) x[kFirstStateStream + s][v] = state[s];
+    }
+    for (int i = 0; i < kStreams; ++i) {
+      if (!writes(pass, i)) continue;
+      pack_up(x[i], stream[i].dtype, pack[i]);
+      store(stream[i], first, gap, pack[i]);
+      if (sums_up(pass)) unpack(pack[i], stream[i].dtype, x[i]);
+    }
+    for (int v = 0; v < V; ++v) {
+      T state[S > 0 ? S : 1];
+      for (int s = 0; s < S; ++s) state[s] = x[kFirstStateStream + s][v];
+      measure_element<pass, Rule, T, S>(h, x[kParamStream][v], x[kGradStream][v], state, sums);
     }
   }
 
   for (int element = vectored + thread; element < count; element += kThreads) {
-    T state[S > 0 ? S : 1];
-    for (int s = 0; s < S; ++s) state[s] = load_one<T>(stream[2 + s], element);
-    const T param = load_one<T>(stream[0], element);
-    store_one(stream[0], element, apply<Rule, T, S>(h, param, load_one<T>(stream[kGrad], element), state));
-    for (int s = 0; s < S; ++s) store_one(stream[2 + s], element, state[s]);
+    T x[kStreams], state[S > 0 ? S : 1];
+    for (int i = 0; i < kStreams; ++i) {
+      if (reads(pass, i)) x[i] = load_one<T>(stream[i], element);
+    }
+    for (int s = 0; s < S; ++s) state[s] = x[kFirstStateStream + s];
+    update_element<pass, Rule, T, S>(h, x[kParamStream], x[kGradStream], state);
+    for (int s = 0; s < S; ++s) x[kFirstStateStream + s] = state[s];
+    for (int i = 0; i < kStreams; ++i) {
+      if (!writes(pass, i)) continue;
+      store_one(stream[i], element, x[i]);
+      if (sums_up(pass)) x[i] = load_one<T>(stream[i], element);
+    }
+    for (int s = 0; s < S; ++s) state[s] = x[kFirstStateStream + s];
+    measure_element<pass, Rule, T, S>(h, x[kParamStream], x[kGradStream], state, sums);
   }
+  return sums;
 }
 
+FUSED_HD bool skipped(const Tables& t, int64_t row) { return t.hyper[row * kHyperWidth + kSkip] != 0.0; }
+
+// One row per thread.
 __global__ void prep_kernel(Tables t) {
-  const int64_t row = int64_t{blockIdx.x} * kPrepThreads + threadIdx.x;
-  BiasCorrections memo{};
-  if (row < t.tensors) prepare(t, row, memo);
+  each_thread<kRowThreads>([&](int thread) {
+    const int64_t row = int64_t{blockIdx.x} * kRowThreads + thread;
+    BiasCorrections memo{};
+    if (row < t.tensors) prepare(t, row, memo);
+  });
+}
+
+__global__ void trust_kernel(Tables t) {
+  each_thread<kRowThreads>([&](int thread) {
+    const int64_t row = int64_t{blockIdx.x} * kRowThreads + thread;
+    if (row < t.tensors && !skipped(t, row)) t.trust[row] = trust_ratio(t, row);
+  });
+}
+
+// Adds up what each thread of a block wrote into `part`, in an order that never changes. The first thread gets the sum.
+template <int kCount, class X, class F>
+__device__ void add_up(X (&part)[kCount], F&& take) {
+  for (int width = kCount / 2; width > 0; width /= 2) {
+    then_each_thread<kCount>([&](int thread) {
+      if (thread < width) part[thread] += part[thread + width];
+    });
+  }
+  then_each_thread<kCount>([&](int thread) {
+    if (thread == 0) take(part[0]);
+  });
 }
 
 // Five blocks on a multiprocessor: 640 threads await 64 bytes or more each. The registers of more would have to spill.
-template <class Rule>
+template <Pass pass, class Rule>
 __global__ void __launch_bounds__(kThreads, 5) step_kernel(Tables t) {
   const int64_t desc = t.desc[blockIdx.x], row = (desc >> 8) & 0xffffff, chunk = desc >> 32;
-  if (t.hyper[row * kHyperWidth + kSkip] != 0.0) return;
-  const int thread = static_cast<int>(threadIdx.x);
+  if (skipped(t, row)) return;
   const int64_t signature = t.rows[row * kRowWidth + kSignature];
-  visit_states<Rule>(signature, [&](auto states) {
-    constexpr int S = decltype(states)::value;
-    if (dtype_of(signature, 0) == kFloat64) update_chunk<Rule, double, S>(t, row, chunk, desc & 1, thread);
-    else update_chunk<Rule, float, S>(t, row, chunk, desc & 1, thread);
+  const auto share = [&](int thread) {
+    Sums sums;
+    visit_states<Rule>(signature, [&](auto states) {
+      constexpr int S = decltype(states)::value;
+      sums = dtype_of(signature, 0) == kFloat64 ? update_chunk<pass, Rule, double, S>(t, row, chunk, desc & 1, thread)
+                                                : update_chunk<pass, Rule, float, S>(t, row, chunk, desc & 1, thread);
+    });
+    return sums;
+  };
+  if constexpr (pass == Pass::kAdvance) {
+    __shared__ Sums part[kThreads];
+    each_thread<kThreads>([&](int thread) { part[thread] = share(thread); });
+    add_up(part, [&](const Sums& sums) {
+      t.partials[2 * int64_t{blockIdx.x}] = sums.values;
+      t.partials[2 * int64_t{blockIdx.x} + 1] = sums.updates;
+    });
+  } else {
+    each_thread<kThreads>(share);
+  }
+}
+
+// From the sums over chunks to those over rows, one row per block.
+__global__ void __launch_bounds__(kThreads) sum_kernel(Tables t) {
+  __shared__ Sums part[kThreads];
+  const int64_t row = blockIdx.x, end = skipped(t, row) ? 0 : t.spans[row + 1];
+  each_thread<kThreads>([&](int thread) {
+    Sums sums{};
+    for (int64_t i = t.spans[row] + thread; i < end; i += kThreads) sums += {t.partials[2 * i], t.partials[2 * i + 1]};
+    part[thread] = sums;
   });
+  add_up(part, [&](const Sums& sums) {
+    t.sums[2 * row] = sums.values;
+    t.sums[2 * row + 1] = sums.updates;
+  });
+}
+
+// The squares of one chunk's gradient, where it is to be clipped.
+__global__ void __launch_bounds__(kThreads) squares_kernel(Tables t) {
+  __shared__ double part[kThreads];
+  const int64_t desc = t.desc[blockIdx.x], row = (desc >> 8) & 0xffffff, chunk = desc >> 32;
+  const bool counts = t.grads[row] != 0 && t.raw[int64_t{t.group[row]} * kRawWidth + kMaxNorm] != 0.0;
+  const bool wide = dtype_of(t.rows[row * kRowWidth + kSignature], kGradStream) == kFloat64;
+  each_thread<kThreads>([&](int thread) {
+    Sums sums{};
+    if (counts && wide) sums = update_chunk<Pass::kSquares, void, double, 0>(t, row, chunk, desc & 1, thread);
+    else if (counts) sums = update_chunk<Pass::kSquares, void, float, 0>(t, row, chunk, desc & 1, thread);
+    part[thread] = sums.values;
+  });
+  add_up(part, [&](double sum) { t.partials[blockIdx.x] = sum; });
+}
+
+// From the sums over chunks to that over all, by one block.
+__global__ void __launch_bounds__(kTotalThreads) total_kernel(Tables t, double* out) {
+  __shared__ double part[kTotalThreads];
+  each_thread<kTotalThreads>([&](int thread) {
+    double sum = 0.0;
+    for (int64_t i = thread; i < t.chunks; i += kTotalThreads) sum += t.partials[i];
+    part[thread] = sum;
+  });
+  add_up(part, [&](double sum) { *out = sum; });
+}
+
+// The kernels of each entry point, in order: launch(kernel, blocks, threads, arguments...) runs one, if it has a block.
+FUSED_HD int64_t row_blocks(const Tables& t) { return (t.tensors + kRowThreads - 1) / kRowThreads; }
+
+template <class Rule, class Launch>
+void launch_step(const Tables& t, Launch&& launch) {
+  launch(prep_kernel, row_blocks(t), kRowThreads, t);
+  launch(step_kernel < Rule::trust ? Pass::kAdvance : Pass::kUpdate, Rule >, t.chunks, kThreads, t);
+  if constexpr (Rule::trust) launch(sum_kernel, t.tensors, kThreads, t);
+}
+
+template <class Rule, class Launch>
+void launch_move(const Tables& t, Launch&& launch) {
+  if constexpr (Rule::trust) {
+    launch(trust_kernel, row_blocks(t), kRowThreads, t);
+    launch(step_kernel<Pass::kMove, Rule>, t.chunks, kThreads, t);
+  }
+}
+
+template <class Launch>
+void launch_squares(const Tables& t, double* out, Launch&& launch) {
+  launch(squares_kernel, t.chunks, kThreads, t);
+  launch(total_kernel, int64_t{1}, kTotalThreads, t, out);
 }
 
 }  // namespace fused_optim

@@ -24,22 +24,39 @@ class DeviceGuard {
   cudaError_t error_;
 };
 
+// Queues on `stream` the kernels that `queue` hands to the launcher it is given.
+template <class F>
+cudaError_t queue_on(void* stream, int device, F&& queue) {
+  DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return guard.error();
+  queue([&](auto* kernel, int64_t blocks, int threads, const auto&... arguments) {
+    // A table may be empty, and a list of empty tensors has rows, whose steps advance, and no chunks.
+    if (blocks != 0)
+      kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  });
+  return cudaGetLastError();
+}
+
 }  // namespace
 
 int launch_step_cuda(const char* rule, const Tables& t, void* stream, int device) {
   cudaError_t error = cudaSuccess;
   const bool known = visit_rule(rule, [&](auto tag) {
-    using Rule = typename decltype(tag)::type;
-    DeviceGuard guard(device);
-    error = guard.error();
-    if (error != cudaSuccess || t.tensors == 0) return;
-    const auto queue = static_cast<cudaStream_t>(stream);
-    prep_kernel<<<static_cast<unsigned>((t.tensors + kPrepThreads - 1) / kPrepThreads), kPrepThreads, 0, queue>>>(t);
-    // A list of empty tensors has rows, whose steps advance, and no chunks.
-    if (t.chunks != 0) step_kernel<Rule><<<static_cast<unsigned>(t.chunks), kThreads, 0, queue>>>(t);
-    error = cudaGetLastError();
+    error = queue_on(stream, device, [&](auto launch) { launch_step<typename decltype(tag)::type>(t, launch); });
   });
   return known ? static_cast<int>(error) : kUnknownRule;
+}
+
+int launch_move_cuda(const char* rule, const Tables& t, void* stream, int device) {
+  cudaError_t error = cudaSuccess;
+  const bool known = visit_rule(rule, [&](auto tag) {
+    error = queue_on(stream, device, [&](auto launch) { launch_move<typename decltype(tag)::type>(t, launch); });
+  });
+  return known ? static_cast<int>(error) : kUnknownRule;
+}
+
+int launch_squares_cuda(const Tables& t, double* out, void* stream, int device) {
+  return queue_on(stream, device, [&](auto launch) { launch_squares(t, out, launch); });
 }
 
 const char* cuda_error_text(int error) {

@@ -1,0 +1,143 @@
+// How a thread reads and writes its elements of one tensor: 16 bytes at a time, whatever the dtype.
+#pragma once
+#include <cassert>
+
+#include "../convert.h"
+#include "../dispatch.h"
+
+namespace fused_optim {
+
+constexpr int kAccess = 16;  // bytes, the widest load and store
+
+// Elements that a thread takes at once. Eight fill a 16-byte access of every dtype; with three states they would crowd
+// the registers of all kinds, for one kernel serves them all.
+template <class T, int S>
+constexpr int kVector = sizeof(T) == 8 ? 2 : (S <= 2 ? 8 : 4);
+
+// One chunk of one tensor of a row.
+struct Stream {
+  char* data;
+  Dtype dtype;
+
+  FUSED_HD Stream() {}
+  FUSED_HD Stream(int64_t address, Dtype dtype, int64_t begin) : dtype(dtype) {
+    data = reinterpret_cast<char*>(address + begin * itemsize());
+#ifdef __CUDA_ARCH__
+    __builtin_assume(__isGlobal(data));  // unsaid, every access would be a generic one
+#endif
+  }
+
+  FUSED_HD int itemsize() const { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+  FUSED_HD char* at(int element) const { return data + element * itemsize(); }
+};
+
+// Words (4 or 2) of aligned global memory in one access. In PTX, because nvcc splits a memcpy, and at times a uint4.
+template <int kWords>
+FUSED_HD void load_words(const char* from, uint32_t* word) {
+#ifdef __CUDA_ARCH__
+  if constexpr (kWords == 4) {
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "l"(from)
+                 : "memory");
+  } else {
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "l"(from) : "memory");
+  }
+#else
+  assert(reinterpret_cast<uintptr_t>(from) % (4 * kWords) == 0);
+  std::memcpy(word, from, 4 * kWords);
+#endif
+}
+
+template <int kWords>
+FUSED_HD void store_words(char* to, const uint32_t* word) {
+#ifdef __CUDA_ARCH__
+  if constexpr (kWords == 4) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(to), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+                 : "memory");
+  } else {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(to), "r"(word[0]), "r"(word[1]) : "memory");
+  }
+#else
+  assert(reinterpret_cast<uintptr_t>(to) % (4 * kWords) == 0);
+  std::memcpy(to, word, 4 * kWords);
+#endif
+}
+
+// V elements of one tensor as they lie in memory; two-byte dtypes fill the first half of the words.
+template <class T, int V>
+struct Pack {
+  uint32_t word[V * sizeof(T) / 4];
+};
+
+// V elements from `first` on. Those as wide as T come in parts of 16 bytes, each starting `gap` elements past the last.
+template <class T, int V>
+FUSED_HD void load(const Stream& stream, int first, int gap, Pack<T, V>& pack) {
+  constexpr int kParts = V * sizeof(T) / kAccess;
+  if (sizeof(T) == 8 || stream.dtype == kFloat32) {
+    for (int i = 0; i < kParts; ++i) load_words<4>(stream.at(first + i * gap), pack.word + 4 * i);
+  } else {
+    load_words<2 * kParts>(stream.at(first), pack.word);
+  }
+}
+
+template <class T, int V>
+FUSED_HD void unpack(const Pack<T, V>& pack, Dtype dtype, T (&x)[V]) {
+  if (sizeof(T) == 8 || dtype == kFloat32) {
+    std::memcpy(x, pack.word, sizeof x);
+    return;
+  }
+  uint16_t half[V];
+  std::memcpy(half, pack.word, sizeof half);
+  if (dtype == kBFloat16) {
+    for (int v = 0; v < V; ++v) x[v] = bf16_to_float(half[v]);
+  } else {
+    for (int v = 0; v < V; ++v) x[v] = f16_to_float(half[v]);
+  }
+}
+
+template <class T, int V>
+FUSED_HD void pack_up(const T (&x)[V], Dtype dtype, Pack<T, V>& pack) {
+  if (sizeof(T) == 8 || dtype == kFloat32) {
+    std::memcpy(pack.word, x, sizeof x);
+    return;
+  }
+  uint16_t half[V];
+  if (dtype == kBFloat16) {
+    for (int v = 0; v < V; ++v) half[v] = float_to_bf16(static_cast<float>(x[v]));
+  } else {
+    for (int v = 0; v < V; ++v) half[v] = float_to_f16(static_cast<float>(x[v]));
+  }
+  std::memcpy(pack.word, half, sizeof half);
+}
+
+template <class T, int V>
+FUSED_HD void store(const Stream& stream, int first, int gap, const Pack<T, V>& pack) {
+  constexpr int kParts = V * sizeof(T) / kAccess;
+  if (sizeof(T) == 8 || stream.dtype == kFloat32) {
+    for (int i = 0; i < kParts; ++i) store_words<4>(stream.at(first + i * gap), pack.word + 4 * i);
+  } else {
+    store_words<2 * kParts>(stream.at(first), pack.word);
+  }
+}
+
+template <class T>
+FUSED_HD T load_one(const Stream& stream, int element) {
+  const char* from = stream.at(element);
+  if constexpr (sizeof(T) == 8) return *reinterpret_cast<const double*>(from);
+  if (stream.dtype == kFloat32) return *reinterpret_cast<const float*>(from);
+  const uint16_t half = *reinterpret_cast<const uint16_t*>(from);
+  return stream.dtype == kBFloat16 ? bf16_to_float(half) : f16_to_float(half);
+}
+
+template <class T>
+FUSED_HD void store_one(const Stream& stream, int element, T x) {
+  char* to = stream.at(element);
+  if constexpr (sizeof(T) == 8) *reinterpret_cast<double*>(to) = x;
+  else if (stream.dtype == kFloat32) *reinterpret_cast<float*>(to) = x;
+  else *reinterpret_cast<uint16_t*>(to) = stream.dtype == kBFloat16 ? float_to_bf16(x) : float_to_f16(x);
+}
+
+}  // namespace fused_optim

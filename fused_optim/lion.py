@@ -1,0 +1,56 @@
+"""Lion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .decoupled import DECAY_COLUMNS, DECAY_KEYS, Decoupled
+from .table import BETAS, DECOUPLED, LR, MAXIMIZE, WEIGHT_DECAY, Rule
+from .validate import check_adam_like
+
+
+class FusedLion(Decoupled):
+    r"""Lion in one pass over memory, decay decoupled from the gradient.
+
+    .. math::
+        p = (1 - lr \cdot \lambda) p - lr \cdot sign(\beta_1 m + (1-\beta_1) g), \quad m = \beta_2 m + (1-\beta_2) g
+
+    Args as FusedAdamW's, without eps and amsgrad. State: exp_avg.
+
+    Raises:
+        ValueError: lr, betas or weight_decay are out of range.
+
+    Source: Chen et al., arXiv:2302.06675, algorithm 2.
+    """
+
+    rule = Rule(
+        name="lion",
+        states=("exp_avg",),
+        counted=False,
+        columns=(
+            ("lr", LR, 1),
+            ("betas", BETAS, 2),
+            ("weight_decay", WEIGHT_DECAY, 1),
+            ("maximize", MAXIMIZE, 1),
+            ("decoupled_weight_decay", DECOUPLED, 1),
+            *DECAY_COLUMNS,
+        ),
+        optional=DECAY_KEYS,
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        **ours: Any,
+    ) -> None:
+        options = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        check_adam_like(lr, betas, weight_decay)
+        super().__init__(params, {**options, "capturable": capturable, "decoupled_weight_decay": True}, **ours)
