@@ -260,13 +260,12 @@ bool Watch::read_hyperparameters(size_t index, int& answer) {
 
   for (const auto& [key, first, count, optional, is_switch] : columns_) {
     PyObject* value = PyDict_GetItemWithError(watched.group.ptr(), key.ptr());
+    const bool was_on = raw[first] != 0.0;
     if (optional && (value == nullptr || value == Py_None)) {
       for (int column = first; column < first + count; ++column) set(column, defaults_[column]);
-      continue;
-    }
-    if (value == nullptr) return false;
-    const bool was_on = raw[first] != 0.0;
-    if (PyTuple_Check(value) || PyList_Check(value)) {
+    } else if (value == nullptr) {
+      return false;
+    } else if (PyTuple_Check(value) || PyList_Check(value)) {
       watched.volatile_values |= PyList_Check(value);
       if (PySequence_Fast_GET_SIZE(value) != count) return false;
       for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(value); ++i) {

@@ -7,24 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decoupled import DECAY_COLUMNS, DECAY_KEYS, Decoupled
+from .decoupled import Decoupled
 from .optimizer import FusedOptimizer
-from .table import BETAS, DECOUPLED, EPS, LR, MAXIMIZE, WEIGHT_DECAY, Rule
+from .table import BETAS, EPS, Rule
 
 ADAM = Rule(
     name="adam",
     states=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     switched={"max_exp_avg_sq": "amsgrad"},
-    columns=(
-        ("lr", LR, 1),
-        ("betas", BETAS, 2),
-        ("eps", EPS, 1),
-        ("weight_decay", WEIGHT_DECAY, 1),
-        ("maximize", MAXIMIZE, 1),
-        ("decoupled_weight_decay", DECOUPLED, 1),
-        *DECAY_COLUMNS,
-    ),
-    optional=DECAY_KEYS,
+    options=(("betas", BETAS, 2), ("eps", EPS, 1)),
 )
 
 

@@ -5,13 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .optimizer import FusedOptimizer
-from .table import DECAY_PERIOD, LR_REFERENCE
 
 CONVENTIONS = "torch", "paper", "normalized"
-
-# For the rules of such optimizers: group keys that may be missing.
-DECAY_COLUMNS = (("lr_reference", LR_REFERENCE, 1), ("decay_period", DECAY_PERIOD, 1))
-DECAY_KEYS = frozenset(key for key, _, _ in DECAY_COLUMNS)
 
 
 class Decoupled(FusedOptimizer):

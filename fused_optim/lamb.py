@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .optimizer import FusedOptimizer
-from .table import BETAS, DECOUPLED, EPS, LR, MAX_NORM, MAXIMIZE, OWN, TRUST_ALWAYS, TRUST_CLIP, WEIGHT_DECAY, Rule
+from .table import BETAS, DECOUPLED, EPS, OWN, TRUST_ALWAYS, Rule
 from .validate import check_adam_like, check_trust
 
 
@@ -49,20 +49,14 @@ class FusedLAMB(FusedOptimizer):
         states=("exp_avg", "exp_avg_sq"),
         trust=True,
         clip_eps=0.0,
-        columns=(
-            ("lr", LR, 1),
+        options=(
             ("betas", BETAS, 2),
             ("eps", EPS, 1),
-            ("weight_decay", WEIGHT_DECAY, 1),
             ("adam_w_mode", DECOUPLED, 1),
-            ("maximize", MAXIMIZE, 1),
             ("grad_averaging", OWN, 1),
             ("bias_correction", OWN + 1, 1),
-            ("max_grad_norm", MAX_NORM, 1),
-            ("trust_clip", TRUST_CLIP, 2),
             ("use_nvlamb", TRUST_ALWAYS, 1),
         ),
-        optional=frozenset({"max_grad_norm", "trust_clip"}),
     )
 
     def __init__(

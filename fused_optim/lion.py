@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .decoupled import DECAY_COLUMNS, DECAY_KEYS, Decoupled
-from .table import BETAS, DECOUPLED, LR, MAXIMIZE, WEIGHT_DECAY, Rule
+from .decoupled import Decoupled
+from .table import BETAS, Rule
 from .validate import check_adam_like
 
 
@@ -25,20 +25,7 @@ class FusedLion(Decoupled):
     Source: Chen et al., arXiv:2302.06675, algorithm 2.
     """
 
-    rule = Rule(
-        name="lion",
-        states=("exp_avg",),
-        counted=False,
-        columns=(
-            ("lr", LR, 1),
-            ("betas", BETAS, 2),
-            ("weight_decay", WEIGHT_DECAY, 1),
-            ("maximize", MAXIMIZE, 1),
-            ("decoupled_weight_decay", DECOUPLED, 1),
-            *DECAY_COLUMNS,
-        ),
-        optional=DECAY_KEYS,
-    )
+    rule = Rule(name="lion", states=("exp_avg",), counted=False, options=(("betas", BETAS, 2),))
 
     def __init__(
         self,

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from . import backends
 from .device import DeviceTable
 from .layout import check_grad, check_hyperparameter, check_param, conform, conform_step, make_row, make_states
-from .table import MAX_NORM, Row, Rule, Scalars, Table
-from .watch import RAW_CHANGED, REBUILD
+from .table import Row, Rule, Scalars, Table
+from .watch import REBUILD
 from .watch import Watch as PythonWatch
 
 
@@ -67,7 +67,6 @@ class FusedOptimizer(Optimizer):
     """
 
     rule: ClassVar[Rule]
-    _clipping: bool | None  # whether any group's gradients are clipped; None: not known yet
     _step_supports_amp_scaling = True  # GradScaler hands grad_scale and found_inf to step()
 
     def __init__(
@@ -127,7 +126,7 @@ class FusedOptimizer(Optimizer):
             backend.upload(table, moved)
             if table.copies:
                 self._copy_in(table)
-        squares = self._grad_squares() if self._tables and self._clips(moved) else None
+        squares = self._grad_squares() if self._clipping and self._tables else None
         for table, backend in self._tables:
             backend.step(table, self._scaling(table.device, squares))
         for table, backend in self._tables:
@@ -148,12 +147,6 @@ class FusedOptimizer(Optimizer):
             _on_device(found_inf, device, torch.float32),
             _on_device(squares, device, torch.float64),
         )
-
-    def _clips(self, moved: int) -> bool:
-        """Whether any group's gradients are clipped."""
-        if self._clipping is None or moved & RAW_CHANGED:
-            self._clipping = bool(self._tables[0][0].scalars.raw[:, MAX_NORM].any())
-        return self._clipping
 
     def _grad_squares(self) -> Tensor:
         """The sum of the squares of all gradients that are clipped: float64 [1] on the first table's device."""
@@ -191,7 +184,7 @@ class FusedOptimizer(Optimizer):
         self._watched_state: object = None
         self._watched_groups: object = None
         self._tables: list[tuple[Table, backends.Backend]] = []
-        self._clipping = None
+        self._clipping = False  # whether any group's gradients are clipped
         self._on_cuda = True
 
     @torch.no_grad()
@@ -210,8 +203,8 @@ class FusedOptimizer(Optimizer):
                 check_grad(type(self).__name__, param, param.grad, name)
 
         for group in self.param_groups:
-            for key, _, count in self.rule.columns:
-                if key not in self.rule.optional or group.get(key) is not None:
+            for key, _, count, optional, _ in self.rule.columns:
+                if not optional or group.get(key) is not None:
                     check_hyperparameter(key, group[key], count)
 
         rows: list[Row] = []
@@ -236,8 +229,9 @@ class FusedOptimizer(Optimizer):
         by_device: dict[torch.device, list[Row]] = {}
         for row in rows:
             by_device.setdefault(row.param.device, []).append(row)
+        clipping = any(group.get("max_grad_norm") for group in self.param_groups)
         tables = [
-            (Table(self.rule, device, members_, scalars), backends.pick(self.backend, device))
+            (Table(self.rule, device, members_, scalars, clipping), backends.pick(self.backend, device))
             for device, members_ in by_device.items()
         ]
 
@@ -251,7 +245,7 @@ class FusedOptimizer(Optimizer):
             self._steps.update(steps)
         extension = backends.extension()
         watch: Any = (PythonWatch if isinstance(extension, str) else extension.Watch)(
-            self.param_groups, self.state, self.rule.watched_columns, scalars.raw, scalars.lr
+            self.param_groups, self.state, self.rule.columns, scalars.raw, scalars.lr
         )
         for param in pending:
             watch.add_pending(param)
@@ -262,7 +256,7 @@ class FusedOptimizer(Optimizer):
             raise RuntimeError(
                 "params, gradients or states changed while the step was being prepared; was another thread at them?"
             )
-        self._watch, self._tables = watch, tables
+        self._watch, self._tables, self._clipping = watch, tables, clipping
         self._watched_state, self._watched_groups = self.state, self.param_groups
         self._on_cuda = any(table.device.type == "cuda" for table, _ in tables)
 

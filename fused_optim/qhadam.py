@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decoupled import DECAY_COLUMNS, DECAY_KEYS, Decoupled
+from .decoupled import Decoupled
 from .optimizer import FusedOptimizer
-from .table import BETAS, DECOUPLED, EPS, LR, MAXIMIZE, OWN, WEIGHT_DECAY, Rule
+from .table import BETAS, DECOUPLED, EPS, OWN, Rule
 from .validate import check_adam_like, check_nus
 
 
@@ -40,17 +40,7 @@ class FusedQHAdam(FusedOptimizer):
     rule = Rule(
         name="qhadam",
         states=("exp_avg", "exp_avg_sq"),
-        columns=(
-            ("lr", LR, 1),
-            ("betas", BETAS, 2),
-            ("nus", OWN, 2),
-            ("eps", EPS, 1),
-            ("weight_decay", WEIGHT_DECAY, 1),
-            ("maximize", MAXIMIZE, 1),
-            ("decouple_weight_decay", DECOUPLED, 1),
-            *DECAY_COLUMNS,
-        ),
-        optional=DECAY_KEYS,
+        options=(("betas", BETAS, 2), ("nus", OWN, 2), ("eps", EPS, 1), ("decouple_weight_decay", DECOUPLED, 1)),
     )
 
     def __init__(

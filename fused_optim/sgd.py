@@ -7,26 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decoupled import DECAY_COLUMNS, DECAY_KEYS, Decoupled
+from .decoupled import Decoupled
 from .optimizer import FusedOptimizer
-from .table import BETAS, DECOUPLED, LR, MAXIMIZE, OWN, WEIGHT_DECAY, Rule
+from .table import BETAS, OWN, Rule
 
 SGD = Rule(
     name="sgd",
     states=("momentum_buffer",),
     switched={"momentum_buffer": "momentum"},
     counted=False,
-    columns=(
-        ("lr", LR, 1),
-        ("momentum", BETAS, 1),
-        ("dampening", OWN, 1),
-        ("nesterov", OWN + 1, 1),
-        ("weight_decay", WEIGHT_DECAY, 1),
-        ("maximize", MAXIMIZE, 1),
-        ("decoupled_weight_decay", DECOUPLED, 1),
-        *DECAY_COLUMNS,
-    ),
-    optional=DECAY_KEYS | {"decoupled_weight_decay"},
+    options=(("momentum", BETAS, 1), ("dampening", OWN, 1), ("nesterov", OWN + 1, 1)),
 )
 
 

@@ -29,13 +29,27 @@ LR, BETAS, EPS, WEIGHT_DECAY, DECOUPLED, MAXIMIZE, OWN = 0, 1, 3, 4, 5, 6, 7
 LR_REFERENCE, DECAY_PERIOD, MAX_NORM, CLIP_EPS, TRUST_CLIP, TRUST_ALWAYS = 9, 10, 11, 12, 13, 15
 
 
+# A group's option, the first column that it fills, and how many: a tuple fills several.
+Column = tuple[str, int, int]
+
+# What every optimizer has; the second list may be missing in a group, or None.
+REQUIRED: tuple[Column, ...] = (("lr", LR, 1), ("weight_decay", WEIGHT_DECAY, 1))
+OPTIONAL: tuple[Column, ...] = (
+    ("maximize", MAXIMIZE, 1),
+    ("decoupled_weight_decay", DECOUPLED, 1),
+    ("lr_reference", LR_REFERENCE, 1),
+    ("decay_period", DECAY_PERIOD, 1),
+    ("max_grad_norm", MAX_NORM, 1),
+    ("trust_clip", TRUST_CLIP, 2),
+)
+
+
 @dataclass(frozen=True)
 class Rule:
     """What the machinery must know of an optimizer; the arithmetic itself is looked up by `name` in each backend.
 
     states: names in `optimizer.state[param]`, in the order in which the rule takes them.
-    columns: (group key, first column of `raw`, number of columns); a tuple fills several.
-    optional: the keys among them that a group may lack, or hold as None.
+    options: the options of its groups besides REQUIRED and OPTIONAL.
     switched: states that exist only where a group's option is true, as {state: option}; they come last in `states`.
     counted: whether `step` is one of the states. Where it is not, the optimizer counts out of sight, because the first
         update of a param may differ.
@@ -45,8 +59,7 @@ class Rule:
 
     name: str
     states: tuple[str, ...]
-    columns: tuple[tuple[str, int, int], ...]
-    optional: frozenset[str] = frozenset()
+    options: tuple[Column, ...]
     switched: Mapping[str, str] = field(default_factory=dict)
     counted: bool = True
     trust: bool = False
@@ -56,10 +69,14 @@ class Rule:
         return [name for name in self.states if name not in self.switched or group[self.switched[name]]]
 
     @property
-    def watched_columns(self) -> list[tuple[str, int, int, bool, bool]]:
-        """`columns`, and of each whether it is optional and whether it switches a state."""
-        switches = set(self.switched.values())
-        return [(key, first, count, key in self.optional, key in switches) for key, first, count in self.columns]
+    def columns(self) -> list[tuple[str, int, int, bool, bool]]:
+        """All of them, and of each whether it is optional, and whether new tables are due when it becomes 0 or no
+        longer is."""
+        switches = {*self.switched.values(), "max_grad_norm"}
+        own = {first for _, first, _ in self.options}  # under a name of their own
+        columns = [(*column, False) for column in REQUIRED + self.options]
+        columns += [(*column, True) for column in OPTIONAL if column[1] not in own]
+        return [(*column, column[0] in switches) for column in columns]
 
 
 @dataclass
@@ -147,7 +164,7 @@ class Table:
         squares [1].
     """
 
-    def __init__(self, rule: Rule, device: torch.device, rows: list[Row], scalars: Scalars) -> None:
+    def __init__(self, rule: Rule, device: torch.device, rows: list[Row], scalars: Scalars, clips: bool) -> None:
         self.rule = rule
         self.device = device
         self.rows_list = rows
@@ -184,7 +201,7 @@ class Table:
         self.partials: Tensor | None = None
         self.sums: Tensor | None = None
         self.trust: Tensor | None = None
-        if rule.trust or any(column == MAX_NORM for _, column, _ in rule.columns):
+        if rule.trust or clips:
             self.spans = torch.cat([torch.zeros(1, dtype=torch.int64), chunks.cumsum(0)])
             self.partials = torch.zeros(self.desc.numel(), 2, dtype=torch.float64, device=device)
             self.squares = torch.zeros(1, dtype=torch.float64, device=device)
