@@ -1,9 +1,12 @@
 """The code that Triton generates, for targets that need not be here: compiled ahead of time, then read."""
 
+import itertools
 import os
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,9 +16,17 @@ import pytest
 import torch
 import triton
 from fused_optim.triton_kernels import launch as launching
-from fused_optim.triton_kernels.launch import compile_ahead, compile_prep_ahead
-from fused_optim.triton_kernels.rules import RULES
-from fused_optim.triton_kernels.step import pack_kind, prep_kernel, step_kernel
+from fused_optim.triton_kernels.launch import (
+    SPANS,
+    TOTAL,
+    TRUST,
+    Kinds,
+    Variant,
+    move_variant,
+    prep_variant,
+    squares_variant,
+    step_variant,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel, make_backend
 from triton.runtime.jit import compute_cache_key, create_function_from_signature
@@ -40,21 +51,66 @@ KINDS = {
 MIXED = ("f32", "bf16, f32 states", "bf16", "f64")
 TABLES = {name: (kind,) for name, kind in KINDS.items()} | {"mixed": tuple(KINDS[name] for name in MIXED)}
 REPRESENTATIVE = ("f32", "bf16, f32 states", "bf16 amsgrad", "mixed")
+OTHERS = {"f32": (F32, F32), "bf16": (BF16, BF16), "bf16, f32 states": (BF16, F32)}  # param and gradient, states
+STATES = {"sgd": (0, 1), "qhadam": (2,), "lion": (1,), "lamb": (2,)}
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A kernel that walks over elements. streams: dtype codes of the tensors that it reads. written: which of these it
+    writes. sums: how many it makes of each chunk."""
+
+    variant: Variant
+    streams: Kinds
+    written: slice
+    sums: int = 0
+    divides: bool = False
+
+
+def walks() -> dict[str, Walk]:
+    named = {}
+    for name, kinds in TABLES.items():
+        named[f"adam {name}"] = Walk(step_variant("adam", kinds), kinds, slice(0, None), divides=True)
+    for rule, name in itertools.product(STATES, OTHERS):
+        param, state = OTHERS[name]
+        for states in STATES[rule]:
+            if states == 0 and state != param:
+                continue
+            kinds = ((param, param, *[state] * states),)
+            written, sums = (slice(2, None), 2) if rule == "lamb" else (slice(0, None), 0)
+            variant = step_variant(rule, kinds)
+            named[f"{rule}{states} {name}"] = Walk(variant, kinds, written, sums, rule in ("qhadam", "lamb"))
+            if rule == "lamb":
+                streams = ((param, *[state] * states),)
+                named[f"move {name}"] = Walk(move_variant(rule, kinds), streams, slice(0, 1), divides=True)
+    for name in ("f32", "bf16", "f64", "mixed"):
+        streams = tuple((kind[1],) for kind in TABLES[name])
+        named[f"squares {name}"] = Walk(squares_variant(TABLES[name]), streams, slice(0, 0), sums=1)
+    return named
+
+
+WALKS = walks()
+ELSEWHERE = [name for name in WALKS if not name.startswith("adam")] + [f"adam {name}" for name in REPRESENTATIVE]
+SMALL = {"spans": SPANS, "total": TOTAL, "trust": TRUST}
+SMALL |= {f"prep {clips} {trust}": prep_variant(clips, trust) for clips in (False, True) for trust in (False, True)}
 HOPPER = GPUTarget("cuda", 90, 32)
+NVIDIA = (GPUTarget("cuda", 80, 32), HOPPER, GPUTarget("cuda", 100, 32))
 INSTINCT = GPUTarget("hip", "gfx942", 64)
-BUILDS = [pytest.param(HOPPER, table, id=f"sm_90-{table}") for table in TABLES] + [
-    pytest.param(GPUTarget("cuda", arch, 32), table, id=f"sm_{arch}-{table}")
-    for arch in (80, 100)
-    for table in REPRESENTATIVE
-]
+every_build = pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        pytest.param(target, name, id=f"sm_{target.arch}-{name}")
+        for target in NVIDIA
+        for name in (WALKS if target == HOPPER else ELSEWHERE)
+    ],
+)
 # Of an SM's 65,536 registers: 64 leave 1,024 threads resident, 96 leave 640, each with a vector per stream in flight.
-REGISTERS = {"f32": 64, "f32 amsgrad": 64, "bf16, f32 states": 64, "f16, f32 states": 64, "f32, bf16 grad": 64}
-MOST_REGISTERS = 96
+FEW_REGISTERS, MOST_REGISTERS = 64, 96
 
 
 @cache
-def compiled(target: GPUTarget, table: str, rule: str = "adam") -> CompiledKernel:
-    return compile_ahead(rule, TABLES[table], target)
+def compiled(target: GPUTarget, name: str) -> CompiledKernel:
+    return (WALKS[name].variant if name in WALKS else SMALL[name]).compile_ahead(target)
 
 
 def resources(kernel: CompiledKernel) -> dict[str, int]:
@@ -70,44 +126,53 @@ def resources(kernel: CompiledKernel) -> dict[str, int]:
     return usage
 
 
-def vector_accesses(table: str) -> Counter:
-    """What the table's kinds need: one load of every stream and one store of all but the gradient, 16 bytes wide for
-    the widest dtype of the kind and of as many elements for the others."""
+def vector_accesses(walk: Walk) -> Counter:
+    """What its kinds need: one load of every stream and one store of those written, 16 bytes wide for the widest dtype
+    of the kind and of as many elements for the others."""
     accesses: Counter = Counter()
-    for kind in TABLES[table]:
+    for kind in walk.streams:
         width = 16 // max(ITEMSIZE[code] for code in kind)
+        written = {*range(len(kind))[walk.written]} - ({1} if walk.written.stop is None else set())
         for stream, code in enumerate(kind):
             size = width * ITEMSIZE[code]
             suffix = {16: "v4.b32", 8: "v2.b32"}[size] if code != F64 else "v2.b64"
             accesses[f"ld.global.{suffix}"] += 1
-            accesses[f"st.global.{suffix}"] += stream != 1
+            accesses[f"st.global.{suffix}"] += stream in written
     return accesses
 
 
-@pytest.mark.parametrize(("target", "table"), BUILDS)
-def test_every_stream_moves_in_full_vectors(target: GPUTarget, table: str) -> None:
-    ptx = compiled(target, table).asm["ptx"]
-    assert Counter(re.findall(r"\b(?:ld|st)\.global\.v\d\.b\d+", ptx)) == vector_accesses(table)
+@every_build
+def test_every_stream_moves_in_full_vectors(target: GPUTarget, name: str) -> None:
+    ptx = compiled(target, name).asm["ptx"]
+    assert Counter(re.findall(r"\b(?:ld|st)\.global\.v\d\.b\d+", ptx)) == vector_accesses(WALKS[name])
 
 
-@pytest.mark.parametrize(("target", "table"), BUILDS)
-def test_nothing_but_registers(target: GPUTarget, table: str, capsys: pytest.CaptureFixture[str]) -> None:
-    kernel = compiled(target, table)
-    usage = resources(kernel)
+@every_build
+def test_nothing_but_registers(target: GPUTarget, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shared memory only where warps add up what each of them has summed, after all loops."""
+    walk, kernel = WALKS[name], compiled(target, name)
+    ptx, usage = kernel.asm["ptx"], resources(kernel)
     with capsys.disabled():
-        print(f"\n    sm_{target.arch} {table}: {usage['REG']} registers", end="")
-    assert kernel.metadata.shared == 0 and usage["SHARED"] <= 1024  # sm_90 and later reserve 1024 bytes of every block
-    assert usage["STACK"] == usage["LOCAL"] == 0
-    assert not re.search(r"\.local\b|\bbar\.sync\b|\.shared\b", kernel.asm["ptx"])
-    assert usage["REG"] <= REGISTERS.get(table, MOST_REGISTERS)
+        print(f"\n    sm_{target.arch} {name}: {usage['REG']} registers", end="")
+    assert usage["STACK"] == usage["LOCAL"] == 0 and ".local" not in ptx
+    assert kernel.metadata.shared == (32 if walk.sums else 0)  # a float64 of each warp
+    assert usage["SHARED"] <= 1024  # sm_90 and later reserve 1024 bytes of every block
+    if walk.sums:
+        assert len(re.findall(r"\bst\.shared", ptx)) == walk.sums * len(walk.streams)
+    else:
+        assert not re.search(r"\bbar\.sync\b|\.shared\b", ptx)
+    if walk.sums and len(walk.streams) == 1:
+        assert ptx.index("bar.sync") > max(found.start() for found in re.finditer(r"\bld\.global", ptx))
+    few = all(max(ITEMSIZE[code] for code in kind) == 4 or len(kind) <= 3 for kind in walk.streams)
+    assert usage["REG"] <= (FEW_REGISTERS if few else MOST_REGISTERS)
 
 
-@pytest.mark.parametrize(("target", "table"), BUILDS)
-def test_arithmetic_is_accurate(target: GPUTarget, table: str) -> None:
+@every_build
+def test_arithmetic_is_accurate(target: GPUTarget, name: str) -> None:
     """Division and square root correctly rounded, nothing flushed to zero, and no product fused that the rule did not
     fuse: `.rn` on an addition is what keeps the assembler from it."""
-    ptx = compiled(target, table).asm["ptx"]
-    widths = {"f64" if kind[0] == F64 else "f32" for kind in TABLES[table]}
+    walk, ptx = WALKS[name], compiled(target, name).asm["ptx"]
+    widths = {"f64" if kind[0] == F64 else "f32" for kind in walk.streams if walk.divides}
     roots_and_quotients = set(re.findall(r"\b(?:div|sqrt|rsqrt|rcp)\.\S+", ptx))
     assert roots_and_quotients == {f"{op}.rn.{width}" for op in ("div", "sqrt") for width in widths}
     assert ".ftz" not in ptx
@@ -116,119 +181,137 @@ def test_arithmetic_is_accurate(target: GPUTarget, table: str) -> None:
     }
 
 
-@pytest.mark.parametrize("table", REPRESENTATIVE)
-def test_amd(table: str) -> None:
-    kernel = compiled(INSTINCT, table)
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_amd(name: str) -> None:
+    walk, kernel = WALKS[name], compiled(INSTINCT, name)
     code = kernel.asm["amdgcn"]
     for absent in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size", "group_segment_fixed_size"):
         assert re.findall(rf"\.{absent}: +(\d+)", code) == ["0"], absent
-    stores = Counter(re.findall(r"\bglobal_store_dwordx\d", code))
-    expected = vector_accesses(table)
-    assert stores["global_store_dwordx4"] == expected["st.global.v4.b32"] + expected["st.global.v2.b64"]
+    assert kernel.metadata.shared == (16 if walk.sums else 0)
+    stores = len(re.findall(r"\bglobal_store_dwordx4\b", code))
+    expected = vector_accesses(walk)
+    wide = expected["st.global.v4.b32"] + expected["st.global.v2.b64"]
+    assert stores >= wide and (stores == 0 or stores % wide == 0)  # short loops are unrolled
 
 
-def test_prep() -> None:
-    for target in (HOPPER, GPUTarget("cuda", 80, 32), GPUTarget("cuda", 100, 32)):
-        kernel = compile_prep_ahead(target)
-        usage = resources(kernel)
-        assert kernel.metadata.shared == usage["STACK"] == usage["LOCAL"] == 0
-        assert set(re.findall(r"\b(?:div|sqrt|rcp)\.\S+", kernel.asm["ptx"])) == {"div.rn.f64", "sqrt.rn.f64"}
-        assert not re.search(r"\bfma\.", kernel.asm["ptx"])  # csrc/prep.h on the CPU fuses nothing either
-    assert compile_prep_ahead(INSTINCT).metadata.shared == 0
+@pytest.mark.parametrize("name", SMALL)
+def test_small_kernels(name: str) -> None:
+    for target in NVIDIA:
+        kernel = compiled(target, name)
+        usage, ptx = resources(kernel), kernel.asm["ptx"]
+        assert usage["STACK"] == usage["LOCAL"] == 0
+        assert (kernel.metadata.shared == 0) == (name not in ("spans", "total"))
+        roots_and_quotients = set() if name in ("spans", "total") else {"div.rn.f64", "sqrt.rn.f64"}
+        assert set(re.findall(r"\b(?:div|sqrt|rcp)\.\S+", ptx)) == roots_and_quotients
+        assert not re.search(r"\bfma\.", ptx)  # csrc/prep.h on the CPU fuses nothing either
+    assert ".private_segment_fixed_size: 0" in compiled(INSTINCT, name).asm["amdgcn"]
 
 
-def specialisation(kernel: Any, *args: Any) -> tuple[str, list[str]]:
-    """What Triton's launcher takes as the key of its cache of compiled kernels, and the types that it compiles for."""
-    binder = create_function_from_signature(kernel.signature, kernel.params, make_backend(HOPPER))
-    _, specialization, options = binder(*args, num_warps=4, enable_fp_fusion=False)
-    return compute_cache_key({}, specialization, options), [entry[0] for entry in specialization]
-
-
-def step_tables(tensors: int, offset: int, values: float) -> list[torch.Tensor]:
-    """desc, rows, grads, hyper of any number of tensors, `offset` elements off their alignment."""
-    integers = torch.full((9 * tensors + offset,), int(values), dtype=torch.int64)[offset:]
-    floats = torch.full_like(integers, values, dtype=torch.float64)
-    return [integers[:tensors], integers[tensors:], integers[:tensors], floats]
-
-
-def test_one_specialisation_whatever_the_values() -> None:
-    """1cycle changes lr and betas at every step, models grow and shrink: none of it may compile anything again."""
-    kinds = (pack_kind(KINDS["f32"]),)
-    keys = {
-        specialisation(step_kernel, *step_tables(tensors, offset, values), RULES["adam"], kinds)[0]
-        for tensors in (1, 16, 1000)
-        for offset in (0, 1)
-        for values in (0.0, 1.0, 16.0)
-    }
-    assert len(keys) == 1
-    others = (pack_kind(KINDS["bf16"]),)
-    assert specialisation(step_kernel, *step_tables(1, 0, 0.0), RULES["adam"], others)[0] not in keys
-
-    keys = set()
-    for tensors in (1, 16, 17, 1000):
-        desc, rows, grads, hyper = step_tables(tensors, tensors % 2, 0.5)
-        group, flag = torch.zeros(tensors, dtype=torch.int32), torch.ones(tensors)[-1:]
-        keys.add(specialisation(prep_kernel, rows, grads, desc, hyper, group, hyper, flag, flag, tensors)[0])
-    assert len(keys) == 1
-
-
-def test_launcher_compiles_what_is_tested_here() -> None:
-    kinds = (pack_kind(KINDS["f32"]),)
-    _, types = specialisation(step_kernel, *step_tables(1, 0, 0.0), RULES["adam"], kinds)
-    assert types == list(compiled(HOPPER, "f32").src.signature.values())
-    desc, rows, grads, hyper = step_tables(1, 0, 0.0)
-    group, flag = torch.zeros(1, dtype=torch.int32), torch.ones(1)
-    _, types = specialisation(prep_kernel, rows, grads, desc, hyper, group, hyper, flag, flag, 1)
-    assert types == list(compile_prep_ahead(HOPPER).src.signature.values())
-
-
-class Handle:
-    """Stands in for a compiled kernel: keeps what it is launched with."""
+class Stand:
+    """Stands in for a kernel, and for the handle that its first launch returns: keeps what they are launched with."""
 
     def __init__(self) -> None:
-        self.launches: list[tuple[tuple[int, ...], tuple[Any, ...]]] = []
+        self.first: list[tuple[tuple[int, ...], tuple[Any, ...]]] = []
+        self.later: list[tuple[tuple[int, ...], tuple[Any, ...]]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args: self.launches.append((grid, args))
-
-
-class Kernel:
-    """Stands in for a kernel: keeps what it is launched with, and returns a handle."""
-
-    def __init__(self) -> None:
-        self.handle = Handle()
-        self.launches: list[tuple[tuple[int, ...], tuple[Any, ...]]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def run(*args: Any, **options: Any) -> Handle:
-            self.launches.append((grid, args))
-            return self.handle
+        def run(*args: Any, **options: Any) -> Any:
+            self.first.append((grid, args))
+            return Handle(self)
 
         return run
 
 
+@dataclass
+class Handle:
+    stand: Stand
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args: self.stand.later.append((grid, args))
+
+
+F32_KINDS = (KINDS["f32"],)
+LAUNCHED = {
+    "adam": {"prep": prep_variant(False, False), "step": step_variant("adam", F32_KINDS)},
+    "lamb": {
+        "squares": squares_variant(F32_KINDS),
+        "total": TOTAL,
+        "prep": prep_variant(True, True),
+        "step": step_variant("lamb", F32_KINDS),
+        "spans": SPANS,
+        "trust": TRUST,
+        "move": move_variant("lamb", F32_KINDS),
+    },
+}
+
+
 @pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> tuple[Kernel, Kernel]:
-    prep, step = Kernel(), Kernel()
-    monkeypatch.setattr(launching, "prep_kernel", prep)
-    monkeypatch.setattr(launching, "step_kernel", step)
-    monkeypatch.setattr(launching, "_compiled", {})
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Variant, Any]]:
+    """Every variant that is launched has a Stand in the place of its kernel, which is here."""
+    variants = [variant for variants in LAUNCHED.values() for variant in variants.values()]
+    real = {variant: variant.kernel for variant in variants}
+    for variant in variants:
+        monkeypatch.setattr(variant, "kernel", Stand())
+        monkeypatch.setattr(variant, "handles", {})
     monkeypatch.setattr(launching, "_target", lambda: HOPPER)
-    return prep, step
+    yield real
 
 
-def test_later_launches_go_through_the_handle(stand_ins: tuple[Kernel, Kernel]) -> None:
-    prep, step = stand_ins
-    desc, rows, grads, hyper = step_tables(40, 0, 0.0)
-    group = torch.zeros(40, dtype=torch.int32)
+def take_step(rule: str, tensors: int = 40, offset: int = 0, values: float = 0.0, chunks: int | None = None) -> None:
+    """A step of any number of tensors, with tables `offset` elements off their alignment."""
+
+    def array(dtype: torch.dtype, size: int = tensors) -> torch.Tensor:
+        return torch.full((size + offset,), values, dtype=torch.float64).to(dtype)[offset:]
+
+    i64, f64 = torch.int64, torch.float64
+    desc, rows, grads, lr = array(i64, tensors if chunks is None else chunks), array(i64), array(i64), array(i64)
+    arrays = desc, rows, grads, lr, array(f64), array(torch.int32), array(f64)
+    sums, squares = (None,) * 4, None
+    if rule == "lamb":
+        sums, squares = (array(i64), array(f64), array(f64), array(f64)), array(f64, 1)
+        launching.launch_squares(F32_KINDS, *arrays, *sums, squares)
+    launching.launch(rule, F32_KINDS, *arrays, *sums, None, array(torch.float32, 1), squares)
+    launching.launch_move(rule, F32_KINDS, *arrays, *sums)
+
+
+@pytest.mark.parametrize("rule", LAUNCHED)
+def test_later_launches_go_through_the_handle(kernels: dict[Variant, Any], rule: str) -> None:
     for _ in range(3):
-        launching.launch("adam", TABLES["f32"], desc, rows, grads, desc, hyper, group, hyper, None, None)
-    launching.launch("adam", TABLES["f32"], desc[:0], rows, grads, desc, hyper, group, hyper, None, None)
-    launching.launch("adam", TABLES["bf16"], desc, rows, grads, desc, hyper, group, hyper, None, None)
-    for kernel, first, later, programs in ((prep, 1, 4, 2), (step, 2, 2, 40)):
-        assert (len(kernel.launches), len(kernel.handle.launches)) == (first, later)
-        grid, args = kernel.launches[0]
-        assert grid == (programs, 1, 1)
-        for other, others in kernel.handle.launches:
-            assert other == grid and len(others) == len(args)
-            assert all(a is b for a, b in zip(args, others, strict=True) if isinstance(a, torch.Tensor))
+        take_step(rule)
+    take_step(rule, chunks=0)
+    for name, variant in LAUNCHED[rule].items():
+        over_chunks = name in ("squares", "step", "move")
+        stand = variant.kernel
+        assert (len(stand.first), len(stand.later)) == (1, 2 if over_chunks else 3), name
+        grid, args = stand.first[0]
+        assert grid == ({"prep": 2, "trust": 2, "total": 1}.get(name, 40), 1, 1)
+        for other, others in stand.later:
+            assert other == grid and [type(arg) for arg in others] == [type(arg) for arg in args]
+    others = LAUNCHED["lamb" if rule == "adam" else "adam"].values()
+    assert not any(variant.kernel.first for variant in others)
+
+
+@pytest.mark.parametrize("rule", LAUNCHED)
+def test_one_specialisation_whatever_the_values(kernels: dict[Variant, Any], rule: str) -> None:
+    """1cycle changes lr and betas at every step, models grow and shrink: none of it may compile anything again, nor
+    anything else than what is compiled here."""
+    for tensors, offset, values in itertools.product((1, 16, 17, 1000), (0, 1), (0.0, 1.0, 16.0)):
+        take_step(rule, tensors, offset, values)
+    for name, variant in LAUNCHED[rule].items():
+        kernel = kernels[variant]
+        binder = create_function_from_signature(kernel.signature, kernel.params, make_backend(HOPPER))
+        keys = set()
+        for _, args in variant.kernel.first + variant.kernel.later:
+            _, specialization, options = binder(*args, **variant.options(HOPPER))
+            keys.add(compute_cache_key({}, specialization, options))
+            types = [entry[0] for entry in specialization]
+        assert len(keys) == 1, name
+        constants = {*variant.constants, *variant.absent}
+        expected = ["constexpr" if key in constants else launching.TYPES[key] for key in kernel.arg_names]
+        assert types == expected, name
+
+
+def test_kinds_have_kernels_of_their_own() -> None:
+    assert step_variant("adam", (KINDS["bf16"],)) is not step_variant("adam", F32_KINDS)
+    assert step_variant("qhadam", F32_KINDS) is not step_variant("adam", F32_KINDS)
+    assert step_variant("adam", F32_KINDS) is step_variant("adam", F32_KINDS)

@@ -4,24 +4,17 @@ They run in Triton's interpreter (`TRITON_INTERPRET=1 pytest tests/test_triton_k
 """
 
 import math
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import pytest
 import torch
-from fused_optim.triton_kernels.launch import launch
-from torch import Tensor
+from fused_optim.triton_kernels.launch import SPANS, TOTAL
+from triton_tables import BF16, DEVICE, F16, F32, F64, INTERPRETED, Group, Row, Table
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Elsewhere there is nothing that could run a kernel: collect nothing.
 __test__ = INTERPRETED or torch.cuda.is_available()
 
-DEVICE = "cpu" if INTERPRETED else "cuda"
-CHUNK = 4096
 SIZES = (0, 1, 31, 4095, 4096, 4097, 9000)
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-F32, BF16, F16, F64 = CODES
 KINDS = {
     "f32": (F32, F32, F32, F32),
     "f32 amsgrad": (F32,) * 5,
@@ -34,154 +27,6 @@ KINDS = {
     "f64": (F64,) * 4,
     "f64 amsgrad": (F64,) * 5,
 }
-GUARD = 64  # elements before and after every tensor, which nobody may touch
-
-
-@dataclass
-class Group:
-    lr: float = 1e-2
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    decoupled: bool = False
-    maximize: bool = False
-    lr_tensor: Tensor | None = None
-
-    def raw(self) -> list[float]:
-        values = [self.lr, self.beta1, self.beta2, self.eps, self.weight_decay, self.decoupled, self.maximize]
-        return [*map(float, values), *[math.nan] * 5]  # Adam has no numbers of its own: reading one would show.
-
-
-class Row:
-    """One tensor with its gradient and states, each a view into a longer buffer, `offsets` elements off alignment."""
-
-    def __init__(
-        self, size: int, dtypes: Sequence[torch.dtype], seed: int = 0, offsets: Sequence[int] = (), group: int = 0
-    ) -> None:
-        generator = torch.Generator().manual_seed(1000 * seed + size)
-        self.group = group
-        self.buffers: list[Tensor] = []
-        self.views: list[Tensor] = []
-        for i, dtype in enumerate(dtypes):
-            start = GUARD + (offsets[i] if i < len(offsets) else 0)
-            values = torch.randn(start + size + GUARD, dtype=torch.float64, generator=generator)
-            values = values if i < 2 else 0.1 * values if i == 2 else values.square()
-            self.buffers.append(values.to(dtype).to(DEVICE))
-            self.views.append(self.buffers[-1][start : start + size])
-        self.step = torch.zeros((), dtype=torch.float32, device=DEVICE)
-        self.grad_address = self.views[1].data_ptr() or 1 << 20  # an empty tensor has no address, but has a gradient
-
-    @property
-    def dtypes(self) -> tuple[int, ...]:
-        return tuple(CODES[view.dtype] for view in self.views)
-
-    def bytes_outside(self) -> list[Tensor]:
-        outside = []
-        for buffer, view in zip(self.buffers, self.views, strict=True):
-            start = view.storage_offset()
-            outside += [part.clone().view(torch.uint8) for part in (buffer[:start], buffer[start + view.numel() :])]
-        return outside
-
-
-@dataclass
-class Table:
-    rows: list[Row]
-    groups: list[Group] = field(default_factory=lambda: [Group()])
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-    chunks_before: int = 0  # of every tensor, at addresses before its buffer, which no program is launched for
-
-    def __post_init__(self) -> None:
-        self.hyper = torch.full((len(self.rows), 16), math.nan, dtype=torch.float64, device=DEVICE)
-
-    def launch(self) -> None:
-        kinds = tuple(dict.fromkeys(row.dtypes for row in self.rows))
-        desc, table = [], []
-        for number, row in enumerate(self.rows):
-            written = [row.views[0], *row.views[2:]]
-            slow = any(view.data_ptr() % 16 for view in written)
-            numel = row.views[0].numel() + self.chunks_before * CHUNK
-            desc += [
-                chunk << 32 | number << 8 | kinds.index(row.dtypes) << 1 | slow
-                for chunk in range(self.chunks_before, -(-numel // CHUNK))
-            ]
-            signature = sum(code << 4 * i for i, code in enumerate((*row.dtypes, 15)))
-            param, *states = (self.start(view) for view in written)
-            table.append([numel, param, row.step.data_ptr(), signature, *states, *[0] * (4 - len(states))])
-        launch(
-            "adam",
-            kinds,
-            integers(desc),
-            integers(table),
-            integers([row.grad_address and self.start(row.views[1], row.grad_address) for row in self.rows]),
-            integers([lr_address(group) for group in self.groups]),
-            torch.tensor([group.raw() for group in self.groups], dtype=torch.float64, device=DEVICE),
-            torch.tensor([row.group for row in self.rows], dtype=torch.int32, device=DEVICE),
-            self.hyper,
-            self.grad_scale,
-            self.found_inf,
-        )
-
-    def start(self, view: Tensor, address: int | None = None) -> int:
-        return (view.data_ptr() if address is None else address) - self.chunks_before * CHUNK * view.itemsize
-
-    def check_step(self, skipped: Sequence[int] = ()) -> None:
-        """One launch, and every value of every tensor against float64."""
-        outside = [row.bytes_outside() for row in self.rows]
-        before = [[view.clone() for view in row.views] for row in self.rows]
-        steps = [row.step.item() for row in self.rows]
-        self.launch()
-        for number, row in enumerate(self.rows):
-            for kept, now in zip(outside[number], row.bytes_outside(), strict=True):
-                assert torch.equal(kept, now)
-            expected = before[number]
-            if number not in skipped:
-                scale = 1.0 if self.grad_scale is None else self.grad_scale.item()
-                expected = adam(expected, steps[number] + 1, self.groups[row.group], scale)
-            assert row.step.item() == steps[number] + (number not in skipped)
-            for view, wanted in zip(row.views, expected, strict=True):
-                assert_rounded(view, wanted)
-
-
-def integers(values: list) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=DEVICE)
-
-
-def lr_address(group: Group) -> int:
-    return 0 if group.lr_tensor is None else group.lr_tensor.data_ptr() | (group.lr_tensor.dtype == torch.float64)
-
-
-def adam(tensors: Sequence[Tensor], step: float, group: Group, grad_scale: float) -> list[Tensor]:
-    """The textbook's step in float64: what param, gradient and states become."""
-    param, grad, exp_avg, exp_avg_sq, *maximum = (tensor.double() for tensor in tensors)
-    lr = group.lr if group.lr_tensor is None else group.lr_tensor.item()
-    g = grad / grad_scale * (-1.0 if group.maximize else 1.0)
-    if not group.decoupled:
-        g = g + group.weight_decay * param
-    exp_avg = group.beta1 * exp_avg + (1 - group.beta1) * g
-    exp_avg_sq = group.beta2 * exp_avg_sq + (1 - group.beta2) * g * g
-    if maximum:
-        maximum = [torch.maximum(maximum[0], exp_avg_sq)]
-    second = (maximum[0] if maximum else exp_avg_sq) / (1 - group.beta2**step)
-    if group.decoupled:
-        param = param - lr * group.weight_decay * param
-    param = param - lr / (1 - group.beta1**step) * exp_avg / (second.sqrt() + group.eps)
-    return [param, grad, exp_avg, exp_avg_sq, *maximum]
-
-
-def assert_rounded(view: Tensor, wanted: Tensor) -> None:
-    """`view` is `wanted` up to the rounding of the arithmetic; 16-bit values are the nearest ones but for near ties."""
-    if view.dtype in (BF16, F16):
-        rounded = wanted.to(view.dtype)
-        assert (view == rounded).double().mean().nan_to_num(1.0) >= 0.99 or view.numel() < 100
-        tolerance = torch.finfo(view.dtype).eps
-        torch.testing.assert_close(view.double(), rounded.double(), rtol=tolerance, atol=1e-7, equal_nan=True)
-    else:
-        eps = torch.finfo(view.dtype).eps
-        # In float64 `wanted` itself is rounded. In float32, Triton 3.6's interpreter does not fuse its fma.
-        atol = 4 * eps if view.dtype == F64 else eps / 4
-        torch.testing.assert_close(view.double(), wanted.double(), rtol=8 * eps, atol=atol, equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -285,23 +130,27 @@ def test_prep_is_exact() -> None:
             exponent >>= 1
         return result
 
-    one_cycle = Group(lr=0.3, beta1=0.95, beta2=0.9999, weight_decay=0.1, decoupled=True)
-    groups = [one_cycle, Group(maximize=True, weight_decay=0.2)]
+    one_cycle = Group(lr=0.3, beta1=0.95, beta2=0.9999, weight_decay=0.1, decoupled=True, a=0.3, b=0.999)
+    normalized = Group(weight_decay=0.2, decoupled=True, lr_reference=0.07, decay_period=390.0, a=1.0, b=0.0)
+    groups = [one_cycle, Group(maximize=True, weight_decay=0.2, max_norm=0.01, a=0.0, b=0.0), normalized]
     steps = [1, 2, 3, 10, 999, 123457, 2**24] * 5
-    rows = [Row(1, KINDS["f32"], group=i % 2) for i in range(len(steps))]
+    rows = [Row(1, KINDS["f32"], group=i % 3) for i in range(len(steps))]
     for row, step in zip(rows, steps, strict=True):
         row.step.fill_(step - 1)
     table = Table(rows, groups, grad_scale=torch.tensor([3.0], device=DEVICE))
     table.launch()
     for number, step in enumerate(steps):
-        group = groups[number % 2]
-        scale = -1.0 / 3.0 if group.maximize else 1.0 / 3.0
+        group = groups[number % 3]
+        scale, decay = 1.0 / 3.0, 0.0
+        if group.max_norm:
+            scale *= group.max_norm / (math.sqrt(table.squares.item()) * scale + group.clip_eps)
+        if group.decoupled:
+            decay = group.lr / group.lr_reference * group.weight_decay / math.sqrt(group.decay_period)
         expected = [group.lr, group.beta1, group.beta2, group.eps, 1.0 - group.beta1, 1.0 - group.beta2]
         correction1, correction2 = 1.0 - power(group.beta1, step), 1.0 - power(group.beta2, step)
-        expected += [group.lr / correction1, 1.0 / math.sqrt(correction2), scale]
-        expected += [0.0, group.lr * group.weight_decay] if group.decoupled else [group.weight_decay, 0.0]
-        assert table.hyper[number, :13].tolist() == [*expected, 0.0, float(step == 1)]
-        assert table.hyper[number, 15].item() == step
+        expected += [group.lr / correction1, 1.0 / math.sqrt(correction2), -scale if group.maximize else scale]
+        expected += [0.0 if group.decoupled else group.weight_decay, decay, 0.0, float(step == 1)]
+        assert table.hyper[number].tolist() == [*expected, 1.0 - group.a, 1.0 - group.b, 1.0 / correction1]
 
 
 def test_only_empty_tensors() -> None:
@@ -331,3 +180,186 @@ def test_nan_and_infinity_propagate() -> None:
     # Without weight decay an infinite param says nothing about the gradient: 0 * inf must not leak NaN into the states.
     assert param[4] == math.inf and row.views[2][4].isfinite() and exp_avg_sq[4].isfinite()
     assert param[5:].isfinite().all() and not torch.equal(param[5:], before)
+
+
+RULES = {
+    "sgd": ("sgd", Group(), 0),
+    "sgd momentum": ("sgd", Group(a=0.3, b=0.0, weight_decay=0.1), 1),
+    "sgd nesterov": ("sgd", Group(a=0.0, b=1.0, decoupled=True, weight_decay=0.1), 1),
+    "qhadam": ("qhadam", Group(a=0.7, b=0.9, maximize=True, weight_decay=0.1), 2),
+    "nadam": ("qhadam", Group(a=0.9, b=1.0, decoupled=True, weight_decay=0.1), 2),
+    "lion": ("lion", Group(beta1=0.875, beta2=0.99, decoupled=True, weight_decay=0.1), 1),
+    "lamb": ("lamb", Group(a=1.0, b=1.0, eps=1e-6, decoupled=True, weight_decay=0.1), 2),
+    "lamb l2": ("lamb", Group(a=0.0, b=0.0, eps=1e-6, maximize=True, weight_decay=0.1), 2),
+}
+
+
+def rows_of(states: int, sizes: Sequence[int], group: int = 0) -> list[Row]:
+    """Those sizes in float32, a few of other kinds, and one that has been stepped before."""
+    rows = [Row(size, (F32,) * (2 + states), group=group) for size in sizes]
+    rows += [
+        Row(600 + i, (*dtypes, *[state] * states), seed=i, group=group)
+        for i, (*dtypes, state) in enumerate([(BF16, BF16, BF16), (BF16, BF16, F32), (F64, F64, F64)])
+    ]
+    rows[-1].step += 3
+    return rows
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules(name: str) -> None:
+    rule, group, states = RULES[name]
+    table = Table(rows_of(states, (0, 5, 5000)), [group], rule)
+    table.check_step()
+    table.check_step()
+
+
+@pytest.mark.parametrize("rule", ["sgd", "lamb"])
+def test_misaligned_views_of_other_rules(rule: str) -> None:
+    group, states = (Group(a=0.0, b=0.0), 1) if rule == "sgd" else (RULES["lamb"][1], 2)
+    rows = [Row(1100, (BF16,) * (2 + states), seed=i, offsets=[0] * i + [1]) for i in range(2 + states)]
+    Table(rows, [group], rule).check_step()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_lion_stands_still_at_zero_and_nan() -> None:
+    row = Row(3, (F32,) * 3)
+    param, grad, exp_avg = row.views
+    grad[:2], exp_avg[:2], grad[2] = 0.0, 0.0, math.nan
+    before = param.clone()
+    Table([row], rule="lion").launch()
+    assert torch.equal(param, before) and exp_avg[2].isnan()
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        Group(weight_decay=0.3, decoupled=True, lr_reference=0.05),
+        Group(weight_decay=0.3, decoupled=True, lr_reference=0.05, decay_period=390.0),
+        Group(weight_decay=0.3, decoupled=True, lr_reference=0.0),
+        Group(weight_decay=0.3, decoupled=True, lr=0.0, lr_reference=0.0, decay_period=390.0),
+    ],
+    ids=str,
+)
+def test_fully_decoupled_decay(group: Group) -> None:
+    row = Row(100, KINDS["f32"])
+    before = row.views[0].clone()
+    Table([row], [group]).check_step()
+    assert torch.equal(row.views[0], before) == (group.lr == 0.0)
+
+
+# One norm over the first two groups, which clips only one of them.
+CLIPPED = [Group(max_norm=0.5), Group(max_norm=1e5, clip_eps=0.0), Group()]
+
+
+def clipped_rows() -> list[Row]:
+    kinds = KINDS["f32"], KINDS["bf16"], KINDS["f64"], KINDS["f16"]
+    rows = [Row(size, kind, group=i % 3) for i, kind in enumerate(kinds) for size in (0, 3, 4700)]
+    rows.append(Row(900, KINDS["f32"]))
+    rows[-1].grad_address = 0
+    return rows
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_clipping(scale: float) -> None:
+    table = Table(clipped_rows(), CLIPPED, grad_scale=torch.tensor([scale], device=DEVICE))
+    table.check_step(skipped=(len(table.rows) - 1,))
+    assert table.squares.item() == pytest.approx(table.norm() ** 2, rel=1e-13)
+
+
+def test_clipping_of_a_rule_with_trust() -> None:
+    group = Group(a=1.0, b=1.0, eps=1e-6, decoupled=True, weight_decay=0.1, max_norm=1.0, clip_eps=0.0)
+    Table(rows_of(2, (5, 4200)), [group], "lamb").check_step()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_clipping_by_nothing() -> None:
+    """No chunk, then only zeros: the norm is 0, and nothing comes of dividing by it."""
+    groups = [Group(max_norm=1.0, clip_eps=0.0)]
+    table = Table([Row(0, KINDS["f32"])], groups)
+    table.check_step()
+    assert table.squares.item() == 0.0
+    row = Row(40, KINDS["f32"])
+    row.views[1].zero_()
+    Table([row], groups).check_step()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_norm_of_nan_goes_into_what_is_clipped() -> None:
+    rows = [Row(20, KINDS["f32"], group=i) for i in range(3)]
+    rows[1].views[1][7] = math.nan
+    Table(rows, CLIPPED).launch()
+    assert rows[0].views[0].isnan().all() and rows[1].views[0].isnan().all() and rows[2].views[0].isfinite().all()
+
+
+def test_sums_depend_on_nothing_but_values() -> None:
+    """To the last bit: neither on where tensors lie nor on what lies around them."""
+
+    def sums(offset: int) -> list[float]:
+        shapes = [(4600, F32), (700, BF16), (50, F64)]
+        rows = [Row(size, (dtype,) * 4, offsets=(offset,) * 4) for size, dtype in shapes]
+        table = Table(rows, [Group(a=1.0, b=1.0, decoupled=True, weight_decay=0.1, max_norm=1e5)], "lamb")
+        table.launch()
+        return [*table.squares.tolist(), *table.sums.flatten().tolist()]
+
+    assert sums(0) == sums(1) == sums(0)
+
+
+def test_sums_of_many_chunks() -> None:
+    counts = [0, 1, 700, 3, 5000]
+    spans = torch.tensor([0, *counts]).cumsum(0).to(DEVICE)
+    partials = torch.randn(sum(counts), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    sums = torch.full((len(counts), 2), math.nan, dtype=torch.float64, device=DEVICE)
+    SPANS.start(sums.device, len(counts), spans, partials, sums)
+    expected = torch.stack([part.sum(0) for part in partials.split(counts)])
+    torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-12)
+    out = torch.full((1,), math.nan, dtype=torch.float64, device=DEVICE)
+    TOTAL.start(sums.device, 1, partials, out, sum(counts))
+    torch.testing.assert_close(out, partials[:, 0].sum(0, keepdim=True), rtol=1e-12, atol=1e-12)
+
+
+def test_trust_ratios() -> None:
+    lamb = {"a": 1.0, "b": 1.0, "eps": 1e-6, "decoupled": True}
+    groups = [
+        Group(weight_decay=0.1, **lamb),
+        Group(**lamb),  # no decay: no ratio
+        Group(trust_always=True, **lamb),
+        Group(weight_decay=0.1, trust_low=40.0, trust_high=50.0, **lamb),
+        Group(weight_decay=0.1, trust_high=0.25, **lamb),
+    ]
+    rows = [Row(300, KINDS["f32"], seed=i, group=i) for i in range(5)]
+    rows += [Row(300, KINDS["f32"], seed=5), Row(300, KINDS["f32"], seed=6), Row(0, KINDS["f32"])]
+    rows[5].views[0].zero_()  # neither norm is 0, or the ratio is 1
+    for view in rows[6].views:
+        view.zero_()
+    rows.append(Row(300, KINDS["f32"], seed=8))
+    rows[8].grad_address = 0
+    table = Table(rows, groups, "lamb")
+    table.trust[8] = 7.0
+    table.check_step(skipped=(8,))
+    trust, sums = table.trust.tolist(), table.sums.tolist()
+    ratios = [math.sqrt(param / update) if param and update else 1.0 for param, update in sums[:5]]
+    assert trust == pytest.approx([ratios[0], 1.0, ratios[2], 40.0, 0.25, 1.0, 1.0, 1.0, 7.0], rel=1e-14)
+    assert 0.3 < ratios[0] < 30.0 and sums[5][0] == 0.0 < sums[5][1]
+    assert sums[6:] == [[0.0, 0.0]] * 3
+
+
+def test_norms_are_of_the_states_as_they_are_stored() -> None:
+    """In float16 these squares become 0 and the update huge; the ratio must bound the step all the same."""
+    row = Row(500, (F16,) * 4)
+    param, grad, *states = row.views
+    grad.mul_(1e-4)
+    for state in states:
+        state.zero_()
+    before = param.double()
+    Table([row], [Group(lr=0.1, a=1.0, b=1.0, eps=1e-6, decoupled=True, weight_decay=0.01)], "lamb").launch()
+    assert not row.views[3].any()
+    assert (param.double() - before).norm().item() == pytest.approx(0.1 * before.norm().item(), rel=1e-2)
+
+
+def test_found_inf_skips_both_walks() -> None:
+    rows = [Row(200, KINDS["f32"]), Row(4200, KINDS["bf16"])]
+    rows[0].views[2].fill_(math.nan)
+    group = Group(a=1.0, b=1.0, decoupled=True, weight_decay=0.1, max_norm=1.0)
+    table = Table(rows, [group], "lamb", found_inf=torch.ones(1, device=DEVICE))
+    table.check_step(skipped=(0, 1))
+    assert table.trust.tolist() == [1.0, 1.0] and table.sums.tolist() == [[0.0, 0.0]] * 2

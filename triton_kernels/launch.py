@@ -1,4 +1,8 @@
-"""Launches the kernels on the current stream, with no knowledge of any optimizer; compiles them where no GPU is."""
+"""Launches the kernels on the current stream, with no knowledge of any optimizer; compiles them where no GPU is.
+
+All three functions take the arrays of a table (csrc/tables.h) and `kinds`, the dtype codes (param, grad, *states) of
+every kind, in the order in which `desc` numbers them. The table's device is the current one.
+"""
 
 from functools import cache
 from typing import Any
@@ -9,14 +13,96 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from . import step
+from .prep import PREP_TENSORS, prep_kernel, trust_kernel
 from .rules import RULES
-from .step import PREP_TENSORS, THREADS, pack_kind, prep_kernel, step_kernel, vector_width
+from .sums import TOTAL_THREADS, spans_kernel, squares_kernel, total_kernel
+from .tables import THREADS, count_streams, pack_kind, vector_width
 
 Kinds = tuple[tuple[int, ...], ...]
 
 INTERPRETER = GPUTarget("interpreter", 0, 32)
+TYPES = {
+    **dict.fromkeys(("desc", "rows", "grads", "lr", "spans"), "*i64"),
+    **dict.fromkeys(("raw", "hyper", "partials", "sums", "trust", "squares", "out"), "*fp64"),
+    **dict.fromkeys(("grad_scale", "found_inf"), "*fp32"),
+    **dict.fromkeys(("tensors", "chunks"), "i32"),
+    "group": "*i32",
+}
 
-_compiled: dict[tuple[torch.device, str, Kinds | None], CompiledKernel] = {}
+
+class Variant:
+    """A kernel with all that it is compiled for.
+
+    threads: of one program. absent: arguments that are None. constants: its compile-time arguments, which come last.
+    """
+
+    def __init__(self, kernel: Any, threads: int, *absent: str, **constants: Any) -> None:
+        self.kernel = kernel
+        self.threads = threads
+        self.absent = absent
+        self.constants = constants
+        self.handles: dict[torch.device, CompiledKernel] = {}
+
+    def start(self, device: torch.device, programs: int, *args: Any) -> None:
+        """Runs it through the handle that the first launch has left. `kernel[grid]` would work out the specialisation
+        every time, at several times the cost, though it depends on nothing but this variant: no argument is specialised
+        on its value or alignment, and the table fixes the dtypes."""
+        handle = self.handles.get(device)
+        if handle is not None:
+            handle[programs, 1, 1](*args, *self.constants.values())
+            return
+        handle = self.kernel[programs, 1, 1](*args, *self.constants.values(), **self.options(_target()))
+        if handle is not None:  # The interpreter has none.
+            self.handles[device] = handle
+
+    def options(self, target: GPUTarget) -> dict[str, Any]:
+        options = {"num_warps": max(1, self.threads // target.warp_size), "enable_fp_fusion": False}
+        # Left to itself, NVIDIA's assembler spills one of some 70 registers to fit one more block per SM; a limit keeps
+        # it from that. Others need fewer, and a limit would only make it use more.
+        kinds = self.constants.get("KINDS", ())
+        if target.backend == "cuda" and any(count_streams(kind) > 3 and vector_width(kind) != 4 for kind in kinds):
+            options["maxnreg"] = 96
+        return options
+
+    def compile_ahead(self, target: GPUTarget) -> CompiledKernel:
+        """As `start` would have it compiled for a target, such as GPUTarget("cuda", 90, 32)."""
+        constants = self.constants | dict.fromkeys(self.absent)
+        signature = {name: "constexpr" if name in constants else TYPES[name] for name in self.kernel.arg_names}
+        source = ASTSource(self.kernel, signature, constants)
+        return triton.compile(source, target=target, options=self.options(target))
+
+
+@cache
+def prep_variant(clips: bool, trust: bool) -> Variant:
+    return Variant(prep_kernel, PREP_TENSORS.value, *() if clips else ("squares",), TRUST=trust)
+
+
+@cache
+def step_variant(rule: str, kinds: Kinds) -> Variant:
+    """The whole step, or of a rule with a trust ratio the first walk."""
+    update, direction = RULES[rule]
+    walk, absent = (step.update, ("partials", "trust")) if direction is None else (step.advance, ("trust",))
+    constants = {"PASS": walk, "RULE": update, "DIRECTION": direction, "KINDS": tuple(map(pack_kind, kinds))}
+    return Variant(step.step_kernel, THREADS.value, *absent, **constants)
+
+
+@cache
+def move_variant(rule: str, kinds: Kinds) -> Variant:
+    """The second walk, which needs no gradient."""
+    packed = tuple(pack_kind((param, *states)) for param, _, *states in kinds)
+    constants = {"PASS": step.move, "RULE": None, "DIRECTION": RULES[rule].direction, "KINDS": packed}
+    return Variant(step.step_kernel, THREADS.value, "grads", "partials", **constants)
+
+
+@cache
+def squares_variant(kinds: Kinds) -> Variant:
+    return Variant(squares_kernel, THREADS.value, KINDS=tuple(pack_kind((grad,)) for _, grad, *_ in kinds))
+
+
+SPANS = Variant(spans_kernel, THREADS.value)
+TOTAL = Variant(total_kernel, TOTAL_THREADS.value)
+TRUST = Variant(trust_kernel, PREP_TENSORS.value)
 
 
 def launch(
@@ -29,13 +115,18 @@ def launch(
     raw: Tensor,
     group: Tensor,
     hyper: Tensor,
+    spans: Tensor | None,
+    partials: Tensor | None,
+    sums: Tensor | None,
+    trust: Tensor | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    squares: Tensor | None,
 ) -> None:
-    """One step of every tensor of a table (csrc/tables.h), whose device is the current one: prep, then the update.
+    """One step of every tensor: prep, then the update; of a rule with a trust ratio the first walk, up to `sums`.
 
-    kinds: the dtype codes (param, grad, *states) of every kind, in the order in which `desc` numbers them.
     grad_scale, found_inf: one number each, best a float32 on the table's device; None is no scaling, no skipping.
+    squares: what `launch_squares` has written (over all devices); None is no clipping.
     """
     tensors, chunks = grads.numel(), desc.numel()
     if tensors == 0:
@@ -45,23 +136,62 @@ def launch(
     scale = one if grad_scale is None else _float32_on(device, grad_scale)
     found = zero if found_inf is None else _float32_on(device, found_inf)
     programs = -(-tensors // PREP_TENSORS.value)
-    _start((device, "prep", None), prep_kernel, programs, rows, grads, lr, raw, group, hyper, scale, found, tensors)
+    prep = prep_variant(squares is not None, trust is not None)
+    prep.start(device, programs, rows, grads, lr, raw, group, hyper, scale, found, squares, tensors)
+    if trust is None:
+        partials = None  # They are there for clipping.
     if chunks:
-        args = desc, rows, grads, hyper, RULES[rule], _packed(kinds)
-        _start((device, rule, kinds), step_kernel, chunks, *args)
+        step_variant(rule, kinds).start(device, chunks, desc, rows, grads, hyper, partials, None)
+    if trust is not None:
+        SPANS.start(device, tensors, spans, partials, sums)
 
 
-def _start(key: tuple[torch.device, str, Kinds | None], kernel: Any, programs: int, *args: Any) -> None:
-    """Runs a kernel through the handle that its first launch with this key left. `kernel[grid]` would work out the
-    specialisation every time, at several times the cost, though it depends on nothing but the key: no argument is
-    specialised on its value or alignment, and the table fixes the dtypes."""
-    handle = _compiled.get(key)
-    if handle is not None:
-        handle[programs, 1, 1](*args)
+def launch_move(
+    rule: str,
+    kinds: Kinds,
+    desc: Tensor,
+    rows: Tensor,
+    grads: Tensor,
+    lr: Tensor,
+    raw: Tensor,
+    group: Tensor,
+    hyper: Tensor,
+    spans: Tensor | None,
+    partials: Tensor | None,
+    sums: Tensor | None,
+    trust: Tensor | None,
+) -> None:
+    """The second walk of a rule with a trust ratio: the ratios from `sums`, then the params. Nothing for other
+    rules."""
+    tensors, chunks = grads.numel(), desc.numel()
+    if trust is None or tensors == 0:
         return
-    handle = kernel[programs, 1, 1](*args, **_options(key[2], _target()))
-    if handle is not None:  # The interpreter has none.
-        _compiled[key] = handle
+    device = grads.device
+    TRUST.start(device, -(-tensors // PREP_TENSORS.value), raw, group, hyper, sums, trust, tensors)
+    if chunks:
+        move_variant(rule, kinds).start(device, chunks, desc, rows, None, hyper, None, trust)
+
+
+def launch_squares(
+    kinds: Kinds,
+    desc: Tensor,
+    rows: Tensor,
+    grads: Tensor,
+    lr: Tensor,
+    raw: Tensor,
+    group: Tensor,
+    hyper: Tensor,
+    spans: Tensor | None,
+    partials: Tensor,
+    sums: Tensor | None,
+    trust: Tensor | None,
+    out: Tensor,
+) -> None:
+    """out, float64 [1]: the sum of the squares of all gradients whose groups are clipped."""
+    device, chunks = grads.device, desc.numel()
+    if chunks:
+        squares_variant(kinds).start(device, chunks, desc, rows, grads, raw, group, partials)
+    TOTAL.start(device, 1, partials, out, chunks)
 
 
 @cache
@@ -75,35 +205,5 @@ def _float32_on(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor.to(device, torch.float32)
 
 
-@cache
-def _packed(kinds: Kinds) -> tuple[int, ...]:
-    return tuple(pack_kind(codes) for codes in kinds)
-
-
 def _target() -> GPUTarget:
     return INTERPRETER if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target()
-
-
-def _options(kinds: Kinds | None, target: GPUTarget) -> dict[str, Any]:
-    """How to compile the step kernel for these kinds, or prep (None)."""
-    options = {"num_warps": THREADS.value // target.warp_size if kinds else 1, "enable_fp_fusion": False}
-    # Left to itself, NVIDIA's assembler spills one of some 70 registers to fit one more block per SM; a limit keeps it
-    # from that. Kinds with four elements per access need no more than 64, and a limit would only make it use more.
-    if target.backend == "cuda" and any(vector_width(kind) != 4 for kind in _packed(kinds or ())):
-        options["maxnreg"] = 96
-    return options
-
-
-def compile_ahead(rule: str, kinds: Kinds, target: GPUTarget) -> CompiledKernel:
-    """The step kernel as `launch` would have it compiled for a target, such as GPUTarget("cuda", 90, 32)."""
-    constants = {"RULE": RULES[rule], "KINDS": _packed(kinds)}
-    arguments = {"desc": "*i64", "rows": "*i64", "grads": "*i64", "hyper": "*fp64"}
-    source = ASTSource(step_kernel, arguments | dict.fromkeys(constants, "constexpr"), constants)
-    return triton.compile(source, target=target, options=_options(kinds, target))
-
-
-def compile_prep_ahead(target: GPUTarget) -> CompiledKernel:
-    """The prep kernel as `launch` would have it compiled for a target."""
-    arguments = {"rows": "*i64", "grads": "*i64", "lr": "*i64", "raw": "*fp64", "group": "*i32", "hyper": "*fp64"}
-    arguments |= {"grad_scale": "*fp32", "found_inf": "*fp32", "tensors": "i32"}
-    return triton.compile(ASTSource(prep_kernel, arguments, {}), target=target, options=_options(None, target))

@@ -2,6 +2,9 @@
 
 A rule gets the hyperparameters `h`, the param, the gradient and a tuple of states, and returns the update that the
 walker subtracts from the param, and the new states. All values have one dtype: float32, or float64 for float64 tensors.
+
+A rule with a `direction` is walked twice, because each tensor's update is scaled by the ratio of two norms: its
+`update` gets no param and returns the new states alone, and `direction` makes the update of these, before lr and decay.
 """
 
 from typing import NamedTuple
@@ -23,12 +26,12 @@ class Hyper(NamedTuple):
     denom_scale: tl.tensor  # 1 / sqrt(bias_correction2)
     grad_scale: tl.tensor  # multiplies the gradient: unscaling, and the sign of maximize
     l2: tl.tensor  # weight decay that goes into the gradient
-    decay: tl.tensor  # weight decay that goes past it: lr * weight_decay
+    decay: tl.tensor  # weight decay that goes past it, lr included (but where a trust ratio follows)
     skip: tl.tensor  # 1: leave this tensor alone
     first: tl.tensor  # 1 on the first update of this tensor
-    a: tl.tensor  # the rule's own numbers
-    b: tl.tensor
-    step: tl.tensor  # number of this update, from 1
+    weight_a: tl.tensor  # 1 - a and 1 - b, of the rule's own numbers
+    weight_b: tl.tensor
+    debias: tl.tensor  # 1 / bias_correction1
 
 
 @triton.constexpr_function
@@ -88,6 +91,12 @@ def lerp_square(average: tl.tensor, x: tl.tensor, weight: tl.tensor) -> tl.tenso
 
 
 @triton.jit
+def sign(x: tl.tensor) -> tl.tensor:
+    """-1, 0 or 1; 0 of NaN, as torch.sign."""
+    return (x > 0.0).to(x.dtype) - (x < 0.0).to(x.dtype)
+
+
+@triton.jit
 def adam(h: Hyper, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
     """Adam, arXiv:1412.6980; with a third state amsgrad, Reddi et al., ICLR 2018, whose maximum torch takes before bias
     correction. States: exp_avg, exp_avg_sq, max_exp_avg_sq."""
@@ -100,4 +109,62 @@ def adam(h: Hyper, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tu
     return h.step_size * divide(exp_avg, tl.fma(square_root(exp_avg_sq), h.denom_scale, h.eps)), new_states
 
 
-RULES = {"adam": adam}
+@triton.jit
+def sgd(h: Hyper, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """SGD as in torch: the first buffer is the gradient itself. beta1: momentum, a: dampening, b: nesterov.
+    States: momentum_buffer, or none."""
+    update = grad
+    new_states: tl.tuple = ()
+    if len(states) == 1:
+        weight = tl.where(h.first != 0.0, 1.0, h.weight_a)
+        momentum = tl.where(h.first != 0.0, 0.0, h.beta1)
+        buffer = tl.fma(momentum, states[0], weight * grad)
+        update = tl.where(h.weight_b == 0.0, tl.fma(h.beta1, buffer, grad), buffer)
+        new_states = (buffer,)
+    return h.lr * update, new_states
+
+
+@triton.jit
+def qhadam(h: Hyper, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """QHAdam, arXiv:1810.06801, section 4.2. a, b: nu1, nu2. States: exp_avg, exp_avg_sq."""
+    exp_avg = lerp(states[0], grad, h.weight1)
+    exp_avg_sq = lerp_square(states[1], grad, h.weight2)
+    mean = lerp(h.debias * exp_avg, grad, h.weight_a)
+    mean_sq = lerp_square(h.denom_scale * h.denom_scale * exp_avg_sq, grad, h.weight_b)
+    return h.lr * divide(mean, square_root(mean_sq) + h.eps), (exp_avg, exp_avg_sq)
+
+
+@triton.jit
+def lamb_advance(h: Hyper, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """LAMB, arXiv:1904.00962, with the choices of NVIDIA Apex. a: grad_averaging, b: bias_correction.
+    States: exp_avg, exp_avg_sq."""
+    weight = tl.where(h.weight_a != 0.0, 1.0, h.weight1)
+    exp_avg = tl.fma(weight, grad, tl.fma(-h.weight1, states[0], states[0]))
+    return exp_avg, lerp_square(states[1], grad, h.weight2)
+
+
+@triton.jit
+def lamb_direction(h: Hyper, states: tl.tuple) -> tl.tensor:
+    debias = tl.where(h.weight_b != 0.0, 1.0, h.debias)
+    scale = tl.where(h.weight_b != 0.0, 1.0, h.denom_scale)
+    return debias * divide(states[0], tl.fma(square_root(states[1]), scale, h.eps))
+
+
+@triton.jit
+def lion(h: Hyper, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """Lion, arXiv:2302.06675. States: exp_avg."""
+    return h.lr * sign(lerp(states[0], grad, h.weight1)), (lerp(states[0], grad, h.weight2),)
+
+
+class Rule(NamedTuple):
+    update: triton.JITFunction
+    direction: triton.JITFunction | None = None
+
+
+RULES = {
+    "adam": Rule(adam),
+    "sgd": Rule(sgd),
+    "qhadam": Rule(qhadam),
+    "lamb": Rule(lamb_advance, lamb_direction),
+    "lion": Rule(lion),
+}

@@ -1,137 +1,38 @@
-"""The walk on a GPU: prep_kernel turns hyperparameters into the scalars of this step, step_kernel updates every tensor.
+"""The walk over the elements of a table on a GPU, a chunk per program. It knows nothing of any optimizer: the
+arithmetic is a rule's (rules.py), and a pass says what becomes of it.
 
-Both read the table (csrc/tables.h) and know nothing of any optimizer: the arithmetic is a rule's (rules.py).
-A kind, the dtype signature of a row, is one integer as in the table: a nibble each for param, grad and states, then 15.
+A pass gets the pointers and the values of one block of elements, a stream each, stores what it makes of them, and
+returns the values whose squares are to be summed.
 """
 
 import triton
 import triton.language as tl
 
 from .rules import Hyper, finite
-
-CHUNK = tl.constexpr(4096)  # elements of one tensor that one program handles: kChunk
-THREADS = tl.constexpr(128)  # of one program
-PREP_TENSORS = tl.constexpr(32)  # tensors that one program of prep handles, with one warp
-
-# Columns of the table: RowColumn, RawColumn, and the order of Hyper.
-ROW_WIDTH, ROW_PARAM, ROW_STEP, ROW_STATE = (tl.constexpr(i) for i in (8, 1, 2, 4))
-RAW_WIDTH, RAW_LR, RAW_BETA1, RAW_BETA2, RAW_EPS, RAW_WEIGHT_DECAY, RAW_DECOUPLED, RAW_MAXIMIZE, RAW_A, RAW_B = (
-    tl.constexpr(i) for i in (12, 0, 1, 2, 3, 4, 5, 6, 7, 8)
+from .tables import (
+    CHUNK,
+    HYPER_WIDTH,
+    ROW_PARAM,
+    ROW_STATE,
+    ROW_WIDTH,
+    THREADS,
+    count_streams,
+    stream_dtype,
+    vector_width,
 )
-HYPER_WIDTH = tl.constexpr(16)
-
-DTYPES = (tl.float32, tl.bfloat16, tl.float16, tl.float64)
-ABSENT = 15
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def pack_kind(codes: tuple[int, ...]) -> int:
-    """The table's signature of dtype codes (param, grad, *states)."""
-    return sum(code << 4 * i for i, code in enumerate((*codes, ABSENT)))
-
-
-@triton.constexpr_function
-def count_streams(kind: int) -> int:
-    """How many tensors a row of this kind has: param, grad and states."""
-    return next(i for i in range(16) if kind >> 4 * i & 15 == ABSENT)
-
-
-@triton.constexpr_function
-def stream_dtype(kind: int, stream: int) -> tl.dtype:
-    return DTYPES[kind >> 4 * stream & 15]
-
-
-@triton.constexpr_function
-def vector_width(kind: int) -> int:
-    """Elements per thread and access: 16 bytes of the widest dtype. All streams have the same width: else values would
-    have to change threads, through shared memory, on their way from one stream to another."""
-    return 128 // max(DTYPES[kind >> 4 * i & 15].primitive_bitwidth for i in range(count_streams(kind)))
-
-
 @triton.jit
-def power(base: tl.tensor, exponent: tl.tensor) -> tl.tensor:
-    """base**exponent by squaring, as csrc/prep.h. exponent: whole numbers below 2**31."""
-    bits = exponent.to(tl.int32)
-    result = tl.full(base.shape, 1.0, base.dtype)
-    for _ in range(31):
-        result = tl.where(bits & 1 != 0, result * base, result)
-        base = base * base
-        bits = bits >> 1
-    return result
-
-
-@triton.jit
-def read_lr(address: tl.tensor, otherwise: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """lr from device memory, float64 where the address is odd, else float32; `otherwise` where the address is 0."""
-    wide = mask & (address & 1 != 0)
-    narrow = mask & (address & 1 == 0) & (address != 0)
-    lr64 = tl.load((address & -2).to(tl.pointer_type(tl.float64)), mask=wide, other=0.0)
-    lr32 = tl.load(address.to(tl.pointer_type(tl.float32)), mask=narrow, other=0.0)
-    return tl.where(wide, lr64, tl.where(narrow, lr32.to(tl.float64), otherwise))
-
-
-@triton.jit(
-    do_not_specialize=["tensors"],
-    do_not_specialize_on_alignment=["rows", "grads", "lr", "raw", "group", "hyper", "grad_scale", "found_inf"],
-)
-def prep_kernel(
-    rows: tl.tensor,
-    grads: tl.tensor,
-    lr: tl.tensor,
-    raw: tl.tensor,
-    group: tl.tensor,
-    hyper: tl.tensor,
-    grad_scale: tl.tensor,
-    found_inf: tl.tensor,
-    tensors: tl.tensor,
-) -> None:
-    """`prepare` of csrc/prep.h for 32 tensors per program: advances their steps, writes their hyper, in float64."""
-    row = tl.program_id(0) * PREP_TENSORS + tl.arange(0, PREP_TENSORS)
-    inside = row < tensors
-    grad = tl.load(grads + row, mask=inside, other=0)
-    skip = tl.where(tl.load(found_inf) != 0.0, 0, grad) == 0
-    out = hyper + row.to(tl.int64) * HYPER_WIDTH
-    tl.store(out + 11, skip.to(tl.float64), mask=inside)
-    go = inside & ~skip
-
-    owner = tl.load(group + row, mask=go, other=0)
-    settings = raw + owner.to(tl.int64) * RAW_WIDTH
-    beta1 = tl.load(settings + RAW_BETA1, mask=go, other=0.0)
-    beta2 = tl.load(settings + RAW_BETA2, mask=go, other=0.0)
-    weight_decay = tl.load(settings + RAW_WEIGHT_DECAY, mask=go, other=0.0)
-    decoupled = tl.load(settings + RAW_DECOUPLED, mask=go, other=0.0) != 0.0
-    maximize = tl.load(settings + RAW_MAXIMIZE, mask=go, other=0.0) != 0.0
-    rate = read_lr(tl.load(lr + owner, mask=go, other=0), tl.load(settings + RAW_LR, mask=go, other=0.0), go)
-
-    counter = tl.load(rows + row.to(tl.int64) * ROW_WIDTH + ROW_STEP, mask=go, other=0).to(tl.pointer_type(tl.float32))
-    count = tl.load(counter, mask=go, other=0.0) + 1.0
-    tl.store(counter, count, mask=go)
-    step = count.to(tl.float64)
-    scale = 1.0 / tl.load(grad_scale).to(tl.float64)
-
-    tl.store(out + 0, rate, mask=go)
-    tl.store(out + 1, beta1, mask=go)
-    tl.store(out + 2, beta2, mask=go)
-    tl.store(out + 3, tl.load(settings + RAW_EPS, mask=go, other=0.0), mask=go)
-    tl.store(out + 4, 1.0 - beta1, mask=go)
-    tl.store(out + 5, 1.0 - beta2, mask=go)
-    tl.store(out + 6, rate / (1.0 - power(beta1, step)), mask=go)
-    tl.store(out + 7, 1.0 / tl.sqrt(1.0 - power(beta2, step)), mask=go)
-    tl.store(out + 8, tl.where(maximize, -scale, scale), mask=go)
-    tl.store(out + 9, tl.where(decoupled, 0.0, weight_decay), mask=go)
-    tl.store(out + 10, tl.where(decoupled, rate * weight_decay, 0.0), mask=go)
-    tl.store(out + 12, (step == 1.0).to(tl.float64), mask=go)
-    tl.store(out + 13, tl.load(settings + RAW_A, mask=go, other=0.0), mask=go)
-    tl.store(out + 14, tl.load(settings + RAW_B, mask=go, other=0.0), mask=go)
-    tl.store(out + 15, step, mask=go)
-
-
-@triton.jit
-def read_hyper(hyper: tl.tensor, row: tl.tensor, dtype: tl.constexpr) -> Hyper:
-    """The scalars of one tensor, rounded once from float64. What the rule does not use, the compiler does not load."""
-    columns: tl.tuple = ()
-    for i in tl.static_range(HYPER_WIDTH):
+def read_hyper(hyper: tl.tensor, trust: tl.tensor | None, row: tl.tensor, dtype: tl.constexpr) -> Hyper:
+    """The scalars of one tensor, rounded once from float64. What the rule does not use, the compiler does not load.
+    The second walk of a rule with a trust ratio takes the ratio with lr."""
+    lr = tl.load(hyper + row * HYPER_WIDTH)
+    if trust is not None:
+        lr *= tl.load(trust + row)
+    columns: tl.tuple = (lr.to(dtype),)
+    for i in tl.static_range(1, HYPER_WIDTH):
         columns += (tl.load(hyper + row * HYPER_WIDTH + i).to(dtype),)
     return Hyper(*columns)
 
@@ -154,65 +55,200 @@ def narrow(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def update_block(
-    h: Hyper, pointers: tl.tuple, mask: tl.tensor | None, RULE: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr
-) -> None:
-    """`apply` of csrc/prep.h on one block of elements. pointers: param, grad, states."""
+def store(
+    pointers: tl.tuple, first: tl.constexpr, values: tl.tuple, mask: tl.tensor | None, KIND: tl.constexpr
+) -> tl.tuple:
+    """values: what the streams from `first` on become. Returns them as they will be read again."""
+    stored: tl.tuple = ()
+    for i in tl.static_range(len(values)):
+        value = narrow(values[i], stream_dtype(KIND, first + i))
+        tl.store(pointers[first + i], value, mask=mask)
+        stored += (value.to(values[i].dtype),)
+    return stored
+
+
+@triton.jit
+def gradient(h: Hyper, param: tl.tensor, grad: tl.tensor) -> tl.tensor:
+    """The gradient that a rule sees: scaled, clipped, and with L2 in it."""
+    scaled = grad * h.grad_scale
+    # Without decay the param stays out of it: 0 * inf would put NaN into the states, and an infinite param must stay.
+    return tl.where(h.l2 != 0.0, tl.fma(h.l2, param, scaled), scaled)
+
+
+@triton.jit
+def update(
+    h: Hyper,
+    pointers: tl.tuple,
+    values: tl.tuple,
+    mask: tl.tensor | None,
+    RULE: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    KIND: tl.constexpr,
+) -> tl.tuple:
+    """The whole step of most rules. Streams: param, grad, states."""
+    param = values[0]
+    change, states = RULE(h, param, gradient(h, param, values[1]), values[2:])
+    store(pointers, 2, states, mask, KIND)  # before the param, to free registers
+    store(pointers, 0, (param - tl.fma(h.decay, finite(param), change),), mask, KIND)
+    return ()
+
+
+@triton.jit
+def advance(
+    h: Hyper,
+    pointers: tl.tuple,
+    values: tl.tuple,
+    mask: tl.tensor | None,
+    RULE: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    KIND: tl.constexpr,
+) -> tl.tuple:
+    """The first walk of a rule with a trust ratio: the states, and the norms of param and update. Streams: param, grad,
+    states."""
+    param = values[0]
+    states = RULE(h, gradient(h, param, values[1]), values[2:])
+    states = store(pointers, 2, states, mask, KIND)  # The norm must be that of the update which `move` will make.
+    return param, tl.fma(h.decay, finite(param), DIRECTION(h, states))
+
+
+@triton.jit
+def move(
+    h: Hyper,
+    pointers: tl.tuple,
+    values: tl.tuple,
+    mask: tl.tensor | None,
+    RULE: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    KIND: tl.constexpr,
+) -> tl.tuple:
+    """The second walk: the param. Streams: param, states."""
+    param = values[0]
+    change = tl.fma(h.decay, finite(param), DIRECTION(h, values[1:]))
+    store(pointers, 0, (param - h.lr * change,), mask, KIND)
+    return ()
+
+
+@triton.jit
+def walk_block(
+    h: Hyper,
+    pointers: tl.tuple,
+    mask: tl.tensor | None,
+    sums: tl.tuple,
+    PASS: tl.constexpr,
+    RULE: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    KIND: tl.constexpr,
+) -> tl.tuple:
+    """One block of elements through a pass. Returns the sums, grown."""
+    COMPUTE: tl.constexpr = tl.float64 if stream_dtype(KIND, 0) == tl.float64 else tl.float32
     if mask is None:
         values = [tl.load(pointer).to(COMPUTE) for pointer in pointers]
     else:  # Lanes past the end compute on ones, which no rule divides by zero, and store nothing.
         values = [tl.load(pointer, mask=mask, other=1.0).to(COMPUTE) for pointer in pointers]
-    param = values[0]
-    # Without decay the param stays out of it: 0 * inf would put NaN into the states, and an infinite param must stay.
-    scaled = values[1] * h.grad_scale
-    grad = tl.where(h.l2 != 0.0, tl.fma(h.l2, param, scaled), scaled)
-    update, states = RULE(h, param, grad, values[2:])
-    for i in tl.static_range(count_streams(KIND) - 2):
-        tl.store(pointers[2 + i], narrow(states[i], stream_dtype(KIND, 2 + i)), mask=mask)
-    param -= tl.fma(h.decay, finite(param), update)
-    tl.store(pointers[0], narrow(param, stream_dtype(KIND, 0)), mask=mask)
+    measured = PASS(h, pointers, values, mask, RULE, DIRECTION, KIND)
+    grown: tl.tuple = ()
+    for i in tl.static_range(len(measured)):
+        grown += (sums[i] + sum_squares(measured[i], mask),)
+    return grown
 
 
 @triton.jit
-def walk_chunk(
-    entry: tl.tensor, rows: tl.tensor, grads: tl.tensor, hyper: tl.tensor, RULE: tl.constexpr, KIND: tl.constexpr
-) -> None:
-    """Updates one chunk of one tensor: whole aligned blocks by full vectors, all else element by element."""
-    COMPUTE: tl.constexpr = tl.float64 if stream_dtype(KIND, 0) == tl.float64 else tl.float32
+def sum_squares(x: tl.tensor, mask: tl.tensor | None) -> tl.tensor:
+    """float64 [THREADS]: of each thread's elements, so that nothing has to change threads."""
+    wide = x.to(tl.float64)
+    squares = wide * wide if mask is None else tl.where(mask, wide * wide, 0.0)
+    return tl.sum(tl.reshape(squares, (THREADS, x.shape[0] // THREADS)), axis=1)
+
+
+@triton.jit
+def walk(
+    h: Hyper,
+    pointers: tl.tuple,
+    count: tl.tensor,
+    aligned: tl.tensor,
+    sums: tl.tuple,
+    PASS: tl.constexpr,
+    RULE: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    KIND: tl.constexpr,
+) -> tl.tuple:
+    """`count` elements of the streams of KIND: whole aligned blocks by full vectors, all else element by element.
+    Returns the sums, grown."""
     # One access per thread and stream: a larger block would take the vector width of another kind of the same launch.
     BLOCK: tl.constexpr = THREADS * vector_width(KIND)
-
-    row = (entry >> 8) & 0xFFFFFF
-    first = (entry >> 32) * CHUNK
-    h = read_hyper(hyper, row, COMPUTE)
-    fields = rows + row * ROW_WIDTH
-    grad = tl.load(grads + row)
-    pointers: tl.tuple = (
-        pointer_to(tl.load(fields + ROW_PARAM), first, stream_dtype(KIND, 0)),
-        pointer_to(grad, first, stream_dtype(KIND, 1)),
-    )
-    for i in tl.static_range(count_streams(KIND) - 2):
-        pointers += (pointer_to(tl.load(fields + ROW_STATE + i), first, stream_dtype(KIND, 2 + i)),)
-
-    # A skipped tensor has no elements: no branch, so that all the scalars above are on their way at once.
-    remaining = tl.where(h.skip == 0.0, tl.minimum(tl.load(fields) - first, CHUNK), 0).to(tl.int32)
-    aligned = (entry & 1 == 0) & (grad & 15 == 0)
-    blocks = tl.where(aligned, remaining // BLOCK, 0)
-
+    # Sums must not depend on where tensors lie: there, an element belongs to the same thread either way.
+    TAIL: tl.constexpr = BLOCK if len(sums) > 0 else THREADS
+    blocks = tl.where(aligned, count // BLOCK, 0)
     for i in range(blocks):
         at = i * BLOCK + tl.arange(0, BLOCK)
-        update_block(h, [pointer + at for pointer in pointers], None, RULE, KIND, COMPUTE)
-    for i in range(blocks * BLOCK, remaining, THREADS):
-        at = i + tl.arange(0, THREADS)
-        update_block(h, [pointer + at for pointer in pointers], at < remaining, RULE, KIND, COMPUTE)
+        sums = walk_block(h, [pointer + at for pointer in pointers], None, sums, PASS, RULE, DIRECTION, KIND)
+    for i in range(blocks * BLOCK, count, TAIL):
+        at = i + tl.arange(0, TAIL)
+        sums = walk_block(h, [pointer + at for pointer in pointers], at < count, sums, PASS, RULE, DIRECTION, KIND)
+    return sums
 
 
-@triton.jit(do_not_specialize_on_alignment=["desc", "rows", "grads", "hyper"])
-def step_kernel(
-    desc: tl.tensor, rows: tl.tensor, grads: tl.tensor, hyper: tl.tensor, RULE: tl.constexpr, KINDS: tl.constexpr
+@triton.jit
+def store_sums(partials: tl.tensor, sums: tl.tuple) -> None:
+    """To the two places of this program."""
+    for i in tl.static_range(len(sums)):
+        tl.store(partials + 2 * tl.program_id(0).to(tl.int64) + i, tl.sum(sums[i]))
+
+
+@triton.jit
+def step_chunk(
+    entry: tl.tensor,
+    rows: tl.tensor,
+    grads: tl.tensor | None,
+    hyper: tl.tensor,
+    partials: tl.tensor | None,
+    trust: tl.tensor | None,
+    PASS: tl.constexpr,
+    RULE: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    KIND: tl.constexpr,
 ) -> None:
-    """One program per entry of desc. KINDS: every kind of this table, in the order in which desc numbers them."""
+    """One chunk of one tensor."""
+    COMPUTE: tl.constexpr = tl.float64 if stream_dtype(KIND, 0) == tl.float64 else tl.float32
+    row = (entry >> 8) & 0xFFFFFF
+    first = (entry >> 32) * CHUNK
+    h = read_hyper(hyper, trust, row, COMPUTE)
+    fields = rows + row * ROW_WIDTH
+    pointers: tl.tuple = (pointer_to(tl.load(fields + ROW_PARAM), first, stream_dtype(KIND, 0)),)
+    aligned = entry & 1 == 0
+    if grads is not None:
+        grad = tl.load(grads + row)
+        pointers += (pointer_to(grad, first, stream_dtype(KIND, 1)),)
+        aligned = aligned & (grad & 15 == 0)
+    STATES: tl.constexpr = len(pointers)
+    for i in tl.static_range(STATES, count_streams(KIND)):
+        pointers += (pointer_to(tl.load(fields + ROW_STATE + i - STATES), first, stream_dtype(KIND, i)),)
+    # A skipped tensor has no elements: no branch, so that all the scalars above are on their way at once.
+    count = tl.where(h.skip == 0.0, tl.minimum(tl.load(fields) - first, CHUNK), 0).to(tl.int32)
+    if partials is None:
+        walk(h, pointers, count, aligned, (), PASS, RULE, DIRECTION, KIND)
+    else:
+        none = tl.zeros((THREADS,), tl.float64)
+        store_sums(partials, walk(h, pointers, count, aligned, (none, none), PASS, RULE, DIRECTION, KIND))
+
+
+@triton.jit(do_not_specialize_on_alignment=["desc", "rows", "grads", "hyper", "partials", "trust"])
+def step_kernel(
+    desc: tl.tensor,
+    rows: tl.tensor,
+    grads: tl.tensor | None,
+    hyper: tl.tensor,
+    partials: tl.tensor | None,
+    trust: tl.tensor | None,
+    PASS: tl.constexpr,
+    RULE: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    KINDS: tl.constexpr,
+) -> None:
+    """One program per entry of desc. KINDS: the streams that PASS walks, of every kind of this table, in the order in
+    which desc numbers them. What PASS has no use for is None: grads in `move`, partials but in `advance`, trust but in
+    `move`."""
     entry = tl.load(desc + tl.program_id(0))
     for i in tl.static_range(len(KINDS)):
         if (entry >> 1) & 127 == i:
-            walk_chunk(entry, rows, grads, hyper, RULE, KINDS[i])
+            step_chunk(entry, rows, grads, hyper, partials, trust, PASS, RULE, DIRECTION, KINDS[i])

@@ -1,0 +1,236 @@
+"""Tables built by hand from csrc/tables.h for the Triton kernels, and what the oracle says of a step of them."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import oracle
+import torch
+from fused_optim.triton_kernels.launch import launch, launch_move, launch_squares
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+CHUNK = 4096
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+F32, BF16, F16, F64 = CODES
+GUARD = 64  # elements before and after every tensor, which nobody may touch
+NAMES = {
+    "adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    "sgd": ("momentum_buffer",),
+    "qhadam": ("exp_avg", "exp_avg_sq"),
+    "lamb": ("exp_avg", "exp_avg_sq"),
+    "lion": ("exp_avg",),
+}
+
+
+@dataclass
+class Group:
+    """A row of `raw`. The rule's own numbers are NaN for a rule that has none: reading one would show."""
+
+    lr: float = 1e-2
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled: bool = False
+    maximize: bool = False
+    a: float = math.nan
+    b: float = math.nan
+    lr_reference: float = 1.0
+    decay_period: float = 1.0
+    max_norm: float = 0.0
+    clip_eps: float = 1e-6
+    trust_low: float = 0.0
+    trust_high: float = math.inf
+    trust_always: bool = False
+    lr_tensor: Tensor | None = None
+
+    def __str__(self) -> str:
+        default = vars(Group())
+        return " ".join(f"{key}={value}" for key, value in vars(self).items() if str(value) != str(default[key]))
+
+    def raw(self) -> list[float]:
+        return [float(value) for key, value in vars(self).items() if key != "lr_tensor"]
+
+    def options(self) -> dict[str, Any]:
+        """What the rules of the oracle call them."""
+        return {
+            "lr": self.lr if self.lr_tensor is None else self.lr_tensor.item(),
+            "betas": (self.beta1, self.beta2),
+            "momentum": self.beta1,
+            "dampening": self.a,
+            "nesterov": self.b == 1.0,
+            "nus": (self.a, self.b),
+            "grad_averaging": self.a == 1.0,
+            "bias_correction": self.b == 1.0,
+            "use_nvlamb": self.trust_always,
+            "trust_clip": (self.trust_low, self.trust_high),
+            "max_grad_norm": None,  # clipped before
+            "grad_norm": math.nan,
+            "decoupled_weight_decay": self.decoupled,
+            "decouple_weight_decay": self.decoupled,
+            "adam_w_mode": self.decoupled,
+            **{key: value for key, value in vars(self).items() if key in COMMON},
+        }
+
+
+COMMON = ("eps", "weight_decay", "maximize", "lr_reference", "decay_period")
+
+
+class Row:
+    """One tensor with its gradient and states, each a view into a longer buffer, `offsets` elements off alignment."""
+
+    def __init__(
+        self, size: int, dtypes: Sequence[torch.dtype], seed: int = 0, offsets: Sequence[int] = (), group: int = 0
+    ) -> None:
+        generator = torch.Generator().manual_seed(1000 * seed + size)
+        self.group = group
+        self.buffers: list[Tensor] = []
+        self.views: list[Tensor] = []
+        for i, dtype in enumerate(dtypes):
+            values = torch.randn(size, dtype=torch.float64, generator=generator)
+            values = values if i < 2 else 0.1 * values if i == 2 else values.square()
+            start = GUARD + (offsets[i] if i < len(offsets) else 0)
+            self.buffers.append(torch.full((start + size + GUARD,), 3.0, dtype=dtype, device=DEVICE))
+            self.views.append(self.buffers[-1][start : start + size].copy_(values))
+        self.step = torch.zeros((), dtype=torch.float32, device=DEVICE)
+        self.grad_address = self.views[1].data_ptr() or 16  # an empty tensor has no address, but has a gradient
+
+    @property
+    def dtypes(self) -> tuple[int, ...]:
+        return tuple(CODES[view.dtype] for view in self.views)
+
+    def bytes_outside(self) -> list[Tensor]:
+        outside = []
+        for buffer, view in zip(self.buffers, self.views, strict=True):
+            start = view.storage_offset()
+            outside += [part.clone().view(torch.uint8) for part in (buffer[:start], buffer[start + view.numel() :])]
+        return outside
+
+
+@dataclass
+class Table:
+    rows: list[Row]
+    groups: list[Group] = field(default_factory=lambda: [Group()])
+    rule: str = "adam"
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    chunks_before: int = 0  # of every tensor, at addresses before its buffer, which no program is launched for
+
+    def __post_init__(self) -> None:
+        count = len(self.rows)
+        self.hyper = torch.full((count, 16), math.nan, dtype=torch.float64, device=DEVICE)
+        self.clips = any(group.max_norm for group in self.groups)
+        self.squares = torch.full((1,), math.nan, dtype=torch.float64, device=DEVICE)
+        self.sums = torch.full((count, 2), math.nan, dtype=torch.float64, device=DEVICE)
+        self.trust = torch.ones(count, dtype=torch.float64, device=DEVICE)
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(dict.fromkeys(row.dtypes for row in self.rows))
+
+    def arrays(self) -> tuple[Tensor | None, ...]:
+        desc, table, spans = [], [], [0]
+        for number, row in enumerate(self.rows):
+            written = [row.views[0], *row.views[2:]]
+            slow = any(view.data_ptr() % 16 for view in written)
+            numel = row.views[0].numel() + self.chunks_before * CHUNK
+            desc += [
+                chunk << 32 | number << 8 | self.kinds.index(row.dtypes) << 1 | slow
+                for chunk in range(self.chunks_before, -(-numel // CHUNK))
+            ]
+            spans.append(len(desc))
+            signature = sum(code << 4 * i for i, code in enumerate((*row.dtypes, 15)))
+            param, *states = (self.start(view) for view in written)
+            table.append([numel, param, row.step.data_ptr(), signature, *states, *[0] * (4 - len(states))])
+        trusts = self.rule == "lamb"
+        partials = torch.full((len(desc), 2), math.nan, dtype=torch.float64, device=DEVICE)
+        return (
+            integers(desc),
+            integers(table),
+            integers([row.grad_address and self.start(row.views[1], row.grad_address) for row in self.rows]),
+            integers([lr_address(group) for group in self.groups]),
+            torch.tensor([group.raw() for group in self.groups], dtype=torch.float64, device=DEVICE),
+            torch.tensor([row.group for row in self.rows], dtype=torch.int32, device=DEVICE),
+            self.hyper,
+            integers(spans) if trusts or self.clips else None,
+            partials if trusts or self.clips else None,
+            self.sums if trusts else None,
+            self.trust if trusts else None,
+        )
+
+    def launch(self) -> None:
+        arrays = self.arrays()
+        if self.clips:
+            launch_squares(self.kinds, *arrays, self.squares)
+        squares = self.squares if self.clips else None
+        launch(self.rule, self.kinds, *arrays, self.grad_scale, self.found_inf, squares)
+        launch_move(self.rule, self.kinds, *arrays)
+
+    def start(self, view: Tensor, address: int | None = None) -> int:
+        return (view.data_ptr() if address is None else address) - self.chunks_before * CHUNK * view.itemsize
+
+    def check_step(self, skipped: Sequence[int] = ()) -> None:
+        """One launch, and every value of every tensor against float64."""
+        outside = [row.bytes_outside() for row in self.rows]
+        before = [[view.clone() for view in row.views] for row in self.rows]
+        steps = [row.step.item() for row in self.rows]
+        norm = self.norm()
+        self.launch()
+        for number, row in enumerate(self.rows):
+            for kept, now in zip(outside[number], row.bytes_outside(), strict=True):
+                assert torch.equal(kept, now)
+            expected = before[number]
+            if number not in skipped:
+                expected = self.expected(expected, steps[number], self.groups[row.group], norm)
+            assert row.step.item() == steps[number] + (number not in skipped)
+            for view, wanted in zip(row.views, expected, strict=True):
+                assert_rounded(view, wanted)
+
+    def norm(self) -> float:
+        """Of all gradients together that are clipped, before they are divided by grad_scale."""
+        clipped = [row for row in self.rows if row.grad_address and self.groups[row.group].max_norm]
+        return math.sqrt(sum(row.views[1].double().square().sum().item() for row in clipped))
+
+    def expected(self, tensors: Sequence[Tensor], step: float, group: Group, norm: float) -> list[Tensor]:
+        """What param, gradient and states become in a step after `step` others."""
+        param, grad, *states = (tensor.double() for tensor in tensors)
+        scale = 1.0 if self.grad_scale is None else self.grad_scale.item()
+        scaled = grad / scale
+        if group.max_norm:
+            bound = norm / scale + group.clip_eps
+            scaled = scaled * min(1.0, group.max_norm / bound if bound else math.inf)
+        names = NAMES[self.rule][: len(states)]
+        state = dict(zip(names, states, strict=True)) if step or self.rule != "sgd" else {}
+        options = group.options() | {"amsgrad": len(states) == 3, "stored": tensors[-1].dtype}
+        if self.rule == "sgd" and not states:
+            options["momentum"] = 0.0
+        state["step"] = torch.tensor(step, dtype=torch.float64)
+        param, state = getattr(oracle, self.rule)(param, scaled, state, **options)
+        return [param, grad, *(state[name] for name in names)]
+
+
+def integers(values: list) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=DEVICE)
+
+
+def lr_address(group: Group) -> int:
+    return 0 if group.lr_tensor is None else group.lr_tensor.data_ptr() | (group.lr_tensor.dtype == torch.float64)
+
+
+def assert_rounded(view: Tensor, wanted: Tensor) -> None:
+    """`view` is `wanted` up to the rounding of the arithmetic; 16-bit values are the nearest ones but for near ties."""
+    if view.dtype in (BF16, F16):
+        rounded = wanted.to(view.dtype)
+        assert (view == rounded).double().mean().nan_to_num(1.0) >= 0.99 or view.numel() < 100
+        tolerance = torch.finfo(view.dtype).eps
+        torch.testing.assert_close(view.double(), rounded.double(), rtol=tolerance, atol=1e-7, equal_nan=True)
+    else:
+        eps = torch.finfo(view.dtype).eps
+        # In float64 `wanted` itself is rounded. In float32, Triton 3.6's interpreter does not fuse its fma.
+        atol = 4 * eps if view.dtype == F64 else eps / 4
+        torch.testing.assert_close(view.double(), wanted.double(), rtol=8 * eps, atol=atol, equal_nan=True)
