@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from family import Pass
 from torch import Tensor
 from workload import Workload
 
@@ -106,30 +107,42 @@ def floor_step(workload: Workload) -> tuple[str, Step]:
         floor_pass = importlib.import_module("fused_optim._C").FloorPass
     except (ImportError, AttributeError):
         return "separate torch passes over as many bytes", torch_floor(workload)
-    written = [lane for stream in workload.read_and_written for lane in lanes(stream, workload)]
-    return "fused_optim._C.FloorPass over the same tensors", floor_pass(written, workload.grads)
+    passes = [floor_pass(*lanes(workload, walk)) for walk in workload.passes]
+
+    def step() -> None:
+        for one in passes:
+            one()
+
+    return "fused_optim._C.FloorPass over the same tensors" + (", one pass per walk" if len(passes) > 1 else ""), step
 
 
-def lanes(stream: list[Tensor], workload: Workload) -> list[Tensor]:
-    """The stream as one or more lists of tensors with as many bytes each as the gradients, as FloorPass wants them."""
-    count = stream[0].dtype.itemsize // workload.grads[0].dtype.itemsize
-    flat = [tensor.view(-1).view(torch.uint8).chunk(count) for tensor in stream]
-    return [pieces[lane] for lane in range(count) for pieces in flat]
+def lanes(workload: Workload, walk: Pass) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """The streams that a walk writes and those that it reads, as FloorPass wants them: a stream of a wider dtype than
+    the narrowest is cut into lists of tensors with as many bytes each."""
+    width = min(workload.streams[name][0].dtype.itemsize for name in walk.read + walk.written)
+
+    def cut(name: str) -> list[list[Tensor]]:
+        stream = workload.streams[name]
+        count = stream[0].dtype.itemsize // width
+        flat = [tensor.view(-1).view(torch.uint8).chunk(count) for tensor in stream]
+        return [[pieces[lane] for pieces in flat] for lane in range(count)]
+
+    return [lane for name in walk.written for lane in cut(name)], [lane for name in walk.read for lane in cut(name)]
 
 
 def torch_floor(workload: Workload) -> Step:
-    """Where the extension is not built: one torch operation per stream, on flat buffers, of integers."""
-
-    def flat(tensors: list[Tensor]) -> Tensor:
-        return torch.zeros(sum(tensor.nbytes for tensor in tensors) // 2, dtype=torch.int16)
-
-    param, *states = [flat(stream) for stream in workload.read_and_written]
-    grad = flat(workload.grads)
+    """Where the extension is not built: one torch operation per stream, on flat buffers of integers."""
+    flat = {
+        name: torch.zeros(sum(tensor.nbytes for tensor in stream) // 2, dtype=torch.int16)
+        for name, stream in workload.streams.items()
+    }
 
     def step() -> None:
-        param.bitwise_or_(grad)
-        for state in states:
-            state.bitwise_or_(0)
+        for walk in workload.passes:
+            for name in walk.read:
+                flat[name].max()
+            for name in walk.written:
+                flat[name].bitwise_or_(0)
 
     return step
 

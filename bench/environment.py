@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("qhoptim", "torch-optimi", "flashoptim", "torchao", "bitsandbytes", "apex")
 
 
 def git(*arguments: str) -> str | None:
@@ -84,7 +85,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "triton": version("triton"),
         "cuda": torch.version.cuda,
         "driver": driver() if device.type == "cuda" else None,
-        "peers": {name: version(name) for name in ("torch-optimi", "flashoptim", "torchao", "bitsandbytes", "apex")},
+        "peers": {name: version(name) for name in PACKAGES},
     }
 
 

@@ -36,4 +36,5 @@ else
 fi
 part host "$PYTHON" bench/host.py --device cuda --json "$out/host.json"
 part step "$PYTHON" bench/step.py --suite gpu
+part step-family "$PYTHON" bench/step.py --suite gpu-family
 exit $failed

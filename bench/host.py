@@ -1,4 +1,4 @@
-"""What does the host pay per tensor? The time of one AdamW step over T tensors of one element, fitted as a + b T.
+"""What does the host pay per tensor? The time of one step over T tensors of one element, fitted as a + b T.
 
     python bench/host.py --json host.json
 
@@ -19,18 +19,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from environment import describe
+from family import OPTIMIZERS
 from measure import progress
 from peers import PEERS
 from report import markdown, number
 from workload import Config, Workload
 
 TENSORS = (1, 10, 148, 500, 2000, 20000)
-PEER_NAMES = ["torch-for", "torch-foreach", "torch-fused", "ours"]
+PEER_NAMES = ["torch-for", "torch-foreach", "torch-fused", "foreach", "ours"]
 
 
-def measure(tensors: int, names: list[str], device: torch.device, rounds: int) -> dict[str, float]:
+def measure(tensors: int, optimizer: str, names: list[str], device: torch.device, rounds: int) -> dict[str, float]:
     """Median µs per step of each peer, which take turns in each round."""
-    workload = Workload(Config("2000x1000", hot=True), device, shapes=[(1,)] * tensors)
+    workload = Workload(Config("2000x1000", hot=True, optimizer=optimizer), device, shapes=[(1,)] * tensors)
     steps = {}
     for name in names:
         progress(f"{tensors:,} tensors: preparing {name}")
@@ -68,12 +69,14 @@ def fit(medians: dict[int, float]) -> tuple[float, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--peers", default=",".join(PEER_NAMES), help=", ".join(PEERS))
+    parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
+    parser.add_argument("--peers", help=", ".join(PEERS))
     parser.add_argument("--tensors", default=",".join(map(str, TENSORS)), help="how many, comma-separated")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    names = options.peers.split(",")
+    usual = [name for name in PEER_NAMES if options.optimizer in PEERS[name].builds]
+    names = options.peers.split(",") if options.peers else usual
     if unknown := [name for name in names if name not in PEERS]:
         parser.error(f"{', '.join(unknown)}: not among {', '.join(PEERS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -81,7 +84,10 @@ def main() -> int:
         return 2
 
     counts = [int(count) for count in options.tensors.split(",")]
-    by_count = {count: measure(count, names, torch.device(options.device), options.rounds) for count in counts}
+    by_count = {
+        count: measure(count, options.optimizer, names, torch.device(options.device), options.rounds)
+        for count in counts
+    }
     medians = {name: {count: by_count[count][name] for count in counts} for name in by_count[counts[0]]}
     fits = {name: fit(values) for name, values in medians.items()} if len(counts) > 1 else {}
     header = ["peer", *(f"T = {count:,}" for count in counts), *(["µs + µs per tensor"] if fits else [])]

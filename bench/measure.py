@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from clocks import CpuClock, CudaClock, Step, capture, floor_step, trim
+from family import BASELINES
 from peers import PEERS, Peer, backend_of
 from shapes import CASES, elements
 from workload import Config, Workload, check
@@ -66,8 +67,9 @@ class Measured:
     timed: dict[str, Timed]
     skipped: dict[str, str]
     load: float  # the system's load average when it was done
+    baseline: str  # the peer that ratios are taken to
 
-    def json(self, baseline: str) -> dict[str, Any]:
+    def json(self) -> dict[str, Any]:
         peers = []
         for timed in self.timed.values():
             first, third = timed.quartiles()
@@ -77,7 +79,7 @@ class Measured:
                     **asdict(timed),
                     "median_ms": median,
                     "quartiles_ms": [first, third],
-                    f"speed_against_{baseline}": timed.speed(self.timed.get(baseline)),
+                    f"speed_against_{self.baseline}": timed.speed(self.timed.get(self.baseline)),
                     "share_of_floor": timed.speed(self.timed[FLOOR]),
                     "gb_per_s": self.bytes / median / 1e6,
                 }
@@ -88,6 +90,7 @@ class Measured:
             "elements": self.elements,
             "bytes": self.bytes,
             "bytes_per_element": self.bytes / self.elements,
+            "baseline": self.baseline,
             "floor": self.floor,
             "peers": peers,
             "skipped": self.skipped,
@@ -124,8 +127,10 @@ def ready(peer: Peer, workload: Workload, timed: Timed) -> Step:
     return run
 
 
-def measure(config: Config, device: torch.device, peers: list[str], rounds: int, graph: bool = False) -> Measured | str:
-    """The case's figures, or why it cannot run here."""
+def measure(
+    config: Config, device: torch.device, peers: list[str], baseline: str | None, rounds: int, graph: bool = False
+) -> Measured | str:
+    """The case's figures, or why it cannot run here. baseline: None for the usual one."""
     gc.collect()
     trim()
     if config.memory() > 0.9 * free_memory(device):
@@ -164,9 +169,9 @@ def measure(config: Config, device: torch.device, peers: list[str], rounds: int,
         host_time(config, steps.keys() - {FLOOR}, timed, rounds)
     load = os.getloadavg()[0]
     progress(f"{config}: done", done=True)
-    return Measured(
-        config, len(workload.params), elements(CASES[config.case]()), workload.bytes(), kind, timed, skipped, load
-    )
+    count = elements(CASES[config.case]())
+    baseline = baseline or next((name for name in BASELINES if name in timed), BASELINES[0])
+    return Measured(config, len(workload.params), count, workload.bytes(), kind, timed, skipped, load, baseline)
 
 
 def take_turns(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from workload import BETAS, DTYPES, EPS, LR, Config, Workload
+from family import OPTIMIZERS
+from foreach import ForeachLAMB, ForeachLion, ForeachQHAdam, TorchSGDW
+from workload import DTYPES, Config, Workload
 
 # Last on the path, so that an installed fused_optim goes before the one in the checkout.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+# build(groups, config, device): the optimizer; the groups hold params and weight_decay.
 Build = Callable[[list[dict[str, Any]], Config, torch.device], torch.optim.Optimizer]
 
 # torch.compile unrolls the step over the tensors and takes minutes beyond this many.
@@ -24,24 +28,30 @@ COMPILE_LIMIT = 500
 
 @dataclass(frozen=True)
 class Peer:
-    """build(groups, config, device): the optimizer, the groups holding params and weight_decay.
+    """builds: how it is made, for each of the optimizers (keys of family.OPTIMIZERS) that it has.
 
     states: the dtype it keeps them in: "param" (the param's), "float32", "own" (its own format), "any" (as told).
-    slack: see workload.check.
+    slack: see workload.check. note: what a reader of the figures should know.
     """
 
     name: str
-    build: Build
+    builds: dict[str, Build]
     package: str = "torch"
     devices: tuple[str, ...] = ("cpu", "cuda")
     states: str = "param"
-    amsgrad: bool = True
+    amsgrad: bool = False
     compiled: bool = False
     slack: float = 0.0
+    note: str = ""
+
+    def build(self, groups: list[dict[str, Any]], config: Config, device: torch.device) -> torch.optim.Optimizer:
+        return self.builds[config.optimizer](groups, config, device)
 
     def why_not(self, workload: Workload) -> str | None:
         """None where it can run this case, else the reason."""
         config = workload.config
+        if config.optimizer not in self.builds:
+            return f"has no {config.spec.title}"
         if workload.device.type not in self.devices:
             return f"runs on {' and '.join(self.devices)} only"
         if importlib.util.find_spec(self.package.split(".")[0]) is None:
@@ -57,67 +67,139 @@ class Peer:
         return None
 
 
-def torch_adamw(**options: Any) -> Build:
+def made(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> Build:
     def build(groups: list[dict[str, Any]], config: Config, device: torch.device) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, amsgrad=config.amsgrad, **options)
-
-    return build
-
-
-def capturable_adamw(groups: list[dict[str, Any]], config: Config, device: torch.device) -> torch.optim.Optimizer:
-    """Counts its steps in tensors, so that torch.compile sees no Python number change from step to step."""
-    return torch_adamw(foreach=True, capturable=device.type == "cuda")(groups, config, device)
-
-
-def ours(backend: str) -> Build:
-    def build(groups: list[dict[str, Any]], config: Config, device: torch.device) -> torch.optim.Optimizer:
-        fused_optim = importlib.import_module("fused_optim")
-        param_dtype, state_dtype = DTYPES[config.dtype]
-        return fused_optim.FusedAdamW(
-            groups,
-            lr=LR,
-            betas=BETAS,
-            eps=EPS,
-            amsgrad=config.amsgrad,
-            backend=backend,
-            state_dtype=None if state_dtype == param_dtype else state_dtype,
-        )
+        if config.amsgrad:
+            return cls(groups, **config.spec.options, amsgrad=True, **options)
+        return cls(groups, **config.spec.options, **options)
 
     return build
 
 
 def imported(module: str, name: str, **options: Any) -> Build:
     def build(groups: list[dict[str, Any]], config: Config, device: torch.device) -> torch.optim.Optimizer:
-        return getattr(importlib.import_module(module), name)(groups, lr=LR, betas=BETAS, eps=EPS, **options)
+        return made(getattr(importlib.import_module(module), name), **options)(groups, config, device)
 
     return build
 
 
-# How far one update of a peer with 8-bit states may lie from AdamW's, as a share of lr: enough to tell a wrong formula,
-# no judgement of its accuracy.
+def torch_classes(**options: Any) -> dict[str, Build]:
+    classes = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD, "sgdw": TorchSGDW}
+    return {optimizer: made(cls, **options) for optimizer, cls in classes.items()}
+
+
+def capturable(cls: Callable[..., torch.optim.Optimizer]) -> Build:
+    """Counts its steps in tensors, so that torch.compile sees no Python number change from step to step."""
+
+    def build(groups: list[dict[str, Any]], config: Config, device: torch.device) -> torch.optim.Optimizer:
+        return made(cls, foreach=True, capturable=device.type == "cuda")(groups, config, device)
+
+    return build
+
+
+def ours(backend: str) -> dict[str, Build]:
+    def build(groups: list[dict[str, Any]], config: Config, device: torch.device) -> torch.optim.Optimizer:
+        param_dtype, state_dtype = DTYPES[config.dtype]
+        options: dict[str, Any] = {"max_grad_norm": None} if config.optimizer == "lamb" else {}
+        options["state_dtype"] = None if state_dtype == param_dtype else state_dtype
+        return imported("fused_optim", config.spec.fused, backend=backend, **options)(groups, config, device)
+
+    return dict.fromkeys(OPTIMIZERS, build)
+
+
+# How far one update of a peer with 8-bit states may lie from the formula's, as a share of lr: enough to tell a wrong
+# formula, no judgement of its accuracy.
 QUANTISED = 0.5
 
 GPU = ("cuda",)
+QHADAM = {"qhadam": made(ForeachQHAdam), "qhadamw": made(ForeachQHAdam, decoupled=True)}
+OPTIMI = {
+    "adamw": imported("optimi", "AdamW", kahan_sum=False),
+    "adam": imported("optimi", "Adam", kahan_sum=False),
+    "sgd": imported("optimi", "SGD", kahan_sum=False),
+    "sgdw": imported("optimi", "SGD", kahan_sum=False, decouple_wd=True),
+    "lion": imported("optimi", "Lion", kahan_sum=False),
+}
+FLASH = {"adamw": "FlashAdamW", "sgd": "FlashSGD", "sgdw": "FlashSGDW", "lion": "FlashLion"}
 
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("torch-for", torch_adamw(foreach=False, fused=False)),
-        Peer("torch-foreach", torch_adamw(foreach=True)),
-        Peer("torch-fused", torch_adamw(fused=True)),
-        Peer("torch-compile", capturable_adamw, compiled=True),
-        Peer("ours", ours("auto"), "fused_optim", states="any"),
+        Peer("torch-for", torch_classes(foreach=False, fused=False), amsgrad=True),
+        Peer("torch-foreach", torch_classes(foreach=True), amsgrad=True),
+        Peer(
+            "torch-fused",
+            torch_classes(fused=True),
+            amsgrad=True,
+            note="torch has no SGDW: there torch-* are its SGD after a _foreach_mul_ of the params (bench/foreach.py). "
+            "On CPUs the fused SGD of torch 2.13 leaves most of bf16 and float16 params unchanged (pytorch#191763).",
+        ),
+        Peer(
+            "torch-compile",
+            {
+                "adamw": capturable(torch.optim.AdamW),
+                "adam": capturable(torch.optim.Adam),
+                "sgd": made(torch.optim.SGD, foreach=True),
+            },
+            amsgrad=True,
+            compiled=True,
+        ),
+        Peer(
+            "foreach",
+            {**QHADAM, "lamb": made(ForeachLAMB), "lion": made(ForeachLion)},
+            note="plain PyTorch with torch's _foreach_ functions, as one writes it (bench/foreach.py)",
+        ),
+        Peer(
+            "qhoptim",
+            {"qhadam": imported("qhoptim.pyt", "QHAdam"), "qhadamw": imported("qhoptim.pyt", "QHAdamW")},
+            "qhoptim",
+            note="the package of QHAdam's authors, a loop over the tensors",
+        ),
+        Peer("ours", ours("auto"), "fused_optim", states="any", amsgrad=True),
         *(
-            Peer(f"ours-{name}", ours(name), "fused_optim", states="any")
+            Peer(f"ours-{name}", ours(name), "fused_optim", states="any", amsgrad=True)
             for name in ("triton", "cuda", "cpp", "reference")
         ),
-        Peer("optimi", imported("optimi", "AdamW", kahan_sum=False), "optimi", amsgrad=False),
-        Peer("apex", imported("apex.optimizers", "FusedAdam"), "apex", GPU, "float32", amsgrad=False),
+        Peer("optimi", OPTIMI, "optimi"),
         Peer(
-            "bitsandbytes", imported("bitsandbytes.optim", "AdamW32bit"), "bitsandbytes", GPU, "float32", amsgrad=False
+            "apex",
+            {
+                "adamw": imported("apex.optimizers", "FusedAdam"),
+                "adam": imported("apex.optimizers", "FusedAdam", adam_w_mode=False),
+            },
+            "apex",
+            GPU,
+            "float32",
         ),
-        Peer("flashoptim", imported("flashoptim", "FlashAdamW"), "flashoptim", GPU, "own", False, slack=QUANTISED),
-        Peer("torchao-8bit", imported("torchao.optim", "AdamW8bit"), "torchao", GPU, "own", False, slack=QUANTISED),
+        Peer(
+            "apex-sgd-lamb",
+            {
+                "sgd": imported("apex.optimizers", "FusedSGD"),
+                "lamb": imported("apex.optimizers", "FusedLAMB", max_grad_norm=math.inf),
+            },
+            "apex",
+            GPU,
+            note="Apex's LAMB reads the gradients once more, for their norm, even where nothing is clipped",
+        ),
+        Peer(
+            "bitsandbytes",
+            {
+                "adamw": imported("bitsandbytes.optim", "AdamW32bit"),
+                "lion": imported("bitsandbytes.optim", "Lion32bit"),
+            },
+            "bitsandbytes",
+            GPU,
+            "float32",
+        ),
+        Peer(
+            "flashoptim",
+            {optimizer: imported("flashoptim", name) for optimizer, name in FLASH.items()},
+            "flashoptim",
+            GPU,
+            "own",
+            slack=QUANTISED,
+        ),
+        Peer("torchao-8bit", {"adamw": imported("torchao.optim", "AdamW8bit")}, "torchao", GPU, "own", slack=QUANTISED),
     )
 }
 

@@ -16,11 +16,12 @@ OTHERS = ["#9aa5b1", "#c3cad1", "#5b6b7a", "#7b9acc", "#b5c7a3", "#d9c8a9", "#8f
 FLOOR_COLOUR = "#111111"
 
 
-def draw(path: Path, results: list[Measured], baseline: str, title: str) -> None:
-    """One group of horizontal bars per case; a case that the baseline cannot run has no ratio and is left out."""
-    results = [measured for measured in results if baseline in measured.timed]
+def draw(path: Path, results: list[Measured], title: str) -> None:
+    """One group of horizontal bars per case; a case that its baseline cannot run has no ratio and is left out."""
+    results = [measured for measured in results if measured.baseline in measured.timed]
+    baselines = list(dict.fromkeys(measured.baseline for measured in results))
     names = list(
-        dict.fromkeys(name for measured in results for name in measured.timed if name not in (FLOOR, baseline))
+        dict.fromkeys(name for measured in results for name in measured.timed if name not in (FLOOR, measured.baseline))
     )
     mine = [name for name in names if name.startswith("ours")]
     colours = dict(zip(mine, OURS * 3, strict=False)) | dict(
@@ -35,8 +36,8 @@ def draw(path: Path, results: list[Measured], baseline: str, title: str) -> None
     ratios = [1.0]
     for measured in results:
         top = bottom
-        for name in [n for n in names if n in measured.timed]:
-            ratio = measured.timed[name].speed(measured.timed[baseline]) or float("nan")
+        for name in [n for n in names if n in measured.timed and n != measured.baseline]:
+            ratio = measured.timed[name].speed(measured.timed[measured.baseline]) or float("nan")
             ratios.append(ratio)
             axis.barh(bottom, ratio - 1, left=1, height=0.8, color=colours[name], label=name, zorder=2)
             weight = "bold" if name in mine else "normal"
@@ -54,7 +55,7 @@ def draw(path: Path, results: list[Measured], baseline: str, title: str) -> None
                 zorder=4,
             )
             bottom += 1
-        floor = measured.timed[FLOOR].speed(measured.timed[baseline]) or float("nan")
+        floor = measured.timed[FLOOR].speed(measured.timed[measured.baseline]) or float("nan")
         ratios.append(floor)
         axis.plot(
             [floor, floor],
@@ -66,7 +67,8 @@ def draw(path: Path, results: list[Measured], baseline: str, title: str) -> None
             label=FLOOR,
         )
         ticks.append((top + bottom - 1) / 2)
-        labels.append(str(measured.config).replace(", ", "\n", 1))
+        against = f"\nagainst {measured.baseline}" if len(baselines) > 1 else ""
+        labels.append(str(measured.config).replace(", ", "\n", 1) + against)
         bottom += 1
 
     axis.axvline(1, color="#333333", linewidth=0.9, zorder=1)
@@ -86,7 +88,7 @@ def draw(path: Path, results: list[Measured], baseline: str, title: str) -> None
     axis.tick_params(length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
-    axis.set_xlabel(f"times as fast as {baseline} (log scale; right of 1 is faster)")
+    axis.set_xlabel(f"times as fast as {' or '.join(baselines)} (log scale; right of 1 is faster)")
     axis.set_title(title, loc="left", fontsize=11)
     handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     handles[f"{FLOOR} (same bytes, no arithmetic)"] = handles.pop(FLOOR)

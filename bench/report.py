@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from family import AMSGRAD, BASELINES
 from measure import FLOOR, Measured, Timed
+from peers import PEERS
 from suites import Goal, verdicts
 from workload import Config
 
@@ -18,8 +20,10 @@ Peers take turns within each round (A B A B), all on the same memory, with rando
 are medians over the rounds of the ratio within a round. GB/s counts each operand once per read and once per write, from
 the dtypes of the case, whatever a peer really moves. The floor is a pass with the bytes of a step and no arithmetic:
 {floor}. Unless it says hot, everything is flushed from the caches before each step. {host} Error is the largest
-deviation of the params from AdamW in float64 after three steps, as a share of the tolerance that bench/workload.py
-states; a peer above 1 is not timed."""
+deviation of the params from the optimizer in float64 after three steps, as a share of the tolerance that
+bench/workload.py states; a peer above 1 is not timed."""
+
+BASELINE = f"The baseline of each case is the first of {', '.join(BASELINES)} whose numbers are right."
 
 CPU_HOST = "Host time is that of a step over as many tensors of one element each."
 GPU_HOST = (
@@ -33,7 +37,21 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
-def row(measured: Measured, timed: Timed, baseline: str, gpu: bool) -> list[str]:
+def column_name(results: list[Measured]) -> str:
+    """What ratios are taken to: the baseline's name where all cases have the same."""
+    names = {measured.baseline for measured in results if measured.baseline in measured.timed}
+    return names.pop() if len(names) == 1 else "baseline"
+
+
+def notes(results: list[Measured]) -> str:
+    """What is to be said of the peers that were timed, one line each."""
+    timed = dict.fromkeys(
+        name for measured in results if measured.config.optimizer not in AMSGRAD for name in measured.timed
+    )
+    return "\n".join(f"- {name}: {PEERS[name].note}" for name in timed if name in PEERS and PEERS[name].note)
+
+
+def row(measured: Measured, timed: Timed, gpu: bool) -> list[str]:
     median = timed.median() or float("nan")
     first, third = timed.quartiles()
     name = timed.name + (f" ({timed.backend})" if timed.backend and not timed.name.endswith(timed.backend) else "")
@@ -42,7 +60,7 @@ def row(measured: Measured, timed: Timed, baseline: str, gpu: bool) -> list[str]
         name,
         number(median, 4),
         f"{number(first)} to {number(third)}",
-        number(timed.speed(measured.timed.get(baseline))),
+        number(timed.speed(measured.timed.get(measured.baseline))),
         number(measured.bytes / median / 1e6),
         number(timed.speed(measured.timed[FLOOR])),
         number(timed.host_us),
@@ -64,9 +82,9 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
-def table(results: list[Measured], baseline: str, gpu: bool) -> str:
-    header = [column.format(baseline=baseline) for column in COLUMNS] + (GPU_COLUMNS if gpu else [])
-    rows = [row(measured, timed, baseline, gpu) for measured in results for timed in measured.timed.values()]
+def table(results: list[Measured], gpu: bool) -> str:
+    header = [column.format(baseline=column_name(results)) for column in COLUMNS] + (GPU_COLUMNS if gpu else [])
+    rows = [row(measured, timed, gpu) for measured in results for timed in measured.timed.values()]
     return markdown(header, rows)
 
 
@@ -100,7 +118,6 @@ def document(
     results: list[Measured],
     impossible: dict[str, str],
     goals: dict[Config, Goal],
-    baseline: str,
     picture: str,
 ) -> str:
     gpu = about["cuda"] is not None and results[0].timed[FLOOR].host_us is not None
@@ -113,9 +130,10 @@ def document(
         f"`{about['command']}`",
         f"{about['device']}{kernel}, {about['threads']} threads; {', '.join(versions)}; commit {about['commit']}; "
         f"{about['date']}; {rounds} rounds; load average {max(m.load for m in results):.1f} at most.",
-        METHOD.format(baseline=baseline, floor=floors, host=GPU_HOST if gpu else CPU_HOST),
-        f"![Speed of each peer against {baseline}]({picture})",
-        table(results, baseline, gpu),
+        METHOD.format(baseline=column_name(results), floor=floors, host=GPU_HOST if gpu else CPU_HOST),
+        *filter(None, [BASELINE if column_name(results) == "baseline" else "", notes(results)]),
+        f"![Speed of each peer against {column_name(results)}]({picture})",
+        table(results, gpu),
     ]
     if text := goals_table(goals, results):
         parts += ["## Goals", text]
@@ -124,8 +142,6 @@ def document(
     return "\n\n".join(parts) + "\n"
 
 
-def write_json(
-    path: Path, about: dict[str, Any], results: list[Measured], impossible: dict[str, str], baseline: str
-) -> None:
-    content = {"about": about, "results": [measured.json(baseline) for measured in results], "impossible": impossible}
+def write_json(path: Path, about: dict[str, Any], results: list[Measured], impossible: dict[str, str]) -> None:
+    content = {"about": about, "results": [measured.json() for measured in results], "impossible": impossible}
     path.write_text(json.dumps(content, indent=1) + "\n")

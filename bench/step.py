@@ -1,7 +1,9 @@
-"""How long does one AdamW step take? Ours beside its peers, with the ceiling measured in the same run.
+"""How long does one step take? Ours beside its peers, with the ceiling measured in the same run.
 
     python bench/step.py --case gpt2-124m,resnet50 --dtype float32,bf16
-    python bench/step.py --suite cpu      (writes bench/results/<machine>/step-cpu.{json,md,png}; --suite gpu likewise)
+    python bench/step.py --optimizer lamb --case resnet50
+    python bench/step.py --suite cpu      (writes bench/results/<machine>/step-cpu.{json,md,png}; the other suites
+                                          likewise: family on the CPU, gpu and gpu-family)
 
 Every peer's numbers are checked against float64 before it is timed; one that is wrong or cannot run is left out, with
 its reason.
@@ -19,11 +21,12 @@ from pathlib import Path
 
 import torch
 from environment import ROOT, describe, device_name, folder_name
+from family import AMSGRAD, BASELINES, OPTIMIZERS
 from measure import Measured, measure
 from peers import PEERS
 from report import document, goals_table, reasons, table, write_json
 from shapes import CASES
-from suites import BASELINE, SUITES, Goal, Suite
+from suites import SUITES, Goal, Suite
 from workload import DTYPES, Config
 
 GROUPS = ("one", "two", "each")
@@ -44,9 +47,8 @@ def listed(known: Collection[str]) -> Callable[[str], list[str]]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--suite", choices=SUITES, help="the whole grid of one kind of device; sets device, cases, peers and files"
-    )
+    parser.add_argument("--suite", choices=SUITES, help="a whole grid; sets device, optimizers, cases, peers and files")
+    parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--case", type=listed(CASES), default=["gpt2-124m"], help=", ".join(CASES))
     parser.add_argument("--dtype", type=listed(DTYPES), default=["float32"], help=", ".join(DTYPES))
@@ -54,7 +56,12 @@ def arguments() -> argparse.Namespace:
         "--groups", type=listed(GROUPS), default=["one"], help="one, two (decay and no decay), each (one per tensor)"
     )
     parser.add_argument("--peers", type=listed(PEERS), help=", ".join(PEERS))
-    parser.add_argument("--baseline", default=BASELINE, choices=PEERS, help="the peer that ratios are taken to")
+    usual = " or ".join(BASELINES)
+    parser.add_argument(
+        "--baseline",
+        choices=PEERS,
+        help=f"the peer that ratios are taken to: {usual}, the first that works, unless said",
+    )
     parser.add_argument("--amsgrad", action="store_true")
     parser.set_defaults(hot=False)
     heat = parser.add_mutually_exclusive_group()
@@ -71,6 +78,8 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.rounds is not None and options.rounds < MIN_ROUNDS:
         parser.error(f"--rounds must be at least {MIN_ROUNDS}: medians of fewer say little")
+    if options.amsgrad and options.optimizer not in AMSGRAD:
+        parser.error(f"--amsgrad is an option of {' and '.join(AMSGRAD)}, not of {options.optimizer}")
     return options
 
 
@@ -78,7 +87,10 @@ def chosen(options: argparse.Namespace) -> Suite:
     if options.suite:
         return SUITES[options.suite]
     grid = product(options.case, options.dtype, options.groups)
-    goals = {Config(case, dtype, groups, options.amsgrad, options.hot): Goal() for case, dtype, groups in grid}
+    goals = {
+        Config(case, dtype, groups, options.amsgrad, options.hot, options.optimizer): Goal()
+        for case, dtype, groups in grid
+    }
     return Suite(options.device, SUITES["gpu" if options.device == "cuda" else "cpu"].peers, goals, graph=options.graph)
 
 
@@ -91,10 +103,6 @@ def main() -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(suite.device)
-    peers = options.peers or suite.peers
-    if options.baseline not in peers:
-        peers = [options.baseline, *peers]
-
     if device.type == "cpu" and (load := os.getloadavg()[0]) > 0.5:
         # A parallel region waits for its last thread: one that lost its core costs whole time slices, not per cents.
         print(f"Load average {load:.1f}: other processes are busy, and will be in the figures.", file=sys.stderr)
@@ -102,12 +110,13 @@ def main() -> int:
     results: list[Measured] = []
     impossible: dict[str, str] = {}
     for config in suite.configs:
-        measured = measure(config, device, peers, options.rounds or suite.rounds, suite.graph)
+        peers = suite.peers_of(config, options.peers, options.baseline)
+        measured = measure(config, device, peers, options.baseline, options.rounds or suite.rounds, suite.graph)
         if isinstance(measured, str):
             impossible[str(config)] = measured
         else:
             results.append(measured)
-            print("\n" + table([measured], options.baseline, device.type == "cuda"), flush=True)
+            print("\n" + table([measured], device.type == "cuda"), flush=True)
     if text := reasons(results, impossible):
         print("\nLeft out:\n" + text)
     if not results:
@@ -127,23 +136,23 @@ def write(
 ) -> None:
     about = describe(device)
     json_file, plot_file = options.json, options.plot
-    title = f"AdamW step on {device_name(device)}"
+    title = f"Step of {suite.title} {device_name(device)}"
     if options.suite:
         folder = options.out or ROOT / "bench" / "results" / folder_name(device)
         folder.mkdir(parents=True, exist_ok=True)
         json_file, plot_file = (folder / f"step-{options.suite}.{kind}" for kind in ("json", "png"))
-        text = document(title, about, results, impossible, suite.goals, options.baseline, plot_file.name)
+        text = document(title, about, results, impossible, suite.goals, plot_file.name)
         (folder / f"step-{options.suite}.md").write_text(text)
         print(f"\n{goals_table(suite.goals, results)}\n\nWrote {folder}/step-{options.suite}.json, .md and .png")
     if json_file:
-        write_json(json_file, about, results, impossible, options.baseline)
+        write_json(json_file, about, results, impossible)
     if plot_file:
         try:
             from plot import draw
         except ImportError as error:
             print(f"No plot: {error}", file=sys.stderr)
             return
-        draw(plot_file, results, options.baseline, title)
+        draw(plot_file, results, title)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from family import BASELINES, OPTIMIZERS
 from measure import FLOOR, Measured, Timed
+from peers import PEERS
 from workload import Config
 
-BASELINE = "torch-fused"
 HOST_US, HOST_US_PER_TENSOR = 20.0, 0.1
 
 
@@ -16,7 +17,7 @@ class Goal:
     """What ours must reach in one case. Unset: no goal of that kind."""
 
     share_of_floor: float | None = None
-    speed: float | None = None  # against BASELINE
+    speed: float | None = None  # against the case's baseline
     no_more_than: Config | None = None  # at most 1.1 times the time of ours there
 
 
@@ -32,10 +33,23 @@ class Suite:
     def __post_init__(self) -> None:
         object.__setattr__(self, "configs", list(self.goals))
 
+    @property
+    def title(self) -> str:
+        names = [OPTIMIZERS[name].title for name in dict.fromkeys(config.optimizer for config in self.configs)]
+        return f"{' and '.join([', '.join(names[:-1]), names[-1]] if names[1:] else names)} on"
+
+    def peers_of(self, config: Config, asked: list[str] | None, baseline: str | None) -> list[str]:
+        """Those asked for, or all that have the optimizer; a baseline in any case."""
+        names = asked or [name for name in self.peers if config.optimizer in PEERS[name].builds]
+        usual = [name for name in BASELINES if config.optimizer in PEERS[name].builds]
+        if baseline is None and not set(usual) & set(names):
+            baseline = usual[0]
+        return names if baseline is None or baseline in names else [baseline, *names]
+
 
 CPU = Suite(
     "cpu",
-    ["torch-for", "torch-foreach", "torch-fused", "ours"],
+    ["torch-for", "torch-foreach", "torch-fused", "foreach", "qhoptim", "ours"],
     {
         Config("one-tensor-100m"): Goal(0.95, 1.05),
         Config("gpt2-124m"): Goal(0.95, 1.3),
@@ -60,10 +74,13 @@ GPU = Suite(
         "torch-foreach",
         "torch-fused",
         "torch-compile",
+        "foreach",
+        "qhoptim",
         "ours-triton",
         "ours-cuda",
         "optimi",
         "apex",
+        "apex-sgd-lamb",
         "bitsandbytes",
         "flashoptim",
         "torchao-8bit",
@@ -85,7 +102,34 @@ GPU = Suite(
     graph=True,
 )
 
-SUITES = {"cpu": CPU, "gpu": GPU}
+_FAMILY = ("sgd", "sgdw", "qhadamw", "lamb", "lion")
+FAMILY = Suite(
+    "cpu",
+    CPU.peers,
+    {
+        Config(case, dtype, optimizer=optimizer): goal
+        for optimizer in _FAMILY
+        for case, dtype, goal in (
+            ("gpt2-124m", "float32", Goal(0.95)),
+            ("gpt2-124m", "bf16", Goal()),
+            ("resnet50", "float32", Goal(0.95)),
+            ("2000x1000", "float32", Goal()),
+        )
+    },
+    rounds=15,
+)
+GPU_FAMILY = Suite(
+    "cuda",
+    GPU.peers,
+    {
+        Config("gpt2-124m", dtype, optimizer=optimizer): goal
+        for optimizer in _FAMILY
+        for dtype, goal in (("float32", Goal(0.92, 1.0)), ("bf16", Goal(None, 1.0)))
+    },
+    graph=True,
+)
+
+SUITES = {"cpu": CPU, "gpu": GPU, "family": FAMILY, "gpu-family": GPU_FAMILY}
 
 
 def verdicts(goal: Goal, measured: Measured, others: dict[Config, Measured]) -> list[tuple[str, str, str, bool]]:
@@ -94,7 +138,7 @@ def verdicts(goal: Goal, measured: Measured, others: dict[Config, Measured]) -> 
     for timed in (timed for name, timed in measured.timed.items() if name.startswith("ours")):
         for wanted, figure, text in (
             (goal.share_of_floor, timed.speed(measured.timed[FLOOR]), "of the floor's speed"),
-            (goal.speed, timed.speed(measured.timed.get(BASELINE)), f"x {BASELINE}"),
+            (goal.speed, timed.speed(measured.timed.get(measured.baseline)), f"x {measured.baseline}"),
         ):
             if wanted is not None and figure is not None:
                 rows.append((timed.name, f"at least {wanted:g} {text}", f"{figure:.2f}", figure >= wanted))

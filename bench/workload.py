@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from family import LR, OPTIMIZERS, WEIGHT_DECAY, Optimizer, Pass
 from shapes import CASES, OWN_GROUPS, Shape
 from torch import Tensor
 
-LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.999), 1e-8, 1e-2
-CHECKED_STEPS = 3
+# Each with the gradient times this: powers of two are exact, and their signs and sizes tell every beta apart.
+CHECKED_STEPS = (1.0, -0.0625, -0.25)
 SAMPLED = 1024  # elements taken from the head, the tail and the middle of each tensor for the check
+ROUNDINGS = 8  # of lr, see check
+PIECE = 1 << 15  # elements of a tensor that are looked at in float64 at a time
 
 # dtype of params and gradients, dtype of the states
 DTYPES = {
@@ -25,28 +28,36 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Config:
-    """One row of the grid. groups: "one", "two" (decay and no decay), "each" (one per tensor). hot: no flushing."""
+    """One row of the grid. groups: "one", "two" (decay and no decay), "each" (one per tensor). hot: no flushing.
+    optimizer: a key of family.OPTIMIZERS."""
 
     case: str
     dtype: str = "float32"
     groups: str = "one"
     amsgrad: bool = False
     hot: bool = False
+    optimizer: str = "adamw"
 
     def __str__(self) -> str:
+        case = self.case if self.optimizer == "adamw" else f"{self.optimizer} on {self.case}"
         groups = {"one": "", "two": "two groups", "each": "one group per tensor"}[self.groups]
         options = [self.dtype, groups, "amsgrad" if self.amsgrad else "", "hot" if self.hot else ""]
-        return ", ".join([self.case, *filter(None, options)])
+        return ", ".join([case, *filter(None, options)])
 
     @property
-    def state_names(self) -> list[str]:
-        return ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if self.amsgrad else [])]
+    def spec(self) -> Optimizer:
+        return OPTIMIZERS[self.optimizer]
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        return (*self.spec.states, *(["max_exp_avg_sq"] if self.amsgrad else []))
 
     def memory(self) -> int:
-        """Bytes of params, gradients, states and one more set of states, which a peer holds until it shares ours."""
+        """Bytes of params, gradients and states, of the check's copy of the gradients, and of one more set of states,
+        which a peer holds until it shares ours."""
         param, state = (dtype.itemsize for dtype in DTYPES[self.dtype])
         count = sum(int(torch.Size(shape).numel()) for shape in CASES[self.case]())
-        return count * (2 * param + 2 * len(self.state_names) * state)
+        return count * (3 * param + 2 * len(self.state_names) * state)
 
 
 def random_gradient(like: Tensor) -> Tensor:
@@ -97,16 +108,20 @@ class Workload:
                     state[name] = ours[index].copy_(theirs)
 
     @property
-    def read_and_written(self) -> list[list[Tensor]]:
-        return [[param.detach() for param in self.params], *self.states.values()]
+    def streams(self) -> dict[str, list[Tensor]]:
+        """The tensors by what they are: "param", "grad", and the states' names."""
+        return {"param": [param.detach() for param in self.params], "grad": self.grads, **self.states}
+
+    @property
+    def passes(self) -> list[Pass]:
+        return self.config.spec.passes(self.config.state_names)
 
     def bytes(self) -> int:
-        """What one step must move: param and states read and written, the gradient read."""
-
-        def size(tensors: list[Tensor]) -> int:
-            return sum(tensor.nbytes for tensor in tensors)
-
-        return 2 * sum(size(stream) for stream in self.read_and_written) + size(self.grads)
+        """What one step must move: each operand of each walk read once, and written once where it is written."""
+        size = {name: sum(tensor.nbytes for tensor in stream) for name, stream in self.streams.items()}
+        return sum(
+            sum(size[name] for name in walk.read) + 2 * sum(size[name] for name in walk.written) for walk in self.passes
+        )
 
 
 class Sample:
@@ -133,30 +148,54 @@ class Sample:
         return torch.tensor(values, dtype=torch.float64).repeat_interleave(torch.tensor(counts))
 
 
-def check(workload: Workload, step: Callable[[], Any], slack: float) -> float:
-    """Largest error of the params after three steps against float64 AdamW (arXiv:1711.05101), as a share of tolerance.
+def trust_ratios(
+    workload: Workload, grads: list[Tensor], decays: list[float], count: int, unit: list[Tensor]
+) -> list[float]:
+    """‖param‖ / ‖update‖ of each whole tensor in step `count`, in float64; 1 where there is no decay, as in Apex.
 
-    Tolerance per step: 2 eps |param| for the param's roundings and (32 eps + slack) lr for those of the update, where
-    eps is that of the coarsest dtype in play, and slack is what a peer with quantised states is allowed on top.
+    grads are the gradients of the first step. All later ones are multiples of them, so the states are too: `unit` holds
+    those that a gradient of 1 leads to.
     """
+    ratios = []
+    for param, grad, decay in zip(workload.params, grads, decays, strict=True):
+        squares = torch.zeros(2, dtype=torch.float64, device=param.device)
+        pieces = zip(param.detach().view(-1).split(PIECE), grad.view(-1).split(PIECE), strict=True)
+        for p, g in ((p.double(), g.double()) for p, g in pieces):
+            states = [unit[0] * g, unit[1] * g**2]
+            update, _ = workload.config.spec.formula(count, CHECKED_STEPS[count - 1] * g, states)
+            squares += torch.stack([p.square().sum(), (update + decay * p).square().sum()])
+        param_square, update_square = squares.tolist()
+        ratios.append((param_square / update_square) ** 0.5 if decay else 1.0)
+    return ratios
+
+
+def check(workload: Workload, step: Callable[[], Any], slack: float) -> float:
+    """Largest error of the params after three steps against the optimizer in float64, as a share of tolerance.
+
+    Tolerance per step: 2 eps |param| for the param's roundings and (ROUNDINGS eps + slack) lr for those of the update
+    (lr times the trust ratio where there is one), where eps is that of the coarsest dtype in play, and slack is what a
+    peer with quantised states is allowed on top.
+    """
+    spec, config = workload.config.spec, workload.config
     sample = Sample(workload.params)
     decay_of = {param: group["weight_decay"] for group in workload.groups() for param in group["params"]}
-    decay = sample.spread(workload.grads, [decay_of[param] for param in workload.params])
-    param = sample(workload.params)
-    exp_avg, exp_avg_sq, largest = torch.zeros_like(param), torch.zeros_like(param), torch.zeros_like(param)
-    # Fresh gradients without fresh memory: powers of two are exact, and in the end all is as before.
-    scales = [-0.5, -0.5, 4.0]
-    for count, scale in enumerate(scales, start=1):
-        grad = sample(workload.grads)
-        param = param * (1 - LR * decay)
-        exp_avg = BETAS[0] * exp_avg + (1 - BETAS[0]) * grad
-        exp_avg_sq = BETAS[1] * exp_avg_sq + (1 - BETAS[1]) * grad**2
-        largest = torch.maximum(largest, exp_avg_sq)
-        second = largest if workload.config.amsgrad else exp_avg_sq
-        param = param - LR * (exp_avg / (1 - BETAS[0] ** count)) / ((second / (1 - BETAS[1] ** count)).sqrt() + EPS)
-        step()
+    decays = [decay_of[param] for param in workload.params]
+    decay, param, grad = sample.spread(workload.grads, decays), sample(workload.params), sample(workload.grads)
+    states, unit = ([torch.zeros_like(x) for _ in config.state_names] for x in (param, param.new_zeros(())))
+    kept = [grad.clone() for grad in workload.grads]  # some peers write to the gradients
+    eps = max(torch.finfo(dtype).eps for dtype in DTYPES[config.dtype])
+    tolerance = torch.zeros_like(param)
+    for count, scale in enumerate(CHECKED_STEPS, start=1):
+        size = torch.full_like(param, LR)
+        if spec.trust:
+            size *= sample.spread(workload.grads, trust_ratios(workload, kept, decays, count, unit))
+            _, unit = spec.formula(count, torch.full_like(unit[0], scale), unit)
+        update, states = spec.formula(count, scale * grad + (0.0 if spec.decoupled else decay * param), states)
+        param = param - size * (update + (decay * param if spec.decoupled else 0.0))
+        tolerance += 2 * eps * param.abs() + (ROUNDINGS * eps + slack) * size
+        torch._foreach_copy_(workload.grads, kept)
         torch._foreach_mul_(workload.grads, scale)
-    eps = max(torch.finfo(dtype).eps for dtype in DTYPES[workload.config.dtype])
-    tolerance = CHECKED_STEPS * (2 * eps * param.abs() + (32 * eps + slack) * LR)
+        step()
+    torch._foreach_copy_(workload.grads, kept)
     error = (sample(workload.params) - param).abs() / tolerance
     return float("inf") if error.isnan().any() else error.max().item()

@@ -20,6 +20,26 @@ bool same_layout(const at::Tensor& a, const at::Tensor& b) {
 // Whether the numbers in memory are the tensor's values.
 bool plain(const at::Tensor& t) { return !t.is_conj() && !t.is_neg() && !t._is_zerotensor(); }
 
+// A number that changes whenever a dict does (PEP 509): one cache line to look at in place of ten. 0 where this Python
+// has none; the dicts are then compared entry by entry.
+#if PY_VERSION_HEX < 0x030E0000 && !defined(Py_GIL_DISABLED)
+constexpr bool kVersions = true;
+#else
+constexpr bool kVersions = false;
+#endif
+uint64_t version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030E0000 && !defined(Py_GIL_DISABLED)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#pragma GCC diagnostic pop
+#else
+  return 0;
+#endif
+}
+
+bool unchanged(PyObject* dict, uint64_t version) { return kVersions && version_of(dict) == version; }
+
 constexpr size_t kAhead = 12;  // rows, or groups
 
 void prefetch_lines(const void* object, int lines) {
@@ -48,6 +68,7 @@ Watch::Watch(py::list groups, py::dict state, const std::vector<ColumnSpec>& col
                          items_.size(),
                          0,
                          members_.size(),
+                         0,
                          0,
                          false,
                          nullptr,
@@ -146,7 +167,7 @@ int Watch::look() {
 
 void Watch::prefetch_group(const WatchedGroup& group) const {
   __builtin_prefetch(group.group.ptr());
-  prefetch_lines(group.keys, 5);
+  if (!kVersions) prefetch_lines(group.keys, 5);
   __builtin_prefetch(group.params.ptr());
   __builtin_prefetch(group.param_array);
 }
@@ -162,27 +183,33 @@ void Watch::prefetch(size_t number) const {
   __builtin_prefetch(reinterpret_cast<const char*>(row.grad) + 64);  // sizes
   __builtin_prefetch(row.state);
   __builtin_prefetch(row.autograd_meta);
-  prefetch_lines(row.state_keys, 2);
+  if (!kVersions) prefetch_lines(row.state_keys, 2);
 }
 
-bool Watch::look_at_state() const {
+bool Watch::look_at_state() {
+  if (unchanged(state_.ptr(), state_version_)) return true;
+  const uint64_t version = version_of(state_.ptr());
   PyObject *key, *value;
   Py_ssize_t position = 0;
   size_t entries = 0;
   while (PyDict_Next(state_.ptr(), &position, &key, &value)) {
     if (entries == states_.size() || states_[entries++].ptr() != value) return false;
   }
+  state_version_ = version;
   return entries == states_.size();
 }
 
-bool Watch::look_at_row(const WatchedRow& row) const {
-  PyObject *key, *value;
-  Py_ssize_t position = 0;
-  int entries = 0;
-  while (PyDict_Next(row.state, &position, &key, &value)) {
-    if (entries == row.entries || entries_[row.first_entry + entries++] != value) return false;
+bool Watch::look_at_row(WatchedRow& row) const {
+  if (!unchanged(row.state, row.version)) {
+    row.version = version_of(row.state);
+    PyObject *key, *value;
+    Py_ssize_t position = 0;
+    int entries = 0;
+    while (PyDict_Next(row.state, &position, &key, &value)) {
+      if (entries == row.entries || entries_[row.first_entry + entries++] != value) return false;
+    }
+    if (entries != row.entries) return false;
   }
-  if (entries != row.entries) return false;
   for (int i = 0; i < row.places; ++i) {
     if (!same(places_[row.first_place + i])) return false;
   }
@@ -194,22 +221,25 @@ bool Watch::look_at_group(size_t index, int& answer) {
   if (PyList_GET_ITEM(groups_.ptr(), static_cast<Py_ssize_t>(index)) != watched.group.ptr()) return false;
 
   bool changed = watched.volatile_values;
-  PyObject *key, *value;
-  Py_ssize_t position = 0;
-  size_t i = 0;
-  while (PyDict_Next(watched.group.ptr(), &position, &key, &value)) {
-    if (i == watched.items || items_[watched.first_item + i].ptr() != key) return false;
-    py::object& item = items_[watched.first_item + i + 1];
-    if (item.ptr() != value) {
-      bool hyperparameter = false;
-      for (const auto& column : columns_) hyperparameter |= PyUnicode_Compare(column.key.ptr(), key) == 0;
-      if (!hyperparameter) return false;
-      item = py::reinterpret_borrow<py::object>(value);
-      changed = true;
+  if (!unchanged(watched.group.ptr(), watched.version)) {
+    watched.version = version_of(watched.group.ptr());
+    PyObject *key, *value;
+    Py_ssize_t position = 0;
+    size_t i = 0;
+    while (PyDict_Next(watched.group.ptr(), &position, &key, &value)) {
+      if (i == watched.items || items_[watched.first_item + i].ptr() != key) return false;
+      py::object& item = items_[watched.first_item + i + 1];
+      if (item.ptr() != value) {
+        bool hyperparameter = false;
+        for (const auto& column : columns_) hyperparameter |= PyUnicode_Compare(column.key.ptr(), key) == 0;
+        if (!hyperparameter) return false;
+        item = py::reinterpret_borrow<py::object>(value);
+        changed = true;
+      }
+      i += 2;
     }
-    i += 2;
+    if (i != watched.items) return false;
   }
-  if (i != watched.items) return false;
 
   if (static_cast<size_t>(PyList_GET_SIZE(watched.params.ptr())) != watched.members) return false;
   for (size_t m = 0; m < watched.members; ++m) {

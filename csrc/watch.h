@@ -27,6 +27,7 @@ struct WatchedRow {
   at::Tensor param;
   at::Tensor target;   // the memory that the kernel updates: the param, or its dense copy where the param has holes
   PyObject* state;     // optimizer.state[param]
+  uint64_t version;    // of that dict
   int64_t* grad_slot;  // this row's place in a table's `grads`
   at::ScalarType grad_dtype;
   int first_place;  // in `places_`: the param, then the tensors among its states
@@ -55,6 +56,7 @@ struct WatchedGroup {
   py::list params;
   size_t first_item, items;        // in `items_`: key, value, key, value, ...
   size_t first_member, members;    // in `members_`: the params
+  uint64_t version;                // of the dict, when it was last read
   bool volatile_values;            // holds tensors or lists, which change without changing identity
   const void *keys, *param_array;  // where dict and list keep their own, for prefetches alone
 };
@@ -83,8 +85,8 @@ class Watch {
  private:
   void add_place(const at::Tensor& tensor);
   bool look_at_group(size_t index, int& answer);
-  bool look_at_state() const;
-  bool look_at_row(const WatchedRow& row) const;
+  bool look_at_state();
+  bool look_at_row(WatchedRow& row) const;
   bool same(const Place& place) const;
   void prefetch(size_t row) const;
   void prefetch_group(const WatchedGroup& group) const;
@@ -100,6 +102,7 @@ class Watch {
   std::vector<WatchedGroup> watched_groups_;
   std::vector<py::object> items_, members_;
   std::vector<py::object> states_;  // the values of optimizer.state, in order
+  uint64_t state_version_ = 0;
   std::vector<WatchedRow> rows_;
   std::vector<Place> places_;
   std::vector<PyObject*> entries_;

@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(Tables t) {
   });
 }
 
-// The squares of one chunk's gradient, where it is to be clipped.
+// From a gradient to the sums of its squares over chunks, where it is to be clipped.
 __global__ void __launch_bounds__(kThreads) squares_kernel(Tables t) {
   __shared__ double part[kThreads];
   const int64_t desc = t.desc[blockIdx.x], row = (desc >> 8) & 0xffffff, chunk = desc >> 32;
@@ -268,13 +268,14 @@ __global__ void __launch_bounds__(kTotalThreads) total_kernel(Tables t, double* 
   add_up(part, [&](double sum) { *out = sum; });
 }
 
-// The kernels of each entry point, in order: launch(kernel, blocks, threads, arguments...) runs one, if it has a block.
-FUSED_HD int64_t row_blocks(const Tables& t) { return (t.tensors + kRowThreads - 1) / kRowThreads; }
+inline int64_t row_blocks(const Tables& t) { return (t.tensors + kRowThreads - 1) / kRowThreads; }
 
+// The kernels of each entry point, in order: launch(kernel, blocks, threads, arguments...) runs one, if it has a block.
 template <class Rule, class Launch>
 void launch_step(const Tables& t, Launch&& launch) {
   launch(prep_kernel, row_blocks(t), kRowThreads, t);
-  launch(step_kernel < Rule::trust ? Pass::kAdvance : Pass::kUpdate, Rule >, t.chunks, kThreads, t);
+  constexpr Pass kFirst = Rule::trust ? Pass::kAdvance : Pass::kUpdate;
+  launch(step_kernel<kFirst, Rule>, t.chunks, kThreads, t);
   if constexpr (Rule::trust) launch(sum_kernel, t.tensors, kThreads, t);
 }
 
