@@ -1,5 +1,6 @@
 # make demo   everything from nothing: environment, build, and a net trained with FusedAdamW beside torch's AdamW
 # make test   everything from nothing: environment, build, all tests that need no GPU
+# make study  which optimizer trains best: searches, five seeds, tables and plots into bench/results/study/
 # make gpu    on a CUDA machine whose python3 has torch: build, tests, sanitizer, benchmarks into bench/results/
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -13,7 +14,7 @@ PYTEST := $(PY) -m pytest -q -n $(JOBS)
 NUMBERS := tests --ignore=tests/test_cuda_compile.py --ignore=tests/test_triton_compile.py --ignore=tests/test_walkers.py
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test lint bench gpu asan clean
+.PHONY: demo test lint bench study gpu asan clean
 
 demo: $(VENV)/built
 	$(PY) demo.py
@@ -37,6 +38,10 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/built
 	$(PY) bench/step.py --suite cpu
+	$(PY) bench/step.py --suite family
+
+study: $(VENV)/built
+	$(PY) bench/study.py
 
 gpu:
 	PYTHON=$(PYTHON) bash bench/gpu.sh

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .optimizer import FusedOptimizer
@@ -113,7 +114,7 @@ class FusedLAMB(FusedOptimizer):
             index: group["step"] for group in state_dict["param_groups"] if "step" in group for index in group["params"]
         }
         states = {
-            index: {"step": steps[index], **state} if index in steps else state
+            index: {"step": torch.tensor(float(steps[index])), **state} if index in steps else state
             for index, state in state_dict["state"].items()
         }
         groups = [{k: v for k, v in group.items() if k != "step"} for group in state_dict["param_groups"]]
