@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from fused_optim import FusedAdamW
+from fused_optim import FusedAdamW, FusedLAMB, FusedLion, FusedQHAdamW, FusedSGD
 
+OPTIMIZERS = [
+    (FusedAdamW, {}),
+    (FusedAdamW, {"amsgrad": True}),
+    (FusedSGD, {"momentum": 0.9}),
+    (FusedQHAdamW, {"nus": (0.7, 1.0)}),
+    (FusedLAMB, {}),
+    (FusedLion, {}),
+]
 SIZES = [0, 1, 31, 1000, 4096, 4097, 9000]
 
 
@@ -17,16 +25,16 @@ def tensors(dtype: torch.dtype) -> list[torch.Tensor]:
 
 def main() -> None:
     for backend in ("triton", "cuda"):
-        for amsgrad in (False, True):
+        for build, options in OPTIMIZERS:
             params = [tensor.requires_grad_() for dtype in (torch.float32, torch.bfloat16) for tensor in tensors(dtype)]
-            optimizer = FusedAdamW(params, amsgrad=amsgrad, backend=backend)
+            optimizer = build(params, backend=backend, **options)
             for step in range(3):
                 for index, param in enumerate(params):
                     param.grad = None if (index + step) % 5 == 0 else torch.randn_like(param)
                 optimizer.step()
             torch.cuda.synchronize()
             finite = all(bool(param.isfinite().all()) for param in params)
-            print(f"{backend}, amsgrad={amsgrad}: {'finite' if finite else 'NOT finite'}")
+            print(f"{backend}, {build.__name__} {options}: {'finite' if finite else 'NOT finite'}")
             if not finite:
                 raise SystemExit(1)
 
