@@ -1,54 +1,105 @@
 """The CUDA kernels without a GPU: what nvcc makes of them. test_walkers.py has what they compute."""
 
+from __future__ import annotations
+
 import re
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import SETUP, run
+from commands import ROOT, SETUP, run
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 FLAGS: list[str] = SETUP["CUDA_FLAGS"]
 # In PTX, which every CUDA toolkit can print; an access that stands there in asm is one instruction of the GPU, too.
 ACCESS = re.compile(r"\b(ld|st)\.global\.(v4\.u32|v2\.u32)")
+SHARED = {"sum_kernel": 128 * 16, "squares_kernel": 128 * 8, "total_kernel": 1024 * 8}  # bytes, of partial sums
+UPDATE, ADVANCE, MOVE = range(3)  # enum Pass
 NVCC: str | None = SETUP["nvcc"]()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """A kernel that goes over elements, as it is called in object code."""
+
+    symbol: str
+    states: range
+    reads: int  # streams besides the states
+    writes: int
+    writes_states: bool
+    shared: int  # bytes
+
+
+def streaming_kernels() -> list[Streaming]:
+    """Of every rule that dispatch.h lists: one kernel, or with a trust ratio two."""
+    listed = re.search(r"RuleList<(.*?)>;", (ROOT / "csrc/dispatch.h").read_text())
+    assert listed
+    rules = (ROOT / "csrc/rules.h").read_text()
+    kernels = [Streaming("squares_kernel", range(1), 1, 0, False, SHARED["squares_kernel"])]
+    for rule in listed.group(1).split(", "):
+        has_trust = rf"struct {rule} {{.*?trust = (\w+);.*?"
+        traits = re.search(has_trust + r"min_states = (\d), max_states = (\d);", rules, re.DOTALL)
+        assert traits, rule
+        states = range(int(traits.group(2)), int(traits.group(3)) + 1)
+        passes = [(UPDATE, 2, 1, True, 0)]
+        if traits.group(1) == "true":
+            passes = [(ADVANCE, 2, 0, True, 128 * 16), (MOVE, 1, 1, False, 0)]
+        for number, reads, writes, writes_states, shared in passes:
+            symbol = f"step_kernelILNS_4PassE{number}ENS_{len(rule)}{rule}E"
+            kernels.append(Streaming(symbol, states, reads, writes, writes_states, shared))
+    return kernels
 
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_need_no_stack(arch: str, tmp_path: Path) -> None:
-    """Without torch's headers; no spills, stack frame or shared memory; a multiprocessor holds five blocks of 128."""
+    """Without torch's headers; no spills, no stack frame, shared memory for sums alone; and a multiprocessor holds five
+    blocks of 128."""
     assert NVCC is not None
     output = ["-cubin", "-o", str(tmp_path / "step.cubin")]
     log = run([NVCC, *FLAGS, f"-arch={arch}", "-Xptxas", "-v", *output, "csrc/cuda/step.cu"])
     assert "warning" not in log, log
-    entries = re.split(r"Compiling entry function", log)[1:]
-    for kernel in ("prep_kernel", "step_kernel"):
-        assert any(kernel in entry.splitlines()[0] for entry in entries), log
-    for entry in entries:
+    entries = {entry.split("'")[1]: entry for entry in re.split(r"Compiling entry function", log)[1:]}
+    shared = {"prep_kernel": 0, "trust_kernel": 0, **SHARED}
+    shared |= {kernel.symbol: kernel.shared for kernel in streaming_kernels()}
+    assert len(entries) == len(shared), sorted(entries)
+    for kernel, size in shared.items():
+        (entry,) = (text for symbol, text in entries.items() if kernel in symbol)
         frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
         registers = re.search(r"Used (\d+) registers", entry)
         assert frame and registers, entry
-        print(arch, entry.split("'")[1], "registers:", registers.group(1))
+        print(arch, kernel, "registers:", registers.group(1))
         assert frame.groups() == ("0", "0", "0"), entry
-        assert " smem" not in entry, entry
-        assert int(registers.group(1)) <= 65536 // (5 * 128) // 8 * 8, entry
+        used = re.search(r"(\d+) bytes smem", entry)
+        assert (int(used.group(1)) if used else 0) == size, entry
+        threads = 1024 if kernel == "total_kernel" else 5 * 128
+        assert int(registers.group(1)) <= 65536 // threads // 8 * 8, entry
 
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_stream_has_wide_accesses(arch: str, tmp_path: Path) -> None:
-    """Adam's kernel takes 16 bytes at a time of every stream; 8 only of 2-byte dtypes with three states."""
+    """Kernels take 16 bytes at a time of every stream (8 only of 2-byte dtypes with three states) and leave alone those
+    that they have no use for."""
     assert NVCC is not None
     ptx = tmp_path / "step.ptx"
     run([NVCC, *FLAGS, f"-arch={arch}", "-ptx", "-o", str(ptx), "csrc/cuda/step.cu"])
-    entries = [part for part in ptx.read_text().split(".entry")[1:] if re.match(r"\s*\w+step_kernel\w+Adam", part)]
-    (kernel,) = entries
-    found = [match.groups() for match in ACCESS.finditer(kernel)]
-    count = {access: found.count(access) for access in set(found)}
-    # Two states: float32 in two parts, and nvcc may let 2-byte dtypes share the first. Then three states, then double.
-    assert count["ld", "v4.u32"] >= 4 * 2 + 5 + 4 + 5
-    assert count["ld", "v2.u32"] == 5
-    assert count["st", "v4.u32"] >= 3 * 2 + 4 + 3 + 4
-    assert count["st", "v2.u32"] == 4
-    assert not re.search(r"\b(ld|st)\.(u16|f32|f64|v\d)", kernel), "a generic access, slower than one to global memory"
+    entries = {part.split("(")[0].strip(): part for part in ptx.read_text().split(".entry")[1:]}
+    for kernel in streaming_kernels():
+        (text,) = (text for symbol, text in entries.items() if kernel.symbol in symbol)
+        found = Counter(match.groups() for match in ACCESS.finditer(text))
+        for access, others, states in (("ld", kernel.reads, True), ("st", kernel.writes, kernel.writes_states)):
+            least = most = narrow = 0
+            for count in kernel.states:
+                streams = others + states * count
+                # float32 in two parts, double in one; nvcc may let 2-byte dtypes share the first. With three states
+                # float32 in one.
+                least += streams * (3 if count < 3 else 2)
+                most += streams * (4 if count < 3 else 2)
+                narrow += streams * (count == 3)
+            assert least <= found[access, "v4.u32"] <= most, (kernel, found)
+            assert found[access, "v2.u32"] == narrow, (kernel, found)
+        generic = re.search(r"\b(ld|st)\.(u16|f32|f64|v\d)", text)
+        assert not generic, f"{kernel.symbol}: a generic access, slower than one to global memory"

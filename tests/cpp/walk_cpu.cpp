@@ -1,4 +1,10 @@
 // The CPU walker, without vector instructions of its own choice, as a walker for driver.cpp.
 #include "../../csrc/cpu/step.h"
+#include "walk.h"
 
-int walk(const char* rule, const fused_optim::Tables& t) { return fused_optim::baseline::step(rule, t, 2) ? 0 : -1; }
+using fused_optim::Tables;
+using fused_optim::baseline::walker;
+
+int walk_step(const char* rule, const Tables& t) { return walker.step(rule, t, 2) ? 0 : -1; }
+int walk_move(const char* rule, const Tables& t) { return walker.move(rule, t, 2) ? 0 : -1; }
+double walk_squares(const Tables& t) { return walker.squares(t, 2); }

@@ -1,4 +1,14 @@
 // The CUDA kernels, emulated, as a walker for driver.cpp.
-#include "../../csrc/cuda/step.h"
+#include <cmath>
 
-int walk(const char* rule, const fused_optim::Tables& t) { return fused_optim::launch_step_emulated(rule, t); }
+#include "../../csrc/cuda/step.h"
+#include "walk.h"
+
+using fused_optim::Tables;
+
+int walk_step(const char* rule, const Tables& t) { return fused_optim::launch_step_emulated(rule, t); }
+int walk_move(const char* rule, const Tables& t) { return fused_optim::launch_move_emulated(rule, t); }
+double walk_squares(const Tables& t) {
+  double out = NAN;
+  return fused_optim::launch_squares_emulated(t, &out) == 0 ? out : NAN;
+}

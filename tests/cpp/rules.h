@@ -1,0 +1,110 @@
+// The optimizers, straight from their papers, one element at a time and independent of csrc/rules.h.
+#pragma once
+#include <cstring>
+#include <vector>
+
+#include "bounded.h"
+
+struct Group {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool decoupled, maximize;
+  double a, b;  // sgd: dampening, nesterov; qhadam: the two nus; lamb: grad_averaging, bias_correction
+  double lr_reference, decay_period;
+  double max_norm, clip_eps;
+  double trust_low, trust_high;
+  bool trust_always;
+  int lr_kind;  // 0: a number, 1: a float32 tensor, 2: a float64 tensor
+  float lr32;
+};
+
+// What an optimizer makes of one element at its update number `step`.
+class Oracle {
+ public:
+  Oracle(const char* rule, const Group& g, int step)
+      : rule_(rule),
+        group_(g),
+        first_(step == 1),
+        lr_(Bounded::constant(g.lr)),
+        beta1_(Bounded::constant(g.beta1)),
+        beta2_(Bounded::constant(g.beta2)),
+        rest1_(Bounded::constant(1 - static_cast<long double>(g.beta1))),
+        rest2_(Bounded::constant(1 - static_cast<long double>(g.beta2))),
+        a_(Bounded::constant(g.a)),
+        b_(Bounded::constant(g.b)),
+        rest_a_(Bounded::constant(1 - static_cast<long double>(g.a))),
+        rest_b_(Bounded::constant(1 - static_cast<long double>(g.b))),
+        eps_(Bounded::constant(g.eps)),
+        correction1_(correction(g.beta1, step)),
+        correction2_(correction(g.beta2, step)) {}
+
+  // Advances the states and gives what comes off the param. Of lamb, which makes its update of them once they are
+  // stored, it gives nothing yet.
+  Bounded update(const Bounded& param, const Bounded& raw_grad, std::vector<Bounded>& state) const {
+    Bounded grad = raw_grad;
+    if (!group_.decoupled && group_.weight_decay != 0) grad = grad + Bounded::constant(group_.weight_decay) * param;
+    if (is("adam")) return adam(grad, state);
+    if (is("sgd")) return sgd(grad, state);
+    if (is("qhadam")) return qhadam(grad, state);
+    if (is("lion")) return lion(grad, state);
+    state[0] = group_.a != 0 ? state[0] + rest1_ * (grad - state[0]) : beta1_ * state[0] + grad;
+    state[1] = beta2_ * state[1] + rest2_ * grad * grad;
+    return Bounded::exact(0);
+  }
+
+  // The update of lamb, before lr and trust ratio.
+  Bounded lamb(const Bounded& param, const std::vector<Bounded>& state) const {
+    const bool debias = group_.b != 0;
+    const Bounded mean = debias ? state[0] / correction1_ : state[0];
+    const Bounded update = mean / (square_root(debias ? state[1] / correction2_ : state[1]) + eps_);
+    if (!group_.decoupled || !std::isfinite(param.value)) return update;
+    return update + Bounded::constant(group_.weight_decay) * param;
+  }
+
+  // What decoupled decay takes off, but where a trust ratio takes it.
+  Bounded decay(const Bounded& param) const {
+    if (!group_.decoupled || group_.lr_reference == 0) return Bounded::exact(0);
+    const long double period = std::sqrt(static_cast<long double>(group_.decay_period));
+    return Bounded::constant(group_.lr / static_cast<long double>(group_.lr_reference) * group_.weight_decay / period) *
+           param;
+  }
+
+ private:
+  bool is(const char* rule) const { return std::strcmp(rule_, rule) == 0; }
+
+  // beta**step comes from squarings in double precision, and its error stays when 1 is near.
+  static Bounded correction(double beta, int step) {
+    return Bounded::rounded(1 - std::pow(static_cast<long double>(beta), step), 0x1p-47L);
+  }
+
+  Bounded adam(const Bounded& grad, std::vector<Bounded>& state) const {
+    state[0] = state[0] + rest1_ * (grad - state[0]);
+    state[1] = beta2_ * state[1] + rest2_ * grad * grad;
+    if (state.size() == 3) state[2] = larger(state[2], state[1]);
+    return lr_ * (state[0] / correction1_) / (square_root(state.back() / correction2_) + eps_);
+  }
+
+  // A new buffer holds zeros, or what is to become a zero.
+  Bounded sgd(const Bounded& grad, std::vector<Bounded>& state) const {
+    if (state.empty()) return lr_ * grad;
+    state[0] = first_ ? Bounded::exact(0) * state[0] + grad : beta1_ * state[0] + rest_a_ * grad;
+    return lr_ * (group_.b != 0 ? grad + beta1_ * state[0] : state[0]);
+  }
+
+  Bounded qhadam(const Bounded& grad, std::vector<Bounded>& state) const {
+    state[0] = state[0] + rest1_ * (grad - state[0]);
+    state[1] = beta2_ * state[1] + rest2_ * grad * grad;
+    const Bounded mean = rest_a_ * grad + a_ * (state[0] / correction1_);
+    return lr_ * mean / (square_root(rest_b_ * grad * grad + b_ * (state[1] / correction2_)) + eps_);
+  }
+
+  Bounded lion(const Bounded& grad, std::vector<Bounded>& state) const {
+    const Bounded mixed = state[0] + rest1_ * (grad - state[0]);
+    state[0] = state[0] + rest2_ * (grad - state[0]);
+    return lr_ * sign(mixed);
+  }
+
+  const char* rule_;
+  const Group& group_;
+  bool first_;
+  Bounded lr_, beta1_, beta2_, rest1_, rest2_, a_, b_, rest_a_, rest_b_, eps_, correction1_, correction2_;
+};

@@ -1,0 +1,7 @@
+// The walker under test: walk_*.cpp says which. 0: done.
+#pragma once
+#include "../../csrc/tables.h"
+
+int walk_step(const char* rule, const fused_optim::Tables& t);
+int walk_move(const char* rule, const fused_optim::Tables& t);
+double walk_squares(const fused_optim::Tables& t);
