@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fused_optim import FusedAdamW, FusedLAMB, FusedLion, FusedQHAdamW, FusedSGD
 
-OPTIMIZERS = [
+OPTIMIZERS: list[tuple[Any, dict[str, Any]]] = [
     (FusedAdamW, {}),
     (FusedAdamW, {"amsgrad": True}),
     (FusedSGD, {"momentum": 0.9}),
