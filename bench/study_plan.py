@@ -1,0 +1,188 @@
+"""Which runs the study consists of: the settings of its tasks, the search for each optimizer's lr and decay, the seeds.
+
+A chain is a generator that yields runs and is sent their outcomes; chains do not depend on one another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+import study_data
+from study_optimizers import CONTENDERS, Contender
+from study_records import Outcome, Run
+from study_tasks import LAYERWISE, ONE_LR
+
+Chain = Generator[Run, Outcome, None]
+Search = Generator[Run, Outcome, tuple[float, float]]
+
+TASKS = ("images", "awd-lstm", "qrnn", "finetune", "schedules")
+SEARCH_SEED = 1000  # far from those of the final runs
+LR_FACTOR, DECAY_FACTOR = 10**0.5, 10.0
+CYCLED = ("AdamW", "SGDW")  # who runs in the schedules' task
+SCHEDULES = ("1cycle", "step", "constant")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done. lr_trials and decay_trials: runs of one search; lengths: epochs of the schedules' task."""
+
+    lr_trials: int = 5
+    decay_trials: int = 3
+    lengths: tuple[int, ...] = (2, 4, 8, 16)
+
+
+QUICK = Size(lr_trials=2, decay_trials=1, lengths=(1, 2))
+
+
+def ladder(scores: dict[float, float]) -> float:
+    """The rung to try next, given the scores (less is better) of those tried: 0 first, then beyond the end while the
+    best one is at an end, else half-way from it to its better neighbour."""
+    if not scores:
+        return 0.0
+    rungs = sorted(scores)
+    best = min(rungs, key=lambda rung: scores[rung])
+    place = rungs.index(best)
+    if len(rungs) == 1:
+        return best + 1 if math.isfinite(scores[best]) else best - 1
+    if place == 0:
+        return best - 1
+    if place == len(rungs) - 1:
+        return best + 1
+    neighbour = min(rungs[place - 1], rungs[place + 1], key=lambda rung: scores[rung])
+    return (best + neighbour) / 2
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def score(outcome: Outcome) -> float:
+    return math.inf if outcome["score"] is None else outcome["score"]
+
+
+def search(make: Callable[[float, float], Run], contender: Contender, kind: str, size: Size) -> Search:
+    """First the lr at the decay to start from, then the decay at the best lr; returns the best pair. Every optimizer
+    has the same number of runs."""
+    lrs: dict[float, float] = {}
+    best_lr, best_decay = contender.lr[kind], contender.decay
+    while len(lrs) < size.lr_trials:
+        rung = ladder(lrs)
+        outcome = yield make(rounded(contender.lr[kind] * LR_FACTOR**rung), best_decay)
+        lrs[rung] = score(outcome)
+    best = min(sorted(lrs), key=lambda rung: lrs[rung])
+    best_lr = rounded(best_lr * LR_FACTOR**best)
+    decays = {0.0: lrs[best]}
+    while len(decays) <= size.decay_trials:
+        rung = ladder(decays)
+        outcome = yield make(best_lr, rounded(contender.decay * DECAY_FACTOR**rung))
+        decays[rung] = score(outcome)
+    best = min(sorted(decays), key=lambda rung: decays[rung])
+    return best_lr, rounded(best_decay * DECAY_FACTOR**best)
+
+
+Task = dict[str, str | int | float | bool]
+
+
+def tasks(folder: Path | None, quick: bool) -> dict[str, Task]:
+    """Settings of all tasks: on the data in the folder where it holds CIFAR-10 or WikiText-2, else on what comes with
+    Python and scikit-learn."""
+    images: Task = {"data": "scikit-learn's digits", "depth": 10, "k": 1, "batch": 32, "reach": 1, "mirror": False}
+    images |= {"epochs": 14, "restart": 2, "pretraining": 6, "per class": 10, "small batch": 10}
+    images["images"] = 96 if quick else 1000  # at most, of each part
+    if cifar := study_data.find(folder, "data_batch_1"):
+        images |= {"data": "CIFAR-10", "depth": 22, "k": 6, "batch": 128, "reach": 4, "mirror": True}
+        del images["images"]
+        images |= {"epochs": 30, "pretraining": 15, "per class": 100, "small batch": 32}
+        sample = study_data.cifar10(cifar)
+    else:
+        sample = study_data.digits(int(images["images"]))
+    if quick:
+        images |= {"epochs": 2, "restart": 1, "pretraining": 1}
+    images["checksum"] = study_data.checksum(*sample.train, *sample.test)
+
+    language: Task = {"data": "pydoc_data.topics", "size": 64, "layers": 2, "batch": 16, "bptt": 32}
+    language |= {"epochs": 3, "restart": 1, "window": 500, "alpha": 2.0, "beta": 1.0}
+    if wikitext := study_data.find(folder, "wiki.train.tokens"):
+        language |= {"data": "WikiText-2", "size": 400, "layers": 3, "batch": 40, "bptt": 70, "window": 2000}
+        language["epochs"] = 63
+        text = study_data.wikitext2(wikitext)
+    else:
+        language |= {"vocabulary": 1000, "words": 1_000_000}
+        if quick:
+            language |= {"size": 16, "layers": 1, "vocabulary": 100, "words": 2000, "epochs": 1}
+        text = study_data.python_topics(int(language["vocabulary"]), int(language["words"]))
+    language["checksum"] = study_data.checksum(text.train, text.test)
+
+    own = ("pretraining", "per class", "small batch")
+    plain = {name: value for name, value in images.items() if name not in own}
+    return {
+        "images": {"name": "images"} | plain,
+        "awd-lstm": {"name": "awd-lstm"} | language,
+        "qrnn": {"name": "qrnn"} | language,
+        "finetune": {"name": "finetune"} | images | {"batch": images["small batch"]},
+        "schedules": {"name": "schedules"} | plain,
+    }
+
+
+def contest(task: Task, contender: Contender, variant: str, seeds: range, size: Size) -> Chain:
+    """Searches, then trains with what was found, once for each seed."""
+    settings, epochs = tuple(task.items()), int(task["epochs"])
+    kind = {"images": "images", "finetune": "finetune"}.get(str(task["name"]), "language")
+
+    def make(lr: float, decay: float, seed: int = SEARCH_SEED, split: str = "valid") -> Run:
+        return Run(settings, contender.name, lr, decay, epochs, contender.schedule, seed, split, variant)
+
+    lr, decay = yield from search(make, contender, kind, size)
+    for seed in seeds:
+        yield make(lr, decay, seed, "test")
+
+
+def race(task: Task, contender: Contender, schedule: str, seeds: range, size: Size) -> Chain:
+    """The schedules' task: lr searched for at one length, then every length with it. A constant schedule needs the
+    longest only: the shorter ones are its beginning."""
+    settings = tuple((name, value) for name, value in task.items() if name != "epochs")
+    middle = size.lengths[len(size.lengths) // 2]
+
+    def make(lr: float, decay: float) -> Run:
+        return Run(settings, contender.name, lr, decay, middle, schedule, SEARCH_SEED, "valid")
+
+    lr, decay = yield from search(make, contender, "images", Size(size.lr_trials, 0))
+    for epochs in size.lengths[-1:] if schedule == "constant" else size.lengths:
+        for seed in seeds:
+            yield Run(settings, contender.name, lr, decay, epochs, schedule, seed, "test")
+
+
+def chains(names: list[str], optimizers: list[str], seeds: range, folder: Path | None, quick: bool) -> list[Chain]:
+    settings, size = tasks(folder, quick), QUICK if quick else Size()
+    plan: list[Chain] = []
+    for name in names:
+        contenders = [CONTENDERS[optimizer] for optimizer in optimizers]
+        if name == "schedules":
+            cycled = [contender for contender in contenders if contender.name in CYCLED]
+            plan += [race(settings[name], contender, each, seeds, size) for contender in cycled for each in SCHEDULES]
+        else:
+            variants = (ONE_LR, LAYERWISE) if name == "finetune" else ("",)
+            plan += [
+                contest(settings[name], contender, variant, seeds, size)
+                for contender in contenders
+                for variant in variants
+            ]
+    return plan
+
+
+def count(names: list[str], optimizers: list[str], seeds: range, quick: bool) -> int:
+    """How many runs the plan has; known beforehand, since every search has its fixed number."""
+    size = QUICK if quick else Size()
+    contest_runs = size.lr_trials + size.decay_trials + len(seeds)
+    total = 0
+    for name in names:
+        if name == "schedules":
+            lengths = sum(1 if schedule == "constant" else len(size.lengths) for schedule in SCHEDULES)
+            runs = len(SCHEDULES) * size.lr_trials + lengths * len(seeds)
+            total += runs * sum(optimizer in CYCLED for optimizer in optimizers)
+        else:
+            total += contest_runs * len(optimizers) * (2 if name == "finetune" else 1)
+    return total
