@@ -25,7 +25,7 @@ FUSED_HD double device_lr(int64_t address) {
 // By what a group's gradients are multiplied so that the norm of all stays within its bound: torch's formula, and with
 // kClipEps 0 Apex's. A norm that is NaN goes on into the params.
 FUSED_HD double clip_coefficient(const double* raw, double squares, double scale) {
-  if (raw[kMaxNorm] == 0.0) return 1.0;
+  if (!(raw[kMaxNorm] > 0.0)) return 1.0;
   const double coefficient = raw[kMaxNorm] / (::sqrt(squares) * scale + raw[kClipEps]);
   return coefficient >= 1.0 ? 1.0 : coefficient;
 }

@@ -25,7 +25,8 @@ enum RawColumn {
   kRawB,
   kLrReference,  // decoupled decay is lr / lr_reference * weight_decay / sqrt(decay_period): torch's where both are 1
   kDecayPeriod,
-  kMaxNorm,  // of all gradients together; 0: this group is neither clipped nor part of that norm
+  kMaxNorm,  // of all gradients together; 0: this group is neither clipped nor part of that norm; below 0: neither, but
+             // what is not finite in it makes the norm NaN
   kClipEps,
   kTrustLow,  // bounds of the trust ratio
   kTrustHigh,

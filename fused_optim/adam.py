@@ -43,7 +43,7 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
         foreach, fused: accepted and without effect.
         capturable: allow the step in a CUDA graph.
         differentiable: must be False.
-        backend, state_dtype: see FusedOptimizer.
+        ours: backend, state_dtype, max_grad_norm, norm_type, skip_nonfinite: see FusedOptimizer.
 
     Raises:
         ValueError: a hyperparameter is out of range (torch's messages).
@@ -69,8 +69,7 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        backend: str = "auto",
-        state_dtype: torch.dtype | None = None,
+        **ours: Any,
     ) -> None:
         super().__init__(
             params,
@@ -85,8 +84,7 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
-            backend=backend,
-            state_dtype=state_dtype,
+            **ours,
         )
 
 
@@ -117,11 +115,7 @@ class FusedAdamW(Decoupled, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        decay: str = "torch",
-        lr_reference: float | None = None,
-        decay_period: float | None = None,
-        backend: str = "auto",
-        state_dtype: torch.dtype | None = None,
+        **ours: Any,
     ) -> None:
         super().__init__(
             params,
@@ -135,9 +129,5 @@ class FusedAdamW(Decoupled, torch.optim.AdamW):
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
-            decay=decay,
-            lr_reference=lr_reference,
-            decay_period=decay_period,
-            backend=backend,
-            state_dtype=state_dtype,
+            **ours,
         )

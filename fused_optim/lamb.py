@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .optimizer import FusedOptimizer
+from .scaling import check_options
 from .table import BETAS, DECOUPLED, EPS, OWN, TRUST_ALWAYS, Rule
-from .validate import check_adam_like, check_trust
+from .validate import check_adam_like, check_trust_clip
 
 
 class FusedLAMB(FusedOptimizer):
@@ -36,7 +37,7 @@ class FusedLAMB(FusedOptimizer):
             None or 0: off.
         use_nvlamb: use the ratio where weight_decay is 0, too.
         trust_clip: (lowest, highest) that the ratio may be.
-        backend, state_dtype: see FusedOptimizer.
+        ours: backend, state_dtype, norm_type, skip_nonfinite: see FusedOptimizer.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -84,7 +85,8 @@ class FusedLAMB(FusedOptimizer):
             raise RuntimeError("FusedLAMB does not support the AMSGrad variant.")
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         check_adam_like(lr, betas, weight_decay, eps)
-        check_trust(max_grad_norm, trust_clip)
+        check_options(max_grad_norm, 2.0)
+        check_trust_clip(trust_clip)
         flags = {
             "bias_correction": bias_correction,
             "adam_w_mode": adam_w_mode,

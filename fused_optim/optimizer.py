@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from . import backends
 from .device import DeviceTable
 from .layout import check_grad, check_hyperparameter, check_param, conform, conform_step, make_row, make_states
+from .scaling import Scaler, check_options
 from .table import Row, Rule, Scalars, Table
 from .watch import REBUILD
 from .watch import Watch as PythonWatch
@@ -38,13 +39,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_Fork.remember)
 
 
-def _on_device(scalar: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    return None if scalar is None else scalar.to(device, dtype, non_blocking=True)
-
-
-UNSCALED = backends.Scaling()
-
-
 class _Uncast:
     """Carries a state through torch's load_state_dict, which would cast it to its param's dtype."""
 
@@ -60,9 +54,15 @@ class FusedOptimizer(Optimizer):
             the params is an error.
         state_dtype: dtype of the states of real params narrower than float64, e.g. float32 averages for bfloat16
             params; None: the param's own.
+        max_grad_norm: every step multiplies the gradients it sees by min(1, max_grad_norm / (norm + 1e-6)), with the
+            norm of all gradients together after unscaling; p.grad itself is left alone. None or 0: off. Groups may
+            have their own, and those with None are neither clipped nor part of the norm.
+        norm_type: 2 or inf.
+        skip_nonfinite: a step whose gradients hold NaN or inf changes nothing.
         All else goes to the torch.optim class.
 
     Raises:
+        ValueError: state_dtype, max_grad_norm or norm_type is none of these.
         RuntimeError: the named backend cannot run here, or differentiable=True.
     """
 
@@ -70,14 +70,24 @@ class FusedOptimizer(Optimizer):
     _step_supports_amp_scaling = True  # GradScaler hands grad_scale and found_inf to step()
 
     def __init__(
-        self, *args: Any, backend: str = "auto", state_dtype: torch.dtype | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        backend: str = "auto",
+        state_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+        norm_type: float = 2.0,
+        skip_nonfinite: bool = False,
+        **kwargs: Any,
     ) -> None:
         if state_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(
                 f"state_dtype must be None, torch.float32, torch.bfloat16 or torch.float16, but got {state_dtype}"
             )
+        check_options(max_grad_norm, norm_type)
         self.backend = backend
         self.state_dtype = state_dtype
+        self.max_grad_norm = max_grad_norm
+        self._scaler = Scaler(norm_type, skip_nonfinite)
         self._steps: dict[Tensor, Tensor] = {}  # of params whose rule keeps no `step` in its states
         self._forget()
         super().__init__(*args, **kwargs)
@@ -85,6 +95,10 @@ class FusedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if self.max_grad_norm is not None:
+            group.setdefault("max_grad_norm", self.max_grad_norm)
+        if group.get("max_grad_norm") == 0:
+            group["max_grad_norm"] = None  # the same, but a group with None is still looked at by skip_nonfinite
         try:
             if group.get("differentiable"):
                 raise RuntimeError("`fused` does not support `differentiable`")
@@ -96,13 +110,27 @@ class FusedOptimizer(Optimizer):
             raise
         self._forget()
 
+    @property
+    def last_grad_norm(self) -> Tensor | None:
+        """Of all gradients that are clipped (of all there are, where skip_nonfinite alone asks for it) in the last
+        step, after unscaling and before clipping: float32 [], on the first param's device. None before the first such
+        step."""
+        return self._scaler.norm
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps skip_nonfinite has skipped: int64 [], on the first param's device."""
+        return self._scaler.skipped
+
     # ---- step
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, grad_scale: float | Tensor | None = None) -> Any:
         """Updates every param that has a gradient: one launch per device.
 
         Args:
             closure: reevaluates the model, with grad enabled, and returns the loss.
+            grad_scale: gradients are divided by it, and by GradScaler's scale besides: the number of micro-batches
+                whose gradients were added up, say.
 
         Raises:
             RuntimeError: a gradient is sparse, or of another shape, dtype or device than its param allows. Nothing has
@@ -126,9 +154,11 @@ class FusedOptimizer(Optimizer):
             backend.upload(table, moved)
             if table.copies:
                 self._copy_in(table)
-        squares = self._grad_squares() if self._clipping and self._tables else None
-        for table, backend in self._tables:
-            backend.step(table, self._scaling(table.device, squares))
+        given = self.__dict__  # GradScaler puts its two tensors here, and takes them away after the step
+        scales = (given.get("grad_scale"), grad_scale)
+        scalings = self._scaler(self._tables, self._looks, scales, given.get("found_inf"))
+        for (table, backend), scaling in zip(self._tables, scalings, strict=True):
+            backend.step(table, scaling)
         for table, backend in self._tables:
             if self.rule.trust:
                 backend.move(table)
@@ -136,25 +166,6 @@ class FusedOptimizer(Optimizer):
                 self._copy_out(table)
         self._watch.done()
         return loss
-
-    def _scaling(self, device: torch.device, squares: Tensor | None) -> backends.Scaling:
-        given = self.__dict__  # GradScaler puts its two tensors here, and takes them away after the step
-        grad_scale, found_inf = given.get("grad_scale"), given.get("found_inf")
-        if grad_scale is None and found_inf is None and squares is None:
-            return UNSCALED
-        return backends.Scaling(
-            _on_device(grad_scale, device, torch.float32),
-            _on_device(found_inf, device, torch.float32),
-            _on_device(squares, device, torch.float64),
-        )
-
-    def _grad_squares(self) -> Tensor:
-        """The sum of the squares of all gradients that are clipped: float64 [1] on the first table's device."""
-        totals = []
-        for table, backend in self._tables:
-            backend.squares(table, table.squares)
-            totals.append(table.squares)
-        return sum((total.to(totals[0].device, non_blocking=True) for total in totals[1:]), start=totals[0])
 
     @staticmethod
     @torch.no_grad()
@@ -184,7 +195,7 @@ class FusedOptimizer(Optimizer):
         self._watched_state: object = None
         self._watched_groups: object = None
         self._tables: list[tuple[Table, backends.Backend]] = []
-        self._clipping = False  # whether any group's gradients are clipped
+        self._looks = False  # at all gradients, before the step
         self._on_cuda = True
 
     @torch.no_grad()
@@ -225,13 +236,14 @@ class FusedOptimizer(Optimizer):
             if self.rule.counted:
                 fresh[param] = {"step": steps[param], **fresh[param]}
 
-        scalars = Scalars(len(self.param_groups), self.rule.clip_eps)
+        max_norm = self._scaler.bound_without_key(self.param_groups)
+        scalars = Scalars(len(self.param_groups), self.rule.clip_eps, max_norm)
         by_device: dict[torch.device, list[Row]] = {}
         for row in rows:
             by_device.setdefault(row.param.device, []).append(row)
-        clipping = any(group.get("max_grad_norm") for group in self.param_groups)
+        looks = self._scaler.looks_at(self.param_groups)
         tables = [
-            (Table(self.rule, device, members_, scalars, clipping), backends.pick(self.backend, device))
+            (Table(self.rule, device, members_, scalars, looks), backends.pick(self.backend, device))
             for device, members_ in by_device.items()
         ]
 
@@ -256,7 +268,7 @@ class FusedOptimizer(Optimizer):
             raise RuntimeError(
                 "params, gradients or states changed while the step was being prepared; was another thread at them?"
             )
-        self._watch, self._tables, self._clipping = watch, tables, clipping
+        self._watch, self._tables, self._looks = watch, tables, looks
         self._watched_state, self._watched_groups = self.state, self.param_groups
         self._on_cuda = any(table.device.type == "cuda" for table, _ in tables)
 
@@ -277,7 +289,7 @@ class FusedOptimizer(Optimizer):
     # ---- checkpoints
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = {"backend": self.backend, "state_dtype": self.state_dtype, "_steps": self._steps}
+        ours = {key: self.__dict__[key] for key in ("backend", "state_dtype", "max_grad_norm", "_scaler", "_steps")}
         return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -289,6 +301,8 @@ class FusedOptimizer(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("backend", "auto")
         self.__dict__.setdefault("state_dtype", None)
+        self.__dict__.setdefault("max_grad_norm", None)
+        self.__dict__.setdefault("_scaler", Scaler())
         self.__dict__.setdefault("_steps", {})
         for group in self.param_groups:
             for key, value in defaults.items():

@@ -29,7 +29,7 @@ class FusedQHAdam(FusedOptimizer):
         params, lr, betas, weight_decay, eps, maximize, capturable: as FusedAdam's.
         nus: how much of each average goes into the step, the rest being the gradient itself; any finite numbers.
         decouple_weight_decay: decay past the gradient, :math:`p = (1 - lr \cdot \lambda) p`, in place of L2.
-        backend, state_dtype: see FusedOptimizer.
+        ours: backend, state_dtype, max_grad_norm, norm_type, skip_nonfinite: see FusedOptimizer.
 
     Raises:
         ValueError: a hyperparameter is out of range.

@@ -141,7 +141,7 @@ def step_row(table: Table, row: Row, number: int, grad_scale: float, norm: float
     h = Hyper(raw[LR], raw[BETAS], raw[BETAS + 1], raw[EPS], float(row.step), raw[OWN], raw[OWN + 1])
 
     param, grad = widen(row.target), widen(grad) / grad_scale
-    if norm is not None and raw[MAX_NORM]:
+    if norm is not None and raw[MAX_NORM] > 0:
         bound = raw[MAX_NORM] / (norm / grad_scale + raw[CLIP_EPS]) if norm + raw[CLIP_EPS] else math.inf
         grad = grad if bound >= 1 else grad * bound
     decay = raw[WEIGHT_DECAY]
@@ -174,8 +174,9 @@ def trust_ratio(raw: list[float], param: float, update: float) -> float:
 def squares(table: Table, out: Tensor) -> None:
     out.zero_()
     for row in table.rows_list:
-        if row.param.grad is not None and table.scalars.raw[row.group, MAX_NORM]:
-            out += widen(row.param.grad).double().square().sum()
+        bound = float(table.scalars.raw[row.group, MAX_NORM])
+        if row.param.grad is not None and bound:
+            out += widen(row.param.grad).double().square().sum() * (bound > 0)
 
 
 @torch.no_grad()

@@ -137,12 +137,13 @@ class Scalars:
         else float32), or 0.
     """
 
-    def __init__(self, groups: int, clip_eps: float) -> None:
+    def __init__(self, groups: int, clip_eps: float, max_norm: float) -> None:
         self.buffer = torch.zeros(groups * (RAW_WIDTH + 1), dtype=torch.int64)
         self.raw, self.lr = self.split(self.buffer)
         # What holds where a group has no key for it.
         self.raw[:, [LR_REFERENCE, DECAY_PERIOD]] = 1.0
         self.raw[:, CLIP_EPS] = clip_eps
+        self.raw[:, MAX_NORM] = max_norm
         self.raw[:, TRUST_CLIP + 1] = math.inf
 
     @staticmethod

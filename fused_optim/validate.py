@@ -32,9 +32,7 @@ def check_nus(nus: Sequence[float]) -> None:
             raise ValueError(f"Invalid nu parameter at index {index}: {nu}")
 
 
-def check_trust(max_grad_norm: float | None, trust_clip: Sequence[float] | None) -> None:
+def check_trust_clip(trust_clip: Sequence[float] | None) -> None:
     """Raises ValueError for bounds that bound nothing."""
-    if max_grad_norm is not None and not max_grad_norm >= 0.0:
-        raise ValueError(f"max_grad_norm must be 0 or more, or None for no clipping, but got {max_grad_norm}")
     if trust_clip is not None and not (len(trust_clip) == 2 and 0.0 <= trust_clip[0] <= trust_clip[1]):
         raise ValueError(f"trust_clip must be (lowest, highest) with 0 <= lowest <= highest, but got {trust_clip!r}")

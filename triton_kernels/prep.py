@@ -59,9 +59,9 @@ def clip_coefficient(settings: tl.tensor, squares: tl.tensor, scale: tl.tensor, 
     the params."""
     max_norm = tl.load(settings + RAW_MAX_NORM, mask=mask, other=0.0)
     # Where nothing is clipped, 0 / 1 does no harm.
-    bound = tl.where(max_norm == 0.0, 1.0, tl.sqrt(squares) * scale + tl.load(settings + RAW_CLIP_EPS, mask, 1.0))
+    bound = tl.where(max_norm <= 0.0, 1.0, tl.sqrt(squares) * scale + tl.load(settings + RAW_CLIP_EPS, mask, 1.0))
     coefficient = max_norm / bound
-    return tl.where((max_norm == 0.0) | (coefficient >= 1.0), 1.0, coefficient)
+    return tl.where((max_norm <= 0.0) | (coefficient >= 1.0), 1.0, coefficient)
 
 
 @triton.jit

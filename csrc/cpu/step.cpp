@@ -289,10 +289,11 @@ double squares_of(const Tables& t, int64_t desc) {
     }
     return total;
   };
+  const double counted = raw[kMaxNorm] > 0.0 ? 1.0 : 0.0;
   double total = 0.0;
-  if (grad.dtype == kFloat64) return sum(double{});
+  if (grad.dtype == kFloat64) return sum(double{}) * counted;
   visit_dtype(grad.dtype, [&](auto type) { total = sum(type); });
-  return total;
+  return total * counted;
 }
 
 // Small pieces taken as they come: a static split waits for the slower core as soon as one is shared.

@@ -246,15 +246,16 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(Tables t) {
 __global__ void __launch_bounds__(kThreads) squares_kernel(Tables t) {
   __shared__ double part[kThreads];
   const int64_t desc = t.desc[blockIdx.x], row = (desc >> 8) & 0xffffff, chunk = desc >> 32;
-  const bool counts = t.grads[row] != 0 && t.raw[int64_t{t.group[row]} * kRawWidth + kMaxNorm] != 0.0;
+  const double max_norm = t.raw[int64_t{t.group[row]} * kRawWidth + kMaxNorm], counted = max_norm > 0.0 ? 1.0 : 0.0;
+  const bool looks = t.grads[row] != 0 && max_norm != 0.0;
   const bool wide = dtype_of(t.rows[row * kRowWidth + kSignature], kGradStream) == kFloat64;
   each_thread<kThreads>([&](int thread) {
     Sums sums{};
-    if (counts && wide) sums = update_chunk<Pass::kSquares, void, double, 0>(t, row, chunk, desc & 1, thread);
-    else if (counts) sums = update_chunk<Pass::kSquares, void, float, 0>(t, row, chunk, desc & 1, thread);
+    if (looks && wide) sums = update_chunk<Pass::kSquares, void, double, 0>(t, row, chunk, desc & 1, thread);
+    else if (looks) sums = update_chunk<Pass::kSquares, void, float, 0>(t, row, chunk, desc & 1, thread);
     part[thread] = sums.values;
   });
-  add_up(part, [&](double sum) { t.partials[blockIdx.x] = sum; });
+  add_up(part, [&](double sum) { t.partials[blockIdx.x] = sum * counted; });
 }
 
 // From the sums over chunks to that over all, by one block.
