@@ -41,18 +41,32 @@ def largest_square(tables: Tables, home: torch.device) -> Tensor:
     return torch.stack(found).amax().square().reshape(1) if found else torch.zeros(1, dtype=torch.float64, device=home)
 
 
+def _moved(number: Tensor | None, device: torch.device) -> Tensor | None:
+    if number is None or number.device == device:  # `to` alone takes a microsecond to find nothing to do
+        return number
+    return number.to(device, non_blocking=True)
+
+
 class Scaler:
     """Norm, clipping and skipping of one optimizer.
 
-    norm: of the last step's gradients, after unscaling: float32 [], on the first param's device; None before.
     skipped: how many steps were skipped because a gradient was not finite or GradScaler had found one: int64 [].
     """
 
     def __init__(self, norm_type: float = 2.0, skip_nonfinite: bool = False) -> None:
         self.norm_type = norm_type
         self.skip_nonfinite = skip_nonfinite
-        self.norm: Tensor | None = None
         self.skipped = torch.zeros((), dtype=torch.int64)
+        self._last: tuple[Tensor, Tensor | None] | None = None  # squares and scale of the last step
+
+    @property
+    def norm(self) -> Tensor | None:
+        """Of the last step's gradients, after unscaling: float32 [], on the first param's device; None before."""
+        if self._last is None:
+            return None
+        squares, scale = self._last
+        norm = squares.sqrt().reshape(())
+        return (norm if scale is None else norm / scale).float()
 
     def looks_at(self, groups: Sequence[dict[str, Any]]) -> bool:
         return self.skip_nonfinite or self._clips(groups)
@@ -67,37 +81,42 @@ class Scaler:
     def _clips(groups: Sequence[dict[str, Any]]) -> bool:
         return any(group.get("max_grad_norm") for group in groups)
 
-    @torch.no_grad()
     def __call__(self, tables: Tables, looks: bool, scales: Sequence[Any], found_inf: Tensor | None) -> list[Scaling]:
         """One Scaling per table. scales: numbers, one-element tensors or None; gradients are divided by all of them."""
         given = [scale for scale in scales if scale is not None]
-        if not looks and not given and found_inf is None:
+        if not tables or not (looks or given or found_inf is not None):
             return [UNSCALED] * len(tables)
-        home = tables[0][0].device if tables else torch.device("cpu")
-        scale = None
-        for factor in given:
-            factor = torch.as_tensor(factor, dtype=torch.float32).to(home, non_blocking=True)
-            scale = factor if scale is None else scale * factor
-        if found_inf is not None:
-            found_inf = found_inf.to(home, torch.float32, non_blocking=True)
-        squares = self._squares(tables, home) if looks and tables else None
-        if squares is not None:
-            norm = squares.sqrt().reshape(())
-            self.norm = (norm if scale is None else norm / scale.reshape(())).float()
-            if self.skip_nonfinite:
+        with torch.no_grad():
+            home = tables[0][0].device
+            scale = self._product(given, home)
+            if found_inf is not None:
+                found_inf = found_inf.to(home, torch.float32, non_blocking=True)
+            squares = None
+            if looks:
+                squares = self._squares(tables, home)
+                # GradScaler changes its tensor in place, once the step is done.
+                self._last = squares, None if scale is None else scale.clone()
+            if self.skip_nonfinite and squares is not None:
                 bad = (~squares.isfinite()).float()
                 found_inf = bad if found_inf is None else bad + found_inf
                 self.skipped = self.skipped.to(home) + (found_inf != 0).reshape(())
-        numbers = (scale, found_inf, squares)
-        return [
-            Scaling(*(None if x is None else x.to(table.device, non_blocking=True) for x in numbers))
-            for table, _ in tables
-        ]
+            numbers = (scale, found_inf, squares)
+            return [Scaling(*(_moved(number, table.device) for number in numbers)) for table, _ in tables]
+
+    @staticmethod
+    def _product(scales: Sequence[Any], home: torch.device) -> Tensor | None:
+        product = None
+        for scale in scales:
+            factor = torch.as_tensor(scale, dtype=torch.float32).to(home, non_blocking=True).reshape(())
+            product = factor if product is None else product * factor
+        return product
 
     def _squares(self, tables: Tables, home: torch.device) -> Tensor:
         if self.norm_type != 2:
             return largest_square(tables, home)
         for table, backend in tables:
             backend.squares(table, table.squares)
-        first, *others = [table.squares for table, _ in tables]
-        return sum((other.to(home, non_blocking=True) for other in others), start=first)
+        total = tables[0][0].squares
+        for table, _ in tables[1:]:
+            total = total + table.squares.to(home, non_blocking=True)
+        return total

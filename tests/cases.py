@@ -1,7 +1,7 @@
-"""One table of cases, and the ground every property test stands on: targets, tensors, and comparison in ulps.
+"""One table of cases, and the ground every property test stands on: targets, tensors, training.
 
-A case is one row: our class, torch's, the oracle's rule and keyword arguments. A new optimizer is one or two rows here
-and one function in oracle.py. A target is a backend together with a device it runs on. Targets come from
+A case is one row: our class, torch's if it has one, the oracle's rule and keyword arguments. A new optimizer is one or
+two rows here and one function in oracle.py. A target is a backend together with a device it runs on. Targets come from
 `fused_optim.backends.available()` and the environment, so `make gpu` runs the very same tests on the GPU:
 
     TRITON_INTERPRET=1          adds the Triton kernels on the CPU, in Triton's interpreter (small sizes, few examples)
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import oracle
@@ -22,54 +23,125 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fused_optim import FusedAdam, FusedAdamW, backends
+from fused_optim import (
+    FusedAdam,
+    FusedAdamW,
+    FusedLAMB,
+    FusedLion,
+    FusedQHAdam,
+    FusedQHAdamW,
+    FusedSGD,
+    FusedSGDW,
+    backends,
+)
+from fused_optim.decoupled import Decoupled
 
 
 @dataclass(frozen=True)
 class Case:
     name: str
     ours: Any  # class
-    torch: Any  # class
+    torch: Any  # class; None where torch has none
     rule: oracle.Rule
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.name
 
+    @cached_property
+    def options(self) -> set[str]:
+        """What the param groups hold."""
+        one = torch.nn.Parameter(torch.zeros(1))
+        return set(self.ours([one], backend="reference", **self.kwargs).param_groups[0])
 
+    def known(self, **kwargs: Any) -> dict[str, Any]:
+        """Those options that the class has."""
+        return {key: value for key, value in kwargs.items() if key in self.options}
+
+
+Adam, AdamW, SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
 CASES = [
-    Case("adam", FusedAdam, torch.optim.Adam, oracle.adam, {"lr": 0.01}),
-    Case("adam-l2", FusedAdam, torch.optim.Adam, oracle.adam, {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.95)}),
+    Case("adam", FusedAdam, Adam, oracle.adam, {"lr": 0.01}),
+    Case("adam-l2", FusedAdam, Adam, oracle.adam, {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.95)}),
     Case(
         "adam-decoupled",
         FusedAdam,
-        torch.optim.Adam,
+        Adam,
         oracle.adam,
         {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True},
     ),
     Case(
         "adam-l2-amsgrad-maximize",
         FusedAdam,
-        torch.optim.Adam,
+        Adam,
         oracle.adam,
         {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True, "maximize": True},
     ),
-    Case("adamw", FusedAdamW, torch.optim.AdamW, oracle.adam, {"lr": 0.01}),
+    Case("adamw", FusedAdamW, AdamW, oracle.adam, {"lr": 0.01}),
     Case(
         "adamw-amsgrad",
         FusedAdamW,
-        torch.optim.AdamW,
+        AdamW,
         oracle.adam,
         {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True, "betas": (0.9, 0.99)},
     ),
     Case(
         "adamw-maximize",
         FusedAdamW,
-        torch.optim.AdamW,
+        AdamW,
         oracle.adam,
         {"lr": 0.01, "weight_decay": 0.1, "maximize": True, "eps": 1e-6},
     ),
+    Case(
+        "sgd-dampening-maximize",
+        FusedSGD,
+        SGD,
+        oracle.sgd,
+        {"lr": 0.01, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1, "maximize": True},
+    ),
+    Case("sgd-plain", FusedSGD, SGD, oracle.sgd, {"lr": 0.01, "weight_decay": 0.1}),
+    Case("sgdw-nesterov", FusedSGDW, None, oracle.sgd, {"lr": 0.01, "momentum": 0.9, "nesterov": True}),
+    Case(
+        "qhadam-l2-maximize",
+        FusedQHAdam,
+        None,
+        oracle.qhadam,
+        {"lr": 0.01, "nus": (0.7, 0.9), "weight_decay": 0.1, "maximize": True},
+    ),
+    Case(
+        "qhadamw-normalized",
+        FusedQHAdamW,
+        None,
+        oracle.qhadam,
+        {"lr": 0.01, "nus": (0.8, 1.0), "weight_decay": 0.5, "decay": "normalized", "decay_period": 400},
+    ),
+    Case("lamb", FusedLAMB, None, oracle.lamb, {"lr": 0.01}),
+    Case(
+        "lamb-l2-nvlamb",
+        FusedLAMB,
+        None,
+        oracle.lamb,
+        {
+            "lr": 0.01,
+            "bias_correction": False,
+            "adam_w_mode": False,
+            "grad_averaging": False,
+            "max_grad_norm": None,
+            "use_nvlamb": True,
+            "trust_clip": (0.5, 1.5),
+        },
+    ),
+    Case(
+        "lion-paper-maximize",
+        FusedLion,
+        None,
+        oracle.lion,
+        {"lr": 0.01, "weight_decay": 0.1, "maximize": True, "decay": "paper", "lr_reference": 0.05},
+    ),
 ]
+BY_NAME = {case.name: case for case in CASES}
+ADAMW, AMSGRAD = BY_NAME["adamw"], BY_NAME["adamw-amsgrad"]  # the latter has every state
+LAMB = BY_NAME["lamb"]
 
 
 class Target(NamedTuple):
@@ -105,10 +177,26 @@ def targets() -> list[Any]:
 
 
 on_every_target = pytest.mark.parametrize("target", targets())
-# In Triton's interpreter, three rows that have every option among them: minutes instead of half an hour.
-for_every_case = pytest.mark.parametrize("case", CASES[3:6] if INTERPRETED else CASES, ids=str)
-CLASSES = list({case.ours: case for case in CASES}.values())  # one case for each of our classes
-for_every_class = pytest.mark.parametrize("case", CLASSES, ids=[case.ours.__name__ for case in CLASSES])
+ONE_EACH = [
+    AMSGRAD,
+    BY_NAME["sgd-dampening-maximize"],
+    BY_NAME["qhadam-l2-maximize"],
+    LAMB,
+    BY_NAME["lion-paper-maximize"],
+]
+RUN = ONE_EACH if INTERPRETED else CASES  # in Triton's interpreter each rule once: minutes instead of half an hour
+CLASSES = list({case.ours: case for case in reversed(RUN)}.values())[::-1]  # the first case of each of our classes
+DECOUPLED = [case for case in CLASSES if issubclass(case.ours, Decoupled)]
+
+
+def every(cases: Sequence[Case], *options: str, in_torch: bool = False) -> Any:
+    """A test for each of the cases whose groups hold these options, and, where asked, that torch has too."""
+    rows = [case for case in cases if case.options.issuperset(options) and (case.torch or not in_torch)]
+    return pytest.mark.parametrize("case", rows, ids=str)
+
+
+for_every_case, for_every_class, for_every_rule = every(RUN), every(CLASSES), every(ONE_EACH)
+for_every_case_of_torch, for_every_class_of_torch = every(RUN, in_torch=True), every(CLASSES, in_torch=True)
 
 
 def quick(target: Target, usual: int, interpreted: int) -> int:
@@ -170,114 +258,6 @@ def hypers(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [group for group in optimizer.param_groups for _ in group["params"]]
 
 
-def snapshot(optimizer: Optimizer) -> list[oracle.Slot]:
-    """Params and states as they are stored now, in float64."""
-    return [
-        oracle.Slot(oracle.as_real(p), {key: oracle.as_real(value) for key, value in optimizer.state[p].items()})
-        if p in optimizer.state
-        else oracle.Slot(oracle.as_real(p))
-        for p in parameters(optimizer)
-    ]
-
-
-def stored_dtypes(optimizer: Optimizer) -> list[dict[str, torch.dtype]]:
-    return [
-        {"param": p.dtype, **{key: value.dtype for key, value in optimizer.state[p].items()}}
-        if p in optimizer.state
-        else {"param": p.dtype}
-        for p in parameters(optimizer)
-    ]
-
-
-def ulps(got: Tensor, want: Tensor, scale: Tensor, dtype: torch.dtype) -> float:
-    """The largest error, in units of the last place of numbers as large as `scale`, stored as dtype.
-
-    Below the smallest normal number the unit no longer shrinks.
-    """
-    if got.numel() == 0:
-        return 0.0
-    info = torch.finfo(dtype.to_real() if dtype.is_complex else dtype)
-    unit = scale.abs().clamp(min=info.tiny) * info.eps
-    return ((got - want).abs() / unit).max().item()
-
-
-def errors(
-    got: Sequence[oracle.Slot],
-    want: Sequence[oracle.Slot],
-    sizes: Sequence[oracle.Slot],
-    dtypes: Sequence[dict[str, torch.dtype]],
-) -> dict[str, float]:
-    """The largest error in ulps of params and of every state; `sizes` as `scales` returns them."""
-    worst = {"param": 0.0}
-    for slot, truth, scale, dtype in zip(got, want, sizes, dtypes, strict=True):
-        assert slot.state.keys() == truth.state.keys()
-        worst["param"] = max(worst["param"], ulps(slot.param, truth.param, scale.param, dtype["param"]))
-        for key, value in truth.state.items():
-            if key == "step":
-                assert slot.state["step"].item() == value.item()
-            else:
-                error = ulps(slot.state[key], value, scale.state[key], dtype[key])
-                worst[key] = max(worst.get(key, 0.0), error)
-    return worst
-
-
-def scales(
-    rule: oracle.Rule,
-    before: Sequence[oracle.Slot],
-    after: Sequence[oracle.Slot],
-    grads: Sequence[Tensor | None],
-    hypers: Sequence[dict[str, Any]],
-) -> list[oracle.Slot]:
-    """The magnitudes that errors are measured by; numbers that cancel cannot be known better than these.
-
-    States: what the rule makes of absolute values, where nothing cancels, or the state before where that was larger.
-    Params: the larger of before and after, and at least lr, about the size of a step.
-    """
-
-    def larger(x: Tensor | None, y: Tensor) -> Tensor:
-        return y.abs() if x is None else torch.maximum(x.abs(), y.abs())
-
-    absolute = [oracle.Slot(slot.param.abs(), {k: v.abs() for k, v in slot.state.items()}) for slot in before]
-    sizes = [None if g is None else oracle.as_real(g).abs() for g in grads]
-    summed = oracle.step(rule, absolute, sizes, [{**hyper, "maximize": False} for hyper in hypers])
-    return [
-        oracle.Slot(
-            larger(old.param, new.param).clamp(min=float(hyper["lr"])),
-            {key: larger(old.state.get(key), value) for key, value in total.state.items()},
-        )
-        for old, new, total, hyper in zip(before, after, summed, hypers, strict=True)
-    ]
-
-
-def larger_scales(a: Sequence[oracle.Slot], b: Sequence[oracle.Slot]) -> list[oracle.Slot]:
-    return [
-        oracle.Slot(
-            torch.maximum(one.param, other.param),
-            {k: torch.maximum(one.state.get(k, v), v) for k, v in other.state.items()},
-        )
-        for one, other in zip(a, b, strict=True)
-    ]
-
-
-def checked_step(
-    optimizer: Optimizer, rule: oracle.Rule, bound: float, grad_scale: float = 1.0, found_inf: float = 0.0
-) -> dict[str, float]:
-    """Steps once and compares with the oracle, which starts from the very numbers that were stored before."""
-    before = snapshot(optimizer)
-    grads = [p.grad for p in parameters(optimizer)]
-    want = oracle.step(rule, before, grads, hypers(optimizer), grad_scale, found_inf)
-    sizes = scales(rule, before, want, [None if g is None else g / grad_scale for g in grads], hypers(optimizer))
-    optimizer.step()
-    worst = errors(snapshot(optimizer), want, sizes, stored_dtypes(optimizer))
-    assert max(worst.values()) <= bound, worst
-    return worst
-
-
-def assert_equal(ours: Any, theirs: Any) -> None:
-    """Bit for bit, NaN equal to NaN; states are compared with their dtypes."""
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
-
-
 def copies(params: Sequence[Tensor]) -> list[torch.nn.Parameter]:
     """The same values and the same strides, in other memory."""
     return [torch.nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in params]
@@ -295,17 +275,3 @@ def train(
             optimizer.step()
         if each is not None:
             each(step)
-
-
-def assert_like_torch(ours: Optimizer, theirs: Optimizer, rtol: float = 1e-5, atol: float = 1e-6) -> None:
-    """Params and states within rounding; the same states, the same step counts.
-
-    Squares do not cancel: next to no absolute error is granted to them.
-    """
-    for p, q in zip(parameters(ours), parameters(theirs), strict=True):
-        torch.testing.assert_close(p.detach().cpu(), q.detach().cpu(), rtol=rtol, atol=atol, equal_nan=True)
-        assert ours.state[p].keys() == theirs.state[q].keys()
-        for key, value in theirs.state[q].items():
-            least = atol * 1e-6 if key.endswith("_sq") else atol
-            mine = ours.state[p][key].cpu()
-            torch.testing.assert_close(mine, value.cpu(), rtol=rtol, atol=least, equal_nan=True)

@@ -7,6 +7,7 @@ in as they are: a rule picks the hyperparameters it knows and ignores the rest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,14 +17,16 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 Rule = Callable[..., tuple[Tensor, State]]
+Hypers = Sequence[dict[str, Any]]
 
 
 @dataclass
 class Slot:
-    """One tensor and its optimizer state, all float64."""
+    """One tensor and its optimizer state, all float64; `stored` is the real dtype that the states are kept in."""
 
     param: Tensor
     state: State = field(default_factory=dict)
+    stored: torch.dtype = torch.float64
 
 
 def as_real(x: Tensor) -> Tensor:
@@ -34,6 +37,21 @@ def as_real(x: Tensor) -> Tensor:
 
 def scalar(x: Any) -> float:
     return float(x)
+
+
+def next_step(state: State) -> Tensor:
+    return state.get("step", torch.zeros((), dtype=torch.float64)) + 1
+
+
+def shrunk(
+    param: Tensor, rate: float, weight_decay: float, lr_reference: float | None, decay_period: float | None
+) -> Tensor:
+    """Decoupled decay. Without a reference torch's, by lr times weight_decay; with one the paper's (arXiv:1711.05101,
+    algorithm 2: eta_t is the schedule alone), which a period of so many updates normalizes (its appendix B.1)."""
+    if lr_reference is None:
+        return param * (1 - rate * weight_decay)
+    schedule = rate / lr_reference if lr_reference != 0 else 0.0
+    return param * (1 - schedule * weight_decay / math.sqrt(1 if decay_period is None else decay_period))
 
 
 def adam(
@@ -48,18 +66,20 @@ def adam(
     amsgrad: bool,
     maximize: bool,
     decoupled_weight_decay: bool,
+    lr_reference: float | None = None,
+    decay_period: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, State]:
     """Adam (arXiv:1412.6980), AdamW (arXiv:1711.05101), AMSGrad (Reddi et al., ICLR 2018; before bias correction)."""
     rate, beta1, beta2 = scalar(lr), scalar(betas[0]), scalar(betas[1])
     zeros = torch.zeros_like(param)
-    step = state.get("step", torch.zeros((), dtype=torch.float64)) + 1
+    step = next_step(state)
     exp_avg, exp_avg_sq = state.get("exp_avg", zeros), state.get("exp_avg_sq", zeros)
     if maximize:
         grad = -grad
     if weight_decay != 0:
         if decoupled_weight_decay:
-            param = param * (1 - rate * weight_decay)
+            param = shrunk(param, rate, weight_decay, lr_reference, decay_period)
         else:
             grad = grad + weight_decay * param
     new = {
@@ -80,11 +100,171 @@ def adam(
     return param - rate * exp_avg_hat / (second_moment_hat.sqrt() + eps), new
 
 
+def sgd(
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    *,
+    lr: float | Tensor,
+    momentum: float | Tensor,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    decoupled_weight_decay: bool = False,
+    lr_reference: float | None = None,
+    decay_period: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, State]:
+    """SGD as torch.optim.SGD documents it: the first buffer is the gradient, undamped; SGDW (arXiv:1711.05101)."""
+    rate, mu = scalar(lr), scalar(momentum)
+    if maximize:
+        grad = -grad
+    if weight_decay != 0:
+        if decoupled_weight_decay:
+            param = shrunk(param, rate, weight_decay, lr_reference, decay_period)
+        else:
+            grad = grad + weight_decay * param
+    if mu == 0:
+        return param - rate * grad, dict(state)
+    buffer = mu * state["momentum_buffer"] + (1 - dampening) * grad if "momentum_buffer" in state else grad
+    return param - rate * (grad + mu * buffer if nesterov else buffer), {"momentum_buffer": buffer}
+
+
+def qhadam(
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float | Tensor, float | Tensor],
+    nus: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decouple_weight_decay: bool,
+    maximize: bool,
+    lr_reference: float | None = None,
+    decay_period: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, State]:
+    """QHAdam (arXiv:1810.06801, section 4.2), with averages that start at zero and are corrected when they are read."""
+    rate, beta1, beta2 = scalar(lr), scalar(betas[0]), scalar(betas[1])
+    zeros = torch.zeros_like(param)
+    step = next_step(state)
+    if maximize:
+        grad = -grad
+    if weight_decay != 0:
+        if decouple_weight_decay:
+            param = shrunk(param, rate, weight_decay, lr_reference, decay_period)
+        else:
+            grad = grad + weight_decay * param
+    new = {
+        "step": step,
+        "exp_avg": beta1 * state.get("exp_avg", zeros) + (1 - beta1) * grad,
+        "exp_avg_sq": beta2 * state.get("exp_avg_sq", zeros) + (1 - beta2) * grad**2,
+    }
+    mean = nus[0] * new["exp_avg"] / (1 - beta1 ** step.item()) + (1 - nus[0]) * grad
+    square = nus[1] * new["exp_avg_sq"] / (1 - beta2 ** step.item()) + (1 - nus[1]) * grad**2
+    if rate == 0:
+        return param, new
+    return param - rate * mean / (square.sqrt() + eps), new
+
+
+def lion(
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float | Tensor, float | Tensor],
+    weight_decay: float,
+    maximize: bool,
+    lr_reference: float | None = None,
+    decay_period: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, State]:
+    """Lion (arXiv:2302.06675, algorithm 2); decay is always decoupled."""
+    rate, beta1, beta2 = scalar(lr), scalar(betas[0]), scalar(betas[1])
+    exp_avg = state.get("exp_avg", torch.zeros_like(param))
+    if maximize:
+        grad = -grad
+    if weight_decay != 0:
+        param = shrunk(param, rate, weight_decay, lr_reference, decay_period)
+    direction = (beta1 * exp_avg + (1 - beta1) * grad).sign()
+    return param - rate * direction, {"exp_avg": beta2 * exp_avg + (1 - beta2) * grad}
+
+
+def lamb(
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    *,
+    lr: float | Tensor,
+    bias_correction: bool,
+    betas: tuple[float | Tensor, float | Tensor],
+    eps: float,
+    weight_decay: float,
+    adam_w_mode: bool,
+    grad_averaging: bool,
+    max_grad_norm: float | None,
+    use_nvlamb: bool,
+    trust_clip: tuple[float, float] | None,
+    maximize: bool,
+    grad_norm: float,
+    stored: torch.dtype,
+    **_: Any,
+) -> tuple[Tensor, State]:
+    """LAMB (arXiv:1904.00962) with the choices of NVIDIA Apex's FusedLAMB.
+
+    The trust ratio is of whole tensors, so the step walks over them twice, and the update that is applied is made of
+    the averages as they are stored.
+    """
+    rate, beta1, beta2 = scalar(lr), scalar(betas[0]), scalar(betas[1])
+    zeros = torch.zeros_like(param)
+    step = next_step(state)
+    if maximize:
+        grad = -grad
+    if max_grad_norm and grad_norm > max_grad_norm:
+        grad = grad * (max_grad_norm / grad_norm)
+    if not adam_w_mode:
+        grad = grad + weight_decay * param
+    new = {
+        "step": step,
+        "exp_avg": beta1 * state.get("exp_avg", zeros) + (1 - beta1 if grad_averaging else 1) * grad,
+        "exp_avg_sq": beta2 * state.get("exp_avg_sq", zeros) + (1 - beta2) * grad**2,
+    }
+    mean, square = (new[name].to(stored).to(torch.float64) for name in ("exp_avg", "exp_avg_sq"))
+    if bias_correction:
+        mean, square = mean / (1 - beta1 ** step.item()), square / (1 - beta2 ** step.item())
+    update = mean / (square.sqrt() + eps)
+    if adam_w_mode:
+        update = update + weight_decay * param
+    ratio = 1.0
+    if weight_decay != 0 or use_nvlamb:
+        param_norm, update_norm = param.norm().item(), update.norm().item()
+        ratio = param_norm / update_norm if param_norm != 0 and update_norm != 0 else 1.0
+        if trust_clip is not None:
+            ratio = min(max(ratio, trust_clip[0]), trust_clip[1])
+    if rate == 0:
+        return param, new
+    return param - rate * ratio * update, new
+
+
+def grad_norm(grads: Sequence[Tensor | None], hypers: Hypers) -> dict[str, float]:
+    """The norm of all gradients of the groups that are clipped, taken together."""
+    clipped = [g for g, hyper in zip(grads, hypers, strict=True) if g is not None and hyper["max_grad_norm"]]
+    return {"grad_norm": math.sqrt(sum(g.square().sum().item() for g in clipped))}
+
+
+# What a rule must know of all gradients of a step, as further keyword arguments.
+OF_ALL: dict[Rule, Callable[[Sequence[Tensor | None], Hypers], dict[str, Any]]] = {lamb: grad_norm}
+
+
 def step(
     rule: Rule,
     slots: Sequence[Slot],
     grads: Sequence[Tensor | None],
-    hypers: Sequence[dict[str, Any]],
+    hypers: Hypers,
     grad_scale: float = 1.0,
     found_inf: float = 0.0,
 ) -> list[Slot]:
@@ -94,11 +274,14 @@ def step(
     Gradients are divided by grad_scale.
     """
     if found_inf != 0:
-        return [Slot(slot.param, dict(slot.state)) for slot in slots]
+        return [Slot(slot.param, dict(slot.state), slot.stored) for slot in slots]
+    unscaled = [None if grad is None else as_real(grad) / grad_scale for grad in grads]
+    shared = OF_ALL[rule](unscaled, hypers) if rule in OF_ALL else {}
     result = []
-    for slot, grad, hyper in zip(slots, grads, hypers, strict=True):
+    for slot, grad, hyper in zip(slots, unscaled, hypers, strict=True):
         if grad is None:
-            result.append(Slot(slot.param, dict(slot.state)))
+            result.append(Slot(slot.param, dict(slot.state), slot.stored))
         else:
-            result.append(Slot(*rule(slot.param, as_real(grad) / grad_scale, slot.state, **hyper)))
+            new = rule(slot.param, grad, slot.state, **hyper, **shared, stored=slot.stored)
+            result.append(Slot(*new, slot.stored))
     return result

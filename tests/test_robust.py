@@ -15,16 +15,16 @@ import time
 import pytest
 import torch
 from cases import (
-    CASES,
+    ADAMW,
+    AMSGRAD,
     SLOW,
     Case,
     Target,
-    assert_equal,
-    assert_like_torch,
     build,
     build_torch,
     copies,
     for_every_case,
+    for_every_class,
     make_params,
     on_every_target,
     parameters,
@@ -33,8 +33,8 @@ from cases import (
     set_grads,
     train,
 )
+from compare import assert_equal, assert_like_torch, states
 
-AMSGRAD = CASES[5]
 SHAPES = [(5, 3), (), (40,), (9,)]
 
 
@@ -65,7 +65,7 @@ def test_two_optimizers_from_two_threads(case: Case, target: Target) -> None:
         train([alone[index]], steps, seed=100 * index)
         for p, q in zip(parameters(together[index]), parameters(alone[index]), strict=True):
             assert_equal(p, q)
-            assert_equal(dict(together[index].state[p]), dict(alone[index].state[q]))
+        assert_equal(states(together[index]), states(alone[index]))
 
 
 @on_every_target
@@ -75,7 +75,7 @@ def test_gil_is_released(target: Target) -> None:
         pytest.skip("only the C++ step is one long call of ours on the host")
     p = torch.nn.Parameter(torch.zeros(30_000_000))
     p.grad = torch.ones_like(p)
-    optimizer = build(CASES[4], target, [p])
+    optimizer = build(ADAMW, target, [p])
     optimizer.step()
     ticks, stop = [0], threading.Event()
 
@@ -148,9 +148,10 @@ def live_tensors() -> int:
 
 
 @on_every_target
-def test_steps_leave_no_tensors_behind(target: Target) -> None:
+@for_every_class
+def test_steps_leave_no_tensors_behind(case: Case, target: Target) -> None:
     params = make_params(SHAPES, device=target.device)
-    optimizer = build(AMSGRAD, target, params)
+    optimizer = build(case, target, params)
     train([optimizer], 3)
     before = live_tensors()
     train([optimizer], quick(target, 20, 3))
@@ -159,21 +160,23 @@ def test_steps_leave_no_tensors_behind(target: Target) -> None:
 
 
 @on_every_target
-def test_a_dead_optimizer_lets_its_params_go(target: Target) -> None:
+@for_every_class
+def test_a_dead_optimizer_lets_its_params_go(case: Case, target: Target) -> None:
     before = live_tensors()
     params = make_params(SHAPES, device=target.device)
-    optimizer = build(AMSGRAD, target, params)
+    optimizer = build(case, target, params)
     train([optimizer], 2)
     del params, optimizer
     assert live_tensors() <= before
 
 
 @on_every_target
-def test_a_steady_step_allocates_nothing(target: Target) -> None:
+@for_every_class
+def test_a_steady_step_allocates_nothing(case: Case, target: Target) -> None:
     if target != Target("cpp", "cpu"):
         pytest.skip("the reference and the emulations make temporaries; the GPU's memory is looked at below")
     params = make_params([(100,)] * 50)
-    optimizer = build(AMSGRAD, target, params)
+    optimizer = build(case, target, params)
     set_grads(params, random_grads(params, 0))
     for _ in range(3):
         optimizer.step()
@@ -185,11 +188,12 @@ def test_a_steady_step_allocates_nothing(target: Target) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @on_every_target
-def test_a_steady_step_allocates_nothing_on_the_gpu(target: Target) -> None:
+@for_every_class
+def test_a_steady_step_allocates_nothing_on_the_gpu(case: Case, target: Target) -> None:
     if target.device != "cuda" or target.backend == "reference":
         pytest.skip("for the kernels on the GPU")
     params = make_params([(100,)] * 50, device="cuda")
-    optimizer = build(AMSGRAD, target, params)
+    optimizer = build(case, target, params)
     set_grads(params, random_grads(params, 0))
     for _ in range(3):
         optimizer.step()

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from cases import (
-    CASES,
+    AMSGRAD,
+    CLASSES,
     Case,
     Target,
-    assert_equal,
-    assert_like_torch,
     build,
     build_torch,
-    checked_step,
     copies,
     for_every_case,
+    for_every_case_of_torch,
+    for_every_class,
+    for_every_rule,
     make_params,
     on_every_target,
     parameters,
@@ -24,9 +26,9 @@ from cases import (
     set_grads,
     train,
 )
+from compare import assert_equal, assert_like_torch, checked_step, states
 from torch.optim import Optimizer
 
-AMSGRAD = CASES[5]
 SHAPES = [(5, 3), (), (0,), (40,)]
 
 
@@ -40,7 +42,7 @@ def set_scaling(optimizer: Optimizer, grad_scale: torch.Tensor | None, found_inf
 
 
 @on_every_target
-@for_every_case
+@for_every_case_of_torch
 @pytest.mark.parametrize("unscale", [False, True], ids=["step-unscales", "unscale_-called"])
 def test_grad_scaler_like_torch(case: Case, target: Target, unscale: bool) -> None:
     """Overflows in the first and a later step; torch's for-loop gets its gradients unscaled by the scaler."""
@@ -65,11 +67,11 @@ def test_grad_scaler_like_torch(case: Case, target: Target, unscale: bool) -> No
         else:
             assert_like_torch(*pair)
     assert not hasattr(pair[0], "grad_scale")
-    assert all(pair[0].state[p]["step"] == 3 for p in params)
+    assert all(state["step"] == 3 for state in states(pair[0]) if "step" in state)
 
 
 @on_every_target
-@for_every_case
+@for_every_class
 @pytest.mark.parametrize("grad_scale", [65536.0, 3.0])
 @pytest.mark.parametrize("found_inf", [None, 0.0], ids=["found_inf-None", "found_inf-0"])
 def test_raw_grad_scale(case: Case, target: Target, grad_scale: float, found_inf: float | None) -> None:
@@ -83,7 +85,7 @@ def test_raw_grad_scale(case: Case, target: Target, grad_scale: float, found_inf
 
 
 @on_every_target
-@for_every_case
+@for_every_rule
 @pytest.mark.parametrize(("found_inf", "grad_scale"), [(1.0, None), (1.0, 8.0), (2.0, 8.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_any_found_inf_skips(
@@ -94,12 +96,12 @@ def test_any_found_inf_skips(
     optimizer = build(case, target, params)
     train([optimizer], 1)
     before = [p.detach().clone() for p in params]
-    states = [{key: x.clone() for key, x in optimizer.state[p].items()} for p in params]
+    states_before = copy.deepcopy(states(optimizer))
     set_grads(params, [torch.full_like(p, math.nan) for p in params])
     set_scaling(optimizer, None if grad_scale is None else value(grad_scale, target), value(found_inf, target))
     optimizer.step()
     assert_equal([p.detach() for p in params], before)
-    assert_equal([dict(optimizer.state[p]) for p in params], states)
+    assert_equal(states(optimizer), states_before)
 
 
 @on_every_target
@@ -111,14 +113,13 @@ def test_skipped_first_step_leaves_nothing_behind(case: Case, target: Target) ->
     set_grads(params, [torch.full_like(p, math.inf) for p in params])
     set_scaling(skipped, value(4.0, target), value(1.0, target))
     skipped.step()
-    for p in params:
-        for x in skipped.state[p].values():
-            assert not x.any()
+    for state in skipped.state.values():
+        assert not any(x.any() for x in state.values())
     set_scaling(skipped, None, None)
     train([skipped, fresh], 2)
     for p, q in zip(params, parameters(fresh), strict=True):
         assert_equal(p, q)
-        assert_equal(dict(skipped.state[p]), dict(fresh.state[q]))
+    assert_equal(states(skipped), states(fresh))
 
 
 @on_every_target
@@ -154,5 +155,5 @@ def test_scale_in_other_forms(target: Target) -> None:
 
 
 def test_every_class_says_that_it_scales() -> None:
-    for case in CASES:
+    for case in CLASSES:
         assert case.ours._step_supports_amp_scaling is True  # type: ignore[attr-defined]

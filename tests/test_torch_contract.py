@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import pytest
 import torch
 from cases import (
-    CASES,
+    CLASSES,
+    RUN,
     Case,
     Target,
-    assert_like_torch,
     build,
     build_torch,
-    checked_step,
+    every,
     for_every_case,
+    for_every_case_of_torch,
     for_every_class,
+    for_every_class_of_torch,
+    for_every_rule,
     make_params,
     on_every_target,
     parameters,
@@ -25,12 +29,11 @@ from cases import (
     set_grads,
     train,
 )
+from compare import assert_like_torch, checked_step
 from torch.optim import lr_scheduler
 
 pytest.importorskip("expecttest", reason="torch's own lists of optimizer inputs need the package expecttest")
 from torch.testing._internal import common_optimizers
-
-AMSGRAD = CASES[5]  # has every state
 
 
 def database(case: Case) -> common_optimizers.OptimizerInfo:
@@ -38,7 +41,7 @@ def database(case: Case) -> common_optimizers.OptimizerInfo:
 
 
 @on_every_target
-@for_every_class
+@for_every_class_of_torch
 def test_torchs_own_inputs(case: Case, target: Target) -> None:
     for entry in database(case).optim_inputs_func(device=target.device, dtype=torch.float32):
         ours = case.ours(make_params(device=target.device), backend=target.backend, **entry.kwargs)
@@ -47,7 +50,7 @@ def test_torchs_own_inputs(case: Case, target: Target) -> None:
         assert_like_torch(ours, theirs)
 
 
-@for_every_class
+@for_every_class_of_torch
 @pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
 def test_torchs_own_errors(case: Case, device: str) -> None:
     entries = database(case).optim_error_inputs_func(device=device, dtype=torch.float32)
@@ -66,36 +69,50 @@ def test_torchs_own_errors(case: Case, device: str) -> None:
                 optimizer.step()
 
 
-@for_every_class
+INVALID: list[tuple[str, Any, str]] = [
+    ("lr", -1.0, "Invalid learning rate: -1.0"),
+    ("lr", torch.zeros(2), "Tensor lr must be 1-element"),
+    ("eps", -1.0, "Invalid epsilon value: -1.0"),
+    ("betas", (0.9, 1.0), "Invalid beta parameter at index 1: 1.0"),
+    ("betas", (-0.1, 0.9), "Invalid beta parameter at index 0: -0.1"),
+    ("weight_decay", -1, "Invalid weight_decay value: -1"),
+    ("momentum", -0.5, "Invalid momentum value: -0.5"),
+    ("dampening", 0.5, "Nesterov momentum requires a momentum and zero dampening"),
+    ("nus", (math.nan, 1.0), "Invalid nu parameter at index 0: nan"),
+    ("nus", (0.7, math.inf), "Invalid nu parameter at index 1: inf"),
+]
+
+
 @pytest.mark.parametrize(
-    ("kwargs", "error"),
-    [
-        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
-        ({"eps": -1.0}, "Invalid epsilon value: -1.0"),
-        ({"betas": (0.9, 1.0)}, "Invalid beta parameter at index 1: 1.0"),
-        ({"betas": (-0.1, 0.9)}, "Invalid beta parameter at index 0: -0.1"),
-        ({"weight_decay": -1}, "Invalid weight_decay value: -1"),
-    ],
+    ("case", "option", "value", "error"),
+    [(case, *invalid) for case in CLASSES for invalid in INVALID if invalid[0] in case.options],
     ids=str,
 )
-def test_invalid_values(case: Case, kwargs: dict[str, Any], error: str) -> None:
+def test_invalid_values(case: Case, option: str, value: Any, error: str) -> None:
+    nesterov = {"momentum": 0.9, "nesterov": True} if option == "dampening" else {}
     with pytest.raises(ValueError, match=error):
-        case.ours(make_params(), **kwargs)
+        case.ours(make_params(), **{option: value}, **nesterov)
 
 
 @for_every_class
 def test_refusals(case: Case) -> None:
     with pytest.raises(ValueError, match="optimizer got an empty parameter list"):
         case.ours([])
+    with pytest.raises(ValueError, match="can't optimize a non-leaf Tensor"):
+        case.ours([make_params()[0] * 2])
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        case.ours(make_params(), learning_rate=0.1)
+
+
+@for_every_class_of_torch
+def test_refusals_of_torchs_switches(case: Case) -> None:
     with pytest.raises(RuntimeError, match="does not support `differentiable`"):
         case.ours(make_params(), differentiable=True)
     with pytest.raises(RuntimeError, match="`fused` and `foreach` cannot be `True` together"):
         case.ours(make_params(), fused=True, foreach=True)
-    with pytest.raises(ValueError, match="can't optimize a non-leaf Tensor"):
-        case.ours([make_params()[0] * 2])
 
 
-@for_every_class
+@for_every_class_of_torch
 def test_constructor_is_torchs(case: Case) -> None:
     """Same arguments, same order, same defaults, same kinds; what ours add is keyword-only."""
     ours = inspect.signature(case.ours).parameters
@@ -105,13 +122,15 @@ def test_constructor_is_torchs(case: Case) -> None:
     def shape(parameters: Any) -> list[tuple[str, Any, Any]]:
         return [(p.name, p.kind, p.default) for p in parameters]
 
-    positional = [p for p in ours.values() if p.kind is not keyword]
+    positional = [p for p in ours.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert shape(positional) == shape([p for p in theirs.values() if p.kind is not keyword])
     shared = [p for p in ours.values() if p.kind is keyword and p.name in theirs]
     assert shape(shared) == shape([p for p in theirs.values() if p.kind is keyword])
-    added = {p.name for p in ours.values()} - set(theirs)
-    assert added == {"backend", "state_dtype"}
-    assert issubclass(case.ours, case.torch)
+    added = {"backend": "reference", "state_dtype": torch.float32}
+    made = case.ours(make_params(), **added)
+    assert isinstance(made, case.torch)
+    assert {key: getattr(made, key) for key in added} == added
+    assert not set(added) & set(theirs)
 
 
 @for_every_class
@@ -121,7 +140,7 @@ def test_unknown_backend_is_refused(case: Case) -> None:
 
 
 @on_every_target
-@for_every_case
+@for_every_case_of_torch
 def test_groups_and_states_are_torchs(case: Case, target: Target) -> None:
     ours = build(case, target, make_params(device=target.device))
     theirs = build_torch(case, make_params(device=target.device), foreach=None)
@@ -129,7 +148,8 @@ def test_groups_and_states_are_torchs(case: Case, target: Target) -> None:
     for key, value in theirs.param_groups[0].items():
         assert key == "params" or ours.param_groups[0][key] == value
     train([ours, theirs], 1)
-    for p, q in zip(parameters(ours), parameters(theirs), strict=True):
+    assert len(ours.state) == len(theirs.state)
+    for p, q in zip(ours.state, theirs.state, strict=True):
         assert [*ours.state[p]] == [*theirs.state[q]]
         for key, value in ours.state[p].items():
             expected = theirs.state[q][key]
@@ -149,29 +169,39 @@ SCHEDULERS = {
 
 
 @on_every_target
-@for_every_class
+@for_every_rule
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
 @pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")
 def test_schedulers(case: Case, target: Target, name: str, tensor_lr: bool) -> None:
     shapes = [(5, 3), (40,)]
-    pair = [
-        make(make_params(shapes, device=target.device), lr=torch.tensor(0.01) if tensor_lr else 0.01)
-        for make in (lambda p, **k: build(case, target, p, **k), lambda p, **k: build_torch(case, p, **k))
+    makers = [lambda p, **k: build(case, target, p, **k)]
+    if case.torch:
+        makers.append(lambda p, **k: build_torch(case, p, **k))
+    optimizers = [
+        make(make_params(shapes, device=target.device), lr=torch.tensor(0.01) if tensor_lr else 0.01) for make in makers
     ]
-    schedulers = [SCHEDULERS[name](optimizer) for optimizer in pair]
-
-    def each(_: int) -> None:
+    schedulers = [SCHEDULERS[name](optimizer) for optimizer in optimizers]
+    seen = set()
+    for step in range(quick(target, 30, 4)):
+        for optimizer in optimizers[1:]:
+            set_grads(parameters(optimizer), random_grads(parameters(optimizer), step))
+            optimizer.step()
+        set_grads(parameters(optimizers[0]), random_grads(parameters(optimizers[0]), step))
+        checked_step(optimizers[0], case.rule, 6.0)  # the larger lr, the more the step's own roundings are worth
         for scheduler in schedulers:
             scheduler.step()
-        assert schedulers[0].get_last_lr() == schedulers[1].get_last_lr()
-
-    train(pair, quick(target, 30, 4), each=each)
-    assert_like_torch(*pair)
+            assert scheduler.get_last_lr() == schedulers[0].get_last_lr()
+        group = optimizers[0].param_groups[0]
+        seen.add((float(group["lr"]), group["momentum"] if "momentum" in group else group["betas"][0]))
+    assert len(seen) == quick(target, 30, 4) or name == "CosineAnnealingWarmRestarts"  # which repeats itself
+    assert len({cycled for _, cycled in seen}) > 1 or name != "OneCycleLR"
+    if case.torch:
+        assert_like_torch(*optimizers)
 
 
 @on_every_target
-@for_every_case
+@for_every_rule
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(), (1,)], ids=str)
 def test_tensor_lr_filled_between_steps(case: Case, target: Target, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -188,7 +218,7 @@ def test_tensor_lr_filled_between_steps(case: Case, target: Target, dtype: torch
 
 
 @on_every_target
-@for_every_case
+@every(RUN, "betas")
 def test_tensor_betas(case: Case, target: Target) -> None:
     params = make_params([(5, 3), (40,)], device=target.device)
     optimizer = build(case, target, params, betas=(torch.tensor(0.75), torch.tensor([0.96875])))
@@ -203,8 +233,10 @@ def test_options_changed_between_steps(case: Case, target: Target) -> None:
     params = make_params([(5, 3), (40,)], device=target.device)
     optimizer = build(case, target, [{"params": params[:1]}, {"params": params[1:]}])
     changes: list[dict[str, Any]] = [{"lr": 0.3}, {"betas": (0.1, 0.2)}, {"eps": 0.1}, {"weight_decay": 0.7}]
-    changes += [{"maximize": not case.kwargs.get("maximize", False)}]
+    changes += [{"maximize": not case.kwargs.get("maximize", False)}, {"momentum": 0.3}, {"dampening": 0.6}]
+    changes += [{"nus": (0.1, 0.6)}, {"max_grad_norm": 0.2}, {"grad_averaging": False}, {"adam_w_mode": False}]
+    changes += [{"use_nvlamb": True, "weight_decay": 0.0}, {"trust_clip": (0.9, 1.1)}, {"bias_correction": False}]
     for step, change in enumerate(changes):
-        optimizer.param_groups[1].update(change)
+        optimizer.param_groups[1].update(case.known(**change))
         set_grads(params, random_grads(params, step))
         checked_step(optimizer, case.rule, 8.0)  # steps of many times lr, once betas jump
