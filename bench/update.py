@@ -1,0 +1,203 @@
+"""The whole update between backward() and the next forward, against torch's composition of the same work.
+
+    python bench/update.py                        # every case and feature on the CPU, into bench/results/<machine>/
+    python bench/update.py --device cuda --case gpt2-124m --feature clip
+
+Every peer's params are compared with those of torch's composition before anything is timed; peers take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from clocks import CpuClock, CudaClock, Step
+from environment import ROOT, describe, device_name, folder_name
+from family import LR, WEIGHT_DECAY
+from measure import progress
+from shapes import CASES
+from torch.nn.utils import clip_grad_norm_
+from workload import DTYPES, Config, Workload
+
+sys.path.append(str(ROOT))
+
+MAX_NORM = 0.5  # below any of these gradients' norms, so that clipping has to write
+SCALE = 1024.0
+BASELINE = "torch"
+# (case, dtype, feature): how many times faster than torch's composition ours must be
+GOALS = {("resnet50", "float32", "clip"): 1.8, ("gpt2-124m", "bf16", "clip"): 2.2}
+
+# What is done besides the step: clipping by the global norm; GradScaler's unscaling and its check before that; the
+# division of gradients that were added up over micro-batches; the check that all gradients are finite.
+FEATURES = ("step", "clip", "unscale+clip", "accumulate+clip", "clip+skip")
+
+
+def torch_update(workload: Workload, feature: str, **options: Any) -> Step:
+    """As training loops compose it of torch's functions."""
+    optimizer = torch.optim.AdamW(workload.groups(), lr=LR, **options)
+    foreach = True if options.get("foreach") else None
+    scaler = torch.amp.GradScaler(workload.device.type, init_scale=SCALE, growth_interval=1 << 30)
+    scaler.scale(torch.zeros((), device=workload.device))
+    scale = torch.full((), 1 / SCALE, device=workload.device)
+    found = torch.zeros((), device=workload.device)
+
+    def update() -> None:
+        if feature == "unscale+clip":
+            torch._amp_foreach_non_finite_check_and_unscale_(workload.grads, found, scale)
+        if feature == "accumulate+clip":
+            torch._foreach_div_(workload.grads, SCALE)
+        if feature == "step":
+            optimizer.step()
+            return
+        norm = clip_grad_norm_(workload.params, MAX_NORM, foreach=foreach)
+        if feature == "clip+skip" and not norm.isfinite():  # waits for the device, as such loops do
+            return
+        optimizer.step()
+
+    return update
+
+
+def ours(workload: Workload, feature: str) -> Step:
+    from fused_optim import FusedAdamW
+
+    param_dtype, state_dtype = DTYPES[workload.config.dtype]
+    optimizer = FusedAdamW(
+        workload.groups(),
+        lr=LR,
+        state_dtype=None if state_dtype == param_dtype else state_dtype,
+        max_grad_norm=None if feature == "step" else MAX_NORM,
+        skip_nonfinite=feature == "clip+skip",
+    )
+    scale = torch.full((), SCALE, device=workload.device)
+    found = torch.zeros((), device=workload.device)
+
+    def update() -> None:
+        if feature == "unscale+clip":
+            # What GradScaler does for an optimizer that scales by itself: it looks for overflow with a scale of 1.
+            torch._amp_foreach_non_finite_check_and_unscale_(workload.grads, found, torch.ones_like(scale))
+            optimizer.grad_scale, optimizer.found_inf = scale, found  # type: ignore[attr-defined]
+            optimizer.step()
+        elif feature == "accumulate+clip":
+            optimizer.step(grad_scale=SCALE)
+        else:
+            optimizer.step()
+
+    return update
+
+
+PEERS: dict[str, Callable[[Workload, str], Step]] = {
+    "torch": lambda workload, feature: torch_update(workload, feature, fused=True),
+    "torch-foreach": lambda workload, feature: torch_update(workload, feature, foreach=True),
+    "ours": ours,
+}
+
+
+def after_one(workload: Workload, step: Step) -> list[torch.Tensor]:
+    """The params after one update; params and gradients are put back."""
+    kept = copy.deepcopy([*[p.detach() for p in workload.params], *workload.grads])
+    step()
+    params = [p.detach().double() for p in workload.params]
+    for tensor, value in zip([*[p.detach() for p in workload.params], *workload.grads], kept, strict=True):
+        tensor.copy_(value)
+    return params
+
+
+def check(workload: Workload, steps: dict[str, Step]) -> None:
+    """Raises ArithmeticError where a peer's params after its first update are not those of torch's composition."""
+    eps = torch.finfo(DTYPES[workload.config.dtype][0]).eps
+    with torch.no_grad():
+        truth = after_one(workload, steps[BASELINE])
+        for name in steps.keys() - {BASELINE}:
+            for got, want in zip(after_one(workload, steps[name]), truth, strict=True):
+                error = ((got - want).abs() / (eps * want.abs() + 0.1 * LR)).max().item()
+                if not error <= 2:
+                    raise ArithmeticError(f"{name}: an error of {error:.3g} times the tolerance")
+
+
+def measure(config: Config, feature: str, device: torch.device, rounds: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    workload = Workload(config, device)
+    steps = {name: build(workload, feature) for name, build in PEERS.items()}
+    check(workload, steps)
+    clock = CudaClock(device) if device.type == "cuda" else CpuClock(device)
+    names = list(steps)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    kept = [grad.clone() for grad in workload.grads]
+    gc.disable()
+    for turn in range(rounds + 1):
+        progress(f"{config}, {feature}: round {turn} of {rounds}")
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            torch._foreach_copy_(workload.grads, kept)  # torch's composition writes to them
+            times = clock.time(steps[name], False)
+            if turn:  # the first round makes states and tables
+                samples[name].append(times["ms"])
+    gc.enable()
+    progress(f"{config}, {feature}: done", done=True)
+    speed = statistics.median(a / b for a, b in zip(samples[BASELINE], samples["ours"], strict=True))
+    return {
+        "case": config.case,
+        "dtype": config.dtype,
+        "feature": feature,
+        "median_ms": {name: statistics.median(values) for name, values in samples.items()},
+        "speed_against_torch": speed,
+        "goal": GOALS.get((config.case, config.dtype, feature)),
+        "samples_ms": samples,
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| case | dtype | update | torch | torch foreach | ours | ours : torch | goal |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for result in results:
+        ms = result["median_ms"]
+        times = " | ".join(f"{ms[name]:.2f} ms" for name in PEERS)
+        lines.append(
+            f"| {result['case']} | {result['dtype']} | {result['feature']} | {times} "
+            f"| {result['speed_against_torch']:.2f} | {result['goal'] or ''} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--case", nargs="+", choices=CASES, default=["resnet50", "gpt2-124m"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bf16"])
+    parser.add_argument("--feature", nargs="+", choices=FEATURES, default=list(FEATURES))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, help="folder for update.json and update.md; bench/results/<machine>")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("There is no GPU that torch can use on this machine, so nothing was measured.", file=sys.stderr)
+        return 2
+    device = torch.device(options.device)
+    results = []
+    for case in options.case:
+        for dtype in options.dtype:
+            for feature in options.feature:
+                results.append(measure(Config(case, dtype), feature, device, options.rounds))
+                print(table(results[-1:]).splitlines()[-1], flush=True)
+    folder = options.out or ROOT / "bench" / "results" / folder_name(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = describe(device)
+    (folder / "update.json").write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+    facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
+    title = f"# The whole update on {device_name(device)}: AdamW, weight decay {WEIGHT_DECAY}"
+    text = f"{title}\n\n{facts}\n\nMedians over {options.rounds} rounds, peers taking turns.\n\n{table(results)}\n"
+    (folder / "update.md").write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
