@@ -1,0 +1,170 @@
+"""Comparison with the oracle in ulps, with torch within rounding, and with each other to the bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import oracle
+import torch
+from cases import hypers, parameters
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def states(optimizer: Optimizer) -> list[dict[str, Tensor]]:
+    """The states of every parameter as a checkpoint has them: without buffers that no update has reached yet."""
+    params = parameters(optimizer)
+    if not set(optimizer.state) <= set(params):  # a param taken out leaves its state, and torch cannot save that
+        return [optimizer.state.get(p, {}) for p in params]
+    saved = optimizer.state_dict()["state"]
+    return [saved.get(index, {}) for index in range(len(params))]
+
+
+def snapshot(optimizer: Any) -> list[oracle.Slot]:
+    """Params and states as they are stored now, in float64."""
+    slots = []
+    for p, state in zip(parameters(optimizer), states(optimizer), strict=True):
+        narrow = p.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        dtypes = [value.dtype for key, value in state.items() if key != "step"]
+        dtype = (dtypes or [optimizer.state_dtype if narrow and optimizer.state_dtype else p.dtype])[0]
+        reals = {key: oracle.as_real(value) for key, value in state.items()}
+        slots.append(oracle.Slot(oracle.as_real(p), reals, dtype.to_real()))
+    return slots
+
+
+def stored_dtypes(optimizer: Optimizer) -> list[dict[str, torch.dtype]]:
+    return [
+        {"param": p.dtype, **{key: value.dtype for key, value in state.items()}}
+        for p, state in zip(parameters(optimizer), states(optimizer), strict=True)
+    ]
+
+
+def ulps(got: Tensor, want: Tensor, scale: Tensor, dtype: torch.dtype) -> float:
+    """The largest error, in units of the last place of numbers as large as `scale`, stored as dtype.
+
+    Below the smallest normal number the unit no longer shrinks.
+    """
+    if got.numel() == 0:
+        return 0.0
+    info = torch.finfo(dtype.to_real() if dtype.is_complex else dtype)
+    unit = scale.abs().clamp(min=info.tiny) * info.eps
+    return ((got - want).abs() / unit).max().item()
+
+
+def errors(
+    got: Sequence[oracle.Slot],
+    want: Sequence[oracle.Slot],
+    sizes: Sequence[oracle.Slot],
+    dtypes: Sequence[dict[str, torch.dtype]],
+) -> dict[str, float]:
+    """The largest error in ulps of params and of every state; `sizes` as `scales` returns them."""
+    worst = {"param": 0.0}
+    for slot, truth, scale, dtype in zip(got, want, sizes, dtypes, strict=True):
+        assert slot.state.keys() == truth.state.keys()
+        worst["param"] = max(worst["param"], ulps(slot.param, truth.param, scale.param, dtype["param"]))
+        for key, value in truth.state.items():
+            if key == "step":
+                assert slot.state["step"].item() == value.item()
+            else:
+                error = ulps(slot.state[key], value, scale.state[key], dtype[key])
+                worst[key] = max(worst.get(key, 0.0), error)
+    return worst
+
+
+def scales(
+    rule: oracle.Rule,
+    before: Sequence[oracle.Slot],
+    after: Sequence[oracle.Slot],
+    grads: Sequence[Tensor | None],
+    hypers: Sequence[dict[str, Any]],
+) -> list[oracle.Slot]:
+    """The magnitudes that errors are measured by; numbers that cancel cannot be known better than these.
+
+    States: what the rule makes of absolute values, where nothing cancels, or the state before where that was larger.
+    Params: the largest of before, after and the step that absolute values make; at least lr where the rule divides by a
+    root, which cancels too. Where a rounding would turn a sign around, anything goes: those elements must be few.
+    """
+
+    def larger(x: Tensor | None, y: Tensor) -> Tensor:
+        return y.abs() if x is None else torch.maximum(x.abs(), y.abs())
+
+    absolute = [oracle.Slot(slot.param.abs(), {k: v.abs() for k, v in slot.state.items()}) for slot in before]
+    sizes = [None if g is None else oracle.as_real(g).abs() for g in grads]
+    summed = oracle.step(rule, absolute, sizes, [{**hyper, "maximize": False} for hyper in hypers])
+    result = []
+    for old, new, start, total, hyper in zip(before, after, absolute, summed, hypers, strict=True):
+        param = torch.maximum(larger(old.param, new.param), (start.param - total.param).abs())
+        param = param.clamp(min=float(hyper["lr"])) if "eps" in hyper else param
+        result.append(
+            oracle.Slot(param, {key: larger(old.state.get(key), value) for key, value in total.state.items()})
+        )
+    for slot, doubtful in zip(result, in_doubt(rule, before, grads, hypers), strict=True):
+        assert doubtful.sum() <= max(1, 0.01 * doubtful.numel())
+        slot.param[doubtful] = math.inf
+    return result
+
+
+def in_doubt(
+    rule: oracle.Rule, before: Sequence[oracle.Slot], grads: Sequence[Tensor | None], hypers: Sequence[dict[str, Any]]
+) -> list[Tensor]:
+    """Where Lion takes the sign of what a few roundings of the gradient turn around."""
+    if rule is not oracle.lion:
+        return [torch.zeros_like(slot.param, dtype=torch.bool) for slot in before]
+    reals = [None if g is None else oracle.as_real(g) for g in grads]
+    less, more = (
+        oracle.step(rule, before, [None if g is None else g * factor for g in reals], hypers)
+        for factor in (1 - 2**-19, 1 + 2**-19)
+    )
+    return [
+        (a.param - b.param).abs() > 0.5 * float(hyper["lr"]) for a, b, hyper in zip(less, more, hypers, strict=True)
+    ]
+
+
+def larger_scales(a: Sequence[oracle.Slot], b: Sequence[oracle.Slot]) -> list[oracle.Slot]:
+    return [
+        oracle.Slot(
+            torch.maximum(one.param, other.param),
+            {k: torch.maximum(one.state.get(k, v), v) for k, v in other.state.items()},
+        )
+        for one, other in zip(a, b, strict=True)
+    ]
+
+
+# LAMB's gradients are multiplied by the coefficient that clips them, one rounding more, which squares double; and its
+# update is made of averages as they are stored, which in a 16-bit dtype may be half an ulp to the other side of a tie.
+MORE = {oracle.lamb: 1.0}
+
+
+def checked_step(
+    optimizer: Optimizer, rule: oracle.Rule, bound: float, grad_scale: float = 1.0, found_inf: float = 0.0
+) -> dict[str, float]:
+    """Steps once and compares with the oracle, which starts from the very numbers that were stored before."""
+    before = snapshot(optimizer)
+    grads = [p.grad for p in parameters(optimizer)]
+    want = oracle.step(rule, before, grads, hypers(optimizer), grad_scale, found_inf)
+    sizes = scales(rule, before, want, [None if g is None else g / grad_scale for g in grads], hypers(optimizer))
+    optimizer.step()
+    worst = errors(snapshot(optimizer), want, sizes, stored_dtypes(optimizer))
+    assert max(worst.values()) <= bound + MORE.get(rule, 0.0), worst
+    return worst
+
+
+def assert_equal(ours: Any, theirs: Any) -> None:
+    """Bit for bit, NaN equal to NaN; states are compared with their dtypes."""
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_like_torch(ours: Optimizer, theirs: Optimizer, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    """Params and states within rounding; the same states, the same step counts.
+
+    Squares do not cancel: next to no absolute error is granted to them.
+    """
+    for p, q in zip(parameters(ours), parameters(theirs), strict=True):
+        torch.testing.assert_close(p.detach().cpu(), q.detach().cpu(), rtol=rtol, atol=atol, equal_nan=True)
+    for mine, torchs in zip(states(ours), states(theirs), strict=True):
+        assert mine.keys() == torchs.keys()
+        for key, value in torchs.items():
+            least = atol * 1e-6 if key.endswith("_sq") else atol
+            torch.testing.assert_close(mine[key].cpu(), value.cpu(), rtol=rtol, atol=least, equal_nan=True)

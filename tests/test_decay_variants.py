@@ -1,0 +1,244 @@
+"""Decoupled decay by three conventions: torch's, the paper's, and the paper's normalized one."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    DECOUPLED,
+    Case,
+    Target,
+    copies,
+    every,
+    make_params,
+    on_every_target,
+    parameters,
+    quick,
+    random_grads,
+    set_grads,
+    train,
+)
+from compare import assert_equal, checked_step, states
+
+from fused_optim import FusedSGD
+
+SHAPES = [(5, 3), (), (0,), (40,)]
+CONVENTIONS: dict[str, dict[str, Any]] = {
+    "torch": {},
+    "paper": {"decay": "paper"},
+    "paper-reference": {"decay": "paper", "lr_reference": 0.1},
+    "normalized": {"decay": "normalized", "decay_period": 50},
+    "normalized-reference": {"decay": "normalized", "decay_period": 12.5, "lr_reference": 0.02},
+}
+for_every_decoupled = every(DECOUPLED)
+for_every_convention = pytest.mark.parametrize("convention", CONVENTIONS)
+
+
+def build(case: Case, params: Any, target: Target, convention: str = "torch", **options: Any) -> Any:
+    """The case's optimizer, but for the decay that the case itself asks for."""
+    kept = {key: value for key, value in case.kwargs.items() if key not in ("decay", "lr_reference", "decay_period")}
+    options = {**kept, "weight_decay": 0.3, **CONVENTIONS[convention], **options}
+    return case.ours(params, backend=target.backend, **options)
+
+
+@on_every_target
+@for_every_decoupled
+@for_every_convention
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_against_the_oracle(case: Case, target: Target, convention: str, dtype: torch.dtype) -> None:
+    params = make_params(SHAPES, dtype, target.device)
+    ours = build(case, params, target, convention)
+    for step in range(quick(target, 5, 2)):
+        ours.param_groups[0]["lr"] = 0.01 / (1 + step)
+        set_grads(params, random_grads(params, step))
+        checked_step(ours, case.rule, {torch.bfloat16: 0.6, torch.float64: 200.0}.get(dtype, 3.0))
+
+
+def share_taken(optimizer: Any) -> float:
+    """What one step with a gradient of zero takes of a param: the decay alone, for states that are zero too."""
+    (p,) = parameters(optimizer)
+    before = p.detach().clone()
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    return (1 - p.detach() / before).mean().item()
+
+
+@on_every_target
+@for_every_decoupled
+def test_shares_by_hand(case: Case, target: Target) -> None:
+    """With lr 1/100 and weight_decay 3/10, and the numbers of the conventions above."""
+    wanted = {
+        "torch": 0.003,
+        "paper": 0.3,
+        "paper-reference": 0.03,
+        "normalized": 0.3 / math.sqrt(50),
+        "normalized-reference": 0.15 / math.sqrt(12.5),
+    }
+    for convention, share in wanted.items():
+        ours = build(case, make_params([(40,)], torch.float64, target.device), target, convention, lr=0.01)
+        assert share_taken(ours) == pytest.approx(share, rel=1e-12)
+
+
+@on_every_target
+@for_every_decoupled
+@pytest.mark.parametrize(
+    ("convention", "options"),
+    [
+        ("torch", {}),
+        ("paper", {"lr_reference": None}),
+        ("paper", {"lr_reference": 0.0}),
+        ("paper", {"lr_reference": 0.1}),
+        ("normalized", {}),
+    ],
+    ids=str,
+)
+def test_lr_zero_moves_nothing(case: Case, target: Target, convention: str, options: dict[str, Any]) -> None:
+    """Distributed checkpointing makes states by one step with lr 0 and zero gradients."""
+    params = make_params(SHAPES, device=target.device)
+    before = copies(params)
+    ours = build(case, params, target, convention, lr=0.0, **options)
+    for grads in ([torch.zeros_like(p) for p in params], random_grads(params, 0)):
+        set_grads(params, grads)
+        ours.step()
+        assert_equal([p.detach() for p in params], [p.detach() for p in before])
+
+
+@on_every_target
+@for_every_decoupled
+@pytest.mark.parametrize("convention", ["paper", "normalized"])
+def test_reference_of_zero_decays_nothing(case: Case, target: Target, convention: str) -> None:
+    ours = build(case, make_params([(40,)], torch.float64, target.device), target, convention, lr_reference=0.0)
+    assert share_taken(ours) == 0.0
+    params = parameters(ours)
+    set_grads(params, random_grads(params, 0))
+    checked_step(ours, case.rule, 200.0)
+
+
+@on_every_target
+@for_every_decoupled
+def test_period_and_reference_changed_between_steps(case: Case, target: Target) -> None:
+    """As a scheduler does at a restart; each group has its own."""
+    params = make_params([(5, 3), (40,)], device=target.device)
+    groups = [{"params": params[:1]}, {"params": params[1:], "decay_period": 9, "lr_reference": 0.5, "lr": 0.25}]
+    ours = build(case, groups, target, "normalized", decay_period=4)
+    references = [group["lr_reference"] for group in ours.param_groups]
+    assert references == [case.kwargs["lr"], 0.5]
+    assert [group["decay_period"] for group in ours.param_groups] == [4, 9]
+    for step, change in enumerate([{}, {"decay_period": 400}, {"lr_reference": 2.0}, {"decay_period": 1, "lr": 0.0}]):
+        ours.param_groups[0].update(change)
+        set_grads(params, random_grads(params, step))
+        checked_step(ours, case.rule, 3.0)
+
+
+@on_every_target
+@for_every_decoupled
+def test_groups_hold_only_what_their_convention_reads(case: Case, target: Target) -> None:
+    keys = {"torch": set(), "paper": {"lr_reference"}, "normalized": {"lr_reference", "decay_period"}}
+    plain = set(build(case, make_params(SHAPES, device=target.device), target).param_groups[0])
+    for convention, added in keys.items():
+        ours = build(case, make_params(SHAPES, device=target.device), target, convention)
+        ours.add_param_group({"params": make_params([(3,)], device=target.device, seed=5), "lr": 0.125})
+        assert [set(group) - plain for group in ours.param_groups] == [added] * 2
+        if added:
+            assert ours.param_groups[1]["lr_reference"] == 0.125
+        assert not {"decay", "lr_reference", "decay_period"} & plain
+
+
+@on_every_target
+@for_every_decoupled
+@for_every_convention
+def test_checkpoints_keep_the_convention(case: Case, target: Target, convention: str) -> None:
+    params = make_params(SHAPES, device=target.device)
+    ours = build(case, params, target, convention)
+    train([ours], 2)
+    saved = ours.state_dict()
+    loaded = build(case, copies(params), target, convention, lr=0.7, weight_decay=0.0)
+    loaded.load_state_dict(copy.deepcopy(saved))
+    others = [loaded, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))]
+    for other in others:
+        assert other.state_dict()["param_groups"] == saved["param_groups"]
+        other.add_param_group({"params": make_params([(3,)], device=target.device)})
+        added, first = other.param_groups[1], other.param_groups[0]
+        assert ("lr_reference" in added, "decay_period" in added) == ("lr_reference" in first, "decay_period" in first)
+        set_grads(other.param_groups[1]["params"], [None])
+    train_alike([ours, *others])
+
+
+def train_alike(optimizers: list[Any]) -> None:
+    """Two more steps of the first group's params of each: bit for bit the same."""
+    for optimizer in optimizers:
+        params = optimizer.param_groups[0]["params"]
+        for step in range(2):
+            set_grads(params, random_grads(params, 70 + step))
+            optimizer.step()
+        assert_equal([p.detach() for p in params], [p.detach() for p in optimizers[0].param_groups[0]["params"]])
+        assert_equal(states(optimizer)[: len(params)], states(optimizers[0]))
+
+
+@on_every_target
+@for_every_decoupled
+def test_checkpoints_without_the_keys_leave_ours(case: Case, target: Target) -> None:
+    """One by torch's class, say, or from before the convention was chosen."""
+    params = make_params(SHAPES, device=target.device)
+    plain = build(case, params, target)
+    train([plain], 2)
+    ours = build(case, copies(params), target, "normalized-reference")
+    ours.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert (ours.param_groups[0]["lr_reference"], ours.param_groups[0]["decay_period"]) == (0.02, 12.5)
+    set_grads(parameters(ours), random_grads(parameters(ours), 1))
+    checked_step(ours, case.rule, 3.0)
+
+
+@on_every_target
+@for_every_decoupled
+def test_tensor_lr(case: Case, target: Target) -> None:
+    """The reference is a number, taken once: filling the tensor later is the schedule."""
+    lr = torch.tensor(0.02)
+    params = make_params(SHAPES, device=target.device)
+    ours = build(case, params, target, "paper", lr=lr)
+    for step in range(3):
+        assert isinstance(ours.param_groups[0]["lr_reference"], float)
+        assert ours.param_groups[0]["lr_reference"] == pytest.approx(0.02, rel=1e-6)
+        lr.fill_(0.02 / (2 + step))
+        set_grads(params, random_grads(params, step))
+        checked_step(ours, case.rule, 3.0)
+
+
+BROKEN: list[tuple[dict[str, Any], str]] = [
+    ({"decay": "cosine"}, "decay must be .*, but got 'cosine'"),
+    ({"decay": None}, "decay must be .*, but got None"),
+    ({"decay": "normalized"}, "needs decay_period.* got None"),
+    ({"decay": "normalized", "decay_period": 0}, "needs decay_period.* got 0"),
+    ({"decay": "normalized", "decay_period": -3}, "needs decay_period.* got -3"),
+    ({"decay": "normalized", "decay_period": math.nan}, "needs decay_period.* got nan"),
+    ({"decay": "paper", "lr_reference": -0.1}, "lr_reference must be 0 or more, but got -0.1"),
+    ({"decay": "paper", "lr_reference": math.nan}, "lr_reference must be 0 or more, but got nan"),
+    ({"decay": "torch", "lr_reference": 0.1}, 'lr_reference has no meaning with decay="torch"'),
+    ({"decay": "paper", "decay_period": 10}, 'decay_period has a meaning only with decay="normalized"'),
+]
+
+
+@for_every_decoupled
+@pytest.mark.parametrize(("options", "message"), BROKEN, ids=str)
+def test_refused_options(case: Case, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(case, make_params(), Target("reference", "cpu"), **options)
+
+
+@for_every_decoupled
+@pytest.mark.parametrize("options", [{"lr_reference": -1.0}, {"decay_period": 0}], ids=str)
+def test_a_refused_group_is_not_added(case: Case, options: dict[str, Any]) -> None:
+    ours = build(case, make_params(), Target("reference", "cpu"), "normalized")
+    with pytest.raises(ValueError, match="but got"):
+        ours.add_param_group({"params": make_params([(3,)]), **options})
+    assert len(ours.param_groups) == 1
+
+
+def test_classes_with_l2_know_no_convention() -> None:
+    with pytest.raises(TypeError, match="decay"):
+        FusedSGD(make_params(), decay="paper")
