@@ -37,4 +37,5 @@ fi
 part host "$PYTHON" bench/host.py --device cuda --json "$out/host.json"
 part step "$PYTHON" bench/step.py --suite gpu
 part step-family "$PYTHON" bench/step.py --suite gpu-family
+part update "$PYTHON" bench/update.py --device cuda
 exit $failed

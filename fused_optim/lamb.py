@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .optimizer import FusedOptimizer
+from .adam_like import AdamLike, check_trust_clip
 from .scaling import check_options
 from .table import BETAS, DECOUPLED, EPS, OWN, TRUST_ALWAYS, Rule
-from .validate import check_adam_like, check_trust_clip
 
 
-class FusedLAMB(FusedOptimizer):
+class FusedLAMB(AdamLike):
     r"""LAMB in two passes over memory, with the arguments and semantics of NVIDIA Apex's FusedLAMB.
 
     With :math:`\hat m, \hat v` Adam's averages of the clipped gradient after bias correction, tensor by tensor:
@@ -77,27 +76,25 @@ class FusedLAMB(FusedOptimizer):
         use_nvlamb: bool = False,
         *,
         trust_clip: tuple[float, float] | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        **ours: Any,
+        **options: Any,
     ) -> None:
         if amsgrad:
             raise RuntimeError("FusedLAMB does not support the AMSGrad variant.")
-        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        check_adam_like(lr, betas, weight_decay, eps)
         check_options(max_grad_norm, 2.0)
         check_trust_clip(trust_clip)
-        flags = {
+        own = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
             "bias_correction": bias_correction,
             "adam_w_mode": adam_w_mode,
             "grad_averaging": grad_averaging,
             "max_grad_norm": max_grad_norm,
             "use_nvlamb": use_nvlamb,
             "trust_clip": trust_clip,
-            "maximize": maximize,
-            "capturable": capturable,
         }
-        super().__init__(params, {**options, **flags}, **ours)
+        super().__init__(params, own, **options)
 
     @property
     def trust_ratios(self) -> dict[Tensor, Tensor]:

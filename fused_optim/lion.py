@@ -6,18 +6,18 @@ from typing import Any
 
 from torch import Tensor
 
+from .adam_like import AdamLike
 from .decoupled import Decoupled
 from .table import BETAS, Rule
-from .validate import check_adam_like
 
 
-class FusedLion(Decoupled):
+class FusedLion(Decoupled, AdamLike):
     r"""Lion in one pass over memory, decay decoupled from the gradient.
 
     .. math::
         p = (1 - lr \cdot \lambda) p - lr \cdot sign(\beta_1 m + (1-\beta_1) g), \quad m = \beta_2 m + (1-\beta_2) g
 
-    Args as FusedAdamW's, without eps and amsgrad. State: exp_avg.
+    Args as FusedAdamW's, without eps and amsgrad; maximize and capturable among the options. State: exp_avg.
 
     Raises:
         ValueError: lr, betas or weight_decay are out of range.
@@ -33,11 +33,7 @@ class FusedLion(Decoupled):
         lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        *,
-        maximize: bool = False,
-        capturable: bool = False,
-        **ours: Any,
+        **options: Any,
     ) -> None:
-        options = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
-        check_adam_like(lr, betas, weight_decay)
-        super().__init__(params, {**options, "capturable": capturable, "decoupled_weight_decay": True}, **ours)
+        own = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "decoupled_weight_decay": True}
+        super().__init__(params, own, **options)

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adam_like import AdamLike, check_nus
 from .decoupled import Decoupled
-from .optimizer import FusedOptimizer
 from .table import BETAS, DECOUPLED, EPS, OWN, Rule
-from .validate import check_adam_like, check_nus
 
 
-class FusedQHAdam(FusedOptimizer):
+class FusedQHAdam(AdamLike):
     r"""QHAdam in one pass over memory, with the arguments and group keys of its authors' package qhoptim.
 
     With :math:`\hat m, \hat v` Adam's averages after bias correction:
@@ -52,16 +51,11 @@ class FusedQHAdam(FusedOptimizer):
         weight_decay: float = 0.0,
         decouple_weight_decay: bool = False,
         eps: float = 1e-8,
-        *,
-        maximize: bool = False,
-        capturable: bool = False,
-        **ours: Any,
+        **options: Any,
     ) -> None:
-        options = {"lr": lr, "betas": betas, "nus": nus, "weight_decay": weight_decay, "eps": eps}
-        check_adam_like(lr, betas, weight_decay, eps)
         check_nus(nus)
-        flags = {"decouple_weight_decay": decouple_weight_decay, "maximize": maximize, "capturable": capturable}
-        super().__init__(params, {**options, **flags}, **ours)
+        own = {"lr": lr, "betas": betas, "nus": nus, "weight_decay": weight_decay, "eps": eps}
+        super().__init__(params, {**own, "decouple_weight_decay": decouple_weight_decay}, **options)
 
     @classmethod
     def from_nadam(cls, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999)) -> dict[str, Any]:

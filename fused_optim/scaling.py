@@ -99,7 +99,8 @@ class Scaler:
             if self.skip_nonfinite and squares is not None:
                 bad = (~squares.isfinite()).float()
                 found_inf = bad if found_inf is None else bad + found_inf
-                self.skipped = self.skipped.to(home) + (found_inf != 0).reshape(())
+                self.skipped = self.skipped.to(home)
+                self.skipped += (found_inf != 0).reshape(())  # in place, so that a captured graph counts on
             numbers = (scale, found_inf, squares)
             return [Scaling(*(_moved(number, table.device) for number in numbers)) for table, _ in tables]
 
@@ -107,7 +108,10 @@ class Scaler:
     def _product(scales: Sequence[Any], home: torch.device) -> Tensor | None:
         product = None
         for scale in scales:
-            factor = torch.as_tensor(scale, dtype=torch.float32).to(home, non_blocking=True).reshape(())
+            if isinstance(scale, Tensor):
+                factor = scale.to(home, torch.float32, non_blocking=True).reshape(())
+            else:  # filled in on the device: a copy would have to wait, and no graph could capture it
+                factor = torch.full((), scale, dtype=torch.float32, device=home)
             product = factor if product is None else product * factor
         return product
 

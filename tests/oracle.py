@@ -7,6 +7,7 @@ in as they are: a rule picks the hyperparameters it knows and ignores the rest.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 Rule = Callable[..., tuple[Tensor, State]]
+Pair = tuple[float | Tensor, float | Tensor]
 Hypers = Sequence[dict[str, Any]]
 
 
@@ -43,45 +45,42 @@ def next_step(state: State) -> Tensor:
     return state.get("step", torch.zeros((), dtype=torch.float64)) + 1
 
 
-def shrunk(
-    param: Tensor, rate: float, weight_decay: float, lr_reference: float | None, decay_period: float | None
-) -> Tensor:
+def shrinkage(rate: float, weight_decay: float, lr_reference: float | None, decay_period: float | None) -> float:
     """Decoupled decay. Without a reference torch's, by lr times weight_decay; with one the paper's (arXiv:1711.05101,
     algorithm 2: eta_t is the schedule alone), which a period of so many updates normalizes (its appendix B.1)."""
     if lr_reference is None:
-        return param * (1 - rate * weight_decay)
+        return 1 - rate * weight_decay
     schedule = rate / lr_reference if lr_reference != 0 else 0.0
-    return param * (1 - schedule * weight_decay / math.sqrt(1 if decay_period is None else decay_period))
+    return 1 - schedule * weight_decay / math.sqrt(1 if decay_period is None else decay_period)
 
 
-def adam(
-    param: Tensor,
-    grad: Tensor,
-    state: State,
-    *,
-    lr: float | Tensor,
-    betas: tuple[float | Tensor, float | Tensor],
-    eps: float,
-    weight_decay: float,
-    amsgrad: bool,
-    maximize: bool,
-    decoupled_weight_decay: bool,
-    lr_reference: float | None = None,
-    decay_period: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, State]:
+def with_decay(update: Rule) -> Rule:
+    """A rule of an update, which knows nothing of decay and maximize, with both: L2 goes into the gradient, decoupled
+    decay into the param that the update is then taken off."""
+
+    @functools.wraps(update)
+    def rule(param: Tensor, grad: Tensor, state: State, **hyper: Any) -> tuple[Tensor, State]:
+        rate, weight_decay = scalar(hyper["lr"]), scalar(hyper["weight_decay"])
+        if hyper["maximize"]:
+            grad = -grad
+        if weight_decay != 0:
+            if hyper.get("decoupled_weight_decay") or hyper.get("decouple_weight_decay"):
+                param = param * shrinkage(rate, weight_decay, hyper.get("lr_reference"), hyper.get("decay_period"))
+            else:
+                grad = grad + weight_decay * param
+        change, new = update(grad, state, **hyper)
+        return (param if rate == 0 else param - rate * change), new
+
+    return rule
+
+
+@with_decay
+def adam(grad: Tensor, state: State, *, betas: Pair, eps: float, amsgrad: bool, **_: Any) -> tuple[Tensor, State]:
     """Adam (arXiv:1412.6980), AdamW (arXiv:1711.05101), AMSGrad (Reddi et al., ICLR 2018; before bias correction)."""
-    rate, beta1, beta2 = scalar(lr), scalar(betas[0]), scalar(betas[1])
-    zeros = torch.zeros_like(param)
+    beta1, beta2 = scalar(betas[0]), scalar(betas[1])
+    zeros = torch.zeros_like(grad)
     step = next_step(state)
     exp_avg, exp_avg_sq = state.get("exp_avg", zeros), state.get("exp_avg_sq", zeros)
-    if maximize:
-        grad = -grad
-    if weight_decay != 0:
-        if decoupled_weight_decay:
-            param = shrunk(param, rate, weight_decay, lr_reference, decay_period)
-        else:
-            grad = grad + weight_decay * param
     new = {
         "step": step,
         "exp_avg": beta1 * exp_avg + (1 - beta1) * grad,
@@ -95,69 +94,27 @@ def adam(
         new["max_exp_avg_sq"] = state["max_exp_avg_sq"]
     exp_avg_hat = new["exp_avg"] / (1 - beta1 ** step.item())
     second_moment_hat = second_moment / (1 - beta2 ** step.item())
-    if rate == 0:
-        return param, new
-    return param - rate * exp_avg_hat / (second_moment_hat.sqrt() + eps), new
+    return exp_avg_hat / (second_moment_hat.sqrt() + eps), new
 
 
+@with_decay
 def sgd(
-    param: Tensor,
-    grad: Tensor,
-    state: State,
-    *,
-    lr: float | Tensor,
-    momentum: float | Tensor,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    decoupled_weight_decay: bool = False,
-    lr_reference: float | None = None,
-    decay_period: float | None = None,
-    **_: Any,
+    grad: Tensor, state: State, *, momentum: float | Tensor, dampening: float, nesterov: bool, **_: Any
 ) -> tuple[Tensor, State]:
     """SGD as torch.optim.SGD documents it: the first buffer is the gradient, undamped; SGDW (arXiv:1711.05101)."""
-    rate, mu = scalar(lr), scalar(momentum)
-    if maximize:
-        grad = -grad
-    if weight_decay != 0:
-        if decoupled_weight_decay:
-            param = shrunk(param, rate, weight_decay, lr_reference, decay_period)
-        else:
-            grad = grad + weight_decay * param
+    mu = scalar(momentum)
     if mu == 0:
-        return param - rate * grad, dict(state)
+        return grad, dict(state)
     buffer = mu * state["momentum_buffer"] + (1 - dampening) * grad if "momentum_buffer" in state else grad
-    return param - rate * (grad + mu * buffer if nesterov else buffer), {"momentum_buffer": buffer}
+    return grad + mu * buffer if nesterov else buffer, {"momentum_buffer": buffer}
 
 
-def qhadam(
-    param: Tensor,
-    grad: Tensor,
-    state: State,
-    *,
-    lr: float | Tensor,
-    betas: tuple[float | Tensor, float | Tensor],
-    nus: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    decouple_weight_decay: bool,
-    maximize: bool,
-    lr_reference: float | None = None,
-    decay_period: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, State]:
+@with_decay
+def qhadam(grad: Tensor, state: State, *, betas: Pair, nus: Pair, eps: float, **_: Any) -> tuple[Tensor, State]:
     """QHAdam (arXiv:1810.06801, section 4.2), with averages that start at zero and are corrected when they are read."""
-    rate, beta1, beta2 = scalar(lr), scalar(betas[0]), scalar(betas[1])
-    zeros = torch.zeros_like(param)
+    beta1, beta2 = scalar(betas[0]), scalar(betas[1])
+    zeros = torch.zeros_like(grad)
     step = next_step(state)
-    if maximize:
-        grad = -grad
-    if weight_decay != 0:
-        if decouple_weight_decay:
-            param = shrunk(param, rate, weight_decay, lr_reference, decay_period)
-        else:
-            grad = grad + weight_decay * param
     new = {
         "step": step,
         "exp_avg": beta1 * state.get("exp_avg", zeros) + (1 - beta1) * grad,
@@ -165,33 +122,16 @@ def qhadam(
     }
     mean = nus[0] * new["exp_avg"] / (1 - beta1 ** step.item()) + (1 - nus[0]) * grad
     square = nus[1] * new["exp_avg_sq"] / (1 - beta2 ** step.item()) + (1 - nus[1]) * grad**2
-    if rate == 0:
-        return param, new
-    return param - rate * mean / (square.sqrt() + eps), new
+    return mean / (square.sqrt() + eps), new
 
 
-def lion(
-    param: Tensor,
-    grad: Tensor,
-    state: State,
-    *,
-    lr: float | Tensor,
-    betas: tuple[float | Tensor, float | Tensor],
-    weight_decay: float,
-    maximize: bool,
-    lr_reference: float | None = None,
-    decay_period: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, State]:
-    """Lion (arXiv:2302.06675, algorithm 2); decay is always decoupled."""
-    rate, beta1, beta2 = scalar(lr), scalar(betas[0]), scalar(betas[1])
-    exp_avg = state.get("exp_avg", torch.zeros_like(param))
-    if maximize:
-        grad = -grad
-    if weight_decay != 0:
-        param = shrunk(param, rate, weight_decay, lr_reference, decay_period)
+@with_decay
+def lion(grad: Tensor, state: State, *, betas: Pair, **_: Any) -> tuple[Tensor, State]:
+    """Lion (arXiv:2302.06675, algorithm 2)."""
+    beta1, beta2 = scalar(betas[0]), scalar(betas[1])
+    exp_avg = state.get("exp_avg", torch.zeros_like(grad))
     direction = (beta1 * exp_avg + (1 - beta1) * grad).sign()
-    return param - rate * direction, {"exp_avg": beta2 * exp_avg + (1 - beta2) * grad}
+    return direction, {"exp_avg": beta2 * exp_avg + (1 - beta2) * grad}
 
 
 def lamb(

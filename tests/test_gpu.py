@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from fused_optim import FusedAdamW, backends
+from fused_optim import FusedAdamW, FusedLAMB, FusedLion, FusedQHAdam, FusedSGD, backends
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 SHAPES = [(1000, 1000), (7,), (), (4096,), (33, 129), (0,), (3, 5, 7)]
+FAMILY: list[tuple[Any, dict[str, Any]]] = [
+    (FusedAdamW, {}),
+    (FusedAdamW, {"max_grad_norm": 0.5, "skip_nonfinite": True}),
+    (FusedSGD, {"momentum": 0.9, "max_grad_norm": 0.5}),
+    (FusedQHAdam, {"nus": (0.7, 0.9)}),
+    (FusedLAMB, {}),
+    (FusedLion, {"skip_nonfinite": True}),
+]
+for_the_family = pytest.mark.parametrize(("build", "options"), FAMILY, ids=lambda x: getattr(x, "__name__", None))
 on_gpu_backends = pytest.mark.parametrize("backend", ["triton", "cuda"])
 
 
@@ -54,11 +65,12 @@ def test_close_to_torch_fused(backend: str, amsgrad: bool) -> None:
 
 
 @on_gpu_backends
-def test_the_two_kernels_agree_with_the_cpu(backend: str) -> None:
+@for_the_family
+def test_the_two_kernels_agree_with_the_cpu(backend: str, build: Any, options: dict[str, Any]) -> None:
     require(backend)
     ours = params()
     host = [param.detach().cpu().requires_grad_() for param in ours]
-    a, b = FusedAdamW(ours, lr=1e-2, backend=backend), FusedAdamW(host, lr=1e-2)
+    a, b = build(ours, lr=1e-2, backend=backend, **options), build(host, lr=1e-2, **options)
     for step in range(5):
         set_grads(ours, seed=step)
         for p, q in zip(ours, host, strict=True):
@@ -71,11 +83,12 @@ def test_the_two_kernels_agree_with_the_cpu(backend: str) -> None:
 
 
 @on_gpu_backends
-def test_step_never_waits_for_the_device(backend: str) -> None:
+@for_the_family
+def test_step_never_waits_for_the_device(backend: str, build: Any, options: dict[str, Any]) -> None:
     require(backend)
     ours = params()
     lr = torch.tensor(1e-2, device="cuda")
-    optimizer = FusedAdamW(ours, lr=lr, backend=backend)
+    optimizer = build(ours, lr=lr, backend=backend, **options)
     set_grads(ours, seed=0)
     optimizer.step()
     found_inf = torch.zeros((), device="cuda")
@@ -85,20 +98,24 @@ def test_step_never_waits_for_the_device(backend: str) -> None:
         optimizer.found_inf, optimizer.grad_scale = found_inf, grad_scale
         torch.cuda.set_sync_debug_mode("error")
         try:
-            optimizer.step()
+            optimizer.step(grad_scale=2)
             lr.mul_(0.9)
+            _ = optimizer.last_grad_norm, optimizer.skipped_steps
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert float(optimizer.state[ours[0]]["step"]) == 6
+    steps = optimizer.state[ours[0]].get("step")
+    assert steps is None or float(steps) == 6
 
 
 @on_gpu_backends
-def test_graph_replays_as_eager_steps(backend: str) -> None:
+@for_the_family
+def test_graph_replays_as_eager_steps(backend: str, build: Any, options: dict[str, Any]) -> None:
     require(backend)
     captured, eager = params(), params()
     lrs = [torch.tensor(1e-2, device="cuda") for _ in range(2)]
-    a = FusedAdamW(captured, lr=lrs[0], capturable=True, backend=backend)
-    b = FusedAdamW(eager, lr=lrs[1], backend=backend)
+    capturable = {} if build is FusedSGD else {"capturable": True}  # torch's SGD has no such option
+    a = build(captured, lr=lrs[0], backend=backend, **capturable, **options)
+    b = build(eager, lr=lrs[1], backend=backend, **options)
     set_grads(captured, eager, seed=0)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -116,7 +133,9 @@ def test_graph_replays_as_eager_steps(backend: str) -> None:
         b.step()
     for p, q in zip(captured, eager, strict=True):
         assert torch.equal(p, q)
-    assert float(a.state[captured[0]]["step"]) == 4
+    assert float(a.state[captured[0]].get("step", 4.0)) == 4
+    if a.last_grad_norm is not None:
+        assert torch.equal(a.last_grad_norm, b.last_grad_norm)
 
 
 def test_capture_without_capturable_is_refused() -> None:
