@@ -7,6 +7,29 @@ namespace {
 
 const at::Tensor& unpack(py::handle object) { return THPVariable_Unpack(object.ptr()); }
 
+bool wraps(const at::Tensor& tensor) { return tensor.key_set().has(c10::DispatchKey::Python); }
+
+// Interned once, and for ever: what a DTensor keeps its shard and its mesh and placements as.
+PyObject* name_of_shard() {
+  static PyObject* const name = PyUnicode_InternFromString("_local_tensor");
+  return name;
+}
+PyObject* name_of_spec() {
+  static PyObject* const name = PyUnicode_InternFromString("_spec");
+  return name;
+}
+
+// Whether it is a DTensor.
+bool is_spread(py::handle tensor) {
+  return wraps(unpack(tensor)) && PyObject_HasAttr(tensor.ptr(), name_of_shard()) == 1;
+}
+
+py::object attribute(PyObject* object, PyObject* name) {
+  PyObject* value = PyObject_GetAttr(object, name);
+  if (value == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
 // Strides along dimensions of one element say nothing.
 bool same_layout(const at::Tensor& a, const at::Tensor& b) {
   if (a.is_contiguous() && b.is_contiguous()) return true;
@@ -107,11 +130,12 @@ void Watch::add_row(py::object param, at::Tensor target, py::dict state, at::Sca
   row.grad_dtype = grad_dtype;
   row.first_place = static_cast<int>(places_.size());
   row.first_entry = static_cast<int>(entries_.size());
-  add_place(row.param);
+  row.spread = is_spread(param);
+  add_place(param);
   for (const auto& item : state) {
     alive_.push_back(py::reinterpret_borrow<py::object>(item.second));
     entries_.push_back(item.second.ptr());
-    if (THPVariable_Check(item.second.ptr())) add_place(unpack(item.second));
+    if (THPVariable_Check(item.second.ptr())) add_place(item.second);
   }
   row.places = static_cast<int>(places_.size()) - row.first_place;
   row.entries = static_cast<int>(entries_.size()) - row.first_entry;
@@ -122,7 +146,12 @@ void Watch::add_row(py::object param, at::Tensor target, py::dict state, at::Sca
   rows_.push_back(std::move(row));
 }
 
-void Watch::add_place(const at::Tensor& tensor) {
+void Watch::add_place(py::handle object) {
+  if (is_spread(object)) {
+    shards_.push_back({py::reinterpret_borrow<py::object>(object), attribute(object.ptr(), name_of_shard())});
+    object = shards_.back().shard;
+  }
+  const at::Tensor& tensor = unpack(object);
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   const c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
   int strides = -1;
@@ -155,7 +184,7 @@ int Watch::look() {
   for (const at::Tensor& param : pending_) {
     if (param.grad().defined()) return kRebuild;
   }
-  if (!look_at_state()) return kRebuild;
+  if (!look_at_state() || !look_at_shards()) return kRebuild;
   for (size_t ahead = 0; ahead < kAhead; ++ahead) prefetch(ahead);
   for (size_t number = 0; number < rows_.size(); ++number) {
     prefetch(number + kAhead);
@@ -197,6 +226,13 @@ bool Watch::look_at_state() {
   }
   state_version_ = version;
   return entries == states_.size();
+}
+
+bool Watch::look_at_shards() const {
+  for (const Shard& entry : shards_) {
+    if (attribute(entry.whole.ptr(), name_of_shard()).ptr() != entry.shard.ptr()) return false;
+  }
+  return true;
 }
 
 bool Watch::look_at_row(WatchedRow& row) const {
@@ -309,16 +345,31 @@ bool Watch::read_hyperparameters(size_t index, int& answer) {
   return true;
 }
 
+// The shard of a gradient that goes with the param's. Gradients come as DTensors made anew, but their specs are mostly
+// the same objects; a shard that is still on its way, or spread in another way, is a matter for Python.
+at::Tensor Watch::shard_of_grad(WatchedRow& row, const at::Tensor& grad) const {
+  const auto whole = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad));
+  const py::object spec = attribute(whole.ptr(), name_of_spec());
+  const py::object shard = attribute(whole.ptr(), name_of_shard());
+  if (spec.ptr() == row.spec.ptr() && !wraps(unpack(shard))) return unpack(shard);
+  const auto param = py::reinterpret_steal<py::object>(THPVariable_Wrap(row.param));
+  const py::module_ shards = py::module_::import("fused_optim.shards");
+  const py::object found = shards.attr("local_grad")(param, whole);
+  if (found.ptr() == shard.ptr()) row.spec = spec;
+  return unpack(found);
+}
+
 bool Watch::look_at_grad(WatchedRow& row, int& answer) {
   const at::Tensor& param = row.param;
-  const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+  const at::Tensor& whole = param.unsafeGetTensorImpl()->grad();
   int64_t address = 0;
-  if (grad.defined()) {
-    if (grad.scalar_type() != row.grad_dtype || grad.device() != param.device() || grad.sizes() != param.sizes())
+  if (whole.defined()) {
+    if (whole.scalar_type() != row.grad_dtype || whole.device() != param.device() || whole.sizes() != param.sizes())
       return false;
-    if (grad.layout() != at::kStrided || grad.key_set().has(c10::DispatchKey::Python)) return false;
+    if (whole.layout() != at::kStrided || wraps(whole) != row.spread) return false;
+    at::Tensor grad = row.spread ? shard_of_grad(row, whole) : whole;
     if (plain(grad) && same_layout(grad, row.target)) {
-      held_.push_back(grad);
+      held_.push_back(std::move(grad));
     } else {
       at::NoGradGuard no_grad;
       at::Tensor copy = at::empty_strided(row.target.sizes(), row.target.strides(), grad.options());
@@ -341,7 +392,12 @@ bool Watch::look_at_grad(WatchedRow& row, int& answer) {
 void Watch::done() {
   held_.clear();
   for (const WatchedRow& row : rows_) {
-    if (*row.grad_slot != 0 && !row.param.is_inference()) row.param.unsafeGetTensorImpl()->bump_version();
+    if (*row.grad_slot == 0) continue;
+    if (!row.param.is_inference()) row.param.unsafeGetTensorImpl()->bump_version();
+  }
+  for (const Shard& entry : shards_) {
+    const at::Tensor& shard = unpack(entry.shard);
+    if (!shard.is_inference()) shard.unsafeGetTensorImpl()->bump_version();
   }
 }
 

@@ -39,6 +39,13 @@ struct WatchedRow {
   const void* autograd_meta;
   const c10::TensorImpl* grad;
   const c10::StorageImpl* grad_storage;
+  bool spread;      // the param is a DTensor
+  py::object spec;  // of the last gradient that was spread as the param is
+};
+
+// A DTensor and the shard that it held when the tables were built.
+struct Shard {
+  py::object whole, shard;
 };
 
 // A key of a group, and the columns of raw that its value fills. Optional: where the key is missing or its value None,
@@ -71,7 +78,8 @@ class Watch {
 
   // `pending` params have had no gradient yet; the first one to get one asks for new tables.
   void add_pending(py::object param);
-  // The row's place in `grads` (int64, host) gets the address of its gradient, of this dtype.
+  // The row's place in `grads` (int64, host) gets the address of its gradient, of this dtype. Of DTensors it is the
+  // shards that are looked at.
   void add_row(py::object param, at::Tensor target, py::dict state, at::ScalarType grad_dtype, at::Tensor grads,
                int64_t row);
 
@@ -83,7 +91,7 @@ class Watch {
   void done();
 
  private:
-  void add_place(const at::Tensor& tensor);
+  void add_place(py::handle tensor);
   bool look_at_group(size_t index, int& answer);
   bool look_at_state();
   bool look_at_row(WatchedRow& row) const;
@@ -91,7 +99,9 @@ class Watch {
   void prefetch(size_t row) const;
   void prefetch_group(const WatchedGroup& group) const;
   bool read_hyperparameters(size_t index, int& answer);
+  bool look_at_shards() const;
   bool look_at_grad(WatchedRow& row, int& answer);
+  at::Tensor shard_of_grad(WatchedRow& row, const at::Tensor& grad) const;
 
   py::list groups_;
   py::dict state_;
@@ -105,6 +115,7 @@ class Watch {
   uint64_t state_version_ = 0;
   std::vector<WatchedRow> rows_;
   std::vector<Place> places_;
+  std::vector<Shard> shards_;
   std::vector<PyObject*> entries_;
   std::vector<std::vector<int64_t>> strides_;
   std::vector<py::object> alive_;  // all that the raw pointers point to

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .shards import check_spread, like, local, spread_as
 from .table import DTYPE_CODES, Row, is_dense, real_dtype, same_strides
 
 SUPPORTED = "float32, bfloat16, float16, float64, complex64 or complex128"
@@ -21,16 +22,17 @@ def check_param(param: Tensor) -> None:
         raise TypeError(
             f"params must be {SUPPORTED}, but got one of {param.dtype}; leave it out of the optimizer or convert it"
         )
-    if is_traceable_wrapper_subclass(param):
+    shard = local(param)
+    if is_traceable_wrapper_subclass(shard):
         raise RuntimeError(
-            f"params must be plain tensors, but got a {type(param).__name__}, which wraps others; "
-            "give the optimizer the tensors inside (of a DTensor: .to_local())"
+            f"params must be plain tensors or DTensors of these, but got a {type(shard).__name__}, which wraps others; "
+            "give the optimizer the tensors inside"
         )
     if param.layout != torch.strided:
         raise RuntimeError(f"params must be dense tensors, but got one with layout {param.layout}")
-    if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
+    if any(stride == 0 and size > 1 for size, stride in zip(shard.shape, shard.stride(), strict=True)):
         raise RuntimeError(
-            f"a param of shape {tuple(param.shape)} and strides {param.stride()} has elements that "
+            f"a param of shape {tuple(shard.shape)} and strides {shard.stride()} has elements that "
             f"share memory (it was expanded), "
             "so it cannot be updated element by element; use param.clone()"
         )
@@ -53,6 +55,7 @@ def check_grad(optimizer: str, param: Tensor, grad: Tensor, name: str | None) ->
             f"{who} must have the param's shape, {tuple(param.shape)}, but has {tuple(grad.shape)}; "
             "was the param's .data replaced after backward()? Call zero_grad() and backward() again"
         )
+    check_spread(param, grad, who)
     narrow = {torch.float32, torch.bfloat16, torch.float16}
     if grad.dtype != param.dtype and not {grad.dtype, param.dtype} <= narrow:
         raise RuntimeError(
@@ -108,7 +111,7 @@ def allowed_dtype(param: Tensor, dtype: torch.dtype) -> torch.dtype:
 def conform_step(param: Tensor, step: Any) -> Tensor:
     if not isinstance(step, Tensor):
         step = torch.tensor(float(step))
-    return step.to(param.device, torch.float32).reshape(())
+    return local(step).to(local(param).device, torch.float32).reshape(())
 
 
 def conform(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
@@ -127,17 +130,18 @@ def conform(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) -> dict
             raise RuntimeError(
                 f'state "{name}" must have its param\'s shape, {tuple(param.shape)}, but has {tuple(old.shape)}'
             )
-        dtype = allowed_dtype(param, old.dtype)
-        new = torch.empty_like(param, dtype=dtype, requires_grad=False)
+        old = spread_as(param, old, f'state "{name}"')
+        shard, shard_of_param, dtype = local(old), local(param), allowed_dtype(param, old.dtype)
+        new = torch.empty_like(shard_of_param, dtype=dtype, requires_grad=False)
         if (
-            old.device == param.device
-            and old.dtype == dtype
-            and same_strides(old, new)
-            and not (old.is_conj() or old.is_neg())
+            shard.device == new.device
+            and shard.dtype == dtype
+            and same_strides(shard, new)
+            and not (shard.is_conj() or shard.is_neg())
         ):
             fitting[name] = old
         else:
-            fitting[name] = new.copy_(old)
+            fitting[name] = like(param, new.copy_(shard))
     return fitting
 
 
@@ -151,12 +155,14 @@ def make_states(
             continue
         average = state.get(name.removeprefix("max_"))
         if average is not None:
-            made[name] = average.clone()
+            made[name] = like(param, local(average).clone())
         else:
-            made[name] = torch.zeros_like(param, dtype=state_dtype_of(param, dtype), requires_grad=False)
+            zeros = torch.zeros_like(local(param), dtype=state_dtype_of(param, dtype), requires_grad=False)
+            made[name] = like(param, zeros)
     return made
 
 
 def make_row(param: Tensor, state: dict[str, Any], wanted: Sequence[str], step: Tensor, group: int) -> Row:
     grad_dtype = param.dtype if param.grad is None else param.grad.dtype
-    return Row(param, target_of(param), [state[name] for name in wanted], step, state, grad_dtype, group)
+    shard = local(param)
+    return Row(param, shard, target_of(shard), [local(state[name]) for name in wanted], step, state, grad_dtype, group)

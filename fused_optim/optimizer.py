@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,9 +14,13 @@ from . import backends
 from .device import DeviceTable
 from .layout import check_grad, check_hyperparameter, check_param, conform, conform_step, make_row, make_states
 from .scaling import Scaler, check_options
+from .shards import Groups, groups_of, is_sharded, local, reduce_over
 from .table import Row, Rule, Scalars, Table
 from .watch import REBUILD
 from .watch import Watch as PythonWatch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class _Fork:
@@ -59,6 +63,8 @@ class FusedOptimizer(Optimizer):
             have their own, and those with None are neither clipped nor part of the norm.
         norm_type: 2 or inf.
         skip_nonfinite: a step whose gradients hold NaN or inf changes nothing.
+        norm_group: processes that hold other gradients of the same model in plain tensors (ZeroRedundancyOptimizer,
+            FSDP1's flat params): the norm goes over all of them. That of DTensors always goes over all their shards.
         All else goes to the torch.optim class.
 
     Raises:
@@ -77,6 +83,7 @@ class FusedOptimizer(Optimizer):
         max_grad_norm: float | None = None,
         norm_type: float = 2.0,
         skip_nonfinite: bool = False,
+        norm_group: ProcessGroup | None = None,
         **kwargs: Any,
     ) -> None:
         if state_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
@@ -87,7 +94,7 @@ class FusedOptimizer(Optimizer):
         self.backend = backend
         self.state_dtype = state_dtype
         self.max_grad_norm = max_grad_norm
-        self._scaler = Scaler(norm_type, skip_nonfinite)
+        self._scaler = Scaler(norm_type, skip_nonfinite, norm_group)
         self._steps: dict[Tensor, Tensor] = {}  # of params whose rule keeps no `step` in its states
         self._forget()
         super().__init__(*args, **kwargs)
@@ -104,7 +111,7 @@ class FusedOptimizer(Optimizer):
                 raise RuntimeError("`fused` does not support `differentiable`")
             for param in group["params"]:
                 check_param(param)
-                backends.pick(self.backend, param.device)
+                backends.pick(self.backend, local(param).device)
         except Exception:
             self.param_groups.pop()
             raise
@@ -159,6 +166,8 @@ class FusedOptimizer(Optimizer):
         scalings = self._scaler(self._tables, self._looks, scales, given.get("found_inf"))
         for (table, backend), scaling in zip(self._tables, scalings, strict=True):
             backend.step(table, scaling)
+        if self.rule.trust:
+            self._sum_over_processes()
         for table, backend in self._tables:
             if self.rule.trust:
                 backend.move(table)
@@ -171,14 +180,21 @@ class FusedOptimizer(Optimizer):
     @torch.no_grad()
     def _copy_in(table: Table) -> None:
         for row in table.copies:
-            row.target.copy_(row.param)
+            row.target.copy_(row.shard)
 
     @staticmethod
     @torch.no_grad()
     def _copy_out(table: Table) -> None:
         for row in table.copies:
             if row.param.grad is not None:
-                row.param.copy_(row.target)
+                row.shard.copy_(row.target)
+
+    def _sum_over_processes(self) -> None:
+        """The squares that trust ratios are made of, where tensors are spread over processes."""
+        for table, _ in self._tables:
+            if table.groups and table.sums is not None:
+                (total,) = reduce_over([table.sums], [table.groups])
+                table.sums.copy_(total)
 
     def _check_capture(self) -> None:
         if "capturable" not in self.defaults:  # torch lets such optimizers be captured as they are
@@ -238,13 +254,16 @@ class FusedOptimizer(Optimizer):
 
         max_norm = self._scaler.bound_without_key(self.param_groups)
         scalars = Scalars(len(self.param_groups), self.rule.clip_eps, max_norm)
-        by_device: dict[torch.device, list[Row]] = {}
-        for row in rows:
-            by_device.setdefault(row.param.device, []).append(row)
         looks = self._scaler.looks_at(self.param_groups)
+        sums = looks or self.rule.trust  # then those that are summed over the same processes have a table of their own
+        by_place: dict[tuple[torch.device, bool, Groups], list[Row]] = {}
+        for row in rows:
+            groups = groups_of(row.param) if sums else ()
+            alone = self._scaler.norm_group is not None and is_sharded(row.param)
+            by_place.setdefault((row.shard.device, alone, groups), []).append(row)
         tables = [
-            (Table(self.rule, device, members_, scalars, looks), backends.pick(self.backend, device))
-            for device, members_ in by_device.items()
+            (Table(self.rule, device, members_, scalars, looks, groups), backends.pick(self.backend, device))
+            for (device, _, groups), members_ in by_place.items()
         ]
 
         for row in rows:  # the state dicts stay the same objects, which others may hold

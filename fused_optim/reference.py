@@ -20,6 +20,7 @@ from .table import (
     MAX_NORM,
     MAXIMIZE,
     OWN,
+    SKIP,
     TRUST_ALWAYS,
     TRUST_CLIP,
     WEIGHT_DECAY,
@@ -132,35 +133,50 @@ def decoupled_decay(raw: list[float], lr: float, trust: bool) -> float:
     return lr / reference * raw[WEIGHT_DECAY] / raw[DECAY_PERIOD] ** 0.5 if reference else 0.0
 
 
+def hyper_of(raw: list[float], row: Row) -> Hyper:
+    return Hyper(raw[LR], raw[BETAS], raw[BETAS + 1], raw[EPS], float(row.step), raw[OWN], raw[OWN + 1])
+
+
 def step_row(table: Table, row: Row, number: int, grad_scale: float, norm: float | None) -> None:
-    grad = row.param.grad
+    grad = row.grad
+    table.hyper[number, SKIP] = grad is None
     if grad is None:
         return
     raw = table.scalars.raw[row.group].tolist()
     row.step += 1
-    h = Hyper(raw[LR], raw[BETAS], raw[BETAS + 1], raw[EPS], float(row.step), raw[OWN], raw[OWN + 1])
 
     param, grad = widen(row.target), widen(grad) / grad_scale
     if norm is not None and raw[MAX_NORM] > 0:
         bound = raw[MAX_NORM] / (norm / grad_scale + raw[CLIP_EPS]) if norm + raw[CLIP_EPS] else math.inf
         grad = grad if bound >= 1 else grad * bound
-    decay = raw[WEIGHT_DECAY]
     if raw[MAXIMIZE]:
         grad = -grad
-    if decay and not raw[DECOUPLED]:
-        grad = grad + decay * param
-    update, states = RULES[table.rule.name](h, param, grad, [widen(state) for state in row.states])
+    if raw[WEIGHT_DECAY] and not raw[DECOUPLED]:
+        grad = grad + raw[WEIGHT_DECAY] * param
+    update, states = RULES[table.rule.name](hyper_of(raw, row), param, grad, [widen(state) for state in row.states])
     for old, new in zip(row.states, states, strict=True):
         real_view(old).copy_(new)
-    if table.rule.trust:  # of the states as they are stored, because a float16 one may have become 0
-        update = DIRECTIONS[table.rule.name](h, [widen(state) for state in row.states])
-    if decay and raw[DECOUPLED]:  # infinite params stay what they are
-        taken = decoupled_decay(raw, h.lr, table.rule.trust)
-        update = update + torch.where(param.isinf(), 0.0, taken * param)
-    if table.trust is not None:
-        table.trust[number] = trust_ratio(raw, float(param.double().norm()), float(update.double().norm()))
-        update = h.lr * float(table.trust[number]) * update
-    real_view(row.target).copy_(param - update)
+    if table.sums is not None:
+        # Norms, because torch's sums depend on the number of threads.
+        norms = [param.double().norm(), trusted_update(table, row).double().norm()]
+        table.sums[number] = torch.stack(norms).square()
+    else:
+        real_view(row.target).copy_(param - with_decay(table, row, update))
+
+
+def with_decay(table: Table, row: Row, update: Tensor) -> Tensor:
+    """The update with decoupled decay in it. Infinite params stay what they are."""
+    raw = table.scalars.raw[row.group].tolist()
+    if not (raw[WEIGHT_DECAY] and raw[DECOUPLED]):
+        return update
+    param = widen(row.target)
+    return update + torch.where(param.isinf(), 0.0, decoupled_decay(raw, raw[LR], table.rule.trust) * param)
+
+
+def trusted_update(table: Table, row: Row) -> Tensor:
+    """Of the states as they are stored, because a float16 one may have become 0."""
+    h = hyper_of(table.scalars.raw[row.group].tolist(), row)
+    return with_decay(table, row, DIRECTIONS[table.rule.name](h, [widen(state) for state in row.states]))
 
 
 def trust_ratio(raw: list[float], param: float, update: float) -> float:
@@ -175,13 +191,15 @@ def squares(table: Table, out: Tensor) -> None:
     out.zero_()
     for row in table.rows_list:
         bound = float(table.scalars.raw[row.group, MAX_NORM])
-        if row.param.grad is not None and bound:
-            out += widen(row.param.grad).double().square().sum() * (bound > 0)
+        grad = row.grad
+        if grad is not None and bound:
+            out += widen(grad).double().square().sum() * (bound > 0)
 
 
 @torch.no_grad()
 def step(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None, squares: Tensor | None) -> None:
     if found_inf is not None and found_inf.item():
+        table.hyper[:, SKIP] = 1.0
         return
     scale = 1.0 if grad_scale is None else float(grad_scale)
     norm = None if squares is None else math.sqrt(float(squares))
@@ -189,5 +207,14 @@ def step(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None, squa
         step_row(table, row, number, scale, norm)
 
 
+@torch.no_grad()
 def move(table: Table) -> None:
-    """Nothing: `step` has gone all the way."""
+    if table.trust is None or table.sums is None:
+        return
+    for number, row in enumerate(table.rows_list):
+        if table.hyper[number, SKIP]:
+            continue
+        raw = table.scalars.raw[row.group].tolist()
+        ratio = trust_ratio(raw, *table.sums[number].sqrt().tolist())
+        table.trust[number] = ratio
+        real_view(row.target).copy_(widen(row.target) - raw[LR] * ratio * trusted_update(table, row))

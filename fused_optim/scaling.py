@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, Scaling
+from .shards import Groups, is_sharded, largest_over, reduce_over
 from .table import MAX_NORM, Table
 
 UNSCALED = Scaling()
@@ -25,20 +26,19 @@ def check_options(max_grad_norm: float | None, norm_type: float) -> None:
         raise ValueError(f"norm_type must be 2 or inf, but got {norm_type}")
 
 
-def largest_square(tables: Tables, home: torch.device) -> Tensor:
+def largest_square(table: Table) -> Tensor:
     """The square of the largest magnitude among the gradients that are clipped: float64 [1]. NaN where one of those
     that are only looked at is not finite."""
-    found = []
-    for table, _ in tables:
-        bounds = table.scalars.raw[:, MAX_NORM].tolist()
-        rows = [(row.param.grad, bounds[row.group]) for row in table.rows_list]
-        for counts in (True, False):
-            grads = [grad for grad, bound in rows if grad is not None and bound and (bound > 0) == counts]
-            norms = torch._foreach_norm([grad for grad in grads if grad.numel()], math.inf) if grads else []
-            if norms:
-                largest = torch.stack([norm.double() for norm in norms]).amax().to(home, non_blocking=True)
-                found.append(largest if counts else largest * 0.0)
-    return torch.stack(found).amax().square().reshape(1) if found else torch.zeros(1, dtype=torch.float64, device=home)
+    bounds = table.scalars.raw[:, MAX_NORM].tolist()
+    rows = [(row.grad, bounds[row.group]) for row in table.rows_list]
+    found = [torch.zeros((), dtype=torch.float64, device=table.device)]
+    for counts in (True, False):
+        grads = [grad for grad, bound in rows if grad is not None and bound and (bound > 0) == counts]
+        norms = torch._foreach_norm([grad for grad in grads if grad.numel()], math.inf) if grads else []
+        if norms:
+            largest = torch.stack([norm.double() for norm in norms]).amax()
+            found.append(largest if counts else largest * 0.0)
+    return torch.stack(found).amax().square().reshape(1)
 
 
 def _moved(number: Tensor | None, device: torch.device) -> Tensor | None:
@@ -47,14 +47,25 @@ def _moved(number: Tensor | None, device: torch.device) -> Tensor | None:
     return number.to(device, non_blocking=True)
 
 
+class Shared:
+    """Something that copies of its owner share, because it cannot be copied."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        return self
+
+
 class Scaler:
     """Norm, clipping and skipping of one optimizer.
 
     skipped: how many steps were skipped because a gradient was not finite or GradScaler had found one: int64 [].
     """
 
-    def __init__(self, norm_type: float = 2.0, skip_nonfinite: bool = False) -> None:
+    def __init__(self, norm_type: float = 2.0, skip_nonfinite: bool = False, norm_group: Any = None) -> None:
         self.norm_type = norm_type
+        self.norm_group = None if norm_group is None else Shared(norm_group)
         self.skip_nonfinite = skip_nonfinite
         self.skipped = torch.zeros((), dtype=torch.int64)
         self._last: tuple[Tensor, Tensor | None] | None = None  # squares and scale of the last step
@@ -116,11 +127,20 @@ class Scaler:
         return product
 
     def _squares(self, tables: Tables, home: torch.device) -> Tensor:
-        if self.norm_type != 2:
-            return largest_square(tables, home)
+        sums = self.norm_type == 2
+        squares = []
         for table, backend in tables:
-            backend.squares(table, table.squares)
-        total = tables[0][0].squares
-        for table, _ in tables[1:]:
-            total = total + table.squares.to(home, non_blocking=True)
-        return total
+            if sums:
+                backend.squares(table, table.squares)
+            squares.append(table.squares if sums else largest_square(table))
+        groups = [self._groups_of(table) for table, _ in tables]
+        if any(groups):
+            squares = reduce_over(squares, groups) if sums else largest_over(squares, groups)
+        if len(squares) == 1:
+            return squares[0]
+        together = torch.stack([square.to(home, non_blocking=True) for square in squares])
+        return together.sum(0) if sums else together.amax(0)
+
+    def _groups_of(self, table: Table) -> Groups:
+        own = self.norm_group is not None and not table.groups and not is_sharded(table.rows_list[0].param)
+        return (self.norm_group.value,) if own and self.norm_group else table.groups

@@ -6,9 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .shards import local_grad
 
 CHUNK = 4096  # elements of one tensor that one program handles
 ROW_WIDTH = 8  # numel, param, step, signature, states
@@ -27,6 +30,8 @@ EMPTY = 16  # stands in `grads` for the address of a gradient without elements, 
 # Columns of `raw`, as csrc/tables.h has them.
 LR, BETAS, EPS, WEIGHT_DECAY, DECOUPLED, MAXIMIZE, OWN = 0, 1, 3, 4, 5, 6, 7
 LR_REFERENCE, DECAY_PERIOD, MAX_NORM, CLIP_EPS, TRUST_CLIP, TRUST_ALWAYS = 9, 10, 11, 12, 13, 15
+
+SKIP = 11  # column of `hyper`: 1 where the tensor sits the step out
 
 
 # A group's option, the first column that it fills, and how many: a tuple fills several.
@@ -81,10 +86,11 @@ class Rule:
 
 @dataclass
 class Row:
-    """One tensor of a table. `target` is what the kernel updates: the param, or a dense copy of one that has holes or
-    is a conjugate view."""
+    """One tensor of a table. `shard` is the param, or of a DTensor what lies here; `target` is what the kernel updates:
+    the shard, or a dense copy of one that has holes or is a conjugate view."""
 
     param: Tensor
+    shard: Tensor
     target: Tensor
     states: list[Tensor]
     step: Tensor
@@ -95,6 +101,11 @@ class Row:
     @property
     def tensors(self) -> list[Tensor]:
         return [self.target, *self.states]
+
+    @property
+    def grad(self) -> Tensor | None:
+        """What goes with the shard of the param's gradient."""
+        return None if self.param.grad is None else local_grad(self.param, self.param.grad)
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -158,6 +169,7 @@ class Table:
 
     desc: int64 [chunks], chunk << 32 | row << 8 | kind << 1 | slow. rows: int64 [rows, ROW_WIDTH]. grads: int64
         [rows], 0 without a gradient.
+    groups: process groups over whose members every tensor is spread.
     group: int32 [rows]. hyper: float64 [rows, HYPER_WIDTH] on the device, written by prep. kinds: signatures, by kind
         number.
     Where something is summed over whole tensors, else None: spans int64 [rows + 1], row r has the chunks spans[r] up to
@@ -165,14 +177,23 @@ class Table:
         squares [1].
     """
 
-    def __init__(self, rule: Rule, device: torch.device, rows: list[Row], scalars: Scalars, clips: bool) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        device: torch.device,
+        rows: list[Row],
+        scalars: Scalars,
+        clips: bool,
+        groups: tuple[Any, ...] = (),
+    ) -> None:
         self.rule = rule
         self.device = device
         self.rows_list = rows
+        self.groups = groups
         self.scalars = scalars
         self.on_device: object = None  # device.DeviceTable, on GPUs
         self.native: object = None  # the extension's hold on the arrays
-        self.copies = [row for row in rows if row.target is not row.param]
+        self.copies = [row for row in rows if row.target is not row.shard]
 
         kinds: dict[tuple[int, ...], int] = {}
         signatures = [signature_of([row.target.dtype, row.grad_dtype, *(s.dtype for s in row.states)]) for row in rows]

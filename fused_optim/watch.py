@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .layout import check_hyperparameter
+from .shards import is_sharded, local, local_grad
 from .table import EMPTY, same_strides
 
 REBUILD, GRADS_MOVED, RAW_CHANGED = 1, 2, 4
@@ -77,7 +78,8 @@ class Watch:
                     param.shape,
                 ):
                     return REBUILD
-                self.held.append(dense_grad(grad, target))
+                shard = local_grad(param, grad) if is_sharded(param) or is_sharded(grad) else grad
+                self.held.append(dense_grad(shard, target))
                 address = self.held[-1].data_ptr() or EMPTY
             if int(grads[row]) != address:
                 grads[row] = address
@@ -86,7 +88,9 @@ class Watch:
 
     def done(self) -> None:
         self.held.clear()
-        changed = [param for param, _, _, grads, row in self.rows if int(grads[row]) and not param.is_inference()]
+        stepped = [param for param, _, _, grads, row in self.rows if int(grads[row])]
+        shards = [local(param) for param in stepped if is_sharded(param)]
+        changed = [tensor for tensor in stepped + shards if not tensor.is_inference()]
         torch.autograd.graph.increment_version(changed)
 
     def _objects(self) -> list[Any]:
@@ -97,10 +101,11 @@ class Watch:
             objects += [x for k, v in group.items() if k != "params" and k not in self.hyperparameters for x in (k, v)]
         for param, state in self.state.items():
             objects += [param, *(state.values() if isinstance(state, dict) else [state])]
-        return objects
+        return objects + [local(x) for x in objects if is_sharded(x)]
 
     def _placements(self) -> list[Any]:
-        return [placement(x) for x in self.objects if isinstance(x, Tensor) and x.layout == torch.strided]
+        tensors = [x for x in self.objects if isinstance(x, Tensor) and not is_sharded(x)]
+        return [placement(x) for x in tensors if x.layout == torch.strided]
 
     def _read_hyperparameters(self) -> int:
         raw, lr = self.defaults.clone(), torch.zeros_like(self.lr)

@@ -121,7 +121,7 @@ def test_sparse_gradients_are_refused(case: Case) -> None:
 def test_wrapping_subclasses_are_refused() -> None:
     """Their own address is null: the memory is that of the tensors inside."""
     inside = torch.ones(4)
-    with pytest.raises(RuntimeError, match=r"must be plain tensors, but got a TwoTensor.*to_local"):
+    with pytest.raises(RuntimeError, match=r"must be plain tensors or DTensors.*TwoTensor.*tensors inside"):
         ADAMW.ours([TwoTensor(inside, inside.clone()).requires_grad_()])
 
 
