@@ -18,6 +18,7 @@ namespace {
 
 constexpr int kBlock = 256;          // elements between two prefetches; a block of every stream, widened, stays in L1
 constexpr int kPrefetchBytes = 512;  // how far ahead of the block
+constexpr int kLanes = 16;           // sums side by side: a single vector would wait for its own last addition
 
 struct BFloat16 {
   uint16_t bits;
@@ -281,12 +282,20 @@ double squares_of(const Tables& t, int64_t desc) {
   const Stream grad(t.grads[row], columns[kSignature], 1);
   const auto sum = [&](auto type) {
     const auto* x = reinterpret_cast<const decltype(type)*>(grad.at(begin));
+    double part[kLanes] = {};
+    int i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const double wide = widen(x[i + lane]);
+        part[lane] += wide * wide;
+      }
+    }
     double total = 0.0;
-#pragma omp simd reduction(+ : total)
-    for (int i = 0; i < count; ++i) {
+    for (; i < count; ++i) {
       const double wide = widen(x[i]);
       total += wide * wide;
     }
+    for (double sum : part) total += sum;
     return total;
   };
   const double counted = raw[kMaxNorm] > 0.0 ? 1.0 : 0.0;
