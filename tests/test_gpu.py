@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any
 
 import pytest
@@ -136,6 +138,50 @@ def test_graph_replays_as_eager_steps(backend: str, build: Any, options: dict[st
     assert float(a.state[captured[0]].get("step", 4.0)) == 4
     if a.last_grad_norm is not None:
         assert torch.equal(a.last_grad_norm, b.last_grad_norm)
+
+
+@on_gpu_backends
+def test_a_whole_train_step_in_a_graph(backend: str) -> None:
+    """Forward, backward, scaling, clipping, skipping and the step, with an lr that changes between replays and a batch
+    whose gradients are not finite."""
+    require(backend)
+    torch.manual_seed(0)
+    models = [torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 4)).cuda()]
+    models.append(copy.deepcopy(models[0]))
+    lrs = [torch.tensor(1e-2, device="cuda") for _ in models]
+    optimizers = [
+        FusedAdamW(m.parameters(), lr=lr, backend=backend, capturable=True, max_grad_norm=0.1, skip_nonfinite=True)
+        for m, lr in zip(models, lrs, strict=True)
+    ]
+    batch = torch.randn(8, 16, device="cuda")
+
+    def train(which: int) -> None:
+        optimizers[which].zero_grad()
+        (models[which](batch).square().mean() * 8.0).backward()
+        optimizers[which].step(grad_scale=8.0)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            train(0)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    optimizers[0].zero_grad()
+    with torch.cuda.graph(graph):
+        train(0)
+    for _ in range(2):
+        train(1)
+    for replay in range(6):
+        batch.copy_(torch.randn(8, 16, device="cuda") if replay != 3 else torch.full((8, 16), math.nan, device="cuda"))
+        for lr in lrs:
+            lr.mul_(0.8)
+        graph.replay()
+        train(1)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert [int(optimizer.skipped_steps) for optimizer in optimizers] == [1, 1]
+    assert [float(next(iter(optimizer.state.values()))["step"]) for optimizer in optimizers] == [7.0, 7.0]
 
 
 def test_capture_without_capturable_is_refused() -> None:
