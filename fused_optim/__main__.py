@@ -1,13 +1,22 @@
-"""`python -m fused_optim`: which backends work on this machine, and why not the others."""
+"""`python -m fused_optim`: which backends work on this machine, and why not the others. With --model or --state-dict:
+what a step of an optimizer costs there."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, doctor, state_dicts
+from .shapes import MODELS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def version_of(package: str) -> str:
@@ -23,7 +32,7 @@ def devices() -> str:
     return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
 
 
-def main() -> None:
+def print_machine() -> None:
     extension = backends.extension()
     facts = {
         "fused_optim": __version__,
@@ -42,5 +51,170 @@ def main() -> None:
         print(f"{'auto on ' + kind:{width}}  {backends.pick('auto', torch.device(kind)).name}")
 
 
+def in_bytes(count: int) -> str:
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = min((len(str(count)) - 1) // 3, len(units) - 1)
+    return f"{count / 1000**power:.4g} {units[power]}"
+
+
+def in_time(seconds: float) -> str:
+    for factor, unit in ((1e6, "µs"), (1e3, "ms")):
+        if seconds * factor < 1000:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def print_rows(rows: Sequence[Sequence[str]]) -> None:
+    """The first column to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[0] = max(widths[0], 10)
+    for first, *others in rows:
+        cells = (f"{text:>{width}}" for text, width in zip(others, widths[1:], strict=True))
+        print("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
+    print()
+
+
+def print_cost(cost: doctor.Cost) -> None:
+    print_rows([[name, f"{getattr(cost, name):,}"] for name in ("tensors", "elements", "groups")])
+
+    per_element = 1 / max(cost.elements, 1)
+    rows = [["memory", "", "bytes per element"]]
+    for name in ("params", "grads", "states", "tables"):
+        count = getattr(cost, name)
+        rows.append([name, in_bytes(count), f"{count * per_element:.4g}"])
+    rows += [[""] * 3, ["moved per step", in_bytes(cost.moved), f"{cost.moved * per_element:.4g}"]]
+    print_rows(rows)
+
+    rows = [["launches per step", "ours", "torch fused"]]
+    for kernel in doctor.TORCH_LAUNCHES:
+        if cost.torch_launches is None:
+            torchs = "has none"
+        else:
+            updates, counts = cost.torch_launches[kernel.title]
+            torchs = f"{updates:,}" + (f" + {counts:,} to count steps" if counts else "")
+        rows.append([f"GPU, torch for {kernel.title}", str(cost.launches), torchs])
+    loops = "has none" if cost.torch_loops is None else f"{cost.torch_loops:,}"
+    rows.append(["CPU, parallel loops", str(cost.loops), loops])
+    print_rows(rows)
+
+
+def print_times(moved: int, gbps: float | None) -> None:
+    rows = [["expected", "time of a step", "GB/s", "measured by"]]
+    if gbps is not None:
+        rows.append(["given", in_time(moved / gbps / 1e9), f"{gbps:,.4g}", ""])
+    else:
+        gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        for device in [*gpus, torch.device("cpu")]:
+            try:
+                speed, how = doctor.bandwidth(device)
+                rows.append([str(device), in_time(moved / speed), f"{speed / 1e9:,.4g}", how])
+            except RuntimeError as error:  # torch's, where memory is short
+                rows.append([str(device), "", "", f"not measured: {str(error).partition(chr(10))[0]}"])
+    print_rows(rows)
+    print("This is bytes over bandwidth, for tensors that lie out of cache; the host's time comes on top.")
+
+
+def positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError
+    return number
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        "python -m fused_optim",
+        description="Which backends work on this machine. With a model: what a step of an optimizer costs there.",
+    )
+    model = made.add_mutually_exclusive_group()
+    model.add_argument("--model", choices=MODELS, metavar="NAME", help=", ".join(MODELS))
+    model.add_argument(
+        "--state-dict",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="checkpoints of torch.save, or .safetensors files; several are parts of one model",
+    )
+    names = ", ".join(doctor.OPTIMIZERS)
+    made.add_argument("--optimizer", choices=doctor.OPTIMIZERS, default="adamw", metavar="NAME", help=names)
+    made.add_argument("--dtype", choices=DTYPES, help="of params and gradients; float32, or what the files have")
+    made.add_argument("--state-dtype", choices=DTYPES, help="of states; the params' own unless said")
+    made.add_argument(
+        "--groups",
+        choices=doctor.GROUPS,
+        default="one",
+        help="one; decay: a second one for biases and all params of fewer than two dimensions; each: one per param",
+    )
+    made.add_argument("--amsgrad", action="store_true", default=None)
+    made.add_argument("--momentum", type=float, metavar="NUMBER", help="of SGD; 0 unless said")
+    made.add_argument(
+        "--clip",
+        action=argparse.BooleanOptionalAction,
+        help="clip by the norm of all gradients, as LAMB does by itself",
+    )
+    made.add_argument("--ema", action="store_true", help="with an average of the weights")
+    made.add_argument("--gbps", type=positive, metavar="NUMBER", help="the bandwidth, in place of measuring it")
+    return made
+
+
+def class_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Those of the optimizer's class that were given.
+
+    Raises:
+        ValueError: the class has no such option.
+    """
+    given = {key: getattr(options, key) for key in ("amsgrad", "momentum") if getattr(options, key) is not None}
+    for key in given:
+        if options.optimizer not in (takers := doctor.takers(key)):
+            raise ValueError(f"--{key} is an option of {', '.join(takers)}, but the optimizer is {options.optimizer}")
+    if options.clip is not None:
+        given["max_grad_norm"] = 1.0 if options.clip else None
+    if options.state_dtype:
+        given["state_dtype"] = DTYPES[options.state_dtype]
+    return given
+
+
+def print_model(options: argparse.Namespace) -> None:
+    title, notes = options.model, list[str]()
+    if options.model:
+        params = doctor.on_meta(MODELS[options.model](), torch.float32)
+    else:
+        title = " ".join(path.name for path in options.state_dict)
+        params, notes = state_dicts.read(options.state_dict)
+    if options.dtype:
+        params = {name: torch.empty_like(param, dtype=DTYPES[options.dtype]) for name, param in params.items()}
+    optimizer = doctor.prepare(params, options.optimizer, options.groups, **class_options(options))
+    cost = doctor.cost_of(optimizer, options.ema)
+
+    dtypes = " and ".join(sorted({str(param.dtype).removeprefix("torch.") for param in params.values()}))
+    said = {
+        dtypes: True,
+        f"states in {options.state_dtype}": options.state_dtype,
+        "amsgrad": options.amsgrad,
+        f"momentum {options.momentum}": options.momentum,
+        "gradients clipped": cost.clips,
+        "with an average of the weights": options.ema,
+    }
+    print(f"A step of {type(optimizer).__name__} on {title}: {', '.join(text for text, true in said.items() if true)}")
+    print("".join(f"{note}\n" for note in notes))
+    print_cost(cost)
+    print_times(cost.moved, options.gbps)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    made = parser()
+    options = made.parse_args(arguments)
+    if options.model or options.state_dict:
+        try:
+            print_model(options)
+        except ValueError as error:
+            made.error(str(error))
+    elif options != made.parse_args([]):
+        made.error("the options say what a step costs, so one of --model and --state-dict must be there too")
+    else:
+        print_machine()
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
