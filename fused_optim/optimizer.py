@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 
 from . import backends
@@ -73,6 +74,7 @@ class FusedOptimizer(Optimizer):
     """
 
     rule: ClassVar[Rule]
+    _uncompiled_step: ClassVar[Any] = None  # step() for graphs to break at
     _step_supports_amp_scaling = True  # GradScaler hands grad_scale and found_inf to step()
 
     def __init__(
@@ -143,6 +145,13 @@ class FusedOptimizer(Optimizer):
             RuntimeError: a gradient is sparse, or of another shape, dtype or device than its param allows. Nothing has
             been changed then.
         """
+        if is_dynamo_compiling():  # it would compile anew for values of lr, and find nothing to make faster
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._uncompiled_step(grad_scale=grad_scale)
+            return loss
         if self._on_cuda:
             self._check_capture()
         loss = None
@@ -207,6 +216,10 @@ class FusedOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Drops the tables: the next step looks at everything anew."""
+        if FusedOptimizer._uncompiled_step is None:  # not sooner: it imports Dynamo, as torch's constructor does
+            FusedOptimizer._uncompiled_step = torch.compiler.disable(
+                FusedOptimizer.step, reason="a fused optimizer's step is a kernel of its own, which nothing can enter"
+            )
         self._watch: Any = None
         self._watched_state: object = None
         self._watched_groups: object = None
