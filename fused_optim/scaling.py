@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, Scaling
-from .shards import Groups, is_sharded, largest_over, reduce_over
+from .shards import device_for, is_sharded, largest_over, reduce_over
 from .table import MAX_NORM, Table
 
 UNSCALED = Scaling()
@@ -65,10 +65,14 @@ class Scaler:
 
     def __init__(self, norm_type: float = 2.0, skip_nonfinite: bool = False, norm_group: Any = None) -> None:
         self.norm_type = norm_type
-        self.norm_group = None if norm_group is None else Shared(norm_group)
+        self._group = Shared(norm_group)
         self.skip_nonfinite = skip_nonfinite
         self.skipped = torch.zeros((), dtype=torch.int64)
         self._last: tuple[Tensor, Tensor | None] | None = None  # squares and scale of the last step
+
+    @property
+    def norm_group(self) -> Any:
+        return self._group.value
 
     @property
     def norm(self) -> Tensor | None:
@@ -95,10 +99,11 @@ class Scaler:
     def __call__(self, tables: Tables, looks: bool, scales: Sequence[Any], found_inf: Tensor | None) -> list[Scaling]:
         """One Scaling per table. scales: numbers, one-element tensors or None; gradients are divided by all of them."""
         given = [scale for scale in scales if scale is not None]
-        if not tables or not (looks or given or found_inf is not None):
+        waited_for = looks and self.norm_group is not None  # by other processes, whatever there is here
+        if not (tables or waited_for) or not (looks or given or found_inf is not None):
             return [UNSCALED] * len(tables)
         with torch.no_grad():
-            home = tables[0][0].device
+            home = tables[0][0].device if tables else device_for(self.norm_group)
             scale = self._product(given, home)
             if found_inf is not None:
                 found_inf = found_inf.to(home, torch.float32, non_blocking=True)
@@ -128,19 +133,24 @@ class Scaler:
 
     def _squares(self, tables: Tables, home: torch.device) -> Tensor:
         sums = self.norm_type == 2
+        over = reduce_over if sums else largest_over
         squares = []
         for table, backend in tables:
             if sums:
                 backend.squares(table, table.squares)
             squares.append(table.squares if sums else largest_square(table))
-        groups = [self._groups_of(table) for table, _ in tables]
-        if any(groups):
-            squares = reduce_over(squares, groups) if sums else largest_over(squares, groups)
+        squares = over(squares, [table.groups for table, _ in tables])
+        if self.norm_group is not None:
+            spread = [is_sharded(table.rows_list[0].param) for table, _ in tables]
+            plain = [square for square, it_is in zip(squares, spread, strict=True) if not it_is]
+            rest = [square for square, it_is in zip(squares, spread, strict=True) if it_is]
+            squares = rest + over([self._together(plain, home)], [(self.norm_group,)])
+        return self._together(squares, home)
+
+    def _together(self, squares: Sequence[Tensor], home: torch.device) -> Tensor:
+        if not squares:
+            return torch.zeros(1, dtype=torch.float64, device=home)
         if len(squares) == 1:
             return squares[0]
-        together = torch.stack([square.to(home, non_blocking=True) for square in squares])
-        return together.sum(0) if sums else together.amax(0)
-
-    def _groups_of(self, table: Table) -> Groups:
-        own = self.norm_group is not None and not table.groups and not is_sharded(table.rows_list[0].param)
-        return (self.norm_group.value,) if own and self.norm_group else table.groups
+        both = torch.stack([square.to(home, non_blocking=True) for square in squares])
+        return both.sum(0) if self.norm_type == 2 else both.amax(0)

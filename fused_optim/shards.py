@@ -83,10 +83,18 @@ def groups_of(param: Any) -> Groups:
     return tuple(mesh.get_group(dim) for dim in dims if mesh.size(dim) > 1)
 
 
+def device_for(group: Any) -> torch.device:
+    """Where its collectives take tensors from."""
+    on_gpus = torch.cuda.is_available() and "nccl" in torch.distributed.get_backend(group)
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpus else torch.device("cpu")
+
+
 def reduce_over(values: Sequence[Tensor], groups: Sequence[Groups], op: str = "SUM") -> list[Tensor]:
     """Each value summed (or what ReduceOp has) over the processes of its groups, one collective for each group. The
     values have one shape and dtype; those to be reduced are all of one device."""
     reduced = list(values)
+    if not any(groups):
+        return reduced
     for group in dict.fromkeys(group for several in groups for group in several):
         members = [i for i, several in enumerate(groups) if group in several]
         together = torch.stack([reduced[i] for i in members])
@@ -98,6 +106,8 @@ def reduce_over(values: Sequence[Tensor], groups: Sequence[Groups], op: str = "S
 
 def largest_over(values: Sequence[Tensor], groups: Sequence[Groups]) -> list[Tensor]:
     """The largest of each value over the processes of its groups; NaN if one is, which collectives do not promise."""
+    if not any(groups):
+        return list(values)
     both = [torch.stack([value.nan_to_num(math.inf, math.inf), value.isnan().to(value.dtype)]) for value in values]
     largest = [pair.unbind() for pair in reduce_over(both, groups, "MAX")]
     return [torch.where(bad != 0, math.nan, value) for value, bad in largest]
