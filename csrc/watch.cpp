@@ -1,6 +1,7 @@
 #include "watch.h"
 
 #include <ATen/Functions.h>
+#include <c10/core/GradMode.h>
 
 namespace fused_optim {
 namespace {
@@ -371,7 +372,7 @@ bool Watch::look_at_grad(WatchedRow& row, int& answer) {
     if (plain(grad) && same_layout(grad, row.target)) {
       held_.push_back(std::move(grad));
     } else {
-      at::NoGradGuard no_grad;
+      c10::NoGradGuard no_grad;
       at::Tensor copy = at::empty_strided(row.target.sizes(), row.target.strides(), grad.options());
       held_.push_back(copy.copy_(grad));
     }
