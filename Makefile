@@ -1,6 +1,7 @@
 # make demo   everything from nothing: environment, build, and a net trained with FusedAdamW beside torch's AdamW
 # make test   everything from nothing: environment, build, all tests that need no GPU
 # make study  which optimizer trains best: searches, five seeds, tables and plots into bench/results/study/
+# make docs   the API reference, from the docstrings, into docs/api/
 # make gpu    on a CUDA machine whose python3 has torch: build, tests, sanitizer, benchmarks into bench/results/
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -10,11 +11,13 @@ VENV ?= .venv
 JOBS ?= 2
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -q -n $(JOBS)
-# The tests that go over every backend; the others look at compilers' output and would only repeat themselves.
-NUMBERS := tests --ignore=tests/test_cuda_compile.py --ignore=tests/test_triton_compile.py --ignore=tests/test_walkers.py
+# The tests that go over every backend; the others would only repeat themselves.
+ONCE := cuda_compile triton_compile walkers packaging docs readme trainers lightning timm
+NUMBERS := tests $(ONCE:%=--ignore=tests/test_%.py)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+API := fused_optim fused_optim.schedules fused_optim.decay fused_optim.groups fused_optim.lr_finder fused_optim.decoupled fused_optim.convert fused_optim.integrations
 
-.PHONY: demo test lint bench study gpu asan clean
+.PHONY: demo test lint bench study docs gpu asan clean
 
 demo: $(VENV)/built
 	$(PY) demo.py
@@ -43,6 +46,9 @@ bench: $(VENV)/built
 study: $(VENV)/built
 	$(PY) bench/study.py
 
+docs: $(VENV)/installed
+	$(PY) -m pdoc --docformat google --math --no-show-source --output-directory docs/api $(API)
+
 gpu:
 	PYTHON=$(PYTHON) bash bench/gpu.sh
 
@@ -56,4 +62,4 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info fused_optim/*.so $(VENV)
+	rm -rf build dist *.egg-info fused_optim/*.so docs/api $(VENV)

@@ -2,7 +2,7 @@
 torch are, nothing where there is neither.
 
 Environment: MAX_JOBS, CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST as torch's own builds read them.
-FUSED_OPTIM_CPP=0|1    forbid the extension, or fail the installation when it cannot be built
+FUSED_OPTIM_CPP=0|1    leave the extension out (a pure Python wheel), or fail the installation when it cannot be built
 FUSED_OPTIM_CUDA=0|1   forbid or force the CUDA kernel
 FUSED_OPTIM_DEBUG=1    -O1 -g with the address sanitizer
 """
@@ -18,6 +18,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -67,15 +68,14 @@ class Build(build_ext):
     """Compiles each file with its own flags, a few at a time, and links them into one module."""
 
     def run(self) -> None:
-        if switch("FUSED_OPTIM_CPP") is False:
-            print("fused_optim: FUSED_OPTIM_CPP=0, so no extension is built")
-            return
         try:
             super().run()
         except Exception as error:  # an optimizer without its fast kernel still works, and says why
             if switch("FUSED_OPTIM_CPP") or switch("FUSED_OPTIM_CUDA"):
                 raise
             print(f"fused_optim: installing without the C++ extension, because {error}", file=sys.stderr)
+            for extension in self.extensions:  # one that an earlier build has left behind
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
             self.extensions: list[Extension] = []
 
     def build_extension(self, extension: Extension) -> None:
@@ -156,4 +156,9 @@ class Build(build_ext):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[Extension("fused_optim._C", sources=[])], cmdclass={"build_ext": Build})
+    if int(setuptools.__version__.split(".")[0]) < 77:  # pip itself looks only where it isolates the build
+        sys.exit(
+            f"fused_optim is built by setuptools 77 or newer, not {setuptools.__version__}: pip install -U setuptools"
+        )
+    wanted = switch("FUSED_OPTIM_CPP") is not False
+    setup(ext_modules=[Extension("fused_optim._C", sources=[])] if wanted else [], cmdclass={"build_ext": Build})

@@ -1,6 +1,7 @@
 // What Python sees of the C++.
 #include <ATen/Parallel.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
 
 #include "cpu/floor.h"
 #include "cpu/simd.h"
@@ -9,6 +10,11 @@
 
 namespace fused_optim {
 namespace {
+
+// backends.py looks for these words in the file before it loads it: another torch has other tensors.
+#define TEXT_OF(x) #x
+#define TEXT(x) TEXT_OF(x)
+[[gnu::used]] const char kBuiltFor[] = "built for torch " TEXT(TORCH_VERSION_MAJOR) "." TEXT(TORCH_VERSION_MINOR) ".";
 
 // Waking a second thread takes longer than a small step. A chunk costs some 64 elements before its first one.
 int threads_for(int64_t elements, int64_t chunks) { return elements + 64 * chunks < 32768 ? 1 : at::get_num_threads(); }

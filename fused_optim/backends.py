@@ -13,10 +13,12 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -27,18 +29,34 @@ from . import reference
 from .device import DeviceTable
 from .table import CHUNK, HYPER_WIDTH, RAW_WIDTH, ROW_WIDTH, Table
 
+REINSTALL = "build it anew beside this torch (in fused_optim's sources: pip install --no-build-isolation --no-deps .)"
+
+
+def _built_for() -> str | None:
+    """The torch version, "major.minor", whose headers the extension was compiled with. It reads tensors as these lay
+    them out, so the file is looked at before it is loaded."""
+    spec = importlib.util.find_spec("fused_optim._C")
+    if spec is None or spec.origin is None:
+        return None
+    found = re.search(rb"built for torch (\d+\.\d+)\.", Path(spec.origin).read_bytes())
+    return found[1].decode() if found else None
+
 
 @functools.cache
 def extension() -> ModuleType | str:
     """The compiled module, or why there is none."""
+    built_for = _built_for()
+    if built_for not in (None, ".".join(torch.__version__.split(".")[:2])):
+        return f"the C++ extension was built for torch {built_for} and this is torch {torch.__version__}; {REINSTALL}"
     try:
         module = importlib.import_module("fused_optim._C")
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError):
             return "the C++ extension is not built (no C++ compiler when it was installed?)"
-        return f"the C++ extension does not load with torch {torch.__version__}; reinstall fused_optim ({error})"
+        why = f"built for torch {built_for or 'unknown'}, does not load with torch {torch.__version__} ({error})"
+        return f"the C++ extension, {why}; {REINSTALL}"
     if getattr(module, "LAYOUT", None) != (CHUNK, ROW_WIDTH, RAW_WIDTH, HYPER_WIDTH):
-        return "the C++ extension is of another version than the Python files; rebuild it (pip install .)"
+        return f"the C++ extension is of another version than the Python files; {REINSTALL}"
     return module
 
 

@@ -149,7 +149,7 @@ def bitsandbytes(state_dict: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         ValueError: the checkpoint is of another optimizer, of an old version that quantized whole tensors, or has
-        states that are not contiguous, whose order in memory depends on the device that wrote them.
+            states that are not contiguous, whose order in memory depends on the device that wrote them.
 
     Source: bitsandbytes 0.50.2, bitsandbytes/optim.
     """

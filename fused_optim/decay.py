@@ -20,6 +20,8 @@ NARROW = (torch.bfloat16, torch.float16)
 class Decay:
     """Decays an optimizer's params before each of its updates; made by `decoupled`, ended by `remove()`.
 
+    Args as decoupled's: optimizer, weight_decay, schedule and convention.
+
     Attributes:
         weight_decay: a number, or a list of one number per group; may be changed between steps.
         updates: number of calls of the optimizer's step() so far.

@@ -13,12 +13,12 @@ class Decoupled(FusedOptimizer):
     r"""Base of the optimizers whose decay goes past the gradient: each step takes a share of every param off it.
 
     Args:
-        decay: what that share is, with :math:`\lambda` the weight_decay:
-            "torch": :math:`lr \cdot \lambda`, as in torch.optim.AdamW.
-            "paper": :math:`\eta \lambda` with :math:`\eta = lr / lr_{reference}`, the schedule alone, so that the best
-            decay does not hang on the base lr; 0 where lr_reference is 0.
-            "normalized": :math:`\eta \lambda / \sqrt{decay\_period}`, so that it does not hang on the length of the
-            training either.
+        decay: what that share is, with :math:`\lambda` the weight_decay.
+            With "torch" :math:`lr \cdot \lambda`, as in torch.optim.AdamW.
+            With "paper" :math:`\eta \lambda`, where :math:`\eta` is lr / lr_reference: the schedule alone, so that the
+            best decay does not hang on the base lr; 0 where lr_reference is 0.
+            With "normalized" :math:`\eta \lambda / \sqrt{T}`, where :math:`T` is decay_period, so that it does not hang
+            on the length of the training either.
         lr_reference: the lr at which :math:`\eta` is 1; None: each group's lr at the start.
         decay_period: number of updates in the current restart period, batches per epoch times epochs.
 

@@ -23,8 +23,11 @@ MEMORY = 0.8  # weight of the past in the running average that tells divergence 
 class RangeTest:
     """What a range test has seen.
 
-    lrs: the learning rate of each mini-batch (of the group with the largest). losses: its loss, as it came. smoothed:
-    the losses around it, averaged with the weights of a bell curve over the logarithm of the learning rate.
+    Attributes:
+        lrs: the learning rate of each mini-batch (of the group with the largest).
+        losses: its loss, as it came.
+        smoothed: the losses around it, averaged with the weights of a bell curve over the logarithm of the learning
+            rate.
     """
 
     lrs: list[float]
@@ -197,8 +200,9 @@ def _set_lr(group: dict[str, Any], lr: float) -> None:
 
 @contextmanager
 def put_back(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """On leaving, puts back what training changes, into the same tensors and dicts: params, buffers, gradients,
-    training modes, the optimizer's state and groups, and the random generators of torch, Python and NumPy."""
+    """On leaving, puts back what training changes, into the same tensors and dicts: params, buffers, gradients and
+    training modes of the model, state and groups of the optimizer, and the random generators of torch, Python and
+    NumPy."""
     groups = optimizer.param_groups
     options = [{key: _copied(value) for key, value in group.items()} for group in groups]
     state = copy.deepcopy(optimizer.state_dict())

@@ -18,7 +18,8 @@ Strategy = Literal["linear", "cos"]
 
 
 def anneal(start: float, end: float, fraction: float, strategy: Strategy = "linear") -> float:
-    """What lies `fraction` (0 to 1) of the way from start to end: on a line, or on half a cosine wave."""
+    """What lies `fraction` (0 to 1) of the way from start to end; strategy: "linear", on a line, or "cos", on half a
+    cosine wave."""
     if strategy == "cos":
         return end + (start - end) * 0.5 * (1 + math.cos(math.pi * fraction))
     return start + (end - start) * fraction
@@ -28,7 +29,7 @@ def anneal(start: float, end: float, fraction: float, strategy: Strategy = "line
 
 
 class Phases(NamedTuple):
-    """The shares of a cycle that its phases take, each in [0, 1]; the annihilation takes what is left of 1.
+    """The shares of a cycle that rise, top and fall take, each in [0, 1]; the annihilation takes what is left of 1.
 
     The defaults are those of the article's language models: 7.5, 37.5, 37.5 and 7.5 of 90 epochs. Without a top, (0.45,
     0, 0.45) is Smith's triangle with a tenth for the annihilation.
@@ -72,7 +73,8 @@ def one_cycle(
         phases: shares of rise, top and fall, as Phases or three numbers.
         div_factor: largest learning rate over the first.
         final_div_factor: first learning rate over the last; math.inf ends at 0.
-        anneal_strategy: shape of rise and fall. final_strategy: shape of the annihilation.
+        anneal_strategy: shape of rise and fall, "linear" or "cos".
+        final_strategy: shape of the annihilation.
 
     Sources: Smith, arXiv:1803.09820 and (with Topin) arXiv:1708.07120; the long top and the numbers: Gugger and Howard,
     "AdamW and Super-convergence is now the fastest way to train neural nets" (fast.ai, 2018), whose scripts divide by
@@ -276,7 +278,8 @@ class WarmRestarts(LRScheduler):
 
     Args:
         optimizer: its groups' lr are where every period starts from.
-        T_0: epochs of the first period. T_mult: each period's epochs over the last one's. Both integers from 1.
+        T_0: epochs of the first period, an integer from 1.
+        T_mult: each period's epochs over the last one's, an integer from 1.
         eta_min: learning rate at the end of every period.
         batches_per_epoch: updates in one epoch.
         wd_norm: normalized weight decay of all groups, or one number per group (0 for groups that do not decay); None

@@ -1,0 +1,170 @@
+"""What do DTensor params cost the host? A step over T shards of 8 elements, and over the same tensors unwrapped.
+
+    python bench/dtensor.py                 # into bench/results/<machine>/dtensor.json and dtensor.md
+    python bench/dtensor.py --device cuda
+
+AdamW alone, and after clipping by the norm of all gradients (inside the step in ours). The mesh has one process, so no
+collective is timed: what differs between the columns is the wrapping. On a CPU the time is that of the whole step, in
+which 8 elements leave little but overhead; on a GPU it is until step() returns, the device having been idle. All params
+are compared with the plain for-loop's before anything is timed; peers take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from environment import ROOT, describe, device_name, folder_name
+from measure import progress
+from report import markdown, number
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.utils import clip_grad_norm_
+
+sys.path.append(str(ROOT))
+from fused_optim import FusedAdamW
+
+TENSORS = (10, 148, 1000)
+SHAPE = (4, 2)
+MAX_NORM = 0.5
+UPDATES = ("step", "clip+step")
+PEERS = ("torch foreach", "torch fused", "ours")
+Step = Callable[[], Any]
+
+
+def torch_step(params: list[Tensor], clip: bool, **options: Any) -> Step:
+    optimizer = torch.optim.AdamW(params, **options)
+
+    def clip_and_step() -> None:
+        clip_grad_norm_(params, MAX_NORM)
+        optimizer.step()
+
+    return clip_and_step if clip else optimizer.step
+
+
+def ours(params: list[Tensor], clip: bool) -> Step:
+    return FusedAdamW(params, max_grad_norm=MAX_NORM if clip else None).step
+
+
+BUILD: dict[str, Callable[[list[Tensor], bool], Step]] = {
+    "torch foreach": partial(torch_step, foreach=True),
+    "torch fused": partial(torch_step, fused=True),
+    "ours": ours,
+}
+
+
+def make(count: int, mesh: DeviceMesh, wrapped: bool) -> list[Tensor]:
+    """Params with gradients, the same at every call."""
+    torch.manual_seed(0)
+    params: list[Tensor] = []
+    for _ in range(count):
+        param, grad = torch.randn(SHAPE, device=mesh.device_type), torch.randn(SHAPE, device=mesh.device_type)
+        if wrapped:
+            param, grad = (distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in (param, grad))
+        params.append(param.requires_grad_())
+        param.grad = grad
+    return params
+
+
+def check(count: int, clip: bool, mesh: DeviceMesh, build: Callable[[list[Tensor], bool], Step], wrapped: bool) -> None:
+    """Raises AssertionError where two steps end elsewhere than the for-loop's over plain tensors."""
+    got, want = make(count, mesh, wrapped), make(count, mesh, False)
+    for step in (build(got, clip), torch_step(want, clip, foreach=False)):
+        step()
+        step()
+    for p, q in zip(got, want, strict=True):
+        torch.testing.assert_close(p.full_tensor() if isinstance(p, DTensor) else p, q, rtol=1e-4, atol=1e-6)
+
+
+def measure(count: int, clip: bool, mesh: DeviceMesh, rounds: int) -> dict[str, dict[str, float]]:
+    """Median µs of a step: by peer, over plain tensors and over DTensors."""
+    steps: dict[tuple[str, str], Step] = {}
+    for name in PEERS:
+        for kind in ("plain", "dtensor"):
+            progress(f"{count:,} tensors: checking {name}, {kind}")
+            check(min(count, 20), clip, mesh, BUILD[name], kind == "dtensor")
+            steps[name, kind] = BUILD[name](make(count, mesh, kind == "dtensor"), clip)
+            for _ in range(3):
+                steps[name, kind]()
+    samples: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
+    gc.collect()
+    gc.disable()
+    for turn in range(rounds):
+        progress(f"{count:,} tensors: round {turn + 1} of {rounds}")
+        for key, step in steps.items():
+            step()
+            if mesh.device_type == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            step()
+            samples[key].append(1e6 * (time.perf_counter() - begin))
+    gc.enable()
+    progress(f"{count:,} tensors: done", done=True)
+    return {name: {kind: statistics.median(samples[name, kind]) for kind in ("plain", "dtensor")} for name in PEERS}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    header = ["tensors", "update", "peer", "plain, µs", "DTensor, µs", "DTensor : plain"]
+    rows = [
+        [
+            f"{result['tensors']:,}",
+            result["update"],
+            name,
+            number(us["plain"]),
+            number(us["dtensor"]),
+            number(us["dtensor"] / us["plain"]),
+        ]
+        for result in results
+        for name, us in result["median_us"].items()
+    ]
+    return markdown(header, rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--tensors", type=int, nargs="+", default=TENSORS)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, help="folder for dtensor.json and dtensor.md; bench/results/<machine>")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("There is no GPU that torch can use on this machine, so nothing was measured.", file=sys.stderr)
+        return 2
+    device = torch.device(options.device)
+    with tempfile.TemporaryDirectory() as scratch:
+        store = dist.FileStore(f"{scratch}/store", 1)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
+        mesh = init_device_mesh(device.type, (1,))
+        results = [
+            {"tensors": count, "update": update, "median_us": measure(count, update != "step", mesh, options.rounds)}
+            for count in options.tensors
+            for update in UPDATES
+        ]
+        dist.destroy_process_group()
+    print(table(results))
+    folder = options.out or ROOT / "bench" / "results" / folder_name(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = describe(device)
+    content = {"about": about, "shape": SHAPE, "rounds": options.rounds, "results": results}
+    (folder / "dtensor.json").write_text(json.dumps(content, indent=1) + "\n")
+    facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
+    text = f"# DTensor params on {device_name(device)}: AdamW, host time per step\n\n{facts}\n\n"
+    text += f"Medians over {options.rounds} rounds, peers taking turns; a mesh of one process.\n\n{table(results)}\n"
+    (folder / "dtensor.md").write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

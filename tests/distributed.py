@@ -1,0 +1,161 @@
+"""Worlds: a test whose body several processes run at once, with gloo between them on CPUs and NCCL between GPUs.
+
+Every test gets processes of its own, so nothing that fails or hangs in one reaches another. They are forked from a
+server that has imported torch, which takes a tenth of a second each instead of several. A rank that fails or hangs
+fails the test with its traceback.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import functools
+import importlib
+import inspect
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import EMULATED, HAS_CUDA, INTERPRETED
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+LIMIT = 30  # seconds; a test takes about one
+PRELOAD = [
+    "fused_optim",
+    "pytest",
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.optim",
+    "torch.distributed.tensor.parallel",
+]
+
+
+@dataclass(frozen=True)
+class World:
+    size: int
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.size}-{self.device}"
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    def mesh(self, *names: str) -> DeviceMesh:
+        """One dimension, or two of which the first holds two processes."""
+        shape = (self.size,) if len(names) < 2 else (min(2, self.size), math.ceil(self.size / 2))
+        return init_device_mesh(self.device, shape, mesh_dim_names=names or None)
+
+
+def worlds() -> list[World]:
+    if not HAS_CUDA:
+        return [World(2, "cpu"), World(4, "cpu")]
+    count = torch.cuda.device_count()
+    return [World(size, "cuda") for size in (2, 4) if size <= count] or [World(1, "cuda")]
+
+
+def in_every_world(body: Callable[..., None]) -> Any:
+    """A test whose body every rank runs, with the same arguments (tmp_path is one folder for all). `world` is one."""
+
+    @functools.wraps(body)
+    def test(**arguments: Any) -> None:
+        path = arguments["tmp_path"]
+        wanted = inspect.signature(body).parameters
+        run(body, {key: value for key, value in arguments.items() if key in wanted}, path)
+
+    names = dict.fromkeys([*inspect.signature(body).parameters, "tmp_path"])
+    test.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    )
+    return pytest.mark.parametrize("world", worlds(), ids=str)(test)
+
+
+# These go over numbers of processes, not over backends.
+by_default_backend = pytest.mark.skipif(
+    INTERPRETED or EMULATED or not dist.is_available(),
+    reason="runs with the default backend, in the run without an interpreter or emulation, and needs torch.distributed",
+)
+
+
+def run(body: Callable[..., None], arguments: dict[str, Any], folder: Path, limit: float = LIMIT) -> None:
+    """Runs a test's body in all ranks of arguments["world"]; fails with the traceback of the first that failed."""
+    world: World = arguments["world"]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    folder = Path(tempfile.mkdtemp(prefix="world", dir=folder))
+    place = (body.__module__, body.__qualname__, str(folder), limit)
+    ranks = [context.Process(target=_rank, args=(rank, place, arguments)) for rank in range(world.size)]
+    for process in ranks:
+        process.start()
+    failed = _watch(ranks, time.monotonic() + limit + 10)
+    if failed:
+        texts = [_said(rank, ranks[rank].exitcode, folder) for rank in failed]
+        others = [f"rank {rank}, after that: {text.splitlines()[-1]}" for rank, text in zip(failed, texts, strict=True)]
+        pytest.fail("\n".join([f"rank {failed[0]}: {texts[0]}", *others[1:]]), pytrace=False)
+
+
+def _said(rank: int, exitcode: int | None, folder: Path) -> str:
+    report = folder / f"rank{rank}.txt"
+    text = report.read_text().strip() if report.exists() else ""
+    return text or f"ended with exit code {exitcode} and without a word"
+
+
+def _watch(ranks: Sequence[BaseProcess], deadline: float) -> list[int]:
+    """Waits until all have ended; where one failed, stops the others, who wait for it. Who failed, the first first."""
+    failed: list[int] = []
+    running = {process.sentinel: rank for rank, process in enumerate(ranks)}
+    try:
+        while running and time.monotonic() < deadline:
+            for sentinel in wait(list(running), timeout=0.5 if failed else 5):
+                rank = running.pop(sentinel)  # type: ignore[call-overload]
+                ranks[rank].join()
+                if ranks[rank].exitcode:
+                    failed.append(rank)
+                    deadline = min(deadline, time.monotonic() + 1)
+        return failed or list(running.values())
+    finally:
+        for process in ranks:
+            if process.is_alive():
+                os.kill(process.pid or 0, signal.SIGKILL)
+            process.join()
+
+
+def _rank(rank: int, place: tuple[str, str, str, float], arguments: dict[str, Any]) -> None:
+    module, name, folder, limit = place
+    world: World = arguments["world"]
+    with open(f"{folder}/rank{rank}.txt", "w") as report:
+        faulthandler.dump_traceback_later(limit, exit=True, file=report)
+        try:
+            torch.set_num_threads(1)
+            if world.device == "cuda":
+                torch.cuda.set_device(rank)
+            dist.init_process_group(
+                "gloo" if world.device == "cpu" else "cpu:gloo,cuda:nccl",
+                store=dist.FileStore(f"{folder}/store", world.size),
+                rank=rank,
+                world_size=world.size,
+                timeout=timedelta(seconds=2 * limit),
+            )
+            getattr(importlib.import_module(module), name).__wrapped__(**arguments)
+            dist.barrier()
+            dist.destroy_process_group()
+        except BaseException:
+            traceback.print_exc(file=report)
+            report.flush()
+            sys.exit(1)

@@ -1,0 +1,379 @@
+"""Checkpoints of spread params through torch.distributed.checkpoint, and what any load keeps: memory and dtypes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from cases import ADAMW, build_torch, copies, make_params, parameters, train
+from compare import assert_equal, assert_like_torch
+from distributed import World, by_default_backend, in_every_world, run, worlds
+from spread import (
+    CLASSES,
+    Spread,
+    assert_close,
+    assert_same,
+    backward,
+    build,
+    make_net,
+    parallel_and_sharded,
+    replicated,
+    sharded,
+    whole,
+)
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+from fused_optim import FusedAdamW
+
+pytestmark = by_default_backend
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+NESTED = StateDictOptions()
+in_both_forms = pytest.mark.parametrize("form", [NESTED, FLAT], ids=["nested", "flat"])
+
+
+def several(*sizes: int) -> list[World]:
+    """Worlds of these sizes, or of as many processes as there are GPUs."""
+    device, most = worlds()[-1].device, worlds()[-1].size
+    return [World(min(size, most), device) for size in sizes]
+
+
+def gathered(net: nn.Module, optimizer: Any, form: StateDictOptions) -> dict[str, Any]:
+    return {
+        "model": get_model_state_dict(net),
+        "optimizer": get_optimizer_state_dict(net, optimizer, options=form),
+    }
+
+
+def resume(net: nn.Module, optimizer: Any, form: StateDictOptions, source: Path) -> None:
+    state = gathered(net, optimizer, form)
+    dcp.load(state, checkpoint_id=source)
+    set_model_state_dict(net, state["model"])
+    set_optimizer_state_dict(net, optimizer, state["optimizer"], options=form)
+
+
+def go_on(net: nn.Module, optimizer: Any, part: tuple[int, int], first: int, steps: int = 2) -> None:
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        backward(net, step, *part)
+        optimizer.step()
+
+
+def uninterrupted(world: World, name: str, steps: int) -> Any:
+    net = make_net(world.device)
+    optimizer = build(name, net.parameters())
+    go_on(net, optimizer, (0, 1), 0, steps)
+    return optimizer
+
+
+# ---- resharding
+
+
+@in_every_world
+def leg(
+    world: World, spread: Spread, name: str, form: StateDictOptions, first: int, source: Path | None, target: Path
+) -> None:
+    """Two steps of a training that goes from world to world."""
+    net, part = spread(world)
+    optimizer = build(name, net.parameters(), **({} if source is None else {"lr": 0.77}))  # the saved one comes back
+    if source is not None:
+        before = [whole(p.detach()).clone() for p in net.parameters()]
+        get_optimizer_state_dict(net, optimizer)  # makes states by a step with lr 0 and no gradients
+        for p, old in zip(net.parameters(), before, strict=True):
+            assert_equal(whole(p.detach()), old)
+        resume(net, optimizer, form, source)
+    go_on(net, optimizer, part, first)
+    dcp.save(gathered(net, optimizer, form), checkpoint_id=target)
+    assert_same(optimizer, uninterrupted(world, name, first + 2))
+
+
+@in_both_forms
+@pytest.mark.parametrize("name", CLASSES)
+def test_from_two_processes_to_four_to_one(name: str, form: StateDictOptions, tmp_path: Path) -> None:
+    """Each with another number of shards; training goes on as if one process had never stopped."""
+    source = None
+    for number, world in enumerate(several(2, 4, 1)):
+        target = tmp_path / str(number)
+        arguments = {"spread": sharded, "name": name, "form": form, "first": 2 * number}
+        run(leg.__wrapped__, {**arguments, "world": world, "source": source, "target": target}, tmp_path)
+        source = target
+
+
+@in_both_forms
+def test_from_one_engine_to_another(form: StateDictOptions, tmp_path: Path) -> None:
+    """DDP, then FSDP2, then tensor parallelism with FSDP2, then DDP again: names and whole tensors are the same."""
+    source = None
+    ways = [replicated, sharded, parallel_and_sharded, replicated]
+    for number, (spread, world) in enumerate(zip(ways, several(2, 4, 4, 2), strict=True)):
+        target = tmp_path / str(number)
+        arguments = {"spread": spread, "name": "adamw-amsgrad", "form": form, "first": 2 * number}
+        run(leg.__wrapped__, {**arguments, "world": world, "source": source, "target": target}, tmp_path)
+        source = target
+
+
+# ---- torch's checkpoints
+
+
+def torchs(name: str, params: Any) -> Any:
+    """torch's optimizer of the same rule and options."""
+    ours, options = CLASSES[name]
+    return {"FusedAdamW": torch.optim.AdamW, "FusedSGD": torch.optim.SGD}[ours.__name__](params, **options)
+
+
+@in_every_world
+@in_both_forms
+@pytest.mark.parametrize("name", ["adamw-amsgrad", "sgd"])
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_with_torch_in_both_directions(
+    world: World, name: str, form: StateDictOptions, ours_first: bool, tmp_path: Path
+) -> None:
+    """The same keys, and either goes on with what the other has saved."""
+    makers: list[Callable[[str, Any], Any]] = [build, torchs] if ours_first else [torchs, build]
+    (net, part), (other, _) = sharded(world), sharded(world)
+    one, two = makers[0](name, net.parameters()), makers[1](name, other.parameters())
+    go_on(net, one, part, 0)
+    dcp.save(gathered(net, one, form), checkpoint_id=tmp_path / "checkpoint")
+    resume(other, two, form, tmp_path / "checkpoint")
+    go_on(other, two, part, 2)
+    alone = uninterrupted(world, name, 4)
+    for p, q in zip(parameters(two), parameters(alone), strict=True):
+        assert_close(p, q)
+    mine, theirs = gathered(net, one, form)["optimizer"], gathered(other, two, form)["optimizer"]
+    if form.flatten_optimizer_state_dict:
+        assert mine.keys() == theirs.keys()
+    else:
+        assert mine["state"].keys() == theirs["state"].keys()
+        assert all(mine["state"][key].keys() == theirs["state"][key].keys() for key in mine["state"])
+        assert [group.keys() for group in mine["param_groups"]] == [group.keys() for group in theirs["param_groups"]]
+
+
+@in_every_world
+@pytest.mark.parametrize("cpu_offload", [False, True])
+def test_full_state_dict(world: World, cpu_offload: bool) -> None:
+    """Gathered on the first rank, broadcast from there."""
+    net, part = sharded(world)
+    optimizer = build("adamw-amsgrad", net.parameters())
+    go_on(net, optimizer, part, 0)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload)
+    model, states = (
+        get_model_state_dict(net, options=options),
+        get_optimizer_state_dict(net, optimizer, options=options),
+    )
+    if world.rank == 0 or not cpu_offload:
+        alone = uninterrupted(world, "adamw-amsgrad", 2)
+        named = dict(zip(model, parameters(alone), strict=True))
+        for name, p in named.items():
+            assert states["state"][name].keys() == alone.state[p].keys()
+            for key, value in alone.state[p].items():
+                assert_close(states["state"][name][key].to(value.device), value)
+    again, _ = sharded(world)
+    loaded = build("adamw-amsgrad", again.parameters(), lr=0.77)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(again, model if world.rank == 0 else {}, options=options)
+    set_optimizer_state_dict(again, loaded, states if world.rank == 0 else {}, options=options)
+    go_on(again, loaded, part, 2)
+    assert_same(loaded, uninterrupted(world, "adamw-amsgrad", 4))
+
+
+# ---- saving beside the training, and dying in it
+
+
+@in_every_world
+def test_async_save(world: World, tmp_path: Path) -> None:
+    """What is saved are the numbers of the moment of the call, while training goes on."""
+    net, part = sharded(world)
+    optimizer = build("adamw-amsgrad", net.parameters())
+    go_on(net, optimizer, part, 0)
+    own = dist.new_group(backend="gloo")  # the saving thread's collectives must not meet the training's
+    saving = dcp.async_save(gathered(net, optimizer, FLAT), checkpoint_id=tmp_path / "checkpoint", process_group=own)
+    go_on(net, optimizer, part, 2, steps=3)
+    saving.result()
+    again, _ = sharded(world)
+    loaded = build("adamw-amsgrad", again.parameters())
+    resume(again, loaded, FLAT, tmp_path / "checkpoint")
+    assert_same(loaded, uninterrupted(world, "adamw-amsgrad", 2))
+    go_on(again, loaded, part, 2, steps=3)
+    assert_same(loaded, optimizer)
+
+
+class Dies(dcp.FileSystemWriter):
+    """Kills its process, as `kill -9` does, where it begins to write, or where nothing is missing but the metadata."""
+
+    def __init__(self, path: Path, where: str) -> None:
+        super().__init__(path)
+        self.where = where
+
+    def write_data(self, *args: Any) -> Any:
+        if self.where == "data" and dist.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().write_data(*args)
+
+    def finish(self, **arguments: Any) -> None:
+        if self.where == "metadata":
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().finish(**arguments)
+
+
+@in_every_world
+def is_killed(world: World, where: str, folder: Path) -> None:
+    net, part = sharded(world)
+    optimizer = build("adamw-amsgrad", net.parameters())
+    go_on(net, optimizer, part, 0)
+    dcp.save(gathered(net, optimizer, FLAT), checkpoint_id=folder / "2")
+    go_on(net, optimizer, part, 2)
+    dcp.save(gathered(net, optimizer, FLAT), storage_writer=Dies(folder / "4", where))
+
+
+@in_every_world
+def comes_back(world: World, folder: Path) -> None:
+    net, part = sharded(world)
+    optimizer = build("adamw-amsgrad", net.parameters())
+    with pytest.raises(dcp.api.CheckpointException, match="metadata"):
+        resume(net, optimizer, FLAT, folder / "4")
+    finished = [path for path in folder.iterdir() if (path / ".metadata").exists()]
+    assert finished == [folder / "2"]
+    resume(net, optimizer, FLAT, *finished)
+    go_on(net, optimizer, part, 2)
+    assert_same(optimizer, uninterrupted(world, "adamw-amsgrad", 4))
+
+
+@pytest.mark.parametrize("world", worlds(), ids=str)
+@pytest.mark.parametrize("where", ["data", "metadata"])
+def test_killed_in_the_middle_of_a_save(world: World, where: str, tmp_path: Path) -> None:
+    """The checkpoint before is whole, and the broken one cannot be taken for a checkpoint."""
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(pytest.fail.Exception, match=f"exit code -{signal.SIGKILL.value}"):
+        run(is_killed.__wrapped__, {"world": world, "where": where, "folder": folder}, tmp_path)
+    run(comes_back.__wrapped__, {"world": world, "folder": folder}, tmp_path)
+
+
+# ---- one process: files, memory, dtypes
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    """Tensors in one file, which holds nothing else; options beside them. No two states share memory, which the format
+    refuses; dtypes stay."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors")
+    params = make_params([(5, 3), (), (0,), (40,)], torch.bfloat16)
+    ours = FusedAdamW(params, lr=0.1, amsgrad=True, state_dtype=torch.float32)
+    train([ours], 3)
+    saved = ours.state_dict()
+    tensors = {f"{index}.{key}": value for index, state in saved["state"].items() for key, value in state.items()}
+    file = tmp_path / "states.safetensors"
+    safetensors.save_file(tensors, file, metadata={"param_groups": json.dumps(saved["param_groups"])})
+
+    with safetensors.safe_open(file, "pt") as opened:
+        groups = json.loads(opened.metadata()["param_groups"])
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in safetensors.load_file(file).items():
+        index, key = name.split(".")
+        state.setdefault(int(index), {})[key] = value
+    again = FusedAdamW(copies(params))
+    again.load_state_dict({"state": state, "param_groups": groups})
+    assert_equal(again.state_dict()["state"], saved["state"])
+    train([ours, again], 2, seed=7)
+    for p, q in zip(parameters(ours), parameters(again), strict=True):
+        assert_equal(p, q)
+        assert_equal(ours.state[p], again.state[q])
+
+
+@pytest.mark.parametrize("missing", ["absent", "int", "cpu-tensor"])
+def test_old_checkpoints_of_torch(missing: str) -> None:
+    """`step` was an int once, and a CPU tensor for a long time; a state without it counts from the start."""
+    theirs = build_torch(ADAMW, make_params([(5, 3), (40,)]))
+    train([theirs], 3)
+    old = copy.deepcopy(theirs.state_dict())
+    for state in old["state"].values():
+        step = state.pop("step")
+        if missing != "absent":
+            state["step"] = int(step) if missing == "int" else step.cpu()
+    for name in ("foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
+        for group in old["param_groups"]:
+            group.pop(name, None)
+    ours = FusedAdamW(copies(parameters(theirs)))
+    ours.load_state_dict(old)
+    if missing == "absent":
+        for state in theirs.state.values():
+            state["step"].zero_()
+    train([ours, theirs], 2, seed=7)
+    assert_like_torch(ours, theirs)
+
+
+def peak(work: Callable[[], Any]) -> int:
+    """Bytes that `work` had allocated at most, and not given back."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()
+    return max(itertools.accumulate((event.nbytes() for event in events if event.name() == "[memory]"), initial=0))
+
+
+def test_peak_is_what_it_says() -> None:
+    assert peak(lambda: [torch.zeros(1000) for _ in range(3)]) == pytest.approx(12000, abs=2000)
+    assert peak(lambda: [torch.zeros(1000).sum() for _ in range(3)]) < 8000
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_loading_takes_the_tensors(dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    """States are taken as they are, not copied: neither load_state_dict nor the step after it needs their memory
+    again, and no dtype changes."""
+    count, size = 8, 100_000
+    one = FusedAdamW(make_params([(size,)] * count, dtype), state_dtype=state_dtype)
+    train([one], 1)
+    saved = one.state_dict()
+    two = FusedAdamW(copies(parameters(one)), state_dtype=torch.float32)
+    for p in parameters(two):
+        p.grad = torch.ones_like(p)
+    states = 2 * count * size * state_dtype.itemsize
+    assert peak(lambda: two.load_state_dict(saved)) < states / count
+    assert peak(two.step) < states / count
+    for index, p in enumerate(parameters(two)):
+        for key in ("exp_avg", "exp_avg_sq"):
+            mine = two.state[p][key]
+            assert mine is saved["state"][index][key]
+            assert mine.dtype == state_dtype
+
+
+@in_every_world
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dtypes_of_spread_states(world: World, dtype: torch.dtype, state_dtype: torch.dtype, tmp_path: Path) -> None:
+    """Through a checkpoint, and into an optimizer that would have made others; load_state_dict takes the shards."""
+    net, part = sharded(world, dtype)
+    one = build("adamw-amsgrad", net.parameters(), state_dtype=state_dtype)
+    go_on(net, one, part, 0)
+    again, _ = sharded(world, dtype)
+    two = build("adamw-amsgrad", again.parameters(), state_dtype=state_dtype)
+    dcp.save(gathered(net, one, FLAT), checkpoint_id=tmp_path / "checkpoint")
+    resume(again, two, FLAT, tmp_path / "checkpoint")
+    three = build("adamw-amsgrad", [nn.Parameter(p.detach().clone()) for p in net.parameters()])
+    three.load_state_dict(one.state_dict())
+    for p, q, r in zip(parameters(one), parameters(two), parameters(three), strict=True):
+        r.grad = p.grad
+        for key, value in one.state[p].items():
+            assert two.state[q][key].dtype == (torch.float32 if key == "step" else state_dtype)
+            assert_equal(whole(two.state[q][key]), whole(value))
+    three.step()
+    for p, r in zip(parameters(one), parameters(three), strict=True):
+        for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            mine, saved = three.state[r][key], one.state[p][key]
+            assert isinstance(mine, DTensor) and mine.dtype == state_dtype
+            assert mine.to_local().data_ptr() == saved.to_local().data_ptr()
