@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,11 +12,15 @@ from torch.optim import Optimizer
 
 from . import backends
 from .device import DeviceTable
+from .ema import Averaging, Decay, WeightAverage
 from .layout import check_grad, check_hyperparameter, check_param, conform, conform_step, make_row, make_states
 from .scaling import Scaler, check_options
-from .table import Row, Rule, Scalars, Table
+from .table import EMA_DECAY, Row, Rule, Scalars, Table
 from .watch import REBUILD
 from .watch import Watch as PythonWatch
+
+# What copies and pickles hold besides torch's.
+KEPT = ("backend", "state_dtype", "max_grad_norm", "_scaler", "_ema", "_steps")
 
 
 class _Fork:
@@ -46,7 +50,7 @@ class _Uncast:
         self.tensor = tensor
 
 
-class FusedOptimizer(Optimizer):
+class FusedOptimizer(Averaging):
     """Base of the fused optimizers; stands before a torch.optim class, or alone, among the bases of one.
 
     Args:
@@ -59,10 +63,15 @@ class FusedOptimizer(Optimizer):
             have their own, and those with None are neither clipped nor part of the norm.
         norm_type: 2 or inf.
         skip_nonfinite: a step whose gradients hold NaN or inf changes nothing.
+        ema_decay: each update of a param also takes a moving average of the weights along, ema_decay * average +
+            (1 - ema_decay) * param, which starts as a copy; see ema_weights. May be a function of the number of
+            step() calls before, asked at each one. None: no averages.
+        ema_dtype: dtype of the averages of real params narrower than float64; None: the param's own. In 16 bits an
+            average stands still where decay is near 1.
         All else goes to the torch.optim class.
 
     Raises:
-        ValueError: state_dtype, max_grad_norm or norm_type is none of these.
+        ValueError: state_dtype, max_grad_norm, norm_type, ema_decay or ema_dtype is none of these.
         RuntimeError: the named backend cannot run here, or differentiable=True.
     """
 
@@ -77,6 +86,8 @@ class FusedOptimizer(Optimizer):
         max_grad_norm: float | None = None,
         norm_type: float = 2.0,
         skip_nonfinite: bool = False,
+        ema_decay: Decay | None = None,
+        ema_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         if state_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
@@ -88,6 +99,7 @@ class FusedOptimizer(Optimizer):
         self.state_dtype = state_dtype
         self.max_grad_norm = max_grad_norm
         self._scaler = Scaler(norm_type, skip_nonfinite)
+        self._ema = None if ema_decay is None else WeightAverage(ema_decay, ema_dtype)
         self._steps: dict[Tensor, Tensor] = {}  # of params whose rule keeps no `step` in its states
         self._forget()
         super().__init__(*args, **kwargs)
@@ -138,6 +150,8 @@ class FusedOptimizer(Optimizer):
         """
         if self._on_cuda:
             self._check_capture()
+        if self._ema is not None:
+            self._ema.begin()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -150,6 +164,8 @@ class FusedOptimizer(Optimizer):
         if moved & REBUILD:
             self._rebuild()
             moved = 0  # new tables go to their device whole, when they are first used
+        if self._ema is not None:
+            moved |= self._ema.advance(self._tables)
         for table, backend in self._tables:
             backend.upload(table, moved)
             if table.copies:
@@ -233,11 +249,15 @@ class FusedOptimizer(Optimizer):
             steps[param] = conform_step(param, self._step_of(param, state, begun=not made))
             fresh[param].update(made)
             rows.append(make_row(param, fresh[param], wanted, steps[param], index))
+            if self._ema is not None:
+                rows[-1].ema = self._ema.fitting(param)
             if self.rule.counted:
                 fresh[param] = {"step": steps[param], **fresh[param]}
 
         max_norm = self._scaler.bound_without_key(self.param_groups)
         scalars = Scalars(len(self.param_groups), self.rule.clip_eps, max_norm)
+        if self._ema is not None:
+            scalars.raw[:, EMA_DECAY] = self._ema.current
         by_device: dict[torch.device, list[Row]] = {}
         for row in rows:
             by_device.setdefault(row.param.device, []).append(row)
@@ -247,6 +267,8 @@ class FusedOptimizer(Optimizer):
             for device, members_ in by_device.items()
         ]
 
+        if self._ema is not None:
+            self._ema.tensors.update({row.param: row.ema for row in rows if row.ema is not None})
         for row in rows:  # the state dicts stay the same objects, which others may hold
             if fresh[row.param]:
                 row.state = self.state[row.param]
@@ -289,7 +311,7 @@ class FusedOptimizer(Optimizer):
     # ---- checkpoints
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = {key: self.__dict__[key] for key in ("backend", "state_dtype", "max_grad_norm", "_scaler", "_steps")}
+        ours = {key: self.__dict__[key] for key in KEPT}
         return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -303,6 +325,7 @@ class FusedOptimizer(Optimizer):
         self.__dict__.setdefault("state_dtype", None)
         self.__dict__.setdefault("max_grad_norm", None)
         self.__dict__.setdefault("_scaler", Scaler())
+        self.__dict__.setdefault("_ema", None)
         self.__dict__.setdefault("_steps", {})
         for group in self.param_groups:
             for key, value in defaults.items():
@@ -338,6 +361,10 @@ class FusedOptimizer(Optimizer):
         finally:
             handle.remove()
         self._steps.clear()
+
+    def load_ema_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_ema_state_dict(state_dict)
+        self._forget()  # the tables have the addresses of others
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. A state that no update has reached yet (each was skipped) is left out where torch would not have

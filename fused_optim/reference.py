@@ -14,6 +14,7 @@ from .table import (
     CLIP_EPS,
     DECAY_PERIOD,
     DECOUPLED,
+    EMA_DECAY,
     EPS,
     LR,
     LR_REFERENCE,
@@ -161,6 +162,14 @@ def step_row(table: Table, row: Row, number: int, grad_scale: float, norm: float
         table.trust[number] = trust_ratio(raw, float(param.double().norm()), float(update.double().norm()))
         update = h.lr * float(table.trust[number]) * update
     real_view(row.target).copy_(param - update)
+    if row.ema is not None:
+        follow(row.ema, row.target, 1.0 - raw[EMA_DECAY] if h.step > 1 else 1.0)
+
+
+def follow(average: Tensor, param: Tensor, weight: float) -> None:
+    """Moves the average of the weights towards the param as it is stored. The first is a copy."""
+    old, new = widen(average), widen(param)
+    real_view(average).copy_(new if weight == 1.0 else old - weight * old + weight * new)
 
 
 def trust_ratio(raw: list[float], param: float, update: float) -> float:
