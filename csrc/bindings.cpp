@@ -25,7 +25,7 @@ T* data(const std::optional<at::Tensor>& tensor) {
   return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
 }
 
-Arrays make_arrays(const std::vector<std::optional<at::Tensor>>& x, int64_t elements) {
+Arrays make_arrays(const std::vector<std::optional<at::Tensor>>& x, int64_t elements, bool ema) {
   TORCH_CHECK(x.size() == 11, "a table has 11 arrays, but got ", x.size());
   Tables t{};
   t.desc = data<const int64_t>(x[0]);
@@ -40,7 +40,8 @@ Arrays make_arrays(const std::vector<std::optional<at::Tensor>>& x, int64_t elem
   t.sums = data<double>(x[9]);
   t.trust = data<double>(x[10]);
   t.chunks = x[0]->numel();
-  t.tensors = x[1]->size(0);
+  t.tensors = static_cast<int32_t>(x[1]->size(0));
+  t.ema = ema;
   return {x, t, elements};
 }
 
@@ -112,7 +113,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", [] { return instruction_set().name; });
 
   using Number = std::optional<at::Tensor>;
-  py::class_<Arrays>(m, "Arrays").def(py::init(&make_arrays), py::arg("arrays"), py::arg("elements"));
+  py::class_<Arrays>(m, "Arrays").def(py::init(&make_arrays), py::arg("arrays"), py::arg("elements"), py::arg("ema"));
 
   m.def("step_cpu", [](const std::string& rule, const Arrays& arrays, const Number& grad_scale, const Number& found_inf,
                        const Number& squares) {

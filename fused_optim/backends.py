@@ -123,7 +123,7 @@ def _arrays(table: Table) -> tuple[Tensor | None, ...]:
 
 def _native(table: Table) -> Any:
     if table.native is None:
-        table.native = built().Arrays(_arrays(table), table.elements)
+        table.native = built().Arrays(_arrays(table), table.elements, table.ema)
     return table.native
 
 
@@ -136,11 +136,11 @@ def _triton(table: Table, function: str, *args: Any) -> None:
 
 def _step_triton(table: Table, scaling: Scaling) -> None:
     numbers = scaling.grad_scale, scaling.found_inf, scaling.squares
-    _triton(table, "launch", table.rule.name, table.kinds, *_arrays(table), *numbers)
+    _triton(table, "launch", table.rule.name, table.kinds, *_arrays(table), *numbers, table.ema)
 
 
 def _move_triton(table: Table) -> None:
-    _triton(table, "launch_move", table.rule.name, table.kinds, *_arrays(table))
+    _triton(table, "launch_move", table.rule.name, table.kinds, *_arrays(table), table.ema)
 
 
 def _squares_triton(table: Table, out: Tensor) -> None:

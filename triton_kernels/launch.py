@@ -1,7 +1,8 @@
 """Launches the kernels on the current stream, with no knowledge of any optimizer; compiles them where no GPU is.
 
 All three functions take the arrays of a table (csrc/tables.h) and `kinds`, the dtype codes (param, grad, *states) of
-every kind, in the order in which `desc` numbers them. The table's device is the current one.
+every kind, in the order in which `desc` numbers them; with `ema` the last code is that of the average of the weights,
+which every row has then. The table's device is the current one.
 """
 
 from functools import cache
@@ -79,19 +80,22 @@ def prep_variant(clips: bool, trust: bool) -> Variant:
 
 
 @cache
-def step_variant(rule: str, kinds: Kinds) -> Variant:
+def step_variant(rule: str, kinds: Kinds, ema: bool = False) -> Variant:
     """The whole step, or of a rule with a trust ratio the first walk."""
     update, direction = RULES[rule]
     walk, absent = (step.update, ("partials", "trust")) if direction is None else (step.advance, ("trust",))
-    constants = {"PASS": walk, "RULE": update, "DIRECTION": direction, "KINDS": tuple(map(pack_kind, kinds))}
+    if ema and direction is not None:  # the average waits for the params
+        kinds, ema = tuple(kind[:-1] for kind in kinds), False
+    packed = tuple(map(pack_kind, kinds))
+    constants = {"PASS": walk, "RULE": update, "DIRECTION": direction, "KINDS": packed, "EMA": ema}
     return Variant(step.step_kernel, THREADS.value, *absent, **constants)
 
 
 @cache
-def move_variant(rule: str, kinds: Kinds) -> Variant:
+def move_variant(rule: str, kinds: Kinds, ema: bool = False) -> Variant:
     """The second walk, which needs no gradient."""
     packed = tuple(pack_kind((param, *states)) for param, _, *states in kinds)
-    constants = {"PASS": step.move, "RULE": None, "DIRECTION": RULES[rule].direction, "KINDS": packed}
+    constants = {"PASS": step.move, "RULE": None, "DIRECTION": RULES[rule].direction, "KINDS": packed, "EMA": ema}
     return Variant(step.step_kernel, THREADS.value, "grads", "partials", **constants)
 
 
@@ -122,6 +126,7 @@ def launch(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     squares: Tensor | None,
+    ema: bool = False,
 ) -> None:
     """One step of every tensor: prep, then the update; of a rule with a trust ratio the first walk, up to `sums`.
 
@@ -141,7 +146,7 @@ def launch(
     if trust is None:
         partials = None  # They are there for clipping.
     if chunks:
-        step_variant(rule, kinds).start(device, chunks, desc, rows, grads, hyper, partials, None)
+        step_variant(rule, kinds, ema).start(device, chunks, desc, rows, grads, hyper, partials, None)
     if trust is not None:
         SPANS.start(device, tensors, spans, partials, sums)
 
@@ -160,6 +165,7 @@ def launch_move(
     partials: Tensor | None,
     sums: Tensor | None,
     trust: Tensor | None,
+    ema: bool = False,
 ) -> None:
     """The second walk of a rule with a trust ratio: the ratios from `sums`, then the params. Nothing for other
     rules."""
@@ -169,7 +175,7 @@ def launch_move(
     device = grads.device
     TRUST.start(device, -(-tensors // PREP_TENSORS.value), raw, group, hyper, sums, trust, tensors)
     if chunks:
-        move_variant(rule, kinds).start(device, chunks, desc, rows, None, hyper, None, trust)
+        move_variant(rule, kinds, ema).start(device, chunks, desc, rows, None, hyper, None, trust)
 
 
 def launch_squares(

@@ -14,6 +14,7 @@ from .tables import (
     RAW_CLIP_EPS,
     RAW_DECAY_PERIOD,
     RAW_DECOUPLED,
+    RAW_EMA_DECAY,
     RAW_EPS,
     RAW_LR,
     RAW_LR_REFERENCE,
@@ -121,6 +122,7 @@ def prep_kernel(
     beta2 = tl.load(settings + RAW_BETA2, mask=go, other=0.0)
     weight_decay = tl.load(settings + RAW_WEIGHT_DECAY, mask=go, other=0.0)
     decoupled = tl.load(settings + RAW_DECOUPLED, mask=go, other=0.0) != 0.0
+    ema_decay = tl.load(settings + RAW_EMA_DECAY, mask=go, other=0.0)
     maximize = tl.load(settings + RAW_MAXIMIZE, mask=go, other=0.0) != 0.0
     rate = read_lr(tl.load(lr + owner, mask=go, other=0), tl.load(settings + RAW_LR, mask=go, other=0.0), go)
 
@@ -137,7 +139,7 @@ def prep_kernel(
 
     tl.store(out + 0, rate, mask=go)
     tl.store(out + 1, beta1, mask=go)
-    tl.store(out + 2, beta2, mask=go)
+    tl.store(out + 2, tl.where(step == 1.0, 1.0, 1.0 - ema_decay), mask=go)
     tl.store(out + 3, tl.load(settings + RAW_EPS, mask=go, other=0.0), mask=go)
     tl.store(out + 4, 1.0 - beta1, mask=go)
     tl.store(out + 5, 1.0 - beta2, mask=go)

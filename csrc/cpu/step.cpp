@@ -86,6 +86,7 @@ struct Row {
       : param(row[kParam], row[kSignature], 0), grad(grad_address, row[kSignature], 1), row_(row) {}
 
   Stream state(int s) const { return Stream(row_[kFirstState + s], row_[kSignature], 2 + s); }
+  Stream ema() const { return Stream(row_[kEma], row_[kSignature], kEmaStream); }  // where there is one
 
   void prefetch(int64_t element, int count) const {
     param.prefetch(element, count);
@@ -186,24 +187,40 @@ void update_block(const Hyper<T>& h, BFloat16* param, const BFloat16* grad, BFlo
   update_block<pass, Rule, T, S, BFloat16, BFloat16, BFloat16>(h, param + count - 1, grad + count - 1, last, 1);
 }
 
+// The averages of a block's weights follow its params, which are what is stored by now and still near.
+template <class T, class P>
+void average_block(const Hyper<T>& hyper, const P* param, const Stream& ema, int64_t element, int count) {
+  const auto follow = [&](auto type) {
+    const Hyper<T> h = hyper;
+    const P* p = param;
+    auto* average = reinterpret_cast<decltype(type)*>(ema.at(element));
+#pragma omp simd
+    for (int i = 0; i < count; ++i) narrow(averaged<T>(h, widen(average[i]), widen(p[i])), average[i]);
+  };
+  if constexpr (sizeof(T) == 8) follow(double{});
+  else visit_dtype(ema.dtype, follow);
+}
+
 // The dtypes in which models are trained, straight from memory to memory.
-template <Pass pass, class Rule, class T, int S, class P, class G, class A>
+template <Pass pass, class Rule, bool kAverages, class T, int S, class P, class G, class A>
 Sums update_direct(const Hyper<T>& h, const Row<S>& row, int64_t begin, int64_t end) {
   Sums sums;
   for (int64_t element = begin; element < end; element += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - element));
     row.prefetch(element, count);
+    if constexpr (kAverages) row.ema().prefetch(element, count);
     A* states[S > 0 ? S : 1];
     for (int s = 0; s < S; ++s) states[s] = reinterpret_cast<A*>(row.state(s).at(element));
     auto* param = reinterpret_cast<P*>(row.param.at(element));
     update_block<pass, Rule, T, S>(h, param, reinterpret_cast<const G*>(row.grad.at(element)), states, count);
     if constexpr (pass == Pass::kAdvance) measure_block<Rule, T, S>(h, param, states, count, sums);
+    if constexpr (kAverages) average_block(h, param, row.ema(), element, count);
   }
   return sums;
 }
 
 // Any other combination, by way of float32 copies of each block.
-template <Pass pass, class Rule, int S>
+template <Pass pass, class Rule, bool kAverages, int S>
 Sums update_copied(const Hyper<float>& h, const Row<S>& row, int64_t begin, int64_t end) {
   alignas(64) float param[kBlock], grad[kBlock], state[S > 0 ? S : 1][kBlock];
   float* states[S > 0 ? S : 1];
@@ -224,6 +241,11 @@ Sums update_copied(const Hyper<float>& h, const Row<S>& row, int64_t begin, int6
       for (int s = 0; s < S; ++s) row.state(s).load(element, count, state[s]);
       measure_block<Rule, float, S>(h, param, states, count, sums);
     }
+    if constexpr (kAverages) {
+      visit_dtype(row.param.dtype, [&](auto type) {
+        average_block(h, reinterpret_cast<const decltype(type)*>(row.param.at(element)), row.ema(), element, count);
+      });
+    }
   }
   return sums;
 }
@@ -237,7 +259,7 @@ Hyper<T> hyper_of(const Tables& t, int64_t row) {
   return h;
 }
 
-template <Pass pass, class Rule, int S>
+template <Pass pass, class Rule, bool kAverages, int S>
 Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk) {
   const int64_t* columns = t.rows + row_number * kRowWidth;
   const int64_t begin = chunk * kChunk, end = std::min(columns[kNumel], begin + kChunk);
@@ -247,28 +269,29 @@ Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk) {
   for (int s = 1; s < S; ++s) alike &= row.state(s).dtype == states;
 
   if (param == kFloat64) {
-    return update_direct<pass, Rule, double, S, double, double, double>(hyper_of<double, pass>(t, row_number), row,
-                                                                        begin, end);
+    return update_direct<pass, Rule, kAverages, double, S, double, double, double>(
+        hyper_of<double, pass>(t, row_number), row, begin, end);
   }
   const Hyper<float> h = hyper_of<float, pass>(t, row_number);
   if (alike && param == grad) {
     if (param == kFloat32 && states == kFloat32)
-      return update_direct<pass, Rule, float, S, float, float, float>(h, row, begin, end);
+      return update_direct<pass, Rule, kAverages, float, S, float, float, float>(h, row, begin, end);
     if (param == kBFloat16 && states == kBFloat16)
-      return update_direct<pass, Rule, float, S, BFloat16, BFloat16, BFloat16>(h, row, begin, end);
+      return update_direct<pass, Rule, kAverages, float, S, BFloat16, BFloat16, BFloat16>(h, row, begin, end);
     if (param == kBFloat16 && states == kFloat32)
-      return update_direct<pass, Rule, float, S, BFloat16, BFloat16, float>(h, row, begin, end);
+      return update_direct<pass, Rule, kAverages, float, S, BFloat16, BFloat16, float>(h, row, begin, end);
   }
-  return update_copied<pass, Rule, S>(h, row, begin, end);
+  return update_copied<pass, Rule, kAverages, S>(h, row, begin, end);
 }
 
-template <Pass pass, class Rule>
+template <Pass pass, class Rule, bool kAverages>
 Sums update(const Tables& t, int64_t desc) {
   const int64_t row = (desc >> 8) & 0xffffff, chunk = desc >> 32;
   Sums sums;
   if (t.hyper[row * kHyperWidth + kSkip] != 0.0) return sums;
-  visit_states<Rule>(t.rows[row * kRowWidth + kSignature],
-                     [&](auto states) { sums = update_chunk<pass, Rule, decltype(states)::value>(t, row, chunk); });
+  visit_states<Rule>(t.rows[row * kRowWidth + kSignature], [&](auto states) {
+    sums = update_chunk<pass, Rule, kAverages, decltype(states)::value>(t, row, chunk);
+  });
   return sums;
 }
 
@@ -310,37 +333,58 @@ int grain(const Tables& t, int threads) {
   return static_cast<int>(std::clamp<int64_t>(t.chunks / (int64_t{threads} * 64), 1, 4));
 }
 
+template <class Rule, bool kAverages>
+void step_all(const Tables& t, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    BiasCorrections memo{};
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < t.tensors; ++row) prepare(t, row, memo);
+#pragma omp for schedule(dynamic, grain(t, threads))
+    for (int64_t i = 0; i < t.chunks; ++i) {
+      if constexpr (Rule::trust) {
+        const Sums sums = update<Pass::kAdvance, Rule, false>(t, t.desc[i]);
+        t.partials[2 * i] = sums.param;
+        t.partials[2 * i + 1] = sums.update;
+      } else {
+        update<Pass::kUpdate, Rule, kAverages>(t, t.desc[i]);
+      }
+    }
+    if constexpr (Rule::trust) {
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < t.tensors; ++row) {
+        Sums sums;
+        for (int64_t i = t.spans[row]; i < t.spans[row + 1]; ++i) {
+          sums.param += t.partials[2 * i];
+          sums.update += t.partials[2 * i + 1];
+        }
+        t.sums[2 * row] = sums.param;
+        t.sums[2 * row + 1] = sums.update;
+      }
+    }
+  }
+}
+
+template <class Rule, bool kAverages>
+void move_all(const Tables& t, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < t.tensors; ++row) {
+      if (t.hyper[row * kHyperWidth + kSkip] == 0.0) t.trust[row] = trust_ratio(t, row);
+    }
+#pragma omp for schedule(dynamic, grain(t, threads))
+    for (int64_t i = 0; i < t.chunks; ++i) update<Pass::kMove, Rule, kAverages>(t, t.desc[i]);
+  }
+}
+
 bool step(const char* rule, const Tables& t, int threads) {
   return visit_rule(rule, [&](auto tag) {
     using Rule = typename decltype(tag)::type;
-#pragma omp parallel num_threads(threads)
-    {
-      BiasCorrections memo{};
-#pragma omp for schedule(static)
-      for (int64_t row = 0; row < t.tensors; ++row) prepare(t, row, memo);
-#pragma omp for schedule(dynamic, grain(t, threads))
-      for (int64_t i = 0; i < t.chunks; ++i) {
-        if constexpr (Rule::trust) {
-          const Sums sums = update<Pass::kAdvance, Rule>(t, t.desc[i]);
-          t.partials[2 * i] = sums.param;
-          t.partials[2 * i + 1] = sums.update;
-        } else {
-          update<Pass::kUpdate, Rule>(t, t.desc[i]);
-        }
-      }
-      if constexpr (Rule::trust) {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < t.tensors; ++row) {
-          Sums sums;
-          for (int64_t i = t.spans[row]; i < t.spans[row + 1]; ++i) {
-            sums.param += t.partials[2 * i];
-            sums.update += t.partials[2 * i + 1];
-          }
-          t.sums[2 * row] = sums.param;
-          t.sums[2 * row + 1] = sums.update;
-        }
-      }
+    if constexpr (!Rule::trust) {
+      if (t.ema) return step_all<Rule, true>(t, threads);
     }
+    step_all<Rule, false>(t, threads);
   });
 }
 
@@ -348,15 +392,8 @@ bool move(const char* rule, const Tables& t, int threads) {
   return visit_rule(rule, [&](auto tag) {
     using Rule = typename decltype(tag)::type;
     if constexpr (Rule::trust) {
-#pragma omp parallel num_threads(threads)
-      {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < t.tensors; ++row) {
-          if (t.hyper[row * kHyperWidth + kSkip] == 0.0) t.trust[row] = trust_ratio(t, row);
-        }
-#pragma omp for schedule(dynamic, grain(t, threads))
-        for (int64_t i = 0; i < t.chunks; ++i) update<Pass::kMove, Rule>(t, t.desc[i]);
-      }
+      if (t.ema) move_all<Rule, true>(t, threads);
+      else move_all<Rule, false>(t, threads);
     }
   });
 }
