@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .layout import conform, state_dtype_of
-from .table import EMA_DECAY, Table
+from .table import EMA_DECAY, Row, Table
 from .watch import RAW_CHANGED
 
 Decay = float | Callable[[int], float]
@@ -78,12 +78,16 @@ class WeightAverage:
         column.fill_(self.current)
         return RAW_CHANGED
 
-    def fitting(self, param: Tensor) -> Tensor:
-        """The param's average, on its device and in its memory layout; where there is none yet, a copy of it."""
-        if param in self.tensors:
-            return conform(param, {"average": self.tensors[param]}, ["average"])["average"]
-        dtype = state_dtype_of(param, self.dtype)
-        return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(param)
+    def join(self, row: Row) -> Tensor:
+        """Gives a row the average of its param, laid out as that is; where there is none yet, a copy. Returns it, and
+        does not keep it yet."""
+        param, old = row.param, self.tensors.get(row.param)
+        row.ema_begun = old is not None
+        if old is not None:
+            row.ema = conform(param, {"average": old}, ["average"])["average"]
+        else:
+            row.ema = torch.empty_like(param, dtype=state_dtype_of(param, self.dtype), requires_grad=False).copy_(param)
+        return row.ema
 
     @contextmanager
     def lend(self, params: Sequence[Tensor]) -> Iterator[None]:
@@ -176,9 +180,8 @@ class Averaging(Optimizer):
         }
 
     def load_ema_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads what ema_state_dict gave, best along with load_state_dict: the average of a param that has had no
-        update starts anew at its first. Averages keep the dtype that they were saved in; params that have none in
-        state_dict begin with a copy of themselves.
+        """Loads what ema_state_dict gave. Averages keep the dtype that they were saved in; params without one in
+        state_dict begin theirs anew.
 
         Raises:
             RuntimeError: the optimizer keeps no averages, or this is inside of ema_weights().

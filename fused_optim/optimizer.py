@@ -238,6 +238,7 @@ class FusedOptimizer(Averaging):
         pending: list[Tensor] = []
         fresh: dict[Tensor, dict[str, Any]] = {}
         steps: dict[Tensor, Tensor] = {}
+        averages: dict[Tensor, Tensor] = {}
         for param, index, group in members:
             state = self.state.get(param, {})
             if param.grad is None and not state and param not in self._steps:
@@ -250,7 +251,7 @@ class FusedOptimizer(Averaging):
             fresh[param].update(made)
             rows.append(make_row(param, fresh[param], wanted, steps[param], index))
             if self._ema is not None:
-                rows[-1].ema = self._ema.fitting(param)
+                averages[param] = self._ema.join(rows[-1])
             if self.rule.counted:
                 fresh[param] = {"step": steps[param], **fresh[param]}
 
@@ -268,7 +269,7 @@ class FusedOptimizer(Averaging):
         ]
 
         if self._ema is not None:
-            self._ema.tensors.update({row.param: row.ema for row in rows if row.ema is not None})
+            self._ema.tensors.update(averages)
         for row in rows:  # the state dicts stay the same objects, which others may hold
             if fresh[row.param]:
                 row.state = self.state[row.param]
@@ -299,7 +300,7 @@ class FusedOptimizer(Averaging):
         loaded optimizer has begun with a param whose states it has."""
         if self.rule.counted:
             return state.get("step", 0.0)
-        return self._steps.get(param, 1.0) if begun else 0.0
+        return self._steps.get(param, 1.0 if state else 0.0) if begun else 0.0
 
     def _keep_captured(self) -> None:
         """A captured graph goes on reading the tables it was captured with."""

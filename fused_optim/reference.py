@@ -163,11 +163,12 @@ def step_row(table: Table, row: Row, number: int, grad_scale: float, norm: float
         update = h.lr * float(table.trust[number]) * update
     real_view(row.target).copy_(param - update)
     if row.ema is not None:
-        follow(row.ema, row.target, 1.0 - raw[EMA_DECAY] if h.step > 1 else 1.0)
+        copies = h.step == 1 and not row.ema_begun
+        follow(row.ema, row.target, 1.0 if copies else 1.0 - raw[EMA_DECAY])
 
 
 def follow(average: Tensor, param: Tensor, weight: float) -> None:
-    """Moves the average of the weights towards the param as it is stored. The first is a copy."""
+    """Moves the average of the weights towards the param as it is stored."""
     old, new = widen(average), widen(param)
     real_view(average).copy_(new if weight == 1.0 else old - weight * old + weight * new)
 
