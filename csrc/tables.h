@@ -42,6 +42,7 @@ constexpr int kSkip =
 // Dtypes of one row, a nibble each: param, grad, then its states; kAbsent ends the list. kEmaStream is the average's.
 enum Dtype { kFloat32, kBFloat16, kFloat16, kFloat64, kAbsent = 15 };
 constexpr int kEmaStream = 6;
+constexpr int64_t kEmaBegun = 1 << 28;  // beside them: the average is older than the table
 
 struct Tables {
   const int64_t* desc;   // [chunks]  chunk << 32 | row << 8 | kind << 1 | slow

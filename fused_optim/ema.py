@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from .layout import conform, state_dtype_of
 from .shards import like, local
-from .table import EMA_DECAY, Table
+from .table import EMA_DECAY, Row, Table
 from .watch import RAW_CHANGED
 
 Decay = float | Callable[[int], float]
@@ -79,12 +79,18 @@ class WeightAverage:
         column.fill_(self.current)
         return RAW_CHANGED
 
-    def fitting(self, param: Tensor) -> Tensor:
-        """The param's average, on its device and in its memory layout; where there is none yet, a copy of it."""
-        if param in self.tensors:
-            return conform(param, {"average": self.tensors[param]}, ["average"])["average"]
-        shard, dtype = local(param), state_dtype_of(param, self.dtype)
-        return like(param, torch.empty_like(shard, dtype=dtype, requires_grad=False).copy_(shard))
+    def join(self, row: Row) -> Tensor:
+        """Gives a row the average of its param, laid out as that is; where there is none yet, a copy. Returns it, and
+        does not keep it yet."""
+        param, old = row.param, self.tensors.get(row.param)
+        row.ema_begun = old is not None
+        if old is not None:
+            average = conform(param, {"average": old}, ["average"])["average"]
+        else:
+            dtype = state_dtype_of(param, self.dtype)
+            average = like(param, torch.empty_like(row.shard, dtype=dtype, requires_grad=False).copy_(row.shard))
+        row.ema = local(average)
+        return average
 
     @contextmanager
     def lend(self, params: Sequence[Tensor]) -> Iterator[None]:
@@ -177,9 +183,8 @@ class Averaging(Optimizer):
         }
 
     def load_ema_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads what ema_state_dict gave, best along with load_state_dict: the average of a param that has had no
-        update starts anew at its first. Averages keep the dtype that they were saved in; params that have none in
-        state_dict begin with a copy of themselves.
+        """Loads what ema_state_dict gave. Averages keep the dtype that they were saved in; params without one in
+        state_dict begin theirs anew.
 
         Raises:
             RuntimeError: the optimizer keeps no averages, or this is inside of ema_weights().

@@ -270,8 +270,7 @@ class FusedOptimizer(Averaging, Checkpoints):
             fresh[param].update(made)
             rows.append(make_row(param, fresh[param], wanted, steps[param], index))
             if self._ema is not None:
-                averages[param] = self._ema.fitting(param)
-                rows[-1].ema = local(averages[param])
+                averages[param] = self._ema.join(rows[-1])
             if self.rule.counted:
                 fresh[param] = {"step": steps[param], **fresh[param]}
 
@@ -323,7 +322,7 @@ class FusedOptimizer(Averaging, Checkpoints):
         loaded optimizer has begun with a param whose states it has."""
         if self.rule.counted:
             return state.get("step", 0.0)
-        return self._steps.get(param, 1.0) if begun else 0.0
+        return self._steps.get(param, 1.0 if state else 0.0) if begun else 0.0
 
     def _keep_captured(self) -> None:
         """A captured graph goes on reading the tables it was captured with."""

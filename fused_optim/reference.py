@@ -170,7 +170,8 @@ def write(table: Table, row: Row, param: Tensor) -> None:
     real_view(row.target).copy_(param)
     if row.ema is None:
         return
-    weight = 1.0 - float(table.scalars.raw[row.group, EMA_DECAY]) if row.step > 1 else 1.0
+    copies = row.step == 1 and not row.ema_begun
+    weight = 1.0 if copies else 1.0 - float(table.scalars.raw[row.group, EMA_DECAY])
     old, new = widen(row.ema), widen(row.target)
     real_view(row.ema).copy_(new if weight == 1.0 else old - weight * old + weight * new)
 

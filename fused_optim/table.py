@@ -19,6 +19,7 @@ RAW_WIDTH = 17
 HYPER_WIDTH = 16
 MAX_STATES = ROW_WIDTH - 5
 EMA_STREAM = 6  # of the nibbles of a packed signature
+EMA_BEGUN = 1 << 28  # beside them
 ALIGNMENT = 16  # bytes of the widest access
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -89,7 +90,8 @@ class Rule:
 class Row:
     """One tensor of a table. `shard` is the param, or of a DTensor what lies here; `target` is what the kernel updates:
     the shard, or a dense copy of one that has holes or is a conjugate view. `ema`: the average of its weights, in all
-    rows of an optimizer or in none."""
+    rows of an optimizer or in none; older than the table where it has `ema_begun`, else the first update copies the
+    param into it."""
 
     param: Tensor
     shard: Tensor
@@ -100,6 +102,7 @@ class Row:
     grad_dtype: torch.dtype
     group: int
     ema: Tensor | None = None
+    ema_begun: bool = False
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -255,7 +258,7 @@ class Table:
             numel,
             row.target.data_ptr(),
             row.step.data_ptr(),
-            pack(signature, row.ema is not None),
+            pack(signature, row.ema is not None) | EMA_BEGUN * row.ema_begun,
             *states,
             *[0] * (MAX_STATES - len(states)),
             0 if row.ema is None else row.ema.data_ptr(),

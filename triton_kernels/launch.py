@@ -80,19 +80,19 @@ def prep_variant(clips: bool, trust: bool) -> Variant:
 
 
 @cache
-def step_variant(rule: str, kinds: Kinds, ema: bool = False) -> Variant:
+def step_variant(rule: str, kinds: Kinds, ema: bool) -> Variant:
     """The whole step, or of a rule with a trust ratio the first walk."""
     update, direction = RULES[rule]
     walk, absent = (step.update, ("partials", "trust")) if direction is None else (step.advance, ("trust",))
-    if ema and direction is not None:  # the average waits for the params
-        kinds, ema = tuple(kind[:-1] for kind in kinds), False
+    if ema and direction is not None:  # averages are for the second
+        return step_variant(rule, tuple(kind[:-1] for kind in kinds), False)
     packed = tuple(map(pack_kind, kinds))
     constants = {"PASS": walk, "RULE": update, "DIRECTION": direction, "KINDS": packed, "EMA": ema}
     return Variant(step.step_kernel, THREADS.value, *absent, **constants)
 
 
 @cache
-def move_variant(rule: str, kinds: Kinds, ema: bool = False) -> Variant:
+def move_variant(rule: str, kinds: Kinds, ema: bool) -> Variant:
     """The second walk, which needs no gradient."""
     packed = tuple(pack_kind((param, *states)) for param, _, *states in kinds)
     constants = {"PASS": step.move, "RULE": None, "DIRECTION": RULES[rule].direction, "KINDS": packed, "EMA": ema}

@@ -1,6 +1,6 @@
 """The table (csrc/tables.h) as the kernels see it: where its columns are, and what a kind says of the tensors of a row.
 
-A kind, the dtype signature of a row, is one integer: a nibble for each tensor that is walked, then 15. The average of the
+A kind, the dtype signature of a row, is one integer: a nibble for each tensor that is walked, then 15. The average of
 weights comes right after the states, other than in the table.
 """
 
@@ -11,7 +11,8 @@ CHUNK = tl.constexpr(4096)  # elements of one tensor that one program handles: k
 THREADS = tl.constexpr(128)  # of one program that walks a chunk
 
 # RowColumn, RawColumn, and the order of Hyper.
-ROW_WIDTH, ROW_PARAM, ROW_STEP, ROW_STATE, ROW_EMA = (tl.constexpr(i) for i in (8, 1, 2, 4, 7))
+ROW_WIDTH, ROW_PARAM, ROW_STEP, ROW_SIGNATURE, ROW_STATE, ROW_EMA = (tl.constexpr(i) for i in (8, 1, 2, 3, 4, 7))
+EMA_BEGUN = tl.constexpr(1 << 28)
 RAW_WIDTH, RAW_EMA_DECAY = tl.constexpr(17), tl.constexpr(16)
 RAW_LR, RAW_BETA1, RAW_BETA2, RAW_EPS, RAW_WEIGHT_DECAY, RAW_DECOUPLED, RAW_MAXIMIZE, RAW_A, RAW_B = (
     tl.constexpr(i) for i in range(9)
