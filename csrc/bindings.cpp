@@ -135,6 +135,11 @@ PYBIND11_MODULE(_C, m) {
     const Tables& t = arrays.tables;
     *out.mutable_data_ptr<double>() = instruction_set().walker.squares(t, threads_for(arrays.elements, t.chunks));
   });
+  m.def("scale_cpu", [](const Arrays& arrays, const at::Tensor& squares) {
+    const Tables t = with_scaling(arrays, {}, {}, squares);
+    py::gil_scoped_release release;
+    instruction_set().walker.scale(t, threads_for(arrays.elements, t.chunks));
+  });
 
   m.def("step_cuda_emulated", [](const std::string& rule, const Arrays& arrays, const Number& grad_scale,
                                  const Number& found_inf, const Number& squares) {
@@ -144,6 +149,9 @@ PYBIND11_MODULE(_C, m) {
         [](const std::string& rule, const Arrays& arrays) { launch_move_emulated(rule.c_str(), arrays.tables); });
   m.def("squares_cuda_emulated", [](const Arrays& arrays, at::Tensor out) {
     launch_squares_emulated(arrays.tables, out.mutable_data_ptr<double>());
+  });
+  m.def("scale_cuda_emulated", [](const Arrays& arrays, const at::Tensor& squares) {
+    launch_scale_emulated(with_scaling(arrays, {}, {}, squares));
   });
 
 #ifdef WITH_CUDA
@@ -160,6 +168,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("squares_cuda", [](const Arrays& arrays, at::Tensor out, int64_t stream, int device) {
     require_launched(launch_squares_cuda(arrays.tables, static_cast<double*>(out.data_ptr()),
                                          reinterpret_cast<void*>(stream), device),
+                     "");
+  });
+  m.def("scale_cuda", [](const Arrays& arrays, const at::Tensor& squares, int64_t stream, int device) {
+    require_launched(launch_scale_cuda(with_scaling(arrays, {}, {}, squares), reinterpret_cast<void*>(stream), device),
                      "");
   });
 #else

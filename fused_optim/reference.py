@@ -220,6 +220,17 @@ def step(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None, squa
 
 
 @torch.no_grad()
+def scale(table: Table, squares: Tensor) -> None:
+    norm = math.sqrt(float(squares))
+    for row in table.rows_list:
+        grad, raw = row.grad, table.scalars.raw[row.group].tolist()
+        bound = norm + raw[CLIP_EPS]
+        if grad is None or not raw[MAX_NORM] > 0 or not bound or raw[MAX_NORM] / bound >= 1:
+            continue
+        real_view(grad.conj() if grad.is_conj() else grad).mul_(raw[MAX_NORM] / bound)
+
+
+@torch.no_grad()
 def move(table: Table) -> None:
     if table.trust is None or table.sums is None:
         return

@@ -39,6 +39,7 @@ def streaming_kernels() -> list[Streaming]:
     assert listed
     rules = (ROOT / "csrc/rules.h").read_text()
     kernels = [Streaming("squares_kernel", range(1), 1, 0, False, SHARED["squares_kernel"])]
+    kernels.append(Streaming("scale_kernel", range(1), 1, 1, False, 0))
     for rule in listed.group(1).split(", "):
         has_trust = rf"struct {rule} {{.*?trust = (\w+);.*?"
         traits = re.search(has_trust + r"min_states = (\d), max_states = (\d);", rules, re.DOTALL)

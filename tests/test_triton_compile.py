@@ -24,6 +24,7 @@ from fused_optim.triton_kernels.launch import (
     Variant,
     move_variant,
     prep_variant,
+    scale_variant,
     squares_variant,
     step_variant,
 )
@@ -58,13 +59,14 @@ STATES = {"sgd": (0, 1), "qhadam": (2,), "lion": (1,), "lamb": (2,)}
 @dataclass(frozen=True)
 class Walk:
     """A kernel that walks over elements. streams: dtype codes of the tensors that it reads. written: which of these it
-    writes. sums: how many it makes of each chunk."""
+    writes. sums: how many it makes of each chunk. divides: elements. clips: by a coefficient that it works out."""
 
     variant: Variant
     streams: Kinds
     written: slice | tuple[int, ...]
     sums: int = 0
     divides: bool = False
+    clips: bool = False
 
 
 AVERAGED = {  # the average of the weights comes last
@@ -118,6 +120,7 @@ def walks() -> dict[str, Walk]:
     for name in ("f32", "bf16", "f64", "mixed"):
         streams = tuple((kind[1],) for kind in TABLES[name])
         named[f"squares {name}"] = Walk(squares_variant(TABLES[name]), streams, slice(0, 0), sums=1)
+        named[f"scale {name}"] = Walk(scale_variant(TABLES[name]), streams, slice(0, 1), clips=True)
     return named
 
 
@@ -209,6 +212,7 @@ def test_arithmetic_is_accurate(target: GPUTarget, name: str) -> None:
     fuse: `.rn` on an addition is what keeps the assembler from it."""
     walk, ptx = WALKS[name], compiled(target, name).asm["ptx"]
     widths = {"f64" if kind[0] == F64 else "f32" for kind in walk.streams if walk.divides}
+    widths |= {"f64"} if walk.clips else set()
     roots_and_quotients = set(re.findall(r"\b(?:div|sqrt|rsqrt|rcp)\.\S+", ptx))
     assert roots_and_quotients == {f"{op}.rn.{width}" for op in ("div", "sqrt") for width in widths}
     assert ".ftz" not in ptx
@@ -277,6 +281,7 @@ LAUNCHED = {
         "spans": SPANS,
         "trust": TRUST,
         "move": move_variant("lamb", F32_KINDS, False),
+        "scale": scale_variant(F32_KINDS),
     },
 }
 
@@ -306,6 +311,7 @@ def take_step(rule: str, tensors: int = 40, offset: int = 0, values: float = 0.0
     if rule == "lamb":
         sums, squares = (array(i64), array(f64), array(f64), array(f64)), array(f64, 1)
         launching.launch_squares(F32_KINDS, *arrays, *sums, squares)
+        launching.launch_scale(F32_KINDS, *arrays, *sums, squares)
     launching.launch(rule, F32_KINDS, *arrays, *sums, None, array(torch.float32, 1), squares)
     launching.launch_move(rule, F32_KINDS, *arrays, *sums)
 
@@ -316,7 +322,7 @@ def test_later_launches_go_through_the_handle(kernels: dict[Variant, Any], rule:
         take_step(rule)
     take_step(rule, chunks=0)
     for name, variant in LAUNCHED[rule].items():
-        over_chunks = name in ("squares", "step", "move")
+        over_chunks = name in ("squares", "scale", "step", "move")
         stand = variant.kernel
         assert (len(stand.first), len(stand.later)) == (1, 2 if over_chunks else 3), name
         grid, args = stand.first[0]

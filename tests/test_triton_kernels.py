@@ -311,6 +311,35 @@ def test_clipping(scale: float) -> None:
     assert table.squares.item() == pytest.approx(table.norm() ** 2, rel=1e-13)
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+def test_gradients_scaled_where_they_stand(offset: int) -> None:
+    kinds = [(dtype, dtype) for dtype in (F32, BF16, F16, F64)]
+    rows = [Row(size, kind, offsets=(1, offset), group=i % 3) for i, kind in enumerate(kinds) for size in (0, 3, 4700)]
+    rows.append(Row(900, kinds[0]))
+    rows[-1].grad_address = 0
+    check_scaled(Table(rows, CLIPPED))
+
+
+def test_gradients_scaled_beyond_32_bits() -> None:
+    check_scaled(Table([Row(1030, (dtype, dtype)) for dtype in (F32, BF16, F64)], CLIPPED, chunks_before=2**20))
+
+
+def check_scaled(table: Table) -> None:
+    """To the bit, and nothing but gradients of groups that have to be clipped."""
+    outside = [row.bytes_outside() for row in table.rows]
+    before = [[view.clone() for view in row.views] for row in table.rows]
+    expected = table.norm()
+    table.scale_gradients()
+    norm = math.sqrt(table.squares.item())
+    assert norm == pytest.approx(expected, rel=1e-13)
+    for row, (param, grad), around in zip(table.rows, before, outside, strict=True):
+        group = table.groups[row.group]
+        factor = min(1.0, group.max_norm / (norm + group.clip_eps)) if group.max_norm and row.grad_address else 1.0
+        wide = grad if grad.dtype == F64 else grad.float()
+        assert torch.equal(row.views[0], param) and torch.equal(row.views[1], (wide * factor).to(grad.dtype))
+        assert all(torch.equal(kept, now) for kept, now in zip(around, row.bytes_outside(), strict=True))
+
+
 def test_clipping_of_a_rule_with_trust() -> None:
     group = Group(a=1.0, b=1.0, eps=1e-6, decoupled=True, weight_decay=0.1, max_norm=1.0, clip_eps=0.0)
     Table(rows_of(2, (5, 4200)), [group], "lamb").check_step()

@@ -9,7 +9,7 @@ from typing import Any
 
 import oracle
 import torch
-from fused_optim.triton_kernels.launch import launch, launch_move, launch_squares
+from fused_optim.triton_kernels.launch import launch, launch_move, launch_scale, launch_squares
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -186,6 +186,11 @@ class Table:
         squares = self.squares if self.clips else None
         launch(self.rule, self.kinds, *arrays, self.grad_scale, self.found_inf, squares, self.ema)
         launch_move(self.rule, self.kinds, *arrays, self.ema)
+
+    def scale_gradients(self) -> None:
+        arrays = self.arrays()
+        launch_squares(self.kinds, *arrays, self.squares)
+        launch_scale(self.kinds, *arrays, self.squares)
 
     def start(self, view: Tensor, address: int | None = None) -> int:
         return (view.data_ptr() if address is None else address) - self.chunks_before * CHUNK * view.itemsize

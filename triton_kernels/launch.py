@@ -1,6 +1,6 @@
 """Launches the kernels on the current stream, with no knowledge of any optimizer; compiles them where no GPU is.
 
-All three functions take the arrays of a table (csrc/tables.h) and `kinds`, the dtype codes (param, grad, *states) of
+All functions take the arrays of a table (csrc/tables.h) and `kinds`, the dtype codes (param, grad, *states) of
 every kind, in the order in which `desc` numbers them; with `ema` the last code is that of the average of the weights,
 which every row has then. The table's device is the current one.
 """
@@ -17,6 +17,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from . import step
 from .prep import PREP_TENSORS, prep_kernel, trust_kernel
 from .rules import RULES
+from .scale import scale_kernel
 from .sums import TOTAL_THREADS, spans_kernel, squares_kernel, total_kernel
 from .tables import THREADS, count_streams, pack_kind, vector_width
 
@@ -102,6 +103,11 @@ def move_variant(rule: str, kinds: Kinds, ema: bool) -> Variant:
 @cache
 def squares_variant(kinds: Kinds) -> Variant:
     return Variant(squares_kernel, THREADS.value, KINDS=tuple(pack_kind((grad,)) for _, grad, *_ in kinds))
+
+
+@cache
+def scale_variant(kinds: Kinds) -> Variant:
+    return Variant(scale_kernel, THREADS.value, KINDS=tuple(pack_kind((grad,)) for _, grad, *_ in kinds))
 
 
 SPANS = Variant(spans_kernel, THREADS.value)
@@ -198,6 +204,27 @@ def launch_squares(
     if chunks:
         squares_variant(kinds).start(device, chunks, desc, rows, grads, raw, group, partials)
     TOTAL.start(device, 1, partials, out, chunks)
+
+
+def launch_scale(
+    kinds: Kinds,
+    desc: Tensor,
+    rows: Tensor,
+    grads: Tensor,
+    lr: Tensor,
+    raw: Tensor,
+    group: Tensor,
+    hyper: Tensor,
+    spans: Tensor | None,
+    partials: Tensor | None,
+    sums: Tensor | None,
+    trust: Tensor | None,
+    squares: Tensor,
+) -> None:
+    """Multiplies each gradient in place by what clips its group to its bound. squares: what `launch_squares` has
+    written (over all devices)."""
+    if chunks := desc.numel():
+        scale_variant(kinds).start(grads.device, chunks, desc, rows, grads, raw, group, squares)
 
 
 @cache

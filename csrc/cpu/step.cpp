@@ -3,79 +3,14 @@
 // time.
 #include "step.h"
 
-#include <algorithm>
-
-#include "../convert.h"
-#include "../dispatch.h"
 #include "../prep.h"
-
-#ifndef FUSED_ISA
-#define FUSED_ISA baseline
-#endif
+#include "grads.h"
+#include "stream.h"
 
 namespace fused_optim::FUSED_ISA {
 namespace {
 
-constexpr int kBlock = 256;          // elements between two prefetches; a block of every stream, widened, stays in L1
-constexpr int kPrefetchBytes = 512;  // how far ahead of the block
-constexpr int kLanes = 16;           // sums side by side: a single vector would wait for its own last addition
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-FUSED_HD float widen(float x) { return x; }
-FUSED_HD double widen(double x) { return x; }
-FUSED_HD float widen(BFloat16 x) { return bf16_to_float(x.bits); }
-FUSED_HD float widen(Float16 x) { return f16_to_float(x.bits); }
-
-FUSED_HD void narrow(float x, float& out) { out = x; }
-FUSED_HD void narrow(double x, double& out) { out = x; }
-FUSED_HD void narrow(float x, BFloat16& out) { out.bits = float_to_bf16(x); }
-FUSED_HD void narrow(float x, Float16& out) { out.bits = float_to_f16(x); }
-
-// Calls f with a value of the type that `dtype` stands for.
-template <class F>
-void visit_dtype(Dtype dtype, F&& f) {
-  if (dtype == kFloat32) f(float{});
-  else if (dtype == kBFloat16) f(BFloat16{});
-  else f(Float16{});
-}
-
-// One tensor of a row: where it lies and what it holds.
-struct Stream {
-  char* data;
-  Dtype dtype;
-  int itemsize;
-
-  Stream(int64_t address, int64_t signature, int position)
-      : data(reinterpret_cast<char*>(address)), dtype(dtype_of(signature, position)) {
-    itemsize = dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
-  }
-
-  char* at(int64_t element) const { return data + element * itemsize; }
-
-  void prefetch(int64_t element, int count) const {
-    for (int byte = 0; byte < count * itemsize; byte += 64) __builtin_prefetch(at(element) + kPrefetchBytes + byte);
-  }
-
-  // `count` elements as float32, in `scratch`; and back again.
-  void load(int64_t element, int count, float* scratch) const {
-    visit_dtype(dtype, [&](auto type) {
-      const auto* in = reinterpret_cast<const decltype(type)*>(at(element));
-      for (int i = 0; i < count; ++i) scratch[i] = widen(in[i]);
-    });
-  }
-  void store(int64_t element, int count, const float* scratch) const {
-    visit_dtype(dtype, [&](auto type) {
-      auto* out = reinterpret_cast<decltype(type)*>(at(element));
-      for (int i = 0; i < count; ++i) narrow(scratch[i], out[i]);
-    });
-  }
-};
+constexpr int kBlock = 256;  // elements between two prefetches; a block of every stream, widened, stays in L1
 
 // The streams of one row: param, grad, states.
 template <int S>
@@ -295,44 +230,6 @@ Sums update(const Tables& t, int64_t desc) {
   return sums;
 }
 
-// The sum of the squares of one chunk's gradient.
-double squares_of(const Tables& t, int64_t desc) {
-  const int64_t row = (desc >> 8) & 0xffffff, begin = (desc >> 32) * kChunk;
-  const double* raw = t.raw + int64_t{t.group[row]} * kRawWidth;
-  if (t.grads[row] == 0 || raw[kMaxNorm] == 0.0) return 0.0;
-  const int64_t* columns = t.rows + row * kRowWidth;
-  const int count = static_cast<int>(std::min<int64_t>(kChunk, columns[kNumel] - begin));
-  const Stream grad(t.grads[row], columns[kSignature], 1);
-  const auto sum = [&](auto type) {
-    const auto* x = reinterpret_cast<const decltype(type)*>(grad.at(begin));
-    double part[kLanes] = {};
-    int i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const double wide = widen(x[i + lane]);
-        part[lane] += wide * wide;
-      }
-    }
-    double total = 0.0;
-    for (; i < count; ++i) {
-      const double wide = widen(x[i]);
-      total += wide * wide;
-    }
-    for (double sum : part) total += sum;
-    return total;
-  };
-  const double counted = raw[kMaxNorm] > 0.0 ? 1.0 : 0.0;
-  double total = 0.0;
-  if (grad.dtype == kFloat64) return sum(double{}) * counted;
-  visit_dtype(grad.dtype, [&](auto type) { total = sum(type); });
-  return total * counted;
-}
-
-// Small pieces taken as they come: a static split waits for the slower core as soon as one is shared.
-int grain(const Tables& t, int threads) {
-  return static_cast<int>(std::clamp<int64_t>(t.chunks / (int64_t{threads} * 64), 1, 4));
-}
-
 template <class Rule, bool kAverages>
 void step_all(const Tables& t, int threads) {
 #pragma omp parallel num_threads(threads)
@@ -398,16 +295,8 @@ bool move(const char* rule, const Tables& t, int threads) {
   });
 }
 
-double squares(const Tables& t, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, grain(t, threads))
-  for (int64_t i = 0; i < t.chunks; ++i) t.partials[i] = squares_of(t, t.desc[i]);
-  double total = 0.0;
-  for (int64_t i = 0; i < t.chunks; ++i) total += t.partials[i];  // in this order, whatever the threads did
-  return total;
-}
-
 }  // namespace
 
-const CpuWalker walker = {step, move, squares};
+const CpuWalker walker = {step, move, squares, scale};
 
 }  // namespace fused_optim::FUSED_ISA

@@ -146,6 +146,7 @@ class Run {
       checked += skipped ? 0 : p.numel;
     }
     if (rule_.trust) check_move(t, overflow, trust);
+    if (clipped_) check_scale(t);
     return checked;
   }
 
@@ -225,17 +226,45 @@ class Run {
       if (!p.has_grad || groups_[p.group].max_norm == 0) continue;
       for (double x : p.tensors[1].values()) expected += static_cast<long double>(x) * x;
     }
-    std::vector<int64_t> rows = rows_;  // gradients are all that may be looked at
-    for (size_t r = 0; r < params_.size(); ++r) {
-      for (const int column : {int{kParam}, int{kStep}, kFirstState + 0, kFirstState + 1})
-        rows[r * kRowWidth + column] = 1;
-    }
+    const std::vector<int64_t> rows = rows_without_addresses();
     Tables gradients = t;
     gradients.rows = rows.data();
     squares_ = walk_squares(gradients);
     check(close(squares_, expected, 1e-13L * expected), "squares", 0, 0, squares_, static_cast<double>(expected));
     const double again = walk_squares(gradients);
     check(std::memcmp(&again, &squares_, sizeof again) == 0, "squares at the second time", 0, 0, again, squares_);
+  }
+
+  // Gradients alone: nothing else may be looked at.
+  std::vector<int64_t> rows_without_addresses() const {
+    std::vector<int64_t> rows = rows_;
+    for (size_t r = 0; r < params_.size(); ++r) {
+      for (const int column : {int{kParam}, int{kStep}, kFirstState + 0, kFirstState + 1})
+        rows[r * kRowWidth + column] = 1;
+    }
+    return rows;
+  }
+
+  void check_scale(Tables t) {
+    const std::vector<Values> before = values();
+    const std::vector<int64_t> rows = rows_without_addresses();
+    t.rows = rows.data(), t.squares = &squares_;
+    t.hyper = t.partials = t.sums = t.trust = nullptr;
+    walk_scale(t);
+    for (size_t r = 0; r < params_.size(); ++r) {
+      Parameter& p = params_[r];
+      const Group& g = groups_[p.group];
+      const long double coefficient = g.max_norm / (std::sqrt(static_cast<long double>(squares_)) + g.clip_eps);
+      const bool clips = p.has_grad && g.max_norm > 0 && !(coefficient >= 1);
+      set_unit(p);
+      for (int64_t i = 0; i < p.numel && clips; ++i)
+        compare("scaled gradient", row(r), i, p.tensors[1],
+                Bounded::constant(coefficient) * Bounded::exact(before[r][1][i]));
+      for (size_t i = 0; i < p.tensors.size(); ++i) {
+        check(p.tensors[i].guards_whole(), "bytes around", row(r), static_cast<int64_t>(i), 0, 0);
+        if (i != 1 || !clips) check_untouched(row(r), p.tensors[i], before[r][i]);
+      }
+    }
   }
 
   // By what the gradients of a group are multiplied.
