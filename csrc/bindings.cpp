@@ -183,7 +183,8 @@ PYBIND11_MODULE(_C, m) {
       .def("__call__", &FloorPass::run);
 
   py::class_<Watch>(m, "Watch")
-      .def(py::init<py::list, py::dict, const std::vector<ColumnSpec>&, at::Tensor, at::Tensor>())
+      .def(py::init<py::list, py::dict, const std::vector<ColumnSpec>&, const std::vector<std::string>&, at::Tensor,
+                    at::Tensor>())
       .def("add_pending", &Watch::add_pending)
       .def("add_row", &Watch::add_row)
       .def("look", &Watch::look)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .scaling import Scaler
+from .table import Rule
 
 # What copies and pickles hold besides torch's.
 KEPT = ("backend", "state_dtype", "max_grad_norm", "_scaler", "_ema", "_steps")
@@ -27,6 +28,7 @@ class Checkpoints(Optimizer):
     _steps: how many updates each param has had, where its rule keeps no `step` in its states.
     """
 
+    rule: ClassVar[Rule]
     _steps: dict[Tensor, Tensor]
 
     def _forget(self) -> None:
@@ -41,6 +43,8 @@ class Checkpoints(Optimizer):
         for values in state["state"].values():
             if isinstance(values, dict):
                 values.update({key: value.tensor for key, value in values.items() if isinstance(value, _Uncast)})
+                if values and self.rule.counted:
+                    values.setdefault("step", torch.zeros(()))
         defaults = dict(state.get("defaults") or self.defaults)  # before torch's class puts options of its own in
         super().__setstate__(state)
         self.__dict__.setdefault("backend", "auto")

@@ -120,7 +120,9 @@ class Gradients:
             param.grad = grad
         else:  # there is no param, and as many elements of nothing stand for it
             param = torch.empty(grad.numel(), dtype=grad.dtype, device="meta")
-        return Row(param=param, target=param, states=[], step=param, state={}, grad_dtype=grad.dtype, group=0)
+        return Row(
+            param=param, shard=param, target=param, states=[], step=param, state={}, grad_dtype=grad.dtype, group=0
+        )
 
     @property
     def reads_tensors(self) -> bool:

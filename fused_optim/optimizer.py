@@ -145,7 +145,7 @@ class FusedOptimizer(Averaging, Checkpoints):
 
         Raises:
             RuntimeError: a gradient is sparse, or of another shape, dtype or device than its param allows. Nothing has
-            been changed then.
+                been changed then.
         """
         if is_dynamo_compiling():  # it would compile anew for values of lr, and find nothing to make faster
             loss = None
@@ -302,7 +302,7 @@ class FusedOptimizer(Averaging, Checkpoints):
             self._steps.update(steps)
         extension = backends.extension()
         watch: Any = (PythonWatch if isinstance(extension, str) else extension.Watch)(
-            self.param_groups, self.state, self.rule.columns, scalars.raw, scalars.lr
+            self.param_groups, self.state, self.rule.columns, self.rule.deciding, scalars.raw, scalars.lr
         )
         for param in pending:
             watch.add_pending(param)

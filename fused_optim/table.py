@@ -76,6 +76,12 @@ class Rule:
         return [name for name in self.states if name not in self.switched or group[self.switched[name]]]
 
     @property
+    def deciding(self) -> list[str]:
+        """The options that have no column, and decide which states there are."""
+        with_column = {key for key, *_ in self.columns}
+        return [key for key in self.switched.values() if key not in with_column]
+
+    @property
     def columns(self) -> list[tuple[str, int, int, bool, bool]]:
         """All of them, and of each whether it is optional, and whether new tables are due when it becomes 0 or no
         longer is."""

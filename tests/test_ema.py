@@ -424,7 +424,7 @@ def test_params_without_average_stay_as_they_are() -> None:
     with optimizer.ema_weights():  # none has one
         pass
     grads = random_grads(params, 0)
-    for number in range(2):
+    for _ in range(2):
         set_grads(params, [None, *grads[1:]])
         optimizer.step()
     own = values(params)
