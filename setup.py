@@ -110,7 +110,10 @@ class Build(build_ext):
         ]
         for isa, flags in sets.items():
             kernel = [*common, *KERNEL_FLAGS, *flags, f"-DFUSED_ISA={isa}"]
-            jobs.append([*kernel, "-c", str(CSRC / "cpu/step.cpp"), "-o", str(out / f"step_{isa}.o")])
+            jobs += [
+                [*kernel, "-c", str(CSRC / f"cpu/{name}.cpp"), "-o", str(out / f"{name}_{isa}.o")]
+                for name in ("step", "grads")
+            ]
         emulated = [*common, *KERNEL_FLAGS, *sets.get("avx2", [])]
         jobs.append([*emulated, "-c", str(CSRC / "cuda/emulate.cpp"), "-o", str(out / "emulate.o")])
         for name in ("simd", "floor"):

@@ -31,7 +31,7 @@ T* data(const std::optional<at::Tensor>& tensor) {
   return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
 }
 
-Arrays make_arrays(const std::vector<std::optional<at::Tensor>>& x, int64_t elements) {
+Arrays make_arrays(const std::vector<std::optional<at::Tensor>>& x, int64_t elements, bool ema) {
   TORCH_CHECK(x.size() == 11, "a table has 11 arrays, but got ", x.size());
   Tables t{};
   t.desc = data<const int64_t>(x[0]);
@@ -46,7 +46,8 @@ Arrays make_arrays(const std::vector<std::optional<at::Tensor>>& x, int64_t elem
   t.sums = data<double>(x[9]);
   t.trust = data<double>(x[10]);
   t.chunks = x[0]->numel();
-  t.tensors = x[1]->size(0);
+  t.tensors = static_cast<int32_t>(x[1]->size(0));
+  t.ema = ema;
   return {x, t, elements};
 }
 
@@ -118,7 +119,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", [] { return instruction_set().name; });
 
   using Number = std::optional<at::Tensor>;
-  py::class_<Arrays>(m, "Arrays").def(py::init(&make_arrays), py::arg("arrays"), py::arg("elements"));
+  py::class_<Arrays>(m, "Arrays").def(py::init(&make_arrays), py::arg("arrays"), py::arg("elements"), py::arg("ema"));
 
   m.def("step_cpu", [](const std::string& rule, const Arrays& arrays, const Number& grad_scale, const Number& found_inf,
                        const Number& squares) {
@@ -140,6 +141,11 @@ PYBIND11_MODULE(_C, m) {
     const Tables& t = arrays.tables;
     *out.mutable_data_ptr<double>() = instruction_set().walker.squares(t, threads_for(arrays.elements, t.chunks));
   });
+  m.def("scale_cpu", [](const Arrays& arrays, const at::Tensor& squares) {
+    const Tables t = with_scaling(arrays, {}, {}, squares);
+    py::gil_scoped_release release;
+    instruction_set().walker.scale(t, threads_for(arrays.elements, t.chunks));
+  });
 
   m.def("step_cuda_emulated", [](const std::string& rule, const Arrays& arrays, const Number& grad_scale,
                                  const Number& found_inf, const Number& squares) {
@@ -149,6 +155,9 @@ PYBIND11_MODULE(_C, m) {
         [](const std::string& rule, const Arrays& arrays) { launch_move_emulated(rule.c_str(), arrays.tables); });
   m.def("squares_cuda_emulated", [](const Arrays& arrays, at::Tensor out) {
     launch_squares_emulated(arrays.tables, out.mutable_data_ptr<double>());
+  });
+  m.def("scale_cuda_emulated", [](const Arrays& arrays, const at::Tensor& squares) {
+    launch_scale_emulated(with_scaling(arrays, {}, {}, squares));
   });
 
 #ifdef WITH_CUDA
@@ -167,6 +176,10 @@ PYBIND11_MODULE(_C, m) {
                                          reinterpret_cast<void*>(stream), device),
                      "");
   });
+  m.def("scale_cuda", [](const Arrays& arrays, const at::Tensor& squares, int64_t stream, int device) {
+    require_launched(launch_scale_cuda(with_scaling(arrays, {}, {}, squares), reinterpret_cast<void*>(stream), device),
+                     "");
+  });
 #else
   m.attr("WITH_CUDA") = false;
 #endif
@@ -176,7 +189,8 @@ PYBIND11_MODULE(_C, m) {
       .def("__call__", &FloorPass::run);
 
   py::class_<Watch>(m, "Watch")
-      .def(py::init<py::list, py::dict, const std::vector<ColumnSpec>&, at::Tensor, at::Tensor>())
+      .def(py::init<py::list, py::dict, const std::vector<ColumnSpec>&, const std::vector<std::string>&, at::Tensor,
+                    at::Tensor>())
       .def("add_pending", &Watch::add_pending)
       .def("add_row", &Watch::add_row)
       .def("look", &Watch::look)

@@ -65,7 +65,9 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   const bool decoupled = raw[kDecoupled] != 0.0;
   out[0] = lr;
   out[1] = raw[kBeta1];
-  out[2] = raw[kBeta2];
+  // An average begins as a copy of what its param's first update has made.
+  const bool copies = step == 1.0 && !(t.rows[row * kRowWidth + kSignature] & kEmaBegun);
+  out[2] = copies ? 1.0 : 1.0 - raw[kEmaDecay];
   out[3] = raw[kEps];
   out[4] = 1.0 - raw[kBeta1];
   out[5] = 1.0 - raw[kBeta2];
@@ -106,6 +108,12 @@ FUSED_HD T apply(const Hyper<T>& h, T param, T grad, T (&state)[S > 0 ? S : 1]) 
 template <class Rule, class T, int S>
 FUSED_HD T trusted_update(const Hyper<T>& h, T param, const T (&state)[S]) {
   return fma(h.decay, finite(param), Rule::template direction<T, S>(h, state));
+}
+
+// The average of the weights after a step, of a param as it is stored. With weight 1 whatever was there before is gone.
+template <class T>
+FUSED_HD T averaged(const Hyper<T>& h, T average, T param) {
+  return h.ema_weight == T(1) ? param : lerp(average, param, h.ema_weight);
 }
 
 // The trust ratio of a tensor from `sums`, which is final by then.

@@ -22,7 +22,7 @@ template <class T>
 struct Hyper {
   T lr;
   T beta1;
-  T beta2;
+  T ema_weight;  // of the new param in the average of the weights
   T eps;
   T weight1;      // 1 - beta1
   T weight2;      // 1 - beta2

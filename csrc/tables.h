@@ -7,11 +7,11 @@ namespace fused_optim {
 
 constexpr int kChunk = 4096;     // elements of one tensor that one program (GPU) or one loop turn (CPU) handles
 constexpr int kRowWidth = 8;     // int64 columns of `rows`
-constexpr int kRawWidth = 16;    // float64 columns of `raw`
+constexpr int kRawWidth = 17;    // float64 columns of `raw`
 constexpr int kHyperWidth = 16;  // float64 columns of `hyper`
-constexpr int kMaxStates = 4;
+constexpr int kMaxStates = 3;
 
-enum RowColumn { kNumel, kParam, kStep, kSignature, kFirstState };
+enum RowColumn { kNumel, kParam, kStep, kSignature, kFirstState, kEma = kFirstState + kMaxStates };
 
 enum RawColumn {
   kLr,
@@ -30,7 +30,8 @@ enum RawColumn {
   kClipEps,
   kTrustLow,  // bounds of the trust ratio
   kTrustHigh,
-  kTrustAlways  // where there is no weight decay, too
+  kTrustAlways,  // where there is no weight decay, too
+  kEmaDecay      // what an average of the weights keeps of itself at each step
 };
 
 constexpr int64_t kEmpty = 16;  // stands in `grads` for the address of a gradient without elements, which is null
@@ -38,8 +39,10 @@ constexpr int64_t kEmpty = 16;  // stands in `grads` for the address of a gradie
 constexpr int kSkip =
     11;  // column of `hyper`: 1 where this tensor sits the step out, and the row's other columns mean nothing
 
-// Dtypes of one row, a nibble each: param, grad, then its states; kAbsent ends the list.
+// Dtypes of one row, a nibble each: param, grad, then its states; kAbsent ends the list. kEmaStream is the average's.
 enum Dtype { kFloat32, kBFloat16, kFloat16, kFloat64, kAbsent = 15 };
+constexpr int kEmaStream = 6;
+constexpr int64_t kEmaBegun = 1 << 28;  // beside them: the average is older than the table
 
 struct Tables {
   const int64_t* desc;   // [chunks]  chunk << 32 | row << 8 | kind << 1 | slow
@@ -58,7 +61,9 @@ struct Tables {
   double* trust;          // [tensors]  trust ratios
   const double* squares;  // [1] or null: sum of the squares of all gradients before grad_scale; asks for clipping
   int64_t chunks;
-  int64_t tensors;
+  int32_t tensors;
+  bool ema;  // every row has an average of its weights; else none has
 };
+static_assert(sizeof(Tables) <= 128, "nvcc takes a larger argument apart less well, and all kernels change");
 
 }  // namespace fused_optim

@@ -79,11 +79,14 @@ void prefetch_tensor(const void* impl, const void* storage) {
 
 }  // namespace
 
-Watch::Watch(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns, at::Tensor raw, at::Tensor lr)
+Watch::Watch(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns,
+             const std::vector<std::string>& deciding, at::Tensor raw, at::Tensor lr)
     : groups_(std::move(groups)), state_(std::move(state)), raw_(std::move(raw)), lr_(std::move(lr)) {
   for (const auto& item : state_) states_.push_back(py::reinterpret_borrow<py::object>(item.second));
   for (const auto& [key, first, count, optional, is_switch] : columns)
     columns_.push_back({py::str(key), first, count, optional, is_switch});
+  deciding_.push_back(py::str("params"));
+  for (const std::string& key : deciding) deciding_.push_back(py::str(key));
   const double* made = raw_.const_data_ptr<double>();
   if (raw_.numel() != 0) defaults_.assign(made, made + kRawWidth);
   for (py::handle handle : groups_) {
@@ -267,9 +270,9 @@ bool Watch::look_at_group(size_t index, int& answer) {
       if (i == watched.items || items_[watched.first_item + i].ptr() != key) return false;
       py::object& item = items_[watched.first_item + i + 1];
       if (item.ptr() != value) {
-        bool hyperparameter = false;
-        for (const auto& column : columns_) hyperparameter |= PyUnicode_Compare(column.key.ptr(), key) == 0;
-        if (!hyperparameter) return false;
+        for (const py::str& decides : deciding_) {
+          if (PyUnicode_Compare(decides.ptr(), key) == 0) return false;
+        }
         item = py::reinterpret_borrow<py::object>(value);
         changed = true;
       }

@@ -57,7 +57,7 @@ struct Column {
   bool optional, is_switch;
 };
 
-// One param_group: every key and value but "params", by identity.
+// One param_group: every key and value, by identity.
 struct WatchedGroup {
   py::object group;
   py::list params;
@@ -72,9 +72,11 @@ class Watch {
  public:
   enum Answer { kRebuild = 1, kGradsMoved = 2, kRawChanged = 4 };
 
-  // columns: key in the group, first column of raw, how many, optional, switch. raw: float64 [groups, kRawWidth], lr:
-  // int64 [groups], both host tensors written here.
-  Watch(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns, at::Tensor raw, at::Tensor lr);
+  // columns: key in the group, first column of raw, how many, optional, switch. deciding: keys whose values decide what
+  // tables look like, and have no column; what else is in a group may change as it likes. raw: float64 [groups,
+  // kRawWidth], lr: int64 [groups], both host tensors written here.
+  Watch(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns,
+        const std::vector<std::string>& deciding, at::Tensor raw, at::Tensor lr);
 
   // `pending` params have had no gradient yet; the first one to get one asks for new tables.
   void add_pending(py::object param);
@@ -106,6 +108,7 @@ class Watch {
   py::list groups_;
   py::dict state_;
   std::vector<Column> columns_;
+  std::vector<py::str> deciding_;
   std::vector<double> defaults_;  // a row of raw as it was made
   bool reading_first_ = true;
   at::Tensor raw_, lr_;

@@ -1,6 +1,7 @@
 """PyTorch optimizers whose whole step is one pass over memory and one launch."""
 
 from .adam import FusedAdam, FusedAdamW
+from .clip import clip_grad_norm_
 from .lamb import FusedLAMB
 from .lion import FusedLion
 from .optimizer import FusedOptimizer
@@ -18,4 +19,5 @@ __all__ = [
     "FusedQHAdamW",
     "FusedSGD",
     "FusedSGDW",
+    "clip_grad_norm_",
 ]

@@ -141,7 +141,7 @@ def _arrays(table: Table) -> tuple[Tensor | None, ...]:
 
 def _native(table: Table) -> Any:
     if table.native is None:
-        table.native = built().Arrays(_arrays(table), table.elements)
+        table.native = built().Arrays(_arrays(table), table.elements, table.ema)
     return table.native
 
 
@@ -154,11 +154,11 @@ def _triton(table: Table, function: str, *args: Any) -> None:
 
 def _step_triton(table: Table, scaling: Scaling) -> None:
     numbers = scaling.grad_scale, scaling.found_inf, scaling.squares
-    _triton(table, "launch", table.rule.name, table.kinds, *_arrays(table), *numbers)
+    _triton(table, "launch", table.rule.name, table.kinds, *_arrays(table), *numbers, table.ema)
 
 
 def _move_triton(table: Table) -> None:
-    _triton(table, "launch_move", table.rule.name, table.kinds, *_arrays(table))
+    _triton(table, "launch_move", table.rule.name, table.kinds, *_arrays(table), table.ema)
 
 
 def _squares_triton(table: Table, out: Tensor) -> None:
@@ -186,6 +186,18 @@ def _squares_cuda(table: Table, out: Tensor) -> None:
     _cuda(table, "squares", _native(table), out)
 
 
+def _scale_triton(table: Table, squares: Tensor) -> None:
+    _triton(table, "launch_scale", table.kinds, *_arrays(table), squares)
+
+
+def _scale_cuda(table: Table, squares: Tensor) -> None:
+    _cuda(table, "scale", _native(table), squares)
+
+
+def _scale_cpp(table: Table, squares: Tensor) -> None:
+    built().scale_cpu(_native(table), squares)
+
+
 def _step_cpp(table: Table, scaling: Scaling) -> None:
     built().step_cpu(table.rule.name, _native(table), scaling.grad_scale, scaling.found_inf, scaling.squares)
 
@@ -211,6 +223,8 @@ class Backend:
     squares(table, out): writes the sum of the squares of all gradients that are clipped; float64, one element.
     step(table, scaling): the whole step of one device; of a rule with a trust ratio the first walk.
     move(table): its second walk.
+    scale(table, squares): multiplies every gradient in place by what clips its group to its bound, given the sum of the
+        squares; leaves those alone that stay as they are.
     """
 
     name: str
@@ -219,16 +233,23 @@ class Backend:
     squares: Callable[[Table, Tensor], None]
     step: Callable[[Table, Scaling], None]
     move: Callable[[Table], None]
+    scale: Callable[[Table, Tensor], None]
 
 
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("triton", _why_not_triton, _upload, _squares_triton, _step_triton, _move_triton),
-        Backend("cuda", _why_not_cuda, _upload, _squares_cuda, _step_cuda, _move_cuda),
-        Backend("cpp", _why_not_cpp, _nothing_to_upload, _squares_cpp, _step_cpp, _move_cpp),
+        Backend("triton", _why_not_triton, _upload, _squares_triton, _step_triton, _move_triton, _scale_triton),
+        Backend("cuda", _why_not_cuda, _upload, _squares_cuda, _step_cuda, _move_cuda, _scale_cuda),
+        Backend("cpp", _why_not_cpp, _nothing_to_upload, _squares_cpp, _step_cpp, _move_cpp, _scale_cpp),
         Backend(
-            "reference", _why_not_reference, _nothing_to_upload, reference.squares, _step_reference, reference.move
+            "reference",
+            _why_not_reference,
+            _nothing_to_upload,
+            reference.squares,
+            _step_reference,
+            reference.move,
+            reference.scale,
         ),
     )
 }

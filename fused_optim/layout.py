@@ -132,16 +132,16 @@ def conform(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) -> dict
             )
         old = spread_as(param, old, f'state "{name}"')
         shard, shard_of_param, dtype = local(old), local(param), allowed_dtype(param, old.dtype)
-        new = torch.empty_like(shard_of_param, dtype=dtype, requires_grad=False)
+        laid_out = torch.empty_like(shard_of_param, device="meta")
         if (
-            shard.device == new.device
+            shard.device == shard_of_param.device
             and shard.dtype == dtype
-            and same_strides(shard, new)
+            and same_strides(shard, laid_out)
             and not (shard.is_conj() or shard.is_neg())
         ):
             fitting[name] = old
         else:
-            fitting[name] = like(param, new.copy_(shard))
+            fitting[name] = like(param, torch.empty_like(shard_of_param, dtype=dtype, requires_grad=False).copy_(shard))
     return fitting
 
 

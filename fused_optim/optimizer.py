@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
-from torch.optim import Optimizer
 
 from . import backends
+from .checkpoints import Checkpoints
 from .device import DeviceTable
+from .ema import Averaging, Decay, WeightAverage
 from .layout import check_grad, check_hyperparameter, check_param, conform, conform_step, make_row, make_states
 from .scaling import Scaler, check_options
 from .shards import Groups, groups_of, is_sharded, local, reduce_over
-from .table import Row, Rule, Scalars, Table
+from .table import EMA_DECAY, Row, Rule, Scalars, Table
 from .watch import REBUILD
 from .watch import Watch as PythonWatch
 
@@ -44,14 +45,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_Fork.remember)
 
 
-class _Uncast:
-    """Carries a state through torch's load_state_dict, which would cast it to its param's dtype."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-class FusedOptimizer(Optimizer):
+class FusedOptimizer(Averaging, Checkpoints):
     """Base of the fused optimizers; stands before a torch.optim class, or alone, among the bases of one.
 
     Args:
@@ -66,10 +60,15 @@ class FusedOptimizer(Optimizer):
         skip_nonfinite: a step whose gradients hold NaN or inf changes nothing.
         norm_group: processes that hold other gradients of the same model in plain tensors (ZeroRedundancyOptimizer,
             FSDP1's flat params): the norm goes over all of them. That of DTensors always goes over all their shards.
+        ema_decay: each update of a param also takes a moving average of the weights along, ema_decay * average +
+            (1 - ema_decay) * param, which starts as a copy; see ema_weights. May be a function of the number of
+            step() calls before, asked at each one. None: no averages.
+        ema_dtype: dtype of the averages of real params narrower than float64; None: the param's own. In 16 bits an
+            average stands still where decay is near 1.
         All else goes to the torch.optim class.
 
     Raises:
-        ValueError: state_dtype, max_grad_norm or norm_type is none of these.
+        ValueError: state_dtype, max_grad_norm, norm_type, ema_decay or ema_dtype is none of these.
         RuntimeError: the named backend cannot run here, or differentiable=True.
     """
 
@@ -86,6 +85,8 @@ class FusedOptimizer(Optimizer):
         norm_type: float = 2.0,
         skip_nonfinite: bool = False,
         norm_group: ProcessGroup | None = None,
+        ema_decay: Decay | None = None,
+        ema_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         if state_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
@@ -97,6 +98,7 @@ class FusedOptimizer(Optimizer):
         self.state_dtype = state_dtype
         self.max_grad_norm = max_grad_norm
         self._scaler = Scaler(norm_type, skip_nonfinite, norm_group)
+        self._ema = None if ema_decay is None else WeightAverage(ema_decay, ema_dtype)
         self._steps: dict[Tensor, Tensor] = {}  # of params whose rule keeps no `step` in its states
         self._forget()
         super().__init__(*args, **kwargs)
@@ -143,7 +145,7 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse, or of another shape, dtype or device than its param allows. Nothing has
-            been changed then.
+                been changed then.
         """
         if is_dynamo_compiling():  # it would compile anew for values of lr, and find nothing to make faster
             loss = None
@@ -154,6 +156,8 @@ class FusedOptimizer(Optimizer):
             return loss
         if self._on_cuda:
             self._check_capture()
+        if self._ema is not None:
+            self._ema.begin()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -166,6 +170,8 @@ class FusedOptimizer(Optimizer):
         if moved & REBUILD:
             self._rebuild()
             moved = 0  # new tables go to their device whole, when they are first used
+        if self._ema is not None:
+            moved |= self._ema.advance(self._tables)
         for table, backend in self._tables:
             backend.upload(table, moved)
             if table.copies:
@@ -251,6 +257,7 @@ class FusedOptimizer(Optimizer):
         pending: list[Tensor] = []
         fresh: dict[Tensor, dict[str, Any]] = {}
         steps: dict[Tensor, Tensor] = {}
+        averages: dict[Tensor, Tensor] = {}
         for param, index, group in members:
             state = self.state.get(param, {})
             if param.grad is None and not state and param not in self._steps:
@@ -262,11 +269,15 @@ class FusedOptimizer(Optimizer):
             steps[param] = conform_step(param, self._step_of(param, state, begun=not made))
             fresh[param].update(made)
             rows.append(make_row(param, fresh[param], wanted, steps[param], index))
+            if self._ema is not None:
+                averages[param] = self._ema.join(rows[-1])
             if self.rule.counted:
                 fresh[param] = {"step": steps[param], **fresh[param]}
 
         max_norm = self._scaler.bound_without_key(self.param_groups)
         scalars = Scalars(len(self.param_groups), self.rule.clip_eps, max_norm)
+        if self._ema is not None:
+            scalars.raw[:, EMA_DECAY] = self._ema.current
         looks = self._scaler.looks_at(self.param_groups)
         sums = looks or self.rule.trust  # then those that are summed over the same processes have a table of their own
         by_place: dict[tuple[torch.device, bool, Groups], list[Row]] = {}
@@ -279,6 +290,8 @@ class FusedOptimizer(Optimizer):
             for (device, _, groups), members_ in by_place.items()
         ]
 
+        if self._ema is not None:
+            self._ema.tensors.update(averages)
         for row in rows:  # the state dicts stay the same objects, which others may hold
             if fresh[row.param]:
                 row.state = self.state[row.param]
@@ -289,7 +302,7 @@ class FusedOptimizer(Optimizer):
             self._steps.update(steps)
         extension = backends.extension()
         watch: Any = (PythonWatch if isinstance(extension, str) else extension.Watch)(
-            self.param_groups, self.state, self.rule.columns, scalars.raw, scalars.lr
+            self.param_groups, self.state, self.rule.columns, self.rule.deciding, scalars.raw, scalars.lr
         )
         for param in pending:
             watch.add_pending(param)
@@ -309,7 +322,7 @@ class FusedOptimizer(Optimizer):
         loaded optimizer has begun with a param whose states it has."""
         if self.rule.counted:
             return state.get("step", 0.0)
-        return self._steps.get(param, 1.0) if begun else 0.0
+        return self._steps.get(param, 1.0 if state else 0.0) if begun else 0.0
 
     def _keep_captured(self) -> None:
         """A captured graph goes on reading the tables it was captured with."""
@@ -318,77 +331,6 @@ class FusedOptimizer(Optimizer):
         ]
         self.__dict__.setdefault("_captured", []).extend(kept)
 
-    # ---- checkpoints
-
-    def __getstate__(self) -> dict[str, Any]:
-        ours = {key: self.__dict__[key] for key in ("backend", "state_dtype", "max_grad_norm", "_scaler", "_steps")}
-        return {**super().__getstate__(), **ours}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # Before torch's class looks: it makes a tensor of a `step` that is none.
-        for values in state["state"].values():
-            if isinstance(values, dict):
-                values.update({key: value.tensor for key, value in values.items() if isinstance(value, _Uncast)})
-        defaults = dict(state.get("defaults") or self.defaults)  # before torch's class puts options of its own in
-        super().__setstate__(state)
-        self.__dict__.setdefault("backend", "auto")
-        self.__dict__.setdefault("state_dtype", None)
-        self.__dict__.setdefault("max_grad_norm", None)
-        self.__dict__.setdefault("_scaler", Scaler())
-        self.__dict__.setdefault("_steps", {})
-        for group in self.param_groups:
-            for key, value in defaults.items():
-                group.setdefault(key, value)
-        self._forget()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a checkpoint of this class, or of torch's class of the same rule.
-
-        States keep the dtype that they were saved in, `step` may be a number or a tensor of any device, and options
-        that the saved groups lack keep this optimizer's values. Errors are torch's.
-        """
-
-        def protect(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            states = {
-                key: {k: _Uncast(v) if isinstance(v, Tensor) else v for k, v in value.items()}
-                if isinstance(value, dict)
-                else value
-                for key, value in incoming["state"].items()
-            }
-            groups = incoming["param_groups"]
-            if len(groups) == len(self.param_groups):
-                ours = (
-                    {k: v for k, v in group.items() if k not in ("params", "param_names")}
-                    for group in self.param_groups
-                )
-                groups = [{**options, **group} for options, group in zip(ours, groups, strict=True)]
-            return {**incoming, "state": states, "param_groups": groups}
-
-        handle = self.register_load_state_dict_pre_hook(protect)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        self._steps.clear()
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's. A state that no update has reached yet (each was skipped) is left out where torch would not have
-        made it."""
-        begun = [param for param, step in self._steps.items() if self.state.get(param)]
-        waiting = [param for param, step in zip(begun, self._counts(begun), strict=True) if step == 0]
-
-        def leave_out(_: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
-            params = [param for group in self.param_groups for param in group["params"]]
-            unreached = {index for index, param in enumerate(params) if any(param is other for other in waiting)}
-            return {**packed, "state": {k: v for k, v in packed["state"].items() if k not in unreached}}
-
-        if not waiting:
-            return super().state_dict()
-        handle = self.register_state_dict_post_hook(leave_out, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            handle.remove()
-
-    def _counts(self, params: list[Tensor]) -> list[float]:
-        return [float(count) for count in torch.stack([self._steps[p].cpu() for p in params])] if params else []
+    def load_ema_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_ema_state_dict(state_dict)
+        self._forget()  # the tables have the addresses of others

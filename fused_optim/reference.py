@@ -14,6 +14,7 @@ from .table import (
     CLIP_EPS,
     DECAY_PERIOD,
     DECOUPLED,
+    EMA_DECAY,
     EPS,
     LR,
     LR_REFERENCE,
@@ -161,7 +162,18 @@ def step_row(table: Table, row: Row, number: int, grad_scale: float, norm: float
         norms = [param.double().norm(), trusted_update(table, row).double().norm()]
         table.sums[number] = torch.stack(norms).square()
     else:
-        real_view(row.target).copy_(param - with_decay(table, row, update))
+        write(table, row, param - with_decay(table, row, update))
+
+
+def write(table: Table, row: Row, param: Tensor) -> None:
+    """Stores the new param, and takes the average of the weights along."""
+    real_view(row.target).copy_(param)
+    if row.ema is None:
+        return
+    copies = row.step == 1 and not row.ema_begun
+    weight = 1.0 if copies else 1.0 - float(table.scalars.raw[row.group, EMA_DECAY])
+    old, new = widen(row.ema), widen(row.target)
+    real_view(row.ema).copy_(new if weight == 1.0 else old - weight * old + weight * new)
 
 
 def with_decay(table: Table, row: Row, update: Tensor) -> Tensor:
@@ -208,6 +220,17 @@ def step(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None, squa
 
 
 @torch.no_grad()
+def scale(table: Table, squares: Tensor) -> None:
+    norm = math.sqrt(float(squares))
+    for row in table.rows_list:
+        grad, raw = row.grad, table.scalars.raw[row.group].tolist()
+        bound = norm + raw[CLIP_EPS]
+        if grad is None or not raw[MAX_NORM] > 0 or not bound or raw[MAX_NORM] / bound >= 1:
+            continue
+        real_view(grad.conj() if grad.is_conj() else grad).mul_(raw[MAX_NORM] / bound)
+
+
+@torch.no_grad()
 def move(table: Table) -> None:
     if table.trust is None or table.sums is None:
         return
@@ -217,4 +240,4 @@ def move(table: Table) -> None:
         raw = table.scalars.raw[row.group].tolist()
         ratio = trust_ratio(raw, *table.sums[number].sqrt().tolist())
         table.trust[number] = ratio
-        real_view(row.target).copy_(widen(row.target) - raw[LR] * ratio * trusted_update(table, row))
+        write(table, row, widen(row.target) - raw[LR] * ratio * trusted_update(table, row))

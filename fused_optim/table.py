@@ -14,10 +14,12 @@ from torch import Tensor
 from .shards import local_grad
 
 CHUNK = 4096  # elements of one tensor that one program handles
-ROW_WIDTH = 8  # numel, param, step, signature, states
-RAW_WIDTH = 16
+ROW_WIDTH = 8  # numel, param, step, signature, states, average of the weights
+RAW_WIDTH = 17
 HYPER_WIDTH = 16
-MAX_STATES = ROW_WIDTH - 4
+MAX_STATES = ROW_WIDTH - 5
+EMA_STREAM = 6  # of the nibbles of a packed signature
+EMA_BEGUN = 1 << 28  # beside them
 ALIGNMENT = 16  # bytes of the widest access
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -29,7 +31,7 @@ EMPTY = 16  # stands in `grads` for the address of a gradient without elements, 
 
 # Columns of `raw`, as csrc/tables.h has them.
 LR, BETAS, EPS, WEIGHT_DECAY, DECOUPLED, MAXIMIZE, OWN = 0, 1, 3, 4, 5, 6, 7
-LR_REFERENCE, DECAY_PERIOD, MAX_NORM, CLIP_EPS, TRUST_CLIP, TRUST_ALWAYS = 9, 10, 11, 12, 13, 15
+LR_REFERENCE, DECAY_PERIOD, MAX_NORM, CLIP_EPS, TRUST_CLIP, TRUST_ALWAYS, EMA_DECAY = 9, 10, 11, 12, 13, 15, 16
 
 SKIP = 11  # column of `hyper`: 1 where the tensor sits the step out
 
@@ -74,6 +76,12 @@ class Rule:
         return [name for name in self.states if name not in self.switched or group[self.switched[name]]]
 
     @property
+    def deciding(self) -> list[str]:
+        """The options that have no column, and decide which states there are."""
+        with_column = {key for key, *_ in self.columns}
+        return [key for key in self.switched.values() if key not in with_column]
+
+    @property
     def columns(self) -> list[tuple[str, int, int, bool, bool]]:
         """All of them, and of each whether it is optional, and whether new tables are due when it becomes 0 or no
         longer is."""
@@ -87,7 +95,9 @@ class Rule:
 @dataclass
 class Row:
     """One tensor of a table. `shard` is the param, or of a DTensor what lies here; `target` is what the kernel updates:
-    the shard, or a dense copy of one that has holes or is a conjugate view."""
+    the shard, or a dense copy of one that has holes or is a conjugate view. `ema`: the average of its weights, in all
+    rows of an optimizer or in none; older than the table where it has `ema_begun`, else the first update copies the
+    param into it."""
 
     param: Tensor
     shard: Tensor
@@ -97,10 +107,19 @@ class Row:
     state: dict[str, Tensor]
     grad_dtype: torch.dtype
     group: int
+    ema: Tensor | None = None
+    ema_begun: bool = False
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.target, *self.states]
+        """All that the kernel writes."""
+        return [self.target, *self.states, *([] if self.ema is None else [self.ema])]
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Of param and grad, and what else there is."""
+        param, *others = (tensor.dtype for tensor in self.tensors)
+        return [param, self.grad_dtype, *others]
 
     @property
     def grad(self) -> Tensor | None:
@@ -130,15 +149,15 @@ def same_strides(a: Tensor, b: Tensor) -> bool:
 
 
 def signature_of(dtypes: Sequence[torch.dtype]) -> tuple[int, ...]:
-    """Dtype codes of param, grad and states: a kind."""
+    """Dtype codes of param, grad and states, and last of the average where there is one: a kind."""
     return tuple(DTYPE_CODES[real_dtype(dtype)] for dtype in dtypes)
 
 
-def pack(signature: Sequence[int]) -> int:
-    packed = 0
-    for position in range(2 + MAX_STATES):
-        packed |= (signature[position] if position < len(signature) else ABSENT) << (4 * position)
-    return packed
+def pack(signature: Sequence[int], ema: bool) -> int:
+    """A kind as the rows have it."""
+    places = [*range(len(signature) - 1), EMA_STREAM] if ema else range(len(signature))
+    codes = dict(zip(places, signature, strict=True))
+    return sum(codes.get(place, ABSENT) << 4 * place for place in range(EMA_STREAM + 1))
 
 
 class Scalars:
@@ -194,9 +213,10 @@ class Table:
         self.on_device: object = None  # device.DeviceTable, on GPUs
         self.native: object = None  # the extension's hold on the arrays
         self.copies = [row for row in rows if row.target is not row.shard]
+        self.ema = any(row.ema is not None for row in rows)
 
         kinds: dict[tuple[int, ...], int] = {}
-        signatures = [signature_of([row.target.dtype, row.grad_dtype, *(s.dtype for s in row.states)]) for row in rows]
+        signatures = [signature_of(row.dtypes) for row in rows]
         kind = torch.tensor([kinds.setdefault(signature, len(kinds)) for signature in signatures])
         slow = torch.tensor([any(t.data_ptr() % ALIGNMENT for t in row.tensors) for row in rows]).long()
         numel = torch.tensor([row.target.numel() * (2 if row.target.is_complex() else 1) for row in rows])
@@ -244,7 +264,8 @@ class Table:
             numel,
             row.target.data_ptr(),
             row.step.data_ptr(),
-            pack(signature),
+            pack(signature, row.ema is not None) | EMA_BEGUN * row.ema_begun,
             *states,
             *[0] * (MAX_STATES - len(states)),
+            0 if row.ema is None else row.ema.data_ptr(),
         ]

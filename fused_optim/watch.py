@@ -36,11 +36,12 @@ class Watch:
         groups: list[dict[str, Any]],
         state: dict[Tensor, dict[str, Any]],
         columns: Sequence[tuple[str, int, int, bool, bool]],
+        deciding: Sequence[str],
         raw: Tensor,
         lr: Tensor,
     ) -> None:
+        self.deciding = deciding
         self.groups, self.state, self.columns, self.raw, self.lr = groups, state, columns, raw, lr
-        self.hyperparameters = {key for key, *_ in columns}
         self.defaults = raw.clone()
         self.switches = [first for _, first, _, _, is_switch in columns if is_switch]
         self.objects = self._objects()
@@ -98,7 +99,7 @@ class Watch:
         objects: list[Any] = []
         for group in self.groups:
             objects += [group, *group["params"]]
-            objects += [x for k, v in group.items() if k != "params" and k not in self.hyperparameters for x in (k, v)]
+            objects += [x for k in self.deciding for x in (k, group.get(k))]
         for param, state in self.state.items():
             objects += [param, *(state.values() if isinstance(state, dict) else [state])]
         return objects + [local(x) for x in objects if is_sharded(x)]

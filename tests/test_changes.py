@@ -216,3 +216,22 @@ def test_without_the_extension() -> None:
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_what_decides_nothing_may_change_at_every_step(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrappers, timm's Lookahead among them, count in the param groups."""
+    if plain:
+        monkeypatch.setattr(backends, "extension", lambda: "not built")
+    optimizer = FusedAdamW(make_params(), backend="reference" if plain else "auto")
+    group = optimizer.param_groups[0]
+    group["lookahead_step"] = 0
+    train([optimizer], 1)
+    watch = optimizer._watch
+    for _ in range(3):
+        group["lookahead_step"] += 1
+        train([optimizer], 1)
+    assert optimizer._watch is watch
+    group["amsgrad"] = True
+    train([optimizer], 1)
+    assert optimizer._watch is not watch

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_optim import FusedAdamW, FusedLAMB, FusedLion, FusedQHAdam, FusedSGD, backends
+from fused_optim import FusedAdamW, FusedLAMB, FusedLion, FusedQHAdam, FusedSGD, backends, clip_grad_norm_
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -225,3 +225,66 @@ def test_changing_hyperparameters_never_outrun_their_copies(backend: str) -> Non
         optimizer.step()
     expected = -(1.0 + sum(range(1, 40)))
     assert torch.equal(ours[0].detach(), torch.full((1000,), expected, device="cuda"))
+
+
+def assert_clipped(ours: list[Tensor], before: list[Tensor], norm: Tensor, bound: float) -> None:
+    """Against torch's function in float64."""
+    exact = [torch.empty_like(grad, dtype=torch.float64, device="cpu") for grad in before]
+    for param, grad in zip(exact, before, strict=True):
+        param.grad = grad.double().cpu()
+    torch.testing.assert_close(norm.cpu().double(), torch.nn.utils.clip_grad_norm_(exact, bound), rtol=2e-6, atol=0)
+    for param, wanted in zip(ours, exact, strict=True):
+        assert param.grad is not None and wanted.grad is not None
+        torch.testing.assert_close(param.grad.cpu().double(), wanted.grad, rtol=2e-6, atol=1e-12)
+
+
+@on_gpu_backends
+def test_clip_grad_norm_never_waits_for_the_device(backend: str) -> None:
+    require(backend)
+    ours = params()
+    for step, bound in enumerate((0.5, 0.5, 0.25, 1e6)):
+        set_grads(ours, seed=step)
+        before = [param.grad.clone() for param in ours if param.grad is not None]
+        if step:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            norm = clip_grad_norm_(ours, bound, backend=backend)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert_clipped(ours, before, norm, bound)
+
+
+@on_gpu_backends
+@pytest.mark.parametrize("clipped_before", [True, False])
+def test_clip_grad_norm_in_a_graph(backend: str, clipped_before: bool) -> None:
+    require(backend)
+    ours = params()
+    set_grads(ours, seed=0)
+    if clipped_before:
+        clip_grad_norm_(ours, 0.5, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm = clip_grad_norm_(ours, 0.5, backend=backend)
+    others = params()
+    for seed in range(1, 4):
+        set_grads(others, seed=seed)
+        before = [param.grad for param in others if param.grad is not None]
+        for param, grad in zip(ours, before, strict=True):
+            assert param.grad is not None
+            param.grad.copy_(grad)
+        kept = [grad.clone() for grad in before]
+        graph.replay()
+        assert_clipped(ours, kept, norm, 0.5)
+        # Between replays, gradients that lie elsewhere.
+        assert_clipped(others, kept, clip_grad_norm_(others, 0.5, backend=backend), 0.5)
+
+
+def test_clip_grad_norm_of_gradients_on_two_devices() -> None:
+    for order in (1, -1):
+        ours = [*params(), *(param.detach().cpu().requires_grad_() for param in params())][::order]
+        for index, param in enumerate(ours):
+            param.grad = torch.full_like(param, 1.0 + index)
+        before = [param.grad.clone() for param in ours if param.grad is not None]
+        norm = clip_grad_norm_(ours, 0.5)
+        assert norm.device == ours[0].device
+        assert_clipped(ours, before, norm, 0.5)

@@ -24,6 +24,7 @@ from fused_optim.triton_kernels.launch import (
     Variant,
     move_variant,
     prep_variant,
+    scale_variant,
     squares_variant,
     step_variant,
 )
@@ -58,19 +59,52 @@ STATES = {"sgd": (0, 1), "qhadam": (2,), "lion": (1,), "lamb": (2,)}
 @dataclass(frozen=True)
 class Walk:
     """A kernel that walks over elements. streams: dtype codes of the tensors that it reads. written: which of these it
-    writes. sums: how many it makes of each chunk."""
+    writes. sums: how many it makes of each chunk. divides: elements. clips: by a coefficient that it works out."""
 
     variant: Variant
     streams: Kinds
-    written: slice
+    written: slice | tuple[int, ...]
     sums: int = 0
     divides: bool = False
+    clips: bool = False
+
+
+AVERAGED = {  # the average of the weights comes last
+    "adam": {
+        "f32": (F32,) * 5,
+        "f32 amsgrad": (F32,) * 6,
+        "bf16": (BF16,) * 5,
+        "bf16 amsgrad": (BF16,) * 6,
+        "bf16, f32 average": (*(BF16,) * 4, F32),
+        "bf16, f32 states and average": (BF16, BF16, F32, F32, F32),
+        "bf16, f32 states amsgrad and average": (BF16, BF16, F32, F32, F32, F32),
+        "f64 amsgrad": (F64,) * 6,
+    },
+    "sgd": {"f32": (F32,) * 3, "bf16, f32 average": (BF16, BF16, BF16, F32)},
+    "qhadam": {"f32": (F32,) * 5, "bf16": (BF16,) * 5},
+    "lion": {"f32": (F32,) * 4, "bf16": (BF16,) * 4},
+}
+
+
+def averaging_walks() -> dict[str, Walk]:
+    named = {}
+    for rule, kinds in AVERAGED.items():
+        for name, kind in kinds.items():
+            variant = step_variant(rule, (kind,), True)
+            named[f"{rule} {name} averaged"] = Walk(
+                variant, (kind,), slice(0, None), divides=rule in ("adam", "qhadam")
+            )
+    for name, kind in AVERAGED["qhadam"].items():
+        streams = ((kind[0], *kind[2:]),)
+        variant = move_variant("lamb", (kind,), True)
+        named[f"move {name} averaged"] = Walk(variant, streams, (0, len(kind) - 2), divides=True)
+    return named
 
 
 def walks() -> dict[str, Walk]:
     named = {}
     for name, kinds in TABLES.items():
-        named[f"adam {name}"] = Walk(step_variant("adam", kinds), kinds, slice(0, None), divides=True)
+        named[f"adam {name}"] = Walk(step_variant("adam", kinds, False), kinds, slice(0, None), divides=True)
     for rule, name in itertools.product(STATES, OTHERS):
         param, state = OTHERS[name]
         for states in STATES[rule]:
@@ -78,18 +112,19 @@ def walks() -> dict[str, Walk]:
                 continue
             kinds = ((param, param, *[state] * states),)
             written, sums = (slice(2, None), 2) if rule == "lamb" else (slice(0, None), 0)
-            variant = step_variant(rule, kinds)
+            variant = step_variant(rule, kinds, False)
             named[f"{rule}{states} {name}"] = Walk(variant, kinds, written, sums, rule in ("qhadam", "lamb"))
             if rule == "lamb":
                 streams = ((param, *[state] * states),)
-                named[f"move {name}"] = Walk(move_variant(rule, kinds), streams, slice(0, 1), divides=True)
+                named[f"move {name}"] = Walk(move_variant(rule, kinds, False), streams, slice(0, 1), divides=True)
     for name in ("f32", "bf16", "f64", "mixed"):
         streams = tuple((kind[1],) for kind in TABLES[name])
         named[f"squares {name}"] = Walk(squares_variant(TABLES[name]), streams, slice(0, 0), sums=1)
+        named[f"scale {name}"] = Walk(scale_variant(TABLES[name]), streams, slice(0, 1), clips=True)
     return named
 
 
-WALKS = walks()
+WALKS = walks() | averaging_walks()
 ELSEWHERE = [name for name in WALKS if not name.startswith("adam")] + [f"adam {name}" for name in REPRESENTATIVE]
 SMALL = {"spans": SPANS, "total": TOTAL, "trust": TRUST}
 SMALL |= {f"prep {clips} {trust}": prep_variant(clips, trust) for clips in (False, True) for trust in (False, True)}
@@ -132,7 +167,10 @@ def vector_accesses(walk: Walk) -> Counter:
     accesses: Counter = Counter()
     for kind in walk.streams:
         width = 16 // max(ITEMSIZE[code] for code in kind)
-        written = {*range(len(kind))[walk.written]} - ({1} if walk.written.stop is None else set())
+        if isinstance(walk.written, tuple):
+            written = {*walk.written}
+        else:
+            written = {*range(len(kind))[walk.written]} - ({1} if walk.written.stop is None else set())
         for stream, code in enumerate(kind):
             size = width * ITEMSIZE[code]
             suffix = {16: "v4.b32", 8: "v2.b32"}[size] if code != F64 else "v2.b64"
@@ -164,6 +202,7 @@ def test_nothing_but_registers(target: GPUTarget, name: str, capsys: pytest.Capt
     if walk.sums and len(walk.streams) == 1:
         assert ptx.index("bar.sync") > max(found.start() for found in re.finditer(r"\bld\.global", ptx))
     few = all(max(ITEMSIZE[code] for code in kind) == 4 or len(kind) <= 3 for kind in walk.streams)
+    few = few and max(map(len, walk.streams)) <= 5
     assert usage["REG"] <= (FEW_REGISTERS if few else MOST_REGISTERS)
 
 
@@ -173,6 +212,7 @@ def test_arithmetic_is_accurate(target: GPUTarget, name: str) -> None:
     fuse: `.rn` on an addition is what keeps the assembler from it."""
     walk, ptx = WALKS[name], compiled(target, name).asm["ptx"]
     widths = {"f64" if kind[0] == F64 else "f32" for kind in walk.streams if walk.divides}
+    widths |= {"f64"} if walk.clips else set()
     roots_and_quotients = set(re.findall(r"\b(?:div|sqrt|rsqrt|rcp)\.\S+", ptx))
     assert roots_and_quotients == {f"{op}.rn.{width}" for op in ("div", "sqrt") for width in widths}
     assert ".ftz" not in ptx
@@ -232,15 +272,16 @@ class Handle:
 
 F32_KINDS = (KINDS["f32"],)
 LAUNCHED = {
-    "adam": {"prep": prep_variant(False, False), "step": step_variant("adam", F32_KINDS)},
+    "adam": {"prep": prep_variant(False, False), "step": step_variant("adam", F32_KINDS, False)},
     "lamb": {
         "squares": squares_variant(F32_KINDS),
         "total": TOTAL,
         "prep": prep_variant(True, True),
-        "step": step_variant("lamb", F32_KINDS),
+        "step": step_variant("lamb", F32_KINDS, False),
         "spans": SPANS,
         "trust": TRUST,
-        "move": move_variant("lamb", F32_KINDS),
+        "move": move_variant("lamb", F32_KINDS, False),
+        "scale": scale_variant(F32_KINDS),
     },
 }
 
@@ -270,6 +311,7 @@ def take_step(rule: str, tensors: int = 40, offset: int = 0, values: float = 0.0
     if rule == "lamb":
         sums, squares = (array(i64), array(f64), array(f64), array(f64)), array(f64, 1)
         launching.launch_squares(F32_KINDS, *arrays, *sums, squares)
+        launching.launch_scale(F32_KINDS, *arrays, *sums, squares)
     launching.launch(rule, F32_KINDS, *arrays, *sums, None, array(torch.float32, 1), squares)
     launching.launch_move(rule, F32_KINDS, *arrays, *sums)
 
@@ -280,7 +322,7 @@ def test_later_launches_go_through_the_handle(kernels: dict[Variant, Any], rule:
         take_step(rule)
     take_step(rule, chunks=0)
     for name, variant in LAUNCHED[rule].items():
-        over_chunks = name in ("squares", "step", "move")
+        over_chunks = name in ("squares", "scale", "step", "move")
         stand = variant.kernel
         assert (len(stand.first), len(stand.later)) == (1, 2 if over_chunks else 3), name
         grid, args = stand.first[0]
@@ -312,6 +354,8 @@ def test_one_specialisation_whatever_the_values(kernels: dict[Variant, Any], rul
 
 
 def test_kinds_have_kernels_of_their_own() -> None:
-    assert step_variant("adam", (KINDS["bf16"],)) is not step_variant("adam", F32_KINDS)
-    assert step_variant("qhadam", F32_KINDS) is not step_variant("adam", F32_KINDS)
-    assert step_variant("adam", F32_KINDS) is step_variant("adam", F32_KINDS)
+    assert step_variant("adam", (KINDS["bf16"],), False) is not step_variant("adam", F32_KINDS, False)
+    assert step_variant("qhadam", F32_KINDS, False) is not step_variant("adam", F32_KINDS, False)
+    assert step_variant("adam", F32_KINDS, False) is step_variant("adam", F32_KINDS, False)
+    # The first walk of a rule with a trust ratio has nothing to do with averages.
+    assert step_variant("lamb", (KINDS["f32 amsgrad"],), True) is step_variant("lamb", F32_KINDS, False)

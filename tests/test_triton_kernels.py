@@ -134,7 +134,7 @@ def test_prep_is_exact() -> None:
     normalized = Group(weight_decay=0.2, decoupled=True, lr_reference=0.07, decay_period=390.0, a=1.0, b=0.0)
     groups = [one_cycle, Group(maximize=True, weight_decay=0.2, max_norm=0.01, a=0.0, b=0.0), normalized]
     steps = [1, 2, 3, 10, 999, 123457, 2**24] * 5
-    rows = [Row(1, KINDS["f32"], group=i % 3) for i in range(len(steps))]
+    rows = [Row(1, KINDS["f32"], group=i % 3, begun=i % 2 == 0) for i in range(len(steps))]
     for row, step in zip(rows, steps, strict=True):
         row.step.fill_(step - 1)
     table = Table(rows, groups, grad_scale=torch.tensor([3.0], device=DEVICE))
@@ -146,11 +146,56 @@ def test_prep_is_exact() -> None:
             scale *= group.max_norm / (math.sqrt(table.squares.item()) * scale + group.clip_eps)
         if group.decoupled:
             decay = group.lr / group.lr_reference * group.weight_decay / math.sqrt(group.decay_period)
-        expected = [group.lr, group.beta1, group.beta2, group.eps, 1.0 - group.beta1, 1.0 - group.beta2]
+        ema_weight = 1.0 if step == 1 and not rows[number].begun else 1.0 - group.ema_decay
+        expected = [group.lr, group.beta1, ema_weight, group.eps, 1.0 - group.beta1, 1.0 - group.beta2]
         correction1, correction2 = 1.0 - power(group.beta1, step), 1.0 - power(group.beta2, step)
         expected += [group.lr / correction1, 1.0 / math.sqrt(correction2), -scale if group.maximize else scale]
         expected += [0.0 if group.decoupled else group.weight_decay, decay, 0.0, float(step == 1)]
         assert table.hyper[number].tolist() == [*expected, 1.0 - group.a, 1.0 - group.b, 1.0 / correction1]
+
+
+AVERAGED = {
+    "f32": (F32,) * 5,
+    "f32 amsgrad": (F32,) * 6,
+    "bf16": (BF16,) * 5,
+    "bf16 amsgrad, f32 average": (*(BF16,) * 5, F32),
+    "bf16, f32 states and average": (BF16, BF16, F32, F32, F32),
+    "f16, f32 states, bf16 average": (F16, F16, F32, F32, BF16),
+    "f64": (F64,) * 5,
+}
+
+
+@pytest.mark.parametrize("kind", AVERAGED)
+def test_averages(kind: str) -> None:
+    groups = [Group(ema_decay=decay) for decay in (0.9, 0.0, 1.0)]
+    rows = [Row(size, AVERAGED[kind], group=i % 3, ema=True) for i, size in enumerate((0, 1, 31, 4097))]
+    table = Table(rows, groups)
+    table.check_step()
+    table.check_step()
+
+
+def test_averages_of_kinds_that_share_a_launch() -> None:
+    rows = [Row(500 + 900 * i, dtypes, seed=i, ema=True) for i, dtypes in enumerate(AVERAGED.values())]
+    rows += [Row(700, AVERAGED["f32"], offsets=[0] * i + [1], ema=True, begun=True) for i in range(5)]
+    rows.append(Row(90, AVERAGED["f32"], ema=True))
+    rows[-1].grad_address = 0
+    Table(rows).check_step(skipped=(len(rows) - 1,))
+
+
+@pytest.mark.parametrize("name", ["sgd", "sgd momentum", "qhadam", "lion", "lamb"])
+def test_averages_of_rules(name: str) -> None:
+    rule, group, states = RULES[name]
+    rows = [Row(size, (F32,) * (3 + states), ema=True, begun=size > 5) for size in (5, 4700)]
+    rows.append(Row(600, (BF16, BF16, *[BF16] * states, F32), ema=True))
+    table = Table(rows, [group], rule)
+    table.check_step()
+    table.check_step()
+
+
+@pytest.mark.parametrize("rule", ["adam", "lamb"])
+def test_found_inf_leaves_averages_alone(rule: str) -> None:
+    rows = [Row(200, AVERAGED["f32"], ema=True)]
+    Table(rows, [RULES["lamb"][1]], rule, found_inf=torch.ones(1, device=DEVICE)).check_step(skipped=(0,))
 
 
 def test_only_empty_tensors() -> None:
@@ -264,6 +309,35 @@ def test_clipping(scale: float) -> None:
     table = Table(clipped_rows(), CLIPPED, grad_scale=torch.tensor([scale], device=DEVICE))
     table.check_step(skipped=(len(table.rows) - 1,))
     assert table.squares.item() == pytest.approx(table.norm() ** 2, rel=1e-13)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_gradients_scaled_where_they_stand(offset: int) -> None:
+    kinds = [(dtype, dtype) for dtype in (F32, BF16, F16, F64)]
+    rows = [Row(size, kind, offsets=(1, offset), group=i % 3) for i, kind in enumerate(kinds) for size in (0, 3, 4700)]
+    rows.append(Row(900, kinds[0]))
+    rows[-1].grad_address = 0
+    check_scaled(Table(rows, CLIPPED))
+
+
+def test_gradients_scaled_beyond_32_bits() -> None:
+    check_scaled(Table([Row(1030, (dtype, dtype)) for dtype in (F32, BF16, F64)], CLIPPED, chunks_before=2**20))
+
+
+def check_scaled(table: Table) -> None:
+    """To the bit, and nothing but gradients of groups that have to be clipped."""
+    outside = [row.bytes_outside() for row in table.rows]
+    before = [[view.clone() for view in row.views] for row in table.rows]
+    expected = table.norm()
+    table.scale_gradients()
+    norm = math.sqrt(table.squares.item())
+    assert norm == pytest.approx(expected, rel=1e-13)
+    for row, (param, grad), around in zip(table.rows, before, outside, strict=True):
+        group = table.groups[row.group]
+        factor = min(1.0, group.max_norm / (norm + group.clip_eps)) if group.max_norm and row.grad_address else 1.0
+        wide = grad if grad.dtype == F64 else grad.float()
+        assert torch.equal(row.views[0], param) and torch.equal(row.views[1], (wide * factor).to(grad.dtype))
+        assert all(torch.equal(kept, now) for kept, now in zip(around, row.bytes_outside(), strict=True))
 
 
 def test_clipping_of_a_rule_with_trust() -> None:

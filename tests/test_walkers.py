@@ -11,7 +11,7 @@ import torch
 from commands import ROOT, SETUP, run
 
 WALKERS = {
-    "cpu": ["tests/cpp/walk_cpu.cpp", "csrc/cpu/step.cpp"],
+    "cpu": ["tests/cpp/walk_cpu.cpp", "csrc/cpu/step.cpp", "csrc/cpu/grads.cpp"],
     "cuda-emulated": ["tests/cpp/walk_cuda.cpp", "csrc/cuda/emulate.cpp"],
 }
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -72,11 +72,19 @@ extern "C" void widen(float* out, const uint16_t* in, int n) {{
 def test_cpu_walker_is_vectorised(isa: str, register: str, tmp_path: Path) -> None:
     """Every rule's loop divides and takes roots in whole registers. One line in a rule that the compiler cannot
     vectorise makes the step six times slower, and no other test would notice."""
+    least = {
+        "step": dict.fromkeys(("vsqrtps", "vdivps", "vsqrtpd", "vdivpd"), 2),  # Adam with two states and with three
+        "grads": {"vmulps": 3, "vmulpd": 5},  # scaled in one dtype each, float64 too; and four dtypes squared
+    }
+    for name, instructions in least.items():
+        text = assembly_of(name, isa, tmp_path)
+        for instruction, count in instructions.items():
+            wide = re.findall(rf"\b{instruction}\b.*%{register}", text)
+            assert len(wide) >= count, f"{instruction} is not used on {register} registers in {name}.cpp"
+
+
+def assembly_of(name: str, isa: str, folder: Path) -> str:
     flags = ["-std=c++17", "-O3", "-fopenmp", *SETUP["KERNEL_FLAGS"], *SETUP["INSTRUCTION_SETS"][isa]]
-    assembly = tmp_path / "step.s"
-    run(["g++", *flags, f"-DFUSED_ISA={isa}", "-S", "csrc/cpu/step.cpp", "-o", str(assembly)])
-    text = assembly.read_text()
-    for instruction in ("vsqrtps", "vdivps", "vsqrtpd", "vdivpd"):
-        wide = re.findall(rf"\b{instruction}\b.*%{register}", text)
-        # Adam with two states and with three.
-        assert len(wide) >= 2, f"{instruction} is not used on {register} registers"
+    assembly = folder / f"{name}.s"
+    run(["g++", *flags, f"-DFUSED_ISA={isa}", "-S", f"csrc/cpu/{name}.cpp", "-o", str(assembly)])
+    return assembly.read_text()

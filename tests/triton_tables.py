@@ -9,7 +9,7 @@ from typing import Any
 
 import oracle
 import torch
-from fused_optim.triton_kernels.launch import launch, launch_move, launch_squares
+from fused_optim.triton_kernels.launch import launch, launch_move, launch_scale, launch_squares
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -47,6 +47,7 @@ class Group:
     trust_low: float = 0.0
     trust_high: float = math.inf
     trust_always: bool = False
+    ema_decay: float = 0.75
     lr_tensor: Tensor | None = None
 
     def __str__(self) -> str:
@@ -82,11 +83,20 @@ COMMON = ("eps", "weight_decay", "maximize", "lr_reference", "decay_period")
 
 
 class Row:
-    """One tensor with its gradient and states, each a view into a longer buffer, `offsets` elements off alignment."""
+    """One tensor with its gradient, states and perhaps (`ema`) average, each a view into a longer buffer, `offsets`
+    elements off alignment."""
 
     def __init__(
-        self, size: int, dtypes: Sequence[torch.dtype], seed: int = 0, offsets: Sequence[int] = (), group: int = 0
+        self,
+        size: int,
+        dtypes: Sequence[torch.dtype],
+        seed: int = 0,
+        offsets: Sequence[int] = (),
+        group: int = 0,
+        ema: bool = False,
+        begun: bool = False,
     ) -> None:
+        self.ema, self.begun = ema, begun
         generator = torch.Generator().manual_seed(1000 * seed + size)
         self.group = group
         self.buffers: list[Tensor] = []
@@ -129,6 +139,10 @@ class Table:
         self.sums = torch.full((count, 2), math.nan, dtype=torch.float64, device=DEVICE)
         self.trust = torch.ones(count, dtype=torch.float64, device=DEVICE)
 
+    @property
+    def ema(self) -> bool:
+        return self.rows[0].ema
+
     @cached_property
     def kinds(self) -> tuple[tuple[int, ...], ...]:
         return tuple(dict.fromkeys(row.dtypes for row in self.rows))
@@ -144,9 +158,11 @@ class Table:
                 for chunk in range(self.chunks_before, -(-numel // CHUNK))
             ]
             spans.append(len(desc))
-            signature = sum(code << 4 * i for i, code in enumerate((*row.dtypes, 15)))
             param, *states = (self.start(view) for view in written)
-            table.append([numel, param, row.step.data_ptr(), signature, *states, *[0] * (4 - len(states))])
+            average = states.pop() if row.ema else 0
+            codes = [*row.dtypes[: len(states) + 2], *[15] * (4 - len(states)), row.dtypes[-1] if row.ema else 15]
+            signature = sum(code << 4 * i for i, code in enumerate(codes)) | row.begun << 28
+            table.append([numel, param, row.step.data_ptr(), signature, *states, *[0] * (3 - len(states)), average])
         trusts = self.rule == "lamb"
         partials = torch.full((len(desc), 2), math.nan, dtype=torch.float64, device=DEVICE)
         return (
@@ -168,8 +184,13 @@ class Table:
         if self.clips:
             launch_squares(self.kinds, *arrays, self.squares)
         squares = self.squares if self.clips else None
-        launch(self.rule, self.kinds, *arrays, self.grad_scale, self.found_inf, squares)
-        launch_move(self.rule, self.kinds, *arrays)
+        launch(self.rule, self.kinds, *arrays, self.grad_scale, self.found_inf, squares, self.ema)
+        launch_move(self.rule, self.kinds, *arrays, self.ema)
+
+    def scale_gradients(self) -> None:
+        arrays = self.arrays()
+        launch_squares(self.kinds, *arrays, self.squares)
+        launch_scale(self.kinds, *arrays, self.squares)
 
     def start(self, view: Tensor, address: int | None = None) -> int:
         return (view.data_ptr() if address is None else address) - self.chunks_before * CHUNK * view.itemsize
@@ -186,7 +207,7 @@ class Table:
                 assert torch.equal(kept, now)
             expected = before[number]
             if number not in skipped:
-                expected = self.expected(expected, steps[number], self.groups[row.group], norm)
+                expected = self.expected(row, expected, steps[number], self.groups[row.group], norm)
             assert row.step.item() == steps[number] + (number not in skipped)
             for view, wanted in zip(row.views, expected, strict=True):
                 assert_rounded(view, wanted)
@@ -196,9 +217,10 @@ class Table:
         clipped = [row for row in self.rows if row.grad_address and self.groups[row.group].max_norm]
         return math.sqrt(sum(row.views[1].double().square().sum().item() for row in clipped))
 
-    def expected(self, tensors: Sequence[Tensor], step: float, group: Group, norm: float) -> list[Tensor]:
-        """What param, gradient and states become in a step after `step` others."""
+    def expected(self, row: Row, tensors: Sequence[Tensor], step: float, group: Group, norm: float) -> list[Tensor]:
+        """What param, gradient, states and average become in a step after `step` others."""
         param, grad, *states = (tensor.double() for tensor in tensors)
+        averages = [states.pop()] if row.ema else []
         scale = 1.0 if self.grad_scale is None else self.grad_scale.item()
         scaled = grad / scale
         if group.max_norm:
@@ -206,12 +228,14 @@ class Table:
             scaled = scaled * min(1.0, group.max_norm / bound if bound else math.inf)
         names = NAMES[self.rule][: len(states)]
         state = dict(zip(names, states, strict=True)) if step or self.rule != "sgd" else {}
-        options = group.options() | {"amsgrad": len(states) == 3, "stored": tensors[-1].dtype}
+        options = group.options() | {"amsgrad": len(states) == 3, "stored": tensors[len(states) + 1].dtype}
         if self.rule == "sgd" and not states:
             options["momentum"] = 0.0
         state["step"] = torch.tensor(step, dtype=torch.float64)
         param, state = getattr(oracle, self.rule)(param, scaled, state, **options)
-        return [param, grad, *(state[name] for name in names)]
+        weight = 1.0 if step == 0 and not row.begun else 1.0 - group.ema_decay
+        stored = row.views[0].double()  # the average is one of the params as they are stored, which are compared before
+        return [param, grad, *(state[name] for name in names), *(old.lerp(stored, weight) for old in averages)]
 
 
 def integers(values: list) -> Tensor:

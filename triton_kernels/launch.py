@@ -1,7 +1,8 @@
 """Launches the kernels on the current stream, with no knowledge of any optimizer; compiles them where no GPU is.
 
-All three functions take the arrays of a table (csrc/tables.h) and `kinds`, the dtype codes (param, grad, *states) of
-every kind, in the order in which `desc` numbers them. The table's device is the current one.
+All functions take the arrays of a table (csrc/tables.h) and `kinds`, the dtype codes (param, grad, *states) of
+every kind, in the order in which `desc` numbers them; with `ema` the last code is that of the average of the weights,
+which every row has then. The table's device is the current one.
 """
 
 from functools import cache
@@ -16,6 +17,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from . import step
 from .prep import PREP_TENSORS, prep_kernel, trust_kernel
 from .rules import RULES
+from .scale import scale_kernel
 from .sums import TOTAL_THREADS, spans_kernel, squares_kernel, total_kernel
 from .tables import THREADS, count_streams, pack_kind, vector_width
 
@@ -79,25 +81,33 @@ def prep_variant(clips: bool, trust: bool) -> Variant:
 
 
 @cache
-def step_variant(rule: str, kinds: Kinds) -> Variant:
+def step_variant(rule: str, kinds: Kinds, ema: bool) -> Variant:
     """The whole step, or of a rule with a trust ratio the first walk."""
     update, direction = RULES[rule]
     walk, absent = (step.update, ("partials", "trust")) if direction is None else (step.advance, ("trust",))
-    constants = {"PASS": walk, "RULE": update, "DIRECTION": direction, "KINDS": tuple(map(pack_kind, kinds))}
+    if ema and direction is not None:  # averages are for the second
+        return step_variant(rule, tuple(kind[:-1] for kind in kinds), False)
+    packed = tuple(map(pack_kind, kinds))
+    constants = {"PASS": walk, "RULE": update, "DIRECTION": direction, "KINDS": packed, "EMA": ema}
     return Variant(step.step_kernel, THREADS.value, *absent, **constants)
 
 
 @cache
-def move_variant(rule: str, kinds: Kinds) -> Variant:
+def move_variant(rule: str, kinds: Kinds, ema: bool) -> Variant:
     """The second walk, which needs no gradient."""
     packed = tuple(pack_kind((param, *states)) for param, _, *states in kinds)
-    constants = {"PASS": step.move, "RULE": None, "DIRECTION": RULES[rule].direction, "KINDS": packed}
+    constants = {"PASS": step.move, "RULE": None, "DIRECTION": RULES[rule].direction, "KINDS": packed, "EMA": ema}
     return Variant(step.step_kernel, THREADS.value, "grads", "partials", **constants)
 
 
 @cache
 def squares_variant(kinds: Kinds) -> Variant:
     return Variant(squares_kernel, THREADS.value, KINDS=tuple(pack_kind((grad,)) for _, grad, *_ in kinds))
+
+
+@cache
+def scale_variant(kinds: Kinds) -> Variant:
+    return Variant(scale_kernel, THREADS.value, KINDS=tuple(pack_kind((grad,)) for _, grad, *_ in kinds))
 
 
 SPANS = Variant(spans_kernel, THREADS.value)
@@ -122,6 +132,7 @@ def launch(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     squares: Tensor | None,
+    ema: bool = False,
 ) -> None:
     """One step of every tensor: prep, then the update; of a rule with a trust ratio the first walk, up to `sums`.
 
@@ -141,7 +152,7 @@ def launch(
     if trust is None:
         partials = None  # They are there for clipping.
     if chunks:
-        step_variant(rule, kinds).start(device, chunks, desc, rows, grads, hyper, partials, None)
+        step_variant(rule, kinds, ema).start(device, chunks, desc, rows, grads, hyper, partials, None)
     if trust is not None:
         SPANS.start(device, tensors, spans, partials, sums)
 
@@ -160,6 +171,7 @@ def launch_move(
     partials: Tensor | None,
     sums: Tensor | None,
     trust: Tensor | None,
+    ema: bool = False,
 ) -> None:
     """The second walk of a rule with a trust ratio: the ratios from `sums`, then the params. Nothing for other
     rules."""
@@ -169,7 +181,7 @@ def launch_move(
     device = grads.device
     TRUST.start(device, -(-tensors // PREP_TENSORS.value), raw, group, hyper, sums, trust, tensors)
     if chunks:
-        move_variant(rule, kinds).start(device, chunks, desc, rows, None, hyper, None, trust)
+        move_variant(rule, kinds, ema).start(device, chunks, desc, rows, None, hyper, None, trust)
 
 
 def launch_squares(
@@ -192,6 +204,27 @@ def launch_squares(
     if chunks:
         squares_variant(kinds).start(device, chunks, desc, rows, grads, raw, group, partials)
     TOTAL.start(device, 1, partials, out, chunks)
+
+
+def launch_scale(
+    kinds: Kinds,
+    desc: Tensor,
+    rows: Tensor,
+    grads: Tensor,
+    lr: Tensor,
+    raw: Tensor,
+    group: Tensor,
+    hyper: Tensor,
+    spans: Tensor | None,
+    partials: Tensor | None,
+    sums: Tensor | None,
+    trust: Tensor | None,
+    squares: Tensor,
+) -> None:
+    """Multiplies each gradient in place by what clips its group to its bound. squares: what `launch_squares` has
+    written (over all devices)."""
+    if chunks := desc.numel():
+        scale_variant(kinds).start(grads.device, chunks, desc, rows, grads, raw, group, squares)
 
 
 @cache

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .tables import (
+    EMA_BEGUN,
     HYPER_SKIP,
     HYPER_WIDTH,
     RAW_A,
@@ -14,6 +15,7 @@ from .tables import (
     RAW_CLIP_EPS,
     RAW_DECAY_PERIOD,
     RAW_DECOUPLED,
+    RAW_EMA_DECAY,
     RAW_EPS,
     RAW_LR,
     RAW_LR_REFERENCE,
@@ -24,6 +26,7 @@ from .tables import (
     RAW_TRUST_LOW,
     RAW_WEIGHT_DECAY,
     RAW_WIDTH,
+    ROW_SIGNATURE,
     ROW_STEP,
     ROW_WIDTH,
 )
@@ -121,10 +124,12 @@ def prep_kernel(
     beta2 = tl.load(settings + RAW_BETA2, mask=go, other=0.0)
     weight_decay = tl.load(settings + RAW_WEIGHT_DECAY, mask=go, other=0.0)
     decoupled = tl.load(settings + RAW_DECOUPLED, mask=go, other=0.0) != 0.0
+    ema_decay = tl.load(settings + RAW_EMA_DECAY, mask=go, other=0.0)
     maximize = tl.load(settings + RAW_MAXIMIZE, mask=go, other=0.0) != 0.0
     rate = read_lr(tl.load(lr + owner, mask=go, other=0), tl.load(settings + RAW_LR, mask=go, other=0.0), go)
 
-    counter = tl.load(rows + row.to(tl.int64) * ROW_WIDTH + ROW_STEP, mask=go, other=0).to(tl.pointer_type(tl.float32))
+    fields = rows + row.to(tl.int64) * ROW_WIDTH
+    counter = tl.load(fields + ROW_STEP, mask=go, other=0).to(tl.pointer_type(tl.float32))
     count = tl.load(counter, mask=go, other=0.0) + 1.0
     tl.store(counter, count, mask=go)
     step = count.to(tl.float64)
@@ -137,7 +142,8 @@ def prep_kernel(
 
     tl.store(out + 0, rate, mask=go)
     tl.store(out + 1, beta1, mask=go)
-    tl.store(out + 2, beta2, mask=go)
+    copies = (step == 1.0) & (tl.load(fields + ROW_SIGNATURE, mask=go, other=0) & EMA_BEGUN == 0)
+    tl.store(out + 2, tl.where(copies, 1.0, 1.0 - ema_decay), mask=go)
     tl.store(out + 3, tl.load(settings + RAW_EPS, mask=go, other=0.0), mask=go)
     tl.store(out + 4, 1.0 - beta1, mask=go)
     tl.store(out + 5, 1.0 - beta2, mask=go)

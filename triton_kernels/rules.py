@@ -18,7 +18,7 @@ class Hyper(NamedTuple):
 
     lr: tl.tensor
     beta1: tl.tensor
-    beta2: tl.tensor
+    ema_weight: tl.tensor  # of the new param in the average of the weights
     eps: tl.tensor
     weight1: tl.tensor  # 1 - beta1
     weight2: tl.tensor  # 1 - beta2

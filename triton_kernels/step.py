@@ -8,10 +8,11 @@ returns the values whose squares are to be summed.
 import triton
 import triton.language as tl
 
-from .rules import Hyper, finite
+from .rules import Hyper, finite, lerp
 from .tables import (
     CHUNK,
     HYPER_WIDTH,
+    ROW_EMA,
     ROW_PARAM,
     ROW_STATE,
     ROW_WIDTH,
@@ -76,6 +77,16 @@ def gradient(h: Hyper, param: tl.tensor, grad: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def follow(
+    h: Hyper, pointers: tl.tuple, average: tl.tensor, param: tl.tensor, mask: tl.tensor | None, KIND: tl.constexpr
+) -> None:
+    """Lets the average of the weights, which is the last stream, follow the param as it is stored. With weight 1 what
+    was there before is gone."""
+    new = tl.where(h.ema_weight == 1.0, param, lerp(average, param, h.ema_weight))
+    store(pointers, len(pointers) - 1, (new,), mask, KIND)
+
+
+@triton.jit
 def update(
     h: Hyper,
     pointers: tl.tuple,
@@ -84,12 +95,15 @@ def update(
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
     KIND: tl.constexpr,
+    EMA: tl.constexpr,
 ) -> tl.tuple:
-    """The whole step of most rules. Streams: param, grad, states."""
+    """The whole step of most rules. Streams: param, grad, states; with EMA the average of the weights."""
     param = values[0]
-    change, states = RULE(h, param, gradient(h, param, values[1]), values[2:])
+    change, states = RULE(h, param, gradient(h, param, values[1]), values[2 : len(values) - EMA])
     store(pointers, 2, states, mask, KIND)  # before the param, to free registers
-    store(pointers, 0, (param - tl.fma(h.decay, finite(param), change),), mask, KIND)
+    (param,) = store(pointers, 0, (param - tl.fma(h.decay, finite(param), change),), mask, KIND)
+    if EMA:
+        follow(h, pointers, values[len(values) - 1], param, mask, KIND)
     return ()
 
 
@@ -102,6 +116,7 @@ def advance(
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
     KIND: tl.constexpr,
+    EMA: tl.constexpr,
 ) -> tl.tuple:
     """The first walk of a rule with a trust ratio: the states, and the norms of param and update. Streams: param, grad,
     states."""
@@ -120,11 +135,14 @@ def move(
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
     KIND: tl.constexpr,
+    EMA: tl.constexpr,
 ) -> tl.tuple:
-    """The second walk: the param. Streams: param, states."""
+    """The second walk: the param. Streams: param, states; with EMA the average of the weights."""
     param = values[0]
-    change = tl.fma(h.decay, finite(param), DIRECTION(h, values[1:]))
-    store(pointers, 0, (param - h.lr * change,), mask, KIND)
+    change = tl.fma(h.decay, finite(param), DIRECTION(h, values[1 : len(values) - EMA]))
+    (param,) = store(pointers, 0, (param - h.lr * change,), mask, KIND)
+    if EMA:
+        follow(h, pointers, values[len(values) - 1], param, mask, KIND)
     return ()
 
 
@@ -138,6 +156,7 @@ def walk_block(
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
     KIND: tl.constexpr,
+    EMA: tl.constexpr,
 ) -> tl.tuple:
     """One block of elements through a pass. Returns the sums, grown."""
     COMPUTE: tl.constexpr = tl.float64 if stream_dtype(KIND, 0) == tl.float64 else tl.float32
@@ -145,7 +164,7 @@ def walk_block(
         values = [tl.load(pointer).to(COMPUTE) for pointer in pointers]
     else:  # Lanes past the end compute on ones, which no rule divides by zero, and store nothing.
         values = [tl.load(pointer, mask=mask, other=1.0).to(COMPUTE) for pointer in pointers]
-    measured = PASS(h, pointers, values, mask, RULE, DIRECTION, KIND)
+    measured = PASS(h, pointers, values, mask, RULE, DIRECTION, KIND, EMA)
     grown: tl.tuple = ()
     for i in tl.static_range(len(measured)):
         grown += (sums[i] + sum_squares(measured[i], mask),)
@@ -171,6 +190,7 @@ def walk(
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
     KIND: tl.constexpr,
+    EMA: tl.constexpr,
 ) -> tl.tuple:
     """`count` elements of the streams of KIND: whole aligned blocks by full vectors, all else element by element.
     Returns the sums, grown."""
@@ -181,10 +201,10 @@ def walk(
     blocks = tl.where(aligned, count // BLOCK, 0)
     for i in range(blocks):
         at = i * BLOCK + tl.arange(0, BLOCK)
-        sums = walk_block(h, [pointer + at for pointer in pointers], None, sums, PASS, RULE, DIRECTION, KIND)
+        sums = walk_block(h, [pointer + at for pointer in pointers], None, sums, PASS, RULE, DIRECTION, KIND, EMA)
     for i in range(blocks * BLOCK, count, TAIL):
         at = i + tl.arange(0, TAIL)
-        sums = walk_block(h, [pointer + at for pointer in pointers], at < count, sums, PASS, RULE, DIRECTION, KIND)
+        sums = walk_block(h, [pointer + at for pointer in pointers], at < count, sums, PASS, RULE, DIRECTION, KIND, EMA)
     return sums
 
 
@@ -207,6 +227,7 @@ def step_chunk(
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
     KIND: tl.constexpr,
+    EMA: tl.constexpr,
 ) -> None:
     """One chunk of one tensor."""
     COMPUTE: tl.constexpr = tl.float64 if stream_dtype(KIND, 0) == tl.float64 else tl.float32
@@ -221,15 +242,17 @@ def step_chunk(
         pointers += (pointer_to(grad, first, stream_dtype(KIND, 1)),)
         aligned = aligned & (grad & 15 == 0)
     STATES: tl.constexpr = len(pointers)
-    for i in tl.static_range(STATES, count_streams(KIND)):
+    for i in tl.static_range(STATES, count_streams(KIND) - EMA):
         pointers += (pointer_to(tl.load(fields + ROW_STATE + i - STATES), first, stream_dtype(KIND, i)),)
+    if EMA:
+        pointers += (pointer_to(tl.load(fields + ROW_EMA), first, stream_dtype(KIND, len(pointers))),)
     # A skipped tensor has no elements: no branch, so that all the scalars above are on their way at once.
     count = tl.where(h.skip == 0.0, tl.minimum(tl.load(fields) - first, CHUNK), 0).to(tl.int32)
     if partials is None:
-        walk(h, pointers, count, aligned, (), PASS, RULE, DIRECTION, KIND)
+        walk(h, pointers, count, aligned, (), PASS, RULE, DIRECTION, KIND, EMA)
     else:
         none = tl.zeros((THREADS,), tl.float64)
-        store_sums(partials, walk(h, pointers, count, aligned, (none, none), PASS, RULE, DIRECTION, KIND))
+        store_sums(partials, walk(h, pointers, count, aligned, (none, none), PASS, RULE, DIRECTION, KIND, EMA))
 
 
 @triton.jit(do_not_specialize_on_alignment=["desc", "rows", "grads", "hyper", "partials", "trust"])
@@ -244,11 +267,12 @@ def step_kernel(
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
     KINDS: tl.constexpr,
+    EMA: tl.constexpr,
 ) -> None:
     """One program per entry of desc. KINDS: the streams that PASS walks, of every kind of this table, in the order in
-    which desc numbers them. What PASS has no use for is None: grads in `move`, partials but in `advance`, trust but in
-    `move`."""
+    which desc numbers them. EMA: whether the last of these is an average of the weights. What PASS has no use for is
+    None: grads in `move`, partials but in `advance`, trust but in `move`."""
     entry = tl.load(desc + tl.program_id(0))
     for i in tl.static_range(len(KINDS)):
         if (entry >> 1) & 127 == i:
-            step_chunk(entry, rows, grads, hyper, partials, trust, PASS, RULE, DIRECTION, KINDS[i])
+            step_chunk(entry, rows, grads, hyper, partials, trust, PASS, RULE, DIRECTION, KINDS[i], EMA)

@@ -22,6 +22,7 @@ def measure(
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
     KIND: tl.constexpr,
+    EMA: tl.constexpr,
 ) -> tl.tuple:
     """A pass (see step.py) that only looks. Stream: the gradient."""
     return values
@@ -45,7 +46,7 @@ def square_chunk(
     count = tl.where(wanted, tl.minimum(tl.load(rows + row * ROW_WIDTH) - first, CHUNK), 0).to(tl.int32)
     pointers = (pointer_to(grad, first, stream_dtype(KIND, 0)),)
     none = tl.zeros((THREADS,), tl.float64)
-    (squares,) = walk(None, pointers, count, grad & 15 == 0, (none,), measure, None, None, KIND)
+    (squares,) = walk(None, pointers, count, grad & 15 == 0, (none,), measure, None, None, KIND, False)
     # Below 0 a group only shows whether its gradients are finite: 0 times what is not is NaN.
     store_sums(partials, (squares * tl.where(max_norm > 0.0, 1.0, 0.0),))
 

@@ -1,6 +1,7 @@
 """The table (csrc/tables.h) as the kernels see it: where its columns are, and what a kind says of the tensors of a row.
 
-A kind, the dtype signature of a row, is one integer as in the table: a nibble each for param, grad and states, then 15.
+A kind, the dtype signature of a row, is one integer: a nibble for each tensor that is walked, then 15. The average of
+weights comes right after the states, other than in the table.
 """
 
 import triton
@@ -10,8 +11,9 @@ CHUNK = tl.constexpr(4096)  # elements of one tensor that one program handles: k
 THREADS = tl.constexpr(128)  # of one program that walks a chunk
 
 # RowColumn, RawColumn, and the order of Hyper.
-ROW_WIDTH, ROW_PARAM, ROW_STEP, ROW_STATE = (tl.constexpr(i) for i in (8, 1, 2, 4))
-RAW_WIDTH = tl.constexpr(16)
+ROW_WIDTH, ROW_PARAM, ROW_STEP, ROW_SIGNATURE, ROW_STATE, ROW_EMA = (tl.constexpr(i) for i in (8, 1, 2, 3, 4, 7))
+EMA_BEGUN = tl.constexpr(1 << 28)
+RAW_WIDTH, RAW_EMA_DECAY = tl.constexpr(17), tl.constexpr(16)
 RAW_LR, RAW_BETA1, RAW_BETA2, RAW_EPS, RAW_WEIGHT_DECAY, RAW_DECOUPLED, RAW_MAXIMIZE, RAW_A, RAW_B = (
     tl.constexpr(i) for i in range(9)
 )
@@ -25,13 +27,13 @@ ABSENT = 15
 
 
 def pack_kind(codes: tuple[int, ...]) -> int:
-    """The table's signature of dtype codes (param, grad, *states)."""
+    """The signature of the dtype codes of streams, in order."""
     return sum(code << 4 * i for i, code in enumerate((*codes, ABSENT)))
 
 
 @triton.constexpr_function
 def count_streams(kind: int) -> int:
-    """How many tensors a row of this kind has: param, grad and states."""
+    """How many tensors of a row are walked."""
     return next(i for i in range(16) if kind >> 4 * i & 15 == ABSENT)
 
 

@@ -3,79 +3,14 @@
 // time.
 #include "step.h"
 
-#include <algorithm>
-
-#include "../convert.h"
-#include "../dispatch.h"
 #include "../prep.h"
-
-#ifndef FUSED_ISA
-#define FUSED_ISA baseline
-#endif
+#include "grads.h"
+#include "stream.h"
 
 namespace fused_optim::FUSED_ISA {
 namespace {
 
-constexpr int kBlock = 256;          // elements between two prefetches; a block of every stream, widened, stays in L1
-constexpr int kPrefetchBytes = 512;  // how far ahead of the block
-constexpr int kLanes = 16;           // sums side by side: a single vector would wait for its own last addition
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-FUSED_HD float widen(float x) { return x; }
-FUSED_HD double widen(double x) { return x; }
-FUSED_HD float widen(BFloat16 x) { return bf16_to_float(x.bits); }
-FUSED_HD float widen(Float16 x) { return f16_to_float(x.bits); }
-
-FUSED_HD void narrow(float x, float& out) { out = x; }
-FUSED_HD void narrow(double x, double& out) { out = x; }
-FUSED_HD void narrow(float x, BFloat16& out) { out.bits = float_to_bf16(x); }
-FUSED_HD void narrow(float x, Float16& out) { out.bits = float_to_f16(x); }
-
-// Calls f with a value of the type that `dtype` stands for.
-template <class F>
-void visit_dtype(Dtype dtype, F&& f) {
-  if (dtype == kFloat32) f(float{});
-  else if (dtype == kBFloat16) f(BFloat16{});
-  else f(Float16{});
-}
-
-// One tensor of a row: where it lies and what it holds.
-struct Stream {
-  char* data;
-  Dtype dtype;
-  int itemsize;
-
-  Stream(int64_t address, int64_t signature, int position)
-      : data(reinterpret_cast<char*>(address)), dtype(dtype_of(signature, position)) {
-    itemsize = dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
-  }
-
-  char* at(int64_t element) const { return data + element * itemsize; }
-
-  void prefetch(int64_t element, int count) const {
-    for (int byte = 0; byte < count * itemsize; byte += 64) __builtin_prefetch(at(element) + kPrefetchBytes + byte);
-  }
-
-  // `count` elements as float32, in `scratch`; and back again.
-  void load(int64_t element, int count, float* scratch) const {
-    visit_dtype(dtype, [&](auto type) {
-      const auto* in = reinterpret_cast<const decltype(type)*>(at(element));
-      for (int i = 0; i < count; ++i) scratch[i] = widen(in[i]);
-    });
-  }
-  void store(int64_t element, int count, const float* scratch) const {
-    visit_dtype(dtype, [&](auto type) {
-      auto* out = reinterpret_cast<decltype(type)*>(at(element));
-      for (int i = 0; i < count; ++i) narrow(scratch[i], out[i]);
-    });
-  }
-};
+constexpr int kBlock = 256;  // elements between two prefetches; a block of every stream, widened, stays in L1
 
 // The streams of one row: param, grad, states.
 template <int S>
@@ -86,6 +21,7 @@ struct Row {
       : param(row[kParam], row[kSignature], 0), grad(grad_address, row[kSignature], 1), row_(row) {}
 
   Stream state(int s) const { return Stream(row_[kFirstState + s], row_[kSignature], 2 + s); }
+  Stream ema() const { return Stream(row_[kEma], row_[kSignature], kEmaStream); }  // where there is one
 
   void prefetch(int64_t element, int count) const {
     param.prefetch(element, count);
@@ -186,24 +122,40 @@ void update_block(const Hyper<T>& h, BFloat16* param, const BFloat16* grad, BFlo
   update_block<pass, Rule, T, S, BFloat16, BFloat16, BFloat16>(h, param + count - 1, grad + count - 1, last, 1);
 }
 
+// The averages of a block's weights follow its params, which are what is stored by now and still near.
+template <class T, class P>
+void average_block(const Hyper<T>& hyper, const P* param, const Stream& ema, int64_t element, int count) {
+  const auto follow = [&](auto type) {
+    const Hyper<T> h = hyper;
+    const P* p = param;
+    auto* average = reinterpret_cast<decltype(type)*>(ema.at(element));
+#pragma omp simd
+    for (int i = 0; i < count; ++i) narrow(averaged<T>(h, widen(average[i]), widen(p[i])), average[i]);
+  };
+  if constexpr (sizeof(T) == 8) follow(double{});
+  else visit_dtype(ema.dtype, follow);
+}
+
 // The dtypes in which models are trained, straight from memory to memory.
-template <Pass pass, class Rule, class T, int S, class P, class G, class A>
+template <Pass pass, class Rule, bool kAverages, class T, int S, class P, class G, class A>
 Sums update_direct(const Hyper<T>& h, const Row<S>& row, int64_t begin, int64_t end) {
   Sums sums;
   for (int64_t element = begin; element < end; element += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - element));
     row.prefetch(element, count);
+    if constexpr (kAverages) row.ema().prefetch(element, count);
     A* states[S > 0 ? S : 1];
     for (int s = 0; s < S; ++s) states[s] = reinterpret_cast<A*>(row.state(s).at(element));
     auto* param = reinterpret_cast<P*>(row.param.at(element));
     update_block<pass, Rule, T, S>(h, param, reinterpret_cast<const G*>(row.grad.at(element)), states, count);
     if constexpr (pass == Pass::kAdvance) measure_block<Rule, T, S>(h, param, states, count, sums);
+    if constexpr (kAverages) average_block(h, param, row.ema(), element, count);
   }
   return sums;
 }
 
 // Any other combination, by way of float32 copies of each block.
-template <Pass pass, class Rule, int S>
+template <Pass pass, class Rule, bool kAverages, int S>
 Sums update_copied(const Hyper<float>& h, const Row<S>& row, int64_t begin, int64_t end) {
   alignas(64) float param[kBlock], grad[kBlock], state[S > 0 ? S : 1][kBlock];
   float* states[S > 0 ? S : 1];
@@ -224,6 +176,11 @@ Sums update_copied(const Hyper<float>& h, const Row<S>& row, int64_t begin, int6
       for (int s = 0; s < S; ++s) row.state(s).load(element, count, state[s]);
       measure_block<Rule, float, S>(h, param, states, count, sums);
     }
+    if constexpr (kAverages) {
+      visit_dtype(row.param.dtype, [&](auto type) {
+        average_block(h, reinterpret_cast<const decltype(type)*>(row.param.at(element)), row.ema(), element, count);
+      });
+    }
   }
   return sums;
 }
@@ -237,7 +194,7 @@ Hyper<T> hyper_of(const Tables& t, int64_t row) {
   return h;
 }
 
-template <Pass pass, class Rule, int S>
+template <Pass pass, class Rule, bool kAverages, int S>
 Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk) {
   const int64_t* columns = t.rows + row_number * kRowWidth;
   const int64_t begin = chunk * kChunk, end = std::min(columns[kNumel], begin + kChunk);
@@ -247,100 +204,84 @@ Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk) {
   for (int s = 1; s < S; ++s) alike &= row.state(s).dtype == states;
 
   if (param == kFloat64) {
-    return update_direct<pass, Rule, double, S, double, double, double>(hyper_of<double, pass>(t, row_number), row,
-                                                                        begin, end);
+    return update_direct<pass, Rule, kAverages, double, S, double, double, double>(
+        hyper_of<double, pass>(t, row_number), row, begin, end);
   }
   const Hyper<float> h = hyper_of<float, pass>(t, row_number);
   if (alike && param == grad) {
     if (param == kFloat32 && states == kFloat32)
-      return update_direct<pass, Rule, float, S, float, float, float>(h, row, begin, end);
+      return update_direct<pass, Rule, kAverages, float, S, float, float, float>(h, row, begin, end);
     if (param == kBFloat16 && states == kBFloat16)
-      return update_direct<pass, Rule, float, S, BFloat16, BFloat16, BFloat16>(h, row, begin, end);
+      return update_direct<pass, Rule, kAverages, float, S, BFloat16, BFloat16, BFloat16>(h, row, begin, end);
     if (param == kBFloat16 && states == kFloat32)
-      return update_direct<pass, Rule, float, S, BFloat16, BFloat16, float>(h, row, begin, end);
+      return update_direct<pass, Rule, kAverages, float, S, BFloat16, BFloat16, float>(h, row, begin, end);
   }
-  return update_copied<pass, Rule, S>(h, row, begin, end);
+  return update_copied<pass, Rule, kAverages, S>(h, row, begin, end);
 }
 
-template <Pass pass, class Rule>
+template <Pass pass, class Rule, bool kAverages>
 Sums update(const Tables& t, int64_t desc) {
   const int64_t row = (desc >> 8) & 0xffffff, chunk = desc >> 32;
   Sums sums;
   if (t.hyper[row * kHyperWidth + kSkip] != 0.0) return sums;
-  visit_states<Rule>(t.rows[row * kRowWidth + kSignature],
-                     [&](auto states) { sums = update_chunk<pass, Rule, decltype(states)::value>(t, row, chunk); });
+  visit_states<Rule>(t.rows[row * kRowWidth + kSignature], [&](auto states) {
+    sums = update_chunk<pass, Rule, kAverages, decltype(states)::value>(t, row, chunk);
+  });
   return sums;
 }
 
-// The sum of the squares of one chunk's gradient.
-double squares_of(const Tables& t, int64_t desc) {
-  const int64_t row = (desc >> 8) & 0xffffff, begin = (desc >> 32) * kChunk;
-  const double* raw = t.raw + int64_t{t.group[row]} * kRawWidth;
-  if (t.grads[row] == 0 || raw[kMaxNorm] == 0.0) return 0.0;
-  const int64_t* columns = t.rows + row * kRowWidth;
-  const int count = static_cast<int>(std::min<int64_t>(kChunk, columns[kNumel] - begin));
-  const Stream grad(t.grads[row], columns[kSignature], 1);
-  const auto sum = [&](auto type) {
-    const auto* x = reinterpret_cast<const decltype(type)*>(grad.at(begin));
-    double part[kLanes] = {};
-    int i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const double wide = widen(x[i + lane]);
-        part[lane] += wide * wide;
+template <class Rule, bool kAverages>
+void step_all(const Tables& t, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    BiasCorrections memo{};
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < t.tensors; ++row) prepare(t, row, memo);
+#pragma omp for schedule(dynamic, grain(t, threads))
+    for (int64_t i = 0; i < t.chunks; ++i) {
+      if constexpr (Rule::trust) {
+        const Sums sums = update<Pass::kAdvance, Rule, false>(t, t.desc[i]);
+        t.partials[2 * i] = sums.param;
+        t.partials[2 * i + 1] = sums.update;
+      } else {
+        update<Pass::kUpdate, Rule, kAverages>(t, t.desc[i]);
       }
     }
-    double total = 0.0;
-    for (; i < count; ++i) {
-      const double wide = widen(x[i]);
-      total += wide * wide;
+    if constexpr (Rule::trust) {
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < t.tensors; ++row) {
+        Sums sums;
+        for (int64_t i = t.spans[row]; i < t.spans[row + 1]; ++i) {
+          sums.param += t.partials[2 * i];
+          sums.update += t.partials[2 * i + 1];
+        }
+        t.sums[2 * row] = sums.param;
+        t.sums[2 * row + 1] = sums.update;
+      }
     }
-    for (double sum : part) total += sum;
-    return total;
-  };
-  const double counted = raw[kMaxNorm] > 0.0 ? 1.0 : 0.0;
-  double total = 0.0;
-  if (grad.dtype == kFloat64) return sum(double{}) * counted;
-  visit_dtype(grad.dtype, [&](auto type) { total = sum(type); });
-  return total * counted;
+  }
 }
 
-// Small pieces taken as they come: a static split waits for the slower core as soon as one is shared.
-int grain(const Tables& t, int threads) {
-  return static_cast<int>(std::clamp<int64_t>(t.chunks / (int64_t{threads} * 64), 1, 4));
+template <class Rule, bool kAverages>
+void move_all(const Tables& t, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < t.tensors; ++row) {
+      if (t.hyper[row * kHyperWidth + kSkip] == 0.0) t.trust[row] = trust_ratio(t, row);
+    }
+#pragma omp for schedule(dynamic, grain(t, threads))
+    for (int64_t i = 0; i < t.chunks; ++i) update<Pass::kMove, Rule, kAverages>(t, t.desc[i]);
+  }
 }
 
 bool step(const char* rule, const Tables& t, int threads) {
   return visit_rule(rule, [&](auto tag) {
     using Rule = typename decltype(tag)::type;
-#pragma omp parallel num_threads(threads)
-    {
-      BiasCorrections memo{};
-#pragma omp for schedule(static)
-      for (int64_t row = 0; row < t.tensors; ++row) prepare(t, row, memo);
-#pragma omp for schedule(dynamic, grain(t, threads))
-      for (int64_t i = 0; i < t.chunks; ++i) {
-        if constexpr (Rule::trust) {
-          const Sums sums = update<Pass::kAdvance, Rule>(t, t.desc[i]);
-          t.partials[2 * i] = sums.param;
-          t.partials[2 * i + 1] = sums.update;
-        } else {
-          update<Pass::kUpdate, Rule>(t, t.desc[i]);
-        }
-      }
-      if constexpr (Rule::trust) {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < t.tensors; ++row) {
-          Sums sums;
-          for (int64_t i = t.spans[row]; i < t.spans[row + 1]; ++i) {
-            sums.param += t.partials[2 * i];
-            sums.update += t.partials[2 * i + 1];
-          }
-          t.sums[2 * row] = sums.param;
-          t.sums[2 * row + 1] = sums.update;
-        }
-      }
+    if constexpr (!Rule::trust) {
+      if (t.ema) return step_all<Rule, true>(t, threads);
     }
+    step_all<Rule, false>(t, threads);
   });
 }
 
@@ -348,29 +289,14 @@ bool move(const char* rule, const Tables& t, int threads) {
   return visit_rule(rule, [&](auto tag) {
     using Rule = typename decltype(tag)::type;
     if constexpr (Rule::trust) {
-#pragma omp parallel num_threads(threads)
-      {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < t.tensors; ++row) {
-          if (t.hyper[row * kHyperWidth + kSkip] == 0.0) t.trust[row] = trust_ratio(t, row);
-        }
-#pragma omp for schedule(dynamic, grain(t, threads))
-        for (int64_t i = 0; i < t.chunks; ++i) update<Pass::kMove, Rule>(t, t.desc[i]);
-      }
+      if (t.ema) move_all<Rule, true>(t, threads);
+      else move_all<Rule, false>(t, threads);
     }
   });
 }
 
-double squares(const Tables& t, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, grain(t, threads))
-  for (int64_t i = 0; i < t.chunks; ++i) t.partials[i] = squares_of(t, t.desc[i]);
-  double total = 0.0;
-  for (int64_t i = 0; i < t.chunks; ++i) total += t.partials[i];  // in this order, whatever the threads did
-  return total;
-}
-
 }  // namespace
 
-const CpuWalker walker = {step, move, squares};
+const CpuWalker walker = {step, move, squares, scale};
 
 }  // namespace fused_optim::FUSED_ISA

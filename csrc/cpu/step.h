@@ -12,6 +12,9 @@ struct CpuWalker {
   bool (*move)(const char* rule, const Tables& t, int threads);
   // The sum of the squares of all gradients whose groups are clipped, the same to the last bit at every run.
   double (*squares)(const Tables& t, int threads);
+  // Multiplies each gradient in place by what clips its group to its bound, with `t.squares` for the norm; leaves those
+  // alone that stay as they are.
+  void (*scale)(const Tables& t, int threads);
 };
 
 namespace baseline {

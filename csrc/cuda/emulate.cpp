@@ -24,6 +24,7 @@ void then_each_thread(F&& share) {
 }  // namespace fused_optim
 
 #include "kernels.cuh"
+#include "scale.cuh"
 #include "step.h"
 
 namespace fused_optim {
@@ -57,6 +58,11 @@ int launch_move_emulated(const char* rule, const Tables& t) {
 
 int launch_squares_emulated(const Tables& t, double* out) {
   launch_squares(t, out, launch);
+  return 0;
+}
+
+int launch_scale_emulated(const Tables& t) {
+  launch_scale(t, launch);
   return 0;
 }
 

@@ -16,7 +16,8 @@ constexpr int kTotalThreads = 1024;  // of the one block that adds up everything
 // walked by kAdvance and, once the ratios are known, by kMove. kSquares looks at gradients alone.
 enum class Pass { kUpdate, kAdvance, kMove, kSquares };
 
-// Streams are numbered as in the signature: param, grad, states.
+// Streams are numbered as in the signature: param, grad, states; the average of the weights, where there is one, comes
+// last.
 constexpr int kParamStream = 0, kGradStream = 1, kFirstStateStream = 2;
 
 constexpr bool reads(Pass pass, int stream) {
@@ -93,9 +94,10 @@ FUSED_HD void measure_element(const Hyper<T>& h, T param, T grad, const T (&stat
 }
 
 // One thread's share of one chunk.
-template <Pass pass, class Rule, class T, int S>
+template <Pass pass, class Rule, bool kAverages, class T, int S>
 FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, bool slow, int thread) {
-  constexpr int V = kVector<T, S>, kStreams = 2 + S, kPart = kAccess / sizeof(T);
+  constexpr int kAverage = 2 + S, kStreams = kAverage + kAverages, kPart = kAccess / sizeof(T);
+  constexpr int V = kVector<T, kStreams - (pass == Pass::kMove)>;
   const Hyper<T> h = hyper_of<pass, T>(t, row_number);
   const int64_t* row = t.rows + row_number * kRowWidth;
   const int64_t signature = row[kSignature], grad = t.grads[row_number];
@@ -107,11 +109,14 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
     if (!reads(pass, i)) continue;
     const int64_t address = i == kParamStream  ? row[kParam]
                             : i == kGradStream ? grad
+                            : i == kAverage    ? row[kEma]
                                                : row[kFirstState + i - kFirstStateStream];
-    stream[i] = Stream(address, dtype_of(signature, i), begin);
+    const Dtype dtype = dtype_of(signature, i == kAverage ? kEmaStream : i);
+    // With double all are float64. Saying so spares registers, which are short with an average.
+    stream[i] = Stream(address, kAverages && sizeof(T) == 8 ? kFloat64 : dtype, begin);
     all_float32 = all_float32 && stream[i].dtype == kFloat32;
   }
-  // `slow` speaks of param and states.
+  // `slow` speaks of param, states and average.
   const bool aligned = !(reads(pass, kParamStream) && slow) && !(reads(pass, kGradStream) && grad % kAccess != 0);
   const int vectored = aligned ? count - count % V : 0;
   Sums sums{};
@@ -137,11 +142,16 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
       update_element<pass, Rule, T, S>(h, x[kParamStream][v], x[kGradStream][v], state);
       for (int s = 0; s < S; ++s) x[kFirstStateStream + s][v] = state[s];
     }
-    for (int i = 0; i < kStreams; ++i) {
+    for (int i = 0; i < kAverage; ++i) {
       if (!writes(pass, i)) continue;
       pack_up(x[i], stream[i].dtype, pack[i]);
       store(stream[i], first, gap, pack[i]);
-      if (sums_up(pass)) unpack(pack[i], stream[i].dtype, x[i]);
+      if (sums_up(pass) || (kAverages && i == kParamStream)) unpack(pack[i], stream[i].dtype, x[i]);
+    }
+    if constexpr (kAverages) {
+      for (int v = 0; v < V; ++v) x[kAverage][v] = averaged(h, x[kAverage][v], x[kParamStream][v]);
+      pack_up(x[kAverage], stream[kAverage].dtype, pack[kAverage]);
+      store(stream[kAverage], first, gap, pack[kAverage]);
     }
     for (int v = 0; v < V; ++v) {
       T state[S > 0 ? S : 1];
@@ -158,10 +168,13 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
     for (int s = 0; s < S; ++s) state[s] = x[kFirstStateStream + s];
     update_element<pass, Rule, T, S>(h, x[kParamStream], x[kGradStream], state);
     for (int s = 0; s < S; ++s) x[kFirstStateStream + s] = state[s];
-    for (int i = 0; i < kStreams; ++i) {
+    for (int i = 0; i < kAverage; ++i) {
       if (!writes(pass, i)) continue;
       store_one(stream[i], element, x[i]);
-      if (sums_up(pass)) x[i] = load_one<T>(stream[i], element);
+      if (sums_up(pass) || (kAverages && i == kParamStream)) x[i] = load_one<T>(stream[i], element);
+    }
+    if constexpr (kAverages) {
+      store_one(stream[kAverage], element, averaged(h, x[kAverage], x[kParamStream]));
     }
     for (int s = 0; s < S; ++s) state[s] = x[kFirstStateStream + s];
     measure_element<pass, Rule, T, S>(h, x[kParamStream], x[kGradStream], state, sums);
@@ -201,7 +214,7 @@ __device__ void add_up(X (&part)[kCount], F&& take) {
 }
 
 // Five blocks on a multiprocessor: 640 threads await 64 bytes or more each. The registers of more would have to spill.
-template <Pass pass, class Rule>
+template <Pass pass, class Rule, bool kAverages>
 __global__ void __launch_bounds__(kThreads, 5) step_kernel(Tables t) {
   const int64_t desc = t.desc[blockIdx.x], row = (desc >> 8) & 0xffffff, chunk = desc >> 32;
   if (skipped(t, row)) return;
@@ -210,8 +223,9 @@ __global__ void __launch_bounds__(kThreads, 5) step_kernel(Tables t) {
     Sums sums;
     visit_states<Rule>(signature, [&](auto states) {
       constexpr int S = decltype(states)::value;
-      sums = dtype_of(signature, 0) == kFloat64 ? update_chunk<pass, Rule, double, S>(t, row, chunk, desc & 1, thread)
-                                                : update_chunk<pass, Rule, float, S>(t, row, chunk, desc & 1, thread);
+      sums = dtype_of(signature, 0) == kFloat64
+                 ? update_chunk<pass, Rule, kAverages, double, S>(t, row, chunk, desc & 1, thread)
+                 : update_chunk<pass, Rule, kAverages, float, S>(t, row, chunk, desc & 1, thread);
     });
     return sums;
   };
@@ -251,8 +265,8 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(Tables t) {
   const bool wide = dtype_of(t.rows[row * kRowWidth + kSignature], kGradStream) == kFloat64;
   each_thread<kThreads>([&](int thread) {
     Sums sums{};
-    if (looks && wide) sums = update_chunk<Pass::kSquares, void, double, 0>(t, row, chunk, desc & 1, thread);
-    else if (looks) sums = update_chunk<Pass::kSquares, void, float, 0>(t, row, chunk, desc & 1, thread);
+    if (looks && wide) sums = update_chunk<Pass::kSquares, void, false, double, 0>(t, row, chunk, desc & 1, thread);
+    else if (looks) sums = update_chunk<Pass::kSquares, void, false, float, 0>(t, row, chunk, desc & 1, thread);
     part[thread] = sums.values;
   });
   add_up(part, [&](double sum) { t.partials[blockIdx.x] = sum * counted; });
@@ -275,16 +289,20 @@ inline int64_t row_blocks(const Tables& t) { return (t.tensors + kRowThreads - 1
 template <class Rule, class Launch>
 void launch_step(const Tables& t, Launch&& launch) {
   launch(prep_kernel, row_blocks(t), kRowThreads, t);
-  constexpr Pass kFirst = Rule::trust ? Pass::kAdvance : Pass::kUpdate;
-  launch(step_kernel<kFirst, Rule>, t.chunks, kThreads, t);
-  if constexpr (Rule::trust) launch(sum_kernel, t.tensors, kThreads, t);
+  if constexpr (Rule::trust) {
+    launch(step_kernel<Pass::kAdvance, Rule, false>, t.chunks, kThreads, t);
+    launch(sum_kernel, t.tensors, kThreads, t);
+  } else {
+    launch(t.ema ? step_kernel<Pass::kUpdate, Rule, true> : step_kernel<Pass::kUpdate, Rule, false>, t.chunks, kThreads,
+           t);
+  }
 }
 
 template <class Rule, class Launch>
 void launch_move(const Tables& t, Launch&& launch) {
   if constexpr (Rule::trust) {
     launch(trust_kernel, row_blocks(t), kRowThreads, t);
-    launch(step_kernel<Pass::kMove, Rule>, t.chunks, kThreads, t);
+    launch(t.ema ? step_kernel<Pass::kMove, Rule, true> : step_kernel<Pass::kMove, Rule, false>, t.chunks, kThreads, t);
   }
 }
 

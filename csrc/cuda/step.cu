@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels.cuh"
+#include "scale.cuh"
 #include "step.h"
 
 namespace fused_optim {
@@ -57,6 +58,10 @@ int launch_move_cuda(const char* rule, const Tables& t, void* stream, int device
 
 int launch_squares_cuda(const Tables& t, double* out, void* stream, int device) {
   return queue_on(stream, device, [&](auto launch) { launch_squares(t, out, launch); });
+}
+
+int launch_scale_cuda(const Tables& t, void* stream, int device) {
+  return queue_on(stream, device, [&](auto launch) { launch_scale(t, launch); });
 }
 
 const char* cuda_error_text(int error) {

@@ -19,28 +19,40 @@ struct Rule {
 const Rule kRules[] = {
     {"adam", 2, 3, false}, {"sgd", 0, 1, false}, {"qhadam", 2, 2, false}, {"lion", 1, 1, false}, {"lamb", 2, 2, true}};
 
-// One parameter: its tensors (param, grad, states), and its step count.
+// One parameter: its tensors (param, grad, states, and with `averaged` the average of its weights), and its step count.
 struct Parameter {
   int64_t numel;
   int group;
   bool has_grad;
   std::vector<Tensor> tensors;
   float step;
+  bool averaged, begun;
+
+  size_t first_after_states() const { return tensors.size() - averaged; }
 };
 
 using Values = std::vector<std::vector<double>>;  // of each tensor of a parameter
 
-Parameter make_parameter(Random& random, const Rule& rule, int groups, bool special) {
+Parameter make_parameter(Random& random, const Rule& rule, int groups, bool special, bool averaged) {
   static const int64_t telling[] = {0, 1, 7, 8, 9, 511, 512, 513, 1023, 1024, 1025, 4095, 4096, 4097, 8192};
   const int64_t numel = chance(random, 0.5) ? telling[below(random, 15)] : below(random, 9001);
-  Parameter p{
-      numel, static_cast<int>(below(random, groups)), chance(random, 0.9), {}, static_cast<float>(below(random, 50))};
+  Parameter p{numel,
+              static_cast<int>(below(random, groups)),
+              chance(random, 0.9),
+              {},
+              static_cast<float>(chance(random, 0.2) ? 0 : below(random, 50)),
+              averaged,
+              chance(random, 0.5)};
   const Dtype usual = static_cast<Dtype>(below(random, 4));
   const bool mixed = usual != kFloat64 && chance(random, 0.5);
   const int streams = 2 + rule.min_states + static_cast<int>(below(random, rule.max_states - rule.min_states + 1));
   for (int i = 0; i < streams; ++i)
     p.tensors.emplace_back(random, mixed ? static_cast<Dtype>(below(random, 3)) : usual, numel, i > 2,
                            special && i > 0);
+  if (averaged)  // of whatever dtype the arithmetic allows
+    p.tensors.emplace_back(random,
+                           usual == kFloat64 || chance(random, 0.5) ? usual : static_cast<Dtype>(below(random, 3)),
+                           numel, false, special);
   return p;
 }
 
@@ -63,6 +75,7 @@ Group make_group(Random& random, const Rule& rule) {
   g.trust_low = chance(random, 0.3) ? 0.9 : 0;
   g.trust_high = chance(random, 0.3) ? 1.1 : INFINITY;
   g.trust_always = chance(random, 0.5);
+  g.ema_decay = 0.1 * below(random, 11);
   g.lr_kind = static_cast<int>(below(random, 3));
   g.lr32 = static_cast<float>(g.lr);
   if (g.lr_kind == 1) g.lr = g.lr32;
@@ -88,12 +101,13 @@ bool close(double got, long double wanted, long double slack) {
 // Parameters, their table as the walker takes it, and what one step of them must do.
 class Run {
  public:
-  Run(const Rule& rule, uint64_t seed) : rule_(rule), random_(seed), clipped_(chance(random_, 0.5)) {
+  Run(const Rule& rule, uint64_t seed)
+      : rule_(rule), random_(seed), clipped_(chance(random_, 0.5)), averaged_(chance(random_, 0.5)) {
     // One infinite norm takes everything with it, so that little is left to compare.
     const bool special = chance(random_, rule.trust || clipped_ ? 0.1 : 1.0);
     for (int64_t i = 1 + below(random_, 5); i > 0; --i) groups_.push_back(make_group(random_, rule));
     for (int64_t i = 1 + below(random_, 10); i > 0; --i)
-      params_.push_back(make_parameter(random_, rule, static_cast<int>(groups_.size()), special));
+      params_.push_back(make_parameter(random_, rule, static_cast<int>(groups_.size()), special, averaged_));
     make_table();
   }
 
@@ -126,11 +140,13 @@ class Run {
       else if (rule_.trust) check(sums_[2 * r] == 0 && sums_[2 * r + 1] == 0, "sums", row(r), 0, sums_[2 * r], 0);
       for (size_t i = 0; i < p.tensors.size(); ++i) {
         check(p.tensors[i].guards_whole(), "bytes around", row(r), static_cast<int64_t>(i), 0, 0);
-        if (skipped || i == 1 || (rule_.trust && i == 0)) check_untouched(row(r), p.tensors[i], before[r][i]);
+        if (skipped || i == 1 || (rule_.trust && (i == 0 || i == p.first_after_states())))
+          check_untouched(row(r), p.tensors[i], before[r][i]);
       }
       checked += skipped ? 0 : p.numel;
     }
     if (rule_.trust) check_move(t, overflow, trust);
+    if (clipped_) check_scale(t);
     return checked;
   }
 
@@ -155,14 +171,17 @@ class Run {
     for (int64_t r = 0; r < count; ++r) {
       Parameter& p = params_[r];
       int64_t signature = 0;
-      for (int i = 0; i < 6; ++i)
-        signature |= int64_t{i < static_cast<int>(p.tensors.size()) ? p.tensors[i].dtype() : kAbsent} << (4 * i);
+      const size_t streams = p.first_after_states();
+      for (size_t i = 0; i < kEmaStream; ++i)
+        signature |= int64_t{i < streams ? p.tensors[i].dtype() : kAbsent} << (4 * i);
+      signature |= int64_t{p.averaged ? p.tensors.back().dtype() : kAbsent} << (4 * kEmaStream);
+      if (p.begun) signature |= kEmaBegun;
       bool slow = !p.tensors[0].aligned();
       int64_t* columns = &rows_[r * kRowWidth];
       columns[kNumel] = p.numel, columns[kParam] = p.tensors[0].address(), columns[kSignature] = signature;
       columns[kStep] = reinterpret_cast<int64_t>(&p.step);
       for (size_t s = 2; s < p.tensors.size(); ++s) {
-        columns[kFirstState + s - 2] = p.tensors[s].address();
+        columns[s < streams ? kFirstState + s - 2 : size_t{kEma}] = p.tensors[s].address();
         slow = slow || !p.tensors[s].aligned();
       }
       grads_[r] = p.has_grad ? p.tensors[1].address() : 0;
@@ -184,6 +203,7 @@ class Run {
       to[kRawA] = g.a, to[kRawB] = g.b, to[kLrReference] = g.lr_reference, to[kDecayPeriod] = g.decay_period;
       to[kMaxNorm] = g.max_norm, to[kClipEps] = g.clip_eps;
       to[kTrustLow] = g.trust_low, to[kTrustHigh] = g.trust_high, to[kTrustAlways] = g.trust_always;
+      to[kEmaDecay] = g.ema_decay;
       if (g.lr_kind)
         lr_[i] = g.lr_kind == 1 ? reinterpret_cast<int64_t>(&g.lr32) : reinterpret_cast<int64_t>(&g.lr) | 1;
     }
@@ -194,7 +214,7 @@ class Run {
     Tables t{};
     t.desc = desc_.data(), t.rows = rows_.data(), t.grads = grads_.data(), t.lr = lr_.data(), t.raw = raw_.data();
     t.group = group_.data(), t.hyper = hyper_.data();
-    t.chunks = row(desc_.size()), t.tensors = row(params_.size());
+    t.chunks = row(desc_.size()), t.tensors = static_cast<int32_t>(params_.size()), t.ema = averaged_;
     if (rule_.trust || clipped_) t.partials = partials_.data();
     if (rule_.trust) t.spans = spans_.data(), t.sums = sums_.data(), t.trust = trust_.data();
     return t;
@@ -206,17 +226,45 @@ class Run {
       if (!p.has_grad || groups_[p.group].max_norm == 0) continue;
       for (double x : p.tensors[1].values()) expected += static_cast<long double>(x) * x;
     }
-    std::vector<int64_t> rows = rows_;  // gradients are all that may be looked at
-    for (size_t r = 0; r < params_.size(); ++r) {
-      for (const int column : {int{kParam}, int{kStep}, kFirstState + 0, kFirstState + 1})
-        rows[r * kRowWidth + column] = 1;
-    }
+    const std::vector<int64_t> rows = rows_without_addresses();
     Tables gradients = t;
     gradients.rows = rows.data();
     squares_ = walk_squares(gradients);
     check(close(squares_, expected, 1e-13L * expected), "squares", 0, 0, squares_, static_cast<double>(expected));
     const double again = walk_squares(gradients);
     check(std::memcmp(&again, &squares_, sizeof again) == 0, "squares at the second time", 0, 0, again, squares_);
+  }
+
+  // Gradients alone: nothing else may be looked at.
+  std::vector<int64_t> rows_without_addresses() const {
+    std::vector<int64_t> rows = rows_;
+    for (size_t r = 0; r < params_.size(); ++r) {
+      for (const int column : {int{kParam}, int{kStep}, kFirstState + 0, kFirstState + 1})
+        rows[r * kRowWidth + column] = 1;
+    }
+    return rows;
+  }
+
+  void check_scale(Tables t) {
+    const std::vector<Values> before = values();
+    const std::vector<int64_t> rows = rows_without_addresses();
+    t.rows = rows.data(), t.squares = &squares_;
+    t.hyper = t.partials = t.sums = t.trust = nullptr;
+    walk_scale(t);
+    for (size_t r = 0; r < params_.size(); ++r) {
+      Parameter& p = params_[r];
+      const Group& g = groups_[p.group];
+      const long double coefficient = g.max_norm / (std::sqrt(static_cast<long double>(squares_)) + g.clip_eps);
+      const bool clips = p.has_grad && g.max_norm > 0 && !(coefficient >= 1);
+      set_unit(p);
+      for (int64_t i = 0; i < p.numel && clips; ++i)
+        compare("scaled gradient", row(r), i, p.tensors[1],
+                Bounded::constant(coefficient) * Bounded::exact(before[r][1][i]));
+      for (size_t i = 0; i < p.tensors.size(); ++i) {
+        check(p.tensors[i].guards_whole(), "bytes around", row(r), static_cast<int64_t>(i), 0, 0);
+        if (i != 1 || !clips) check_untouched(row(r), p.tensors[i], before[r][i]);
+      }
+    }
   }
 
   // By what the gradients of a group are multiplied.
@@ -236,7 +284,7 @@ class Run {
 
   static std::vector<Bounded> stored_states(const Parameter& p, int64_t i) {
     std::vector<Bounded> state;
-    for (size_t s = 2; s < p.tensors.size(); ++s) state.push_back(Bounded::exact(p.tensors[s][i]));
+    for (size_t s = 2; s < p.first_after_states(); ++s) state.push_back(Bounded::exact(p.tensors[s][i]));
     return state;
   }
 
@@ -250,7 +298,7 @@ class Run {
     for (int64_t i = 0; i < p.numel; ++i) {
       const Bounded param = Bounded::exact(before[0][i]);
       std::vector<Bounded> state;
-      for (size_t s = 2; s < before.size(); ++s) state.push_back(Bounded::exact(before[s][i]));
+      for (size_t s = 2; s < p.first_after_states(); ++s) state.push_back(Bounded::exact(before[s][i]));
       const Bounded update = oracle.update(param, factor * Bounded::exact(before[1][i]), state);
       for (size_t s = 0; s < state.size(); ++s) compare("state", r, i, p.tensors[2 + s], state[s]);
       if (rule_.trust) {
@@ -259,6 +307,7 @@ class Run {
         slack += (2 * std::abs(stored.value) + stored.error) * stored.error;
       } else {
         compare("param", r, i, p.tensors[0], param - oracle.decay(param) - update);
+        if (p.averaged) check_average(r, i, before.back()[i]);
       }
     }
     if (!rule_.trust) return;
@@ -266,6 +315,15 @@ class Run {
           static_cast<double>(param_sum));
     check(close(sums_[2 * r + 1], update_sum, 1e-13L * update_sum + slack), "sum of update", r, 0, sums_[2 * r + 1],
           static_cast<double>(update_sum));
+  }
+
+  // The average of a param that has been stored already.
+  void check_average(int64_t r, int64_t i, double before) const {
+    const Parameter& p = params_[r];
+    const bool copied = p.step == 1 && !p.begun;
+    const Bounded param = Bounded::exact(p.tensors[0][i]), old = Bounded::exact(before);
+    const Bounded weight = Bounded::constant(1 - static_cast<long double>(groups_[p.group].ema_decay));
+    compare("average", r, i, p.tensors.back(), copied || weight.value == 1 ? param : old + weight * (param - old));
   }
 
   double expected_trust(int64_t r) const {
@@ -295,10 +353,11 @@ class Run {
         const Bounded param = Bounded::exact(before[r][0][i]);
         const Bounded update = oracle.lamb(param, stored_states(p, i));
         compare("moved param", row(r), i, p.tensors[0], param - rate * update);
+        if (p.averaged) check_average(row(r), i, before[r].back()[i]);
       }
       for (size_t i = 0; i < p.tensors.size(); ++i) {
         check(p.tensors[i].guards_whole(), "bytes around", row(r), static_cast<int64_t>(i), 0, 0);
-        if (skipped || i != 0) check_untouched(row(r), p.tensors[i], before[r][i]);
+        if (skipped || (i != 0 && i != p.first_after_states())) check_untouched(row(r), p.tensors[i], before[r][i]);
       }
     }
   }
@@ -312,7 +371,7 @@ class Run {
 
   const Rule& rule_;
   Random random_;
-  bool clipped_;
+  bool clipped_, averaged_;
   std::vector<Group> groups_;
   std::vector<Parameter> params_;
   std::vector<int64_t> desc_, rows_, grads_, lr_, spans_;

@@ -13,6 +13,7 @@ struct Group {
   double max_norm, clip_eps;
   double trust_low, trust_high;
   bool trust_always;
+  double ema_decay;
   int lr_kind;  // 0: a number, 1: a float32 tensor, 2: a float64 tensor
   float lr32;
 };

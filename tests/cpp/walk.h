@@ -5,3 +5,4 @@
 int walk_step(const char* rule, const fused_optim::Tables& t);
 int walk_move(const char* rule, const fused_optim::Tables& t);
 double walk_squares(const fused_optim::Tables& t);
+void walk_scale(const fused_optim::Tables& t);

@@ -8,3 +8,4 @@ using fused_optim::baseline::walker;
 int walk_step(const char* rule, const Tables& t) { return walker.step(rule, t, 2) ? 0 : -1; }
 int walk_move(const char* rule, const Tables& t) { return walker.move(rule, t, 2) ? 0 : -1; }
 double walk_squares(const Tables& t) { return walker.squares(t, 2); }
+void walk_scale(const Tables& t) { walker.scale(t, 2); }

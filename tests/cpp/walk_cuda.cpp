@@ -12,3 +12,4 @@ double walk_squares(const Tables& t) {
   double out = NAN;
   return fused_optim::launch_squares_emulated(t, &out) == 0 ? out : NAN;
 }
+void walk_scale(const Tables& t) { fused_optim::launch_scale_emulated(t); }

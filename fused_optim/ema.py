@@ -1,0 +1,203 @@
+"""An exponential moving average of the weights, kept by the step itself: walkers update it where they have just stored
+the param, so that it costs no pass over memory of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Real
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .layout import conform, state_dtype_of
+from .shards import like, local
+from .table import EMA_DECAY, Row, Table
+from .watch import RAW_CHANGED
+
+Decay = float | Callable[[int], float]
+
+
+def check_decay(decay: Any) -> float:
+    """Raises ValueError for a decay that is no number from 0 to 1."""
+    if not isinstance(decay, Real) or not 0.0 <= float(decay) <= 1.0:
+        raise ValueError(f"ema_decay must be a number from 0 to 1, or a function that returns one, but got {decay!r}")
+    return float(decay)
+
+
+class WeightAverage:
+    """The averages of one optimizer's params.
+
+    current: the decay of the step that is under way. steps: how many were taken. tensors: the averages by param, laid
+    out as its states. lent: whether they are in the place of the params.
+
+    Raises:
+        ValueError: decay is no number from 0 to 1, or dtype none that the averages may have.
+    """
+
+    def __init__(self, decay: Decay, dtype: torch.dtype | None = None) -> None:
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"ema_dtype must be None, torch.float32, torch.bfloat16 or torch.float16, but got {dtype}")
+        self.decay = decay
+        self.current = 0.0 if callable(decay) else check_decay(decay)
+        self.dtype = dtype
+        self.steps = 0
+        self.tensors: dict[Tensor, Tensor] = {}
+        self.lent = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.check_home("an optimizer cannot be copied or saved")
+        return self.__dict__.copy()
+
+    def check_home(self, what: str) -> None:
+        """Raises RuntimeError where the averages are in the place of the params."""
+        if self.lent:
+            raise RuntimeError(f"{what} inside of ema_weights(), where its params hold their averages; leave it first")
+
+    def begin(self) -> None:
+        """Before a step changes anything: asks for its decay.
+
+        Raises:
+            RuntimeError: the averages are in the place of the params.
+            ValueError: the function that was given as decay returned no number from 0 to 1.
+        """
+        self.check_home("step() cannot be called")
+        if callable(self.decay):
+            self.current = check_decay(self.decay(self.steps))
+
+    def advance(self, tables: Sequence[tuple[Table, Any]]) -> int:
+        """Puts the decay where prep reads it; returns what that has moved (see watch)."""
+        self.steps += 1
+        if not tables or not callable(self.decay):  # a number is there since the tables were built
+            return 0
+        column = tables[0][0].scalars.raw[:, EMA_DECAY]  # one for all tables
+        if column[0] == self.current:
+            return 0
+        column.fill_(self.current)
+        return RAW_CHANGED
+
+    def join(self, row: Row) -> Tensor:
+        """Gives a row the average of its param, laid out as that is; where there is none yet, a copy. Returns it, and
+        does not keep it yet."""
+        param, old = row.param, self.tensors.get(row.param)
+        row.ema_begun = old is not None
+        if old is not None:
+            average = conform(param, {"average": old}, ["average"])["average"]
+        else:
+            dtype = state_dtype_of(param, self.dtype)
+            average = like(param, torch.empty_like(row.shard, dtype=dtype, requires_grad=False).copy_(row.shard))
+        row.ema = local(average)
+        return average
+
+    @contextmanager
+    def lend(self, params: Sequence[Tensor]) -> Iterator[None]:
+        """Puts the averages in the place of the params, and these back."""
+        self.check_home("ema_weights() cannot be called")
+        self.lent = True
+        lent: list[tuple[Tensor, Tensor, Tensor]] = []
+        try:
+            for param in params:
+                average = self.tensors.get(param)
+                if average is not None:
+                    lent.append((param, average, replace(param, average)))
+            yield
+        finally:
+            for param, average, own in lent:
+                replace(param, own, keep=own is average)
+            self.lent = False
+
+    def load(self, params: Sequence[Tensor], state: Mapping[str, Any]) -> None:
+        """Takes over what ema_state_dict gave, or raises ValueError where it is of other params."""
+        self.check_home("load_ema_state_dict() cannot be called")
+        for index, average in state["averages"].items():
+            if index not in range(len(params)):
+                raise ValueError(
+                    f"the averages to be loaded have one of param {index}, but the optimizer has {len(params)} params; "
+                    "load them into an optimizer of the same params in the same order"
+                )
+            if average.shape != params[index].shape:
+                raise ValueError(
+                    f"the average of param {index} must have its shape, {tuple(params[index].shape)}, but has "
+                    f"{tuple(average.shape)}; load it into an optimizer of the same params in the same order"
+                )
+        self.tensors = {
+            params[index]: conform(params[index], {"average": average.detach().clone()}, ["average"])["average"]
+            for index, average in state["averages"].items()
+        }
+        self.steps = int(state["steps"])
+
+
+@torch.no_grad()
+def replace(param: Tensor, new: Tensor, keep: bool = True) -> Tensor:
+    """Gives the param the elements of another tensor. Returns what holds its own ones then (`keep`): that tensor where
+    the dtypes are equal, else a copy."""
+    own = param.clone() if keep else new
+    param.copy_(new)
+    return new.copy_(own) if keep and own.dtype == new.dtype else own
+
+
+class Averaging(Optimizer):
+    """What an optimizer offers of the averages of its weights, where it was made with an ema_decay."""
+
+    _ema: WeightAverage | None
+
+    @property
+    def ema(self) -> Mapping[Tensor, Tensor] | None:
+        """The averages by param, of params that have had a gradient; to be read outside of ema_weights(). None without
+        an ema_decay."""
+        return None if self._ema is None else MappingProxyType(self._ema.tensors)
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Inside of it the params hold their averages, in the same memory, and may be read alone:
+
+            with optimizer.ema_weights():
+                evaluate(model)
+
+        On leaving, in whatever way, every param has its own elements again, bit for bit. Params that have had no
+        gradient yet stay as they are. Averages of the params' dtype change places with them, one tensor after the
+        other; for others the params are copied.
+
+        Raises:
+            RuntimeError: the optimizer keeps no averages, or this is inside of another ema_weights().
+        """
+        with self._averages().lend(self._all_params()):
+            yield
+
+    def ema_state_dict(self) -> dict[str, Any]:
+        """The averages, to be saved beside state_dict(), which remains torch's: {"steps": how many step() calls there
+        were, "averages": tensors by the params' indices in state_dict()}. The tensors are the averages themselves.
+
+        Raises:
+            RuntimeError: the optimizer keeps no averages, or this is inside of ema_weights().
+        """
+        average = self._averages()
+        average.check_home("ema_state_dict() cannot be called")
+        numbered = enumerate(self._all_params())
+        return {
+            "steps": average.steps,
+            "averages": {index: average.tensors[param] for index, param in numbered if param in average.tensors},
+        }
+
+    def load_ema_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads what ema_state_dict gave. Averages keep the dtype that they were saved in; params without one in
+        state_dict begin theirs anew.
+
+        Raises:
+            RuntimeError: the optimizer keeps no averages, or this is inside of ema_weights().
+            ValueError: the averages are of other params.
+        """
+        self._averages().load(self._all_params(), state_dict)
+
+    def _all_params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _averages(self) -> WeightAverage:
+        if self._ema is None:
+            raise RuntimeError(
+                "this optimizer keeps no average of its weights; make it with an ema_decay, such as ema_decay=0.999"
+            )
+        return self._ema
