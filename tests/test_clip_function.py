@@ -47,7 +47,8 @@ def test_clips_as_torch(bound: float, dtype: torch.dtype, target: Target) -> Non
         eps = torch.finfo(dtype).eps
         tiny = torch.finfo(dtype.to_real()).smallest_normal * eps
         wanted = exact.grad.to(dtype)
-        torch.testing.assert_close(ours.grad, wanted, rtol=(3 if eps < 1e-12 else 1.5) * eps, atol=tiny)
+        # In float64 torch's sum, too, is rounded a few times.
+        torch.testing.assert_close(ours.grad, wanted, rtol=(8 if eps < 1e-12 else 1.5) * eps, atol=tiny)
     if bound > 1:
         assert_bits(grads_of(params), before)
 
@@ -216,14 +217,18 @@ def odd_gradients() -> dict[str, list[Tensor]]:
 
 
 @pytest.mark.parametrize("name", odd_gradients())
-def test_odd_gradients(name: str) -> None:
+def test_odd_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but torch's function touches them."""
     ours, theirs = odd_gradients()[name], odd_gradients()[name]
+    asked = []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: asked.append(args) or torchs(*args))
     outcome = []
     for function, grads in ((clip_grad_norm_, ours), (torchs, theirs)):
         try:
             outcome.append(function(holding(grads), 1.5))
         except RuntimeError as error:
             outcome.append(str(error))
+    assert len(asked) == 1
     if isinstance(outcome[1], str):
         assert outcome[0] == outcome[1]
         return
