@@ -70,6 +70,8 @@ class DeviceTable:
     def update(self, moved: int) -> None:
         """Brings over what has `moved`."""
         self.captured |= torch.cuda.is_current_stream_capturing()
+        if self.captured:  # its graph writes here at every replay what it was captured with
+            moved |= GRADS_MOVED | RAW_CHANGED
         if moved & GRADS_MOVED:
             self.grads()
         if moved & RAW_CHANGED:

@@ -168,7 +168,8 @@ class FusedOptimizer(Averaging, Checkpoints):
         watched = self._watched_state is self.state and self._watched_groups is self.param_groups
         moved = self._watch.look() if watched else REBUILD
         if moved & REBUILD:
-            self._rebuild()
+            with torch.device("cpu"):  # of the host's arrays, whatever torch.set_default_device says
+                self._rebuild()
             moved = 0  # new tables go to their device whole, when they are first used
         if self._ema is not None:
             moved |= self._ema.advance(self._tables)

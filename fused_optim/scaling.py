@@ -41,10 +41,10 @@ def largest_square(table: Table) -> Tensor:
     return torch.stack(found).amax().square().reshape(1)
 
 
-def _moved(number: Tensor | None, device: torch.device) -> Tensor | None:
-    if number is None or number.device == device:  # `to` alone takes a microsecond to find nothing to do
+def _moved(number: Tensor, device: torch.device) -> Tensor:
+    if number.device == device:  # `to` alone takes a microsecond to find nothing to do
         return number
-    return number.to(device, non_blocking=True)
+    return number.to(device, non_blocking=device.type != "cpu")  # what goes to the host is read at once
 
 
 class Shared:
@@ -67,7 +67,7 @@ class Scaler:
         self.norm_type = norm_type
         self._group = Shared(norm_group)
         self.skip_nonfinite = skip_nonfinite
-        self.skipped = torch.zeros((), dtype=torch.int64)
+        self.skipped = torch.zeros((), dtype=torch.int64, device="cpu")
         self._last: tuple[Tensor, Tensor | None] | None = None  # squares and scale of the last step
 
     @property
@@ -106,7 +106,7 @@ class Scaler:
             home = tables[0][0].device if tables else device_for(self.norm_group)
             scale = self._product(given, home)
             if found_inf is not None:
-                found_inf = found_inf.to(home, torch.float32, non_blocking=True)
+                found_inf = _moved(found_inf, home).float()
             squares = None
             if looks:
                 squares = self._squares(tables, home)
@@ -118,14 +118,17 @@ class Scaler:
                 self.skipped = self.skipped.to(home)
                 self.skipped += (found_inf != 0).reshape(())  # in place, so that a captured graph counts on
             numbers = (scale, found_inf, squares)
-            return [Scaling(*(_moved(number, table.device) for number in numbers)) for table, _ in tables]
+            return [
+                Scaling(*(number if number is None else _moved(number, table.device) for number in numbers))
+                for table, _ in tables
+            ]
 
     @staticmethod
     def _product(scales: Sequence[Any], home: torch.device) -> Tensor | None:
         product = None
         for scale in scales:
             if isinstance(scale, Tensor):
-                factor = scale.to(home, torch.float32, non_blocking=True).reshape(())
+                factor = _moved(scale, home).float().reshape(())
             else:  # filled in on the device: a copy would have to wait, and no graph could capture it
                 factor = torch.full((), scale, dtype=torch.float32, device=home)
             product = factor if product is None else product * factor
@@ -152,5 +155,5 @@ class Scaler:
             return torch.zeros(1, dtype=torch.float64, device=home)
         if len(squares) == 1:
             return squares[0]
-        both = torch.stack([square.to(home, non_blocking=True) for square in squares])
+        both = torch.stack([_moved(square, home) for square in squares])
         return both.sum(0) if self.norm_type == 2 else both.amax(0)

@@ -19,10 +19,11 @@ from cases import (
     quick,
     random_grads,
     set_grads,
+    train,
 )
 from compare import checked_step
 
-from fused_optim import backends
+from fused_optim import FusedAdamW, backends
 
 SHAPES = [(5, 3), (), (40,), (9,)]
 
@@ -235,3 +236,15 @@ def test_what_decides_nothing_may_change_at_every_step(plain: bool, monkeypatch:
     group["amsgrad"] = True
     train([optimizer], 1)
     assert optimizer._watch is not watch
+
+
+@on_every_target
+def test_another_default_device(target: Target) -> None:
+    ours = make_params(SHAPES, device=target.device)
+    before = [p.detach().clone() for p in ours]
+    set_grads(ours, random_grads(before, 0))
+    with torch.device("meta"):
+        optimizer = FusedAdamW(ours, backend=target.backend, max_grad_norm=1.0, skip_nonfinite=True)
+        optimizer.step()
+        optimizer.step(grad_scale=2.0)
+    assert all(not torch.equal(p, q) for p, q in zip(ours, before, strict=True))

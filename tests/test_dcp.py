@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from fused_optim import FusedAdamW
+from fused_optim import FusedAdamW, backends
 
 pytestmark = by_default_backend
 
@@ -335,11 +335,13 @@ def test_peak_is_what_it_says() -> None:
 def test_loading_takes_the_tensors(dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     """States are taken as they are, not copied: neither load_state_dict nor the step after it needs their memory
     again, and no dtype changes."""
+    if (reason := backends.available()["cpp"]) is not None:
+        pytest.skip(f"the reference backend's arithmetic needs memory itself, and cpp: {reason}")
     count, size = 8, 100_000
     one = FusedAdamW(make_params([(size,)] * count, dtype), state_dtype=state_dtype)
     train([one], 1)
     saved = one.state_dict()
-    two = FusedAdamW(copies(parameters(one)), state_dtype=torch.float32)
+    two = FusedAdamW(copies(parameters(one)), state_dtype=torch.float32, backend="cpp")
     for p in parameters(two):
         p.grad = torch.ones_like(p)
     states = 2 * count * size * state_dtype.itemsize

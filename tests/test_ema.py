@@ -432,7 +432,6 @@ def test_params_without_average_stay_as_they_are() -> None:
         assert torch.equal(params[0], own[0])
         assert not torch.equal(params[3], own[3])
     assert set(optimizer.ema) == set(params[1:])
-    assert number == 1
 
 
 def test_optimizers_without_averages() -> None:

@@ -201,7 +201,8 @@ def test_mixed_precision(world: World, params: torch.dtype, name: str) -> None:
         ours.step()
         theirs.step()
     assert {p.dtype for p in parameters(ours)} == {params}
-    assert_same(ours, theirs, *((1e-6, 1e-7) if name == "lamb" and params == torch.float32 else (0.0, 0.0)))
+    rounding = {torch.float32: (1e-6, 1e-7), torch.bfloat16: (2**-7, 1e-4)}  # of LAMB's ratios, which sums precede
+    assert_same(ours, theirs, *(rounding[params] if name == "lamb" else (0.0, 0.0)))
 
 
 @in_every_world
