@@ -147,7 +147,9 @@ def cpu_counts(tree: Path, folder: Path) -> Iterator[Count]:
 
     def executed(rule: str, *numbers: int) -> list[int]:
         """Of step and of move."""
-        output = run([str(program), rule, *map(str, numbers)], env=os.environ | {"OMP_NUM_THREADS": "1"})
+        output = run(
+            [str(program), rule, *(f"{number:d}" for number in numbers)], env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
         return [int(count) for count in output.split()]
 
     for clips in (False, True):
@@ -197,7 +199,7 @@ def table(here: Counts, there: Counts, name: str) -> str:
     rows = []
     for kernel, count in here.items():
         if not kernel.feature:
-            change = f"{count / there[kernel] - 1:+.1%}" if kernel in there else ""
+            change = f"{count - there[kernel]:+,g}" if kernel in there else ""
             others = [number(here.get(kernel._replace(feature=feature))) for feature in features]
             rows.append([*kernel[:-1], number(there.get(kernel)), number(count), change, *others])
     header = ["backend", "rule", "pass", "dtypes", name, "here", "change", *(f"with {feature}" for feature in features)]

@@ -169,6 +169,8 @@ def class_options(options: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{key} is an option of {', '.join(takers)}, but the optimizer is {options.optimizer}")
     if options.clip is not None:
         given["max_grad_norm"] = 1.0 if options.clip else None
+    if options.ema:
+        given["ema_decay"] = 0.999
     if options.state_dtype:
         given["state_dtype"] = DTYPES[options.state_dtype]
     return given
@@ -184,7 +186,7 @@ def print_model(options: argparse.Namespace) -> None:
     if options.dtype:
         params = {name: torch.empty_like(param, dtype=DTYPES[options.dtype]) for name, param in params.items()}
     optimizer = doctor.prepare(params, options.optimizer, options.groups, **class_options(options))
-    cost = doctor.cost_of(optimizer, options.ema)
+    cost = doctor.cost_of(optimizer)
 
     dtypes = " and ".join(sorted({str(param.dtype).removeprefix("torch.") for param in params.values()}))
     said = {

@@ -20,7 +20,6 @@ from torch.nn import Parameter
 import fused_optim
 
 from . import backends
-from .layout import state_dtype_of
 from .optimizer import FusedOptimizer
 from .shapes import Shapes
 from .table import Row
@@ -137,7 +136,8 @@ def rows_of(optimizer: FusedOptimizer) -> list[Row]:
 class Cost:
     """Of one step of one device.
 
-    params, grads, states, tables: bytes that lie there all the time; states with the counts of steps. moved: bytes that
+    params, grads, states, tables: bytes that lie there all the time; states with the counts of steps, and with the
+        average of the weights where there is one. moved: bytes that
         a step reads or writes, each operand of each walk once.
     clips: gradients are read once more, for their norm.
     launches: kernels of a step on a GPU. loops: parallel loops of a step on the CPU.
@@ -160,14 +160,13 @@ class Cost:
     torch_loops: int | None
 
 
-def cost_of(optimizer: FusedOptimizer, ema: bool = False) -> Cost:
-    """ema: an average of the weights is kept besides, in the dtype of the states, by the same walk."""
+def cost_of(optimizer: FusedOptimizer) -> Cost:
     rows, trust, clips = rows_of(optimizer), optimizer.rule.trust, optimizer._looks
     params = sum(row.target.nbytes for row in rows)
     grads = sum(row.target.numel() * row.grad_dtype.itemsize for row in rows)
     states = sum(state.nbytes for row in rows for state in row.states)
     steps = sum(row.step.nbytes for row in rows)
-    average = sum(row.target.numel() * state_dtype_of(row.param, optimizer.state_dtype).itemsize for row in rows) * ema
+    average = sum(row.ema.nbytes for row in rows if row.ema is not None)
 
     moved = grads + 2 * params + 2 * states + 2 * average
     if trust:  # one walk for states and norms, a second one that makes the update anew from the states

@@ -25,11 +25,11 @@ CUDA_13, CUDA_12 = doctor.TORCH_LAUNCHES
 ON_MOMENTUM = {"momentum": 0.9}
 
 
-def cost(shapes: Any, optimizer: str = "adamw", groups: str = "one", ema: bool = False, **options: Any) -> doctor.Cost:
+def cost(shapes: Any, optimizer: str = "adamw", groups: str = "one", **options: Any) -> doctor.Cost:
     dtype = options.pop("dtype", torch.float32)
     named = shapes if isinstance(shapes, dict) else {str(i): shape for i, shape in enumerate(shapes)}
     model = doctor.on_meta(named, dtype)
-    return doctor.cost_of(doctor.prepare(model, optimizer, groups, **options), ema)
+    return doctor.cost_of(doctor.prepare(model, optimizer, groups, **options))
 
 
 # Published: torchvision's num_params, and the numbers of elements in the checkpoints on Hugging Face.
@@ -90,9 +90,10 @@ MIXED = {**HALF, "state_dtype": torch.float32}
         ("adam", {"amsgrad": True}, 36, 12),
         ("adamw", HALF, 14, 4),
         ("adamw", MIXED, 22, 8),
-        ("adamw", {**MIXED, "ema": True}, 30, 12),
+        ("adamw", {**MIXED, "ema_decay": 0.99}, 26, 10),
+        ("adamw", {**MIXED, "ema_decay": 0.99, "ema_dtype": torch.float32}, 30, 12),
         ("adamw", {"max_grad_norm": 1.0}, 32, 8),
-        ("adamw", {"ema": True}, 36, 12),
+        ("adamw", {"ema_decay": 0.99}, 36, 12),
         ("adamw", {**HALF, "max_grad_norm": 1.0}, 16, 4),
         ("adamw", {"dtype": torch.float64}, 56, 16),
         ("adamw", {"dtype": torch.complex64}, 56, 16),
