@@ -33,8 +33,8 @@ class Streaming:
 
 
 def streaming_kernels() -> list[Streaming]:
-    """Of every rule that dispatch.h lists: one kernel, or with a trust ratio two; and each that writes params again with
-    an average of the weights."""
+    """Of every rule that dispatch.h lists: one kernel, or with a trust ratio two; those that write params again with an
+    average of the weights."""
     listed = re.search(r"RuleList<(.*?)>;", (ROOT / "csrc/dispatch.h").read_text())
     assert listed
     rules = (ROOT / "csrc/rules.h").read_text()

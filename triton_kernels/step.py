@@ -80,8 +80,8 @@ def gradient(h: Hyper, param: tl.tensor, grad: tl.tensor) -> tl.tensor:
 def follow(
     h: Hyper, pointers: tl.tuple, average: tl.tensor, param: tl.tensor, mask: tl.tensor | None, KIND: tl.constexpr
 ) -> None:
-    """Lets the average of the weights, which is the last stream, follow the param as it is stored. With weight 1 what was
-    there before is gone."""
+    """Lets the average of the weights, the last stream, follow the param as it is stored. With weight 1 what was there
+    before is gone."""
     new = tl.where(h.ema_weight == 1.0, param, lerp(average, param, h.ema_weight))
     store(pointers, len(pointers) - 1, (new,), mask, KIND)
 
