@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import oracle
 import torch
-from cases import hypers, parameters
+from cases import hypers, parameters, random_grads, set_grads
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -149,6 +149,30 @@ def checked_step(
     worst = errors(snapshot(optimizer), want, sizes, stored_dtypes(optimizer))
     assert max(worst.values()) <= bound + MORE.get(rule, 0.0), worst
     return worst
+
+
+def checked_average(optimizer: Any, step: Callable[[], Any], weight: float | None) -> None:
+    """Steps once. The averages of the weights must move by `weight` (None: not at all) towards the params as they are
+    stored, within two roundings of the arithmetic and that of the store."""
+    before = {p: oracle.as_real(average) for p, average in optimizer.ema.items()}
+    step()
+    for p in parameters(optimizer):
+        if p.grad is None and p not in before:
+            assert p not in optimizer.ema
+            continue
+        average, new = optimizer.ema[p], oracle.as_real(p)
+        old = before.get(p, new)
+        moves = weight is not None and p.grad is not None
+        want = old + weight * (new - old) if moves else old
+        bound = 2.0 if average.dtype.to_real() in (torch.float32, torch.float64) else 0.6
+        assert ulps(oracle.as_real(average), want, torch.maximum(old.abs(), new.abs()), average.dtype) <= bound * moves
+
+
+def checked_averages(optimizer: Any, weights: Sequence[float | None]) -> None:
+    """Steps with random gradients, once for each weight."""
+    for number, weight in enumerate(weights):
+        set_grads(parameters(optimizer), random_grads(parameters(optimizer), number))
+        checked_average(optimizer, optimizer.step, weight)
 
 
 def assert_equal(ours: Any, theirs: Any) -> None:
