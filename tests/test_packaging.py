@@ -76,6 +76,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist: Path) -> None:
 
 
 INSTALLED = """
+import sys
+# An editable installation of the sources would lend its extension.
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
 import importlib.metadata, importlib.util, warnings, torch, fused_optim
 assert fused_optim.__file__.startswith({target!r}), fused_optim.__file__
 assert importlib.metadata.version("fused-optim") == fused_optim.__version__ == {version!r}
