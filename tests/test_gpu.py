@@ -17,10 +17,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 SHAPES = [(1000, 1000), (7,), (), (4096,), (33, 129), (0,), (3, 5, 7)]
 FAMILY: list[tuple[Any, dict[str, Any]]] = [
     (FusedAdamW, {}),
-    (FusedAdamW, {"max_grad_norm": 0.5, "skip_nonfinite": True}),
+    (FusedAdamW, {"max_grad_norm": 0.5, "skip_nonfinite": True, "ema_decay": 0.9}),
     (FusedSGD, {"momentum": 0.9, "max_grad_norm": 0.5}),
     (FusedQHAdam, {"nus": (0.7, 0.9)}),
-    (FusedLAMB, {}),
+    (FusedLAMB, {"ema_decay": 0.9}),
     (FusedLion, {"skip_nonfinite": True}),
 ]
 for_the_family = pytest.mark.parametrize(("build", "options"), FAMILY, ids=lambda x: getattr(x, "__name__", None))
@@ -138,19 +138,30 @@ def test_graph_replays_as_eager_steps(backend: str, build: Any, options: dict[st
     assert float(a.state[captured[0]].get("step", 4.0)) == 4
     if a.last_grad_norm is not None:
         assert torch.equal(a.last_grad_norm, b.last_grad_norm)
+    if a.ema is not None:
+        for p, q in zip(captured, eager, strict=True):
+            assert torch.equal(a.ema[p], b.ema[q])
 
 
 @on_gpu_backends
 def test_a_whole_train_step_in_a_graph(backend: str) -> None:
-    """Forward, backward, scaling, clipping, skipping and the step, with an lr that changes between replays and a batch
-    whose gradients are not finite."""
+    """Forward, backward and all that the step does, with an lr that changes between replays and a batch whose gradients
+    are not finite."""
     require(backend)
     torch.manual_seed(0)
     models = [torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 4)).cuda()]
     models.append(copy.deepcopy(models[0]))
     lrs = [torch.tensor(1e-2, device="cuda") for _ in models]
     optimizers = [
-        FusedAdamW(m.parameters(), lr=lr, backend=backend, capturable=True, max_grad_norm=0.1, skip_nonfinite=True)
+        FusedAdamW(
+            m.parameters(),
+            lr=lr,
+            backend=backend,
+            capturable=True,
+            max_grad_norm=0.1,
+            skip_nonfinite=True,
+            ema_decay=0.9,
+        )
         for m, lr in zip(models, lrs, strict=True)
     ]
     batch = torch.randn(8, 16, device="cuda")
@@ -180,6 +191,7 @@ def test_a_whole_train_step_in_a_graph(backend: str) -> None:
         train(1)
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(p, q)
+        assert torch.equal(optimizers[0].ema[p], optimizers[1].ema[q])
     assert [int(optimizer.skipped_steps) for optimizer in optimizers] == [1, 1]
     assert [float(next(iter(optimizer.state.values()))["step"]) for optimizer in optimizers] == [7.0, 7.0]
 
