@@ -110,10 +110,11 @@ def triton_counts(tree: Path, folder: Path) -> Iterator[Count]:
     for rule, name, dtypes, kind in kinds(tree):
         walks = {"advance": launch.step_variant, "move": launch.move_variant}
         for walk, variant in walks.items() if rule.trust else [("update", launch.step_variant)]:
-            yield Kernel("triton", name, walk, dtypes, ""), count(variant(rule.name, (kind,)))
-            if has_average(tree) and walk != "advance":
-                with_average = variant(rule.name, ((*kind, FLOAT32),), True)
-                yield Kernel("triton", name, walk, dtypes, "average"), count(with_average)
+            off = (False,) if has_average(tree) else ()  # the argument came with the average
+            yield Kernel("triton", name, walk, dtypes, ""), count(variant(rule.name, (kind,), *off))
+            if off and walk != "advance":
+                averaging = variant(rule.name, ((*kind, FLOAT32),), True)
+                yield Kernel("triton", name, walk, dtypes, "average"), count(averaging)
 
 
 def cuda_counts(tree: Path, folder: Path) -> Iterator[Count]:

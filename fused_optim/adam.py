@@ -43,7 +43,7 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
         foreach, fused: accepted and without effect.
         capturable: allow the step in a CUDA graph.
         differentiable: must be False.
-        ours: backend, state_dtype, max_grad_norm, norm_type, skip_nonfinite: see FusedOptimizer.
+        ours: backend, state_dtype, max_grad_norm, norm_type, skip_nonfinite, ema_decay, ema_dtype: see FusedOptimizer.
 
     Raises:
         ValueError: a hyperparameter is out of range (torch's messages).

@@ -123,11 +123,18 @@ class WeightAverage:
                     f"the average of param {index} must have its shape, {tuple(params[index].shape)}, but has "
                     f"{tuple(average.shape)}; load it into an optimizer of the same params in the same order"
                 )
+        self.steps = int(state["steps"])
         self.tensors = {
             params[index]: conform(params[index], {"average": average.detach().clone()}, ["average"])["average"]
             for index, average in state["averages"].items()
         }
-        self.steps = int(state["steps"])
+
+
+def make_average(decay: Decay | None, dtype: torch.dtype | None) -> WeightAverage | None:
+    """None without a decay. Errors as WeightAverage's, and ValueError where there is a dtype for no average."""
+    if decay is None and dtype is not None:
+        raise ValueError("ema_dtype has a meaning only with ema_decay; leave it out, or use ema_decay=0.999, say")
+    return None if decay is None else WeightAverage(decay, dtype)
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ class FusedLAMB(AdamLike):
             None or 0: off.
         use_nvlamb: use the ratio where weight_decay is 0, too.
         trust_clip: (lowest, highest) that the ratio may be.
-        ours: backend, state_dtype, norm_type, skip_nonfinite: see FusedOptimizer.
+        ours: backend, state_dtype, norm_type, skip_nonfinite, ema_decay, ema_dtype: see FusedOptimizer.
 
     Raises:
         ValueError: a hyperparameter is out of range.

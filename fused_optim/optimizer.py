@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 from . import backends
 from .checkpoints import Checkpoints
 from .device import DeviceTable
-from .ema import Averaging, Decay, WeightAverage
+from .ema import Averaging, Decay, make_average
 from .layout import check_grad, check_hyperparameter, check_param, conform, conform_step, make_row, make_states
 from .scaling import Scaler, check_options
 from .shards import Groups, groups_of, is_sharded, local, reduce_over
@@ -98,7 +98,7 @@ class FusedOptimizer(Averaging, Checkpoints):
         self.state_dtype = state_dtype
         self.max_grad_norm = max_grad_norm
         self._scaler = Scaler(norm_type, skip_nonfinite, norm_group)
-        self._ema = None if ema_decay is None else WeightAverage(ema_decay, ema_dtype)
+        self._ema = make_average(ema_decay, ema_dtype)
         self._steps: dict[Tensor, Tensor] = {}  # of params whose rule keeps no `step` in its states
         self._forget()
         super().__init__(*args, **kwargs)

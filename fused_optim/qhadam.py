@@ -28,7 +28,7 @@ class FusedQHAdam(AdamLike):
         params, lr, betas, weight_decay, eps, maximize, capturable: as FusedAdam's.
         nus: how much of each average goes into the step, the rest being the gradient itself; any finite numbers.
         decouple_weight_decay: decay past the gradient, :math:`p = (1 - lr \cdot \lambda) p`, in place of L2.
-        ours: backend, state_dtype, max_grad_norm, norm_type, skip_nonfinite: see FusedOptimizer.
+        ours: backend, state_dtype, max_grad_norm, norm_type, skip_nonfinite, ema_decay, ema_dtype: see FusedOptimizer.
 
     Raises:
         ValueError: a hyperparameter is out of range.

@@ -42,7 +42,7 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
         maximize: ascend.
         foreach, fused: accepted and without effect.
         differentiable: must be False.
-        ours: backend, state_dtype, max_grad_norm, norm_type, skip_nonfinite: see FusedOptimizer.
+        ours: backend, state_dtype, max_grad_norm, norm_type, skip_nonfinite, ema_decay, ema_dtype: see FusedOptimizer.
 
     Raises:
         ValueError: a hyperparameter is out of range (torch's messages).

@@ -283,3 +283,5 @@ def test_bad_options(name: str) -> None:
             getattr(fused_optim, name)([torch.zeros(3)], ema_decay=decay)
     with pytest.raises(ValueError, match="ema_dtype must be None"):
         getattr(fused_optim, name)([torch.zeros(3)], ema_decay=0.9, ema_dtype=torch.float64)
+    with pytest.raises(ValueError, match="only with ema_decay"):
+        getattr(fused_optim, name)([torch.zeros(3)], ema_dtype=torch.float32)

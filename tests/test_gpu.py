@@ -22,6 +22,8 @@ FAMILY: list[tuple[Any, dict[str, Any]]] = [
     (FusedQHAdam, {"nus": (0.7, 0.9)}),
     (FusedLAMB, {"ema_decay": 0.9}),
     (FusedLion, {"skip_nonfinite": True}),
+    (FusedAdamW, {"amsgrad": True, "ema_decay": 0.9}),
+    (FusedLAMB, {"ema_decay": 0.9}),
 ]
 for_the_family = pytest.mark.parametrize(("build", "options"), FAMILY, ids=lambda x: getattr(x, "__name__", None))
 on_gpu_backends = pytest.mark.parametrize("backend", ["triton", "cuda"])
@@ -82,6 +84,8 @@ def test_the_two_kernels_agree_with_the_cpu(backend: str, build: Any, options: d
         b.step()
     for p, q in zip(ours, host, strict=True):
         torch.testing.assert_close(p.cpu(), q, rtol=2.5e-7, atol=2.5e-7)
+        if a.ema is not None:
+            torch.testing.assert_close(a.ema[p].cpu(), b.ema[q], rtol=2.5e-7, atol=2.5e-7)
 
 
 @on_gpu_backends
@@ -135,6 +139,8 @@ def test_graph_replays_as_eager_steps(backend: str, build: Any, options: dict[st
         b.step()
     for p, q in zip(captured, eager, strict=True):
         assert torch.equal(p, q)
+        if a.ema is not None:
+            assert torch.equal(a.ema[p], b.ema[q])
     assert float(a.state[captured[0]].get("step", 4.0)) == 4
     if a.last_grad_norm is not None:
         assert torch.equal(a.last_grad_norm, b.last_grad_norm)

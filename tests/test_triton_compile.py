@@ -90,10 +90,8 @@ def averaging_walks() -> dict[str, Walk]:
     named = {}
     for rule, kinds in AVERAGED.items():
         for name, kind in kinds.items():
-            variant = step_variant(rule, (kind,), True)
-            named[f"{rule} {name} averaged"] = Walk(
-                variant, (kind,), slice(0, None), divides=rule in ("adam", "qhadam")
-            )
+            variant, divides = step_variant(rule, (kind,), True), rule in ("adam", "qhadam")
+            named[f"{rule} {name} averaged"] = Walk(variant, (kind,), slice(0, None), divides=divides)
     for name, kind in AVERAGED["qhadam"].items():
         streams = ((kind[0], *kind[2:]),)
         variant = move_variant("lamb", (kind,), True)
