@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import functools
+import gc
 import importlib
 import inspect
 import math
@@ -142,6 +143,7 @@ def _rank(rank: int, place: tuple[str, str, str, float], arguments: dict[str, An
     with open(f"{folder}/rank{rank}.txt", "w") as report:
         faulthandler.dump_traceback_later(limit, exit=True, file=report)
         try:
+            gc.freeze()  # what was imported before the fork needs no collecting, and its pages no copying
             torch.set_num_threads(1)
             if world.device == "cuda":
                 torch.cuda.set_device(rank)

@@ -23,7 +23,6 @@ FAMILY: list[tuple[Any, dict[str, Any]]] = [
     (FusedLAMB, {"ema_decay": 0.9}),
     (FusedLion, {"skip_nonfinite": True}),
     (FusedAdamW, {"amsgrad": True, "ema_decay": 0.9}),
-    (FusedLAMB, {"ema_decay": 0.9}),
 ]
 for_the_family = pytest.mark.parametrize(("build", "options"), FAMILY, ids=lambda x: getattr(x, "__name__", None))
 on_gpu_backends = pytest.mark.parametrize("backend", ["triton", "cuda"])
