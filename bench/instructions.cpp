@@ -1,5 +1,5 @@
 // How many instructions a step of the CPU walker executes: a child process takes it one at a time. Compiled together
-// with csrc/cpu/step.cpp of any tree, found by -I; WALKER names its instruction set.
+// with the CPU walker of any tree, found by -I; WALKER names its instruction set.
 // Arguments: rule, tensors, chunks of each, whether there is an average of the weights, whether gradients are scaled
 // and clipped, dtype codes of param, gradient and states. Prints the instructions of step() and of move().
 #include <sys/ptrace.h>

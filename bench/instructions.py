@@ -137,14 +137,12 @@ def cuda_counts(tree: Path, folder: Path) -> Iterator[Count]:
 
 def cpu_counts(tree: Path, folder: Path) -> Iterator[Count]:
     setup = runpy.run_path(str(tree / "setup.py"), run_name="not main")
-    walker = instruction_set()
-    flags = [*setup["KERNEL_FLAGS"], *setup["INSTRUCTION_SETS"][walker], f"-DFUSED_ISA={walker}"]
-    common = [os.environ.get("CXX", "g++"), "-std=c++17", "-fopenmp", f"-I{tree / 'csrc'}", f"-DWALKER={walker}"]
-    if has_average(tree):
-        common.append("-DHAS_AVERAGE")
-    walks, program = folder / "step.o", folder / "instructions"
-    run([*common, *flags, "-O3", "-c", str(tree / "csrc/cpu/step.cpp"), "-o", str(walks)])
-    run([*common, "-O1", str(ROOT / "bench/instructions.cpp"), str(walks), "-o", str(program)])
+    walker, program = instruction_set(), folder / "instructions"
+    flags = ["-std=c++17", "-O3", "-fopenmp", *setup["KERNEL_FLAGS"], *setup["INSTRUCTION_SETS"][walker]]
+    defined = [f"-DFUSED_ISA={walker}", f"-DWALKER={walker}", *["-DHAS_AVERAGE"] * has_average(tree)]
+    sources = [str(file) for file in (tree / "csrc/cpu").glob("*.cpp") if "FUSED_ISA" in file.read_text()]
+    sources.append(str(ROOT / "bench/instructions.cpp"))
+    run([os.environ.get("CXX", "g++"), *flags, *defined, f"-I{tree / 'csrc'}", *sources, "-o", str(program)])
 
     def executed(rule: str, *numbers: int) -> list[int]:
         """Of step and of move."""
@@ -231,8 +229,6 @@ def main() -> None:
         collect(options.collect.resolve())
         return
     name = git("rev-parse", "--short", options.against) or parser.error(f"git knows no commit {options.against} here")
-    if sys.platform != "linux":
-        parser.error("instructions are counted on Linux alone")
     here, there = counts_of(ROOT), counts_at(name)
     about = describe(torch.device("cpu"))
     facts = f"`{about['command']}`, commit {commit()}, {about['date']}, Triton {about['triton']}"
