@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +32,15 @@ ELEMENTWISE = [name for name in CLASSES if name != "lamb"]
 def build(name: str, params: Any, **options: Any) -> Any:
     ours, usual = CLASSES[name]
     return ours(params, **{**usual, **options})
+
+
+def in_turn(*things: Any) -> Iterator[Any]:
+    """One after the other in the same processes, where a test of its own for each would mostly start processes. Prints
+    each, which pytest shows beside a failure."""
+    for thing in things:
+        if dist.get_rank() == 0:
+            print(f"now {thing}", flush=True)
+        yield thing
 
 
 OUT = 3

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from spread import (
     assert_same,
     backward,
     build,
+    in_turn,
     make_net,
     parallel_and_sharded,
     replicated,
@@ -89,44 +90,51 @@ def uninterrupted(world: World, name: str, steps: int) -> Any:
 
 @in_every_world
 def leg(
-    world: World, spread: Spread, name: str, form: StateDictOptions, first: int, source: Path | None, target: Path
+    world: World,
+    spread: Spread,
+    names: Sequence[str],
+    form: StateDictOptions,
+    first: int,
+    source: Path | None,
+    target: Path,
 ) -> None:
-    """Two steps of a training that goes from world to world."""
-    net, part = spread(world)
-    optimizer = build(name, net.parameters(), **({} if source is None else {"lr": 0.77}))  # the saved one comes back
-    if source is not None:
-        before = [whole(p.detach()).clone() for p in net.parameters()]
-        get_optimizer_state_dict(net, optimizer)  # makes states by a step with lr 0 and no gradients
-        for p, old in zip(net.parameters(), before, strict=True):
-            assert_equal(whole(p.detach()), old)
-        resume(net, optimizer, form, source)
-    go_on(net, optimizer, part, first)
-    dcp.save(gathered(net, optimizer, form), checkpoint_id=target)
-    assert_same(optimizer, uninterrupted(world, name, first + 2))
+    """Two steps of trainings that go from world to world."""
+    for name in in_turn(*names):
+        net, part = spread(world)
+        elsewhere = {} if source is None else {"lr": 0.77}  # the saved one comes back
+        optimizer = build(name, net.parameters(), **elsewhere)
+        if source is not None:
+            before = [whole(p.detach()).clone() for p in net.parameters()]
+            get_optimizer_state_dict(net, optimizer)  # makes states by a step with lr 0 and no gradients
+            for p, old in zip(net.parameters(), before, strict=True):
+                assert_equal(whole(p.detach()), old)
+            resume(net, optimizer, form, source / name)
+        go_on(net, optimizer, part, first)
+        dcp.save(gathered(net, optimizer, form), checkpoint_id=target / name)
+        assert_same(optimizer, uninterrupted(world, name, first + 2))
+
+
+def travel(
+    ways: Sequence[Spread], sizes: Sequence[int], names: Sequence[str], form: StateDictOptions, folder: Path
+) -> None:
+    source = None
+    for number, (spread, world) in enumerate(zip(ways, several(*sizes), strict=True)):
+        target = folder / str(number)
+        arguments = {"world": world, "spread": spread, "names": names, "form": form, "first": 2 * number}
+        run(leg.__wrapped__, {**arguments, "source": source, "target": target}, folder)
+        source = target
 
 
 @in_both_forms
-@pytest.mark.parametrize("name", CLASSES)
-def test_from_two_processes_to_four_to_one(name: str, form: StateDictOptions, tmp_path: Path) -> None:
+def test_from_two_processes_to_four_to_one(form: StateDictOptions, tmp_path: Path) -> None:
     """Each with another number of shards; training goes on as if one process had never stopped."""
-    source = None
-    for number, world in enumerate(several(2, 4, 1)):
-        target = tmp_path / str(number)
-        arguments = {"spread": sharded, "name": name, "form": form, "first": 2 * number}
-        run(leg.__wrapped__, {**arguments, "world": world, "source": source, "target": target}, tmp_path)
-        source = target
+    travel([sharded] * 3, (2, 4, 1), list(CLASSES), form, tmp_path)
 
 
 @in_both_forms
 def test_from_one_engine_to_another(form: StateDictOptions, tmp_path: Path) -> None:
     """DDP, then FSDP2, then tensor parallelism with FSDP2, then DDP again: names and whole tensors are the same."""
-    source = None
-    ways = [replicated, sharded, parallel_and_sharded, replicated]
-    for number, (spread, world) in enumerate(zip(ways, several(2, 4, 4, 2), strict=True)):
-        target = tmp_path / str(number)
-        arguments = {"spread": spread, "name": "adamw-amsgrad", "form": form, "first": 2 * number}
-        run(leg.__wrapped__, {**arguments, "world": world, "source": source, "target": target}, tmp_path)
-        source = target
+    travel([replicated, sharded, parallel_and_sharded, replicated], (2, 4, 4, 2), ["adamw-amsgrad"], form, tmp_path)
 
 
 # ---- torch's checkpoints
@@ -140,29 +148,28 @@ def torchs(name: str, params: Any) -> Any:
 
 @in_every_world
 @in_both_forms
-@pytest.mark.parametrize("name", ["adamw-amsgrad", "sgd"])
-@pytest.mark.parametrize("ours_first", [True, False])
-def test_with_torch_in_both_directions(
-    world: World, name: str, form: StateDictOptions, ours_first: bool, tmp_path: Path
-) -> None:
+def test_with_torch_in_both_directions(world: World, form: StateDictOptions, tmp_path: Path) -> None:
     """The same keys, and either goes on with what the other has saved."""
-    makers: list[Callable[[str, Any], Any]] = [build, torchs] if ours_first else [torchs, build]
-    (net, part), (other, _) = sharded(world), sharded(world)
-    one, two = makers[0](name, net.parameters()), makers[1](name, other.parameters())
-    go_on(net, one, part, 0)
-    dcp.save(gathered(net, one, form), checkpoint_id=tmp_path / "checkpoint")
-    resume(other, two, form, tmp_path / "checkpoint")
-    go_on(other, two, part, 2)
-    alone = uninterrupted(world, name, 4)
-    for p, q in zip(parameters(two), parameters(alone), strict=True):
-        assert_close(p, q)
-    mine, theirs = gathered(net, one, form)["optimizer"], gathered(other, two, form)["optimizer"]
-    if form.flatten_optimizer_state_dict:
-        assert mine.keys() == theirs.keys()
-    else:
-        assert mine["state"].keys() == theirs["state"].keys()
-        assert all(mine["state"][key].keys() == theirs["state"][key].keys() for key in mine["state"])
-        assert [group.keys() for group in mine["param_groups"]] == [group.keys() for group in theirs["param_groups"]]
+    for name, ours_first in in_turn(("adamw-amsgrad", True), ("adamw-amsgrad", False), ("sgd", False)):
+        makers: list[Callable[[str, Any], Any]] = [build, torchs] if ours_first else [torchs, build]
+        (net, part), (other, _) = sharded(world), sharded(world)
+        one, two = makers[0](name, net.parameters()), makers[1](name, other.parameters())
+        go_on(net, one, part, 0)
+        folder = tmp_path / f"{name}-{ours_first}"
+        dcp.save(gathered(net, one, form), checkpoint_id=folder)
+        resume(other, two, form, folder)
+        go_on(other, two, part, 2)
+        alone = uninterrupted(world, name, 4)
+        for p, q in zip(parameters(two), parameters(alone), strict=True):
+            assert_close(p, q)
+        mine, theirs = gathered(net, one, form)["optimizer"], gathered(other, two, form)["optimizer"]
+        if form.flatten_optimizer_state_dict:
+            assert mine.keys() == theirs.keys()
+        else:
+            assert mine["state"].keys() == theirs["state"].keys()
+            assert all(mine["state"][key].keys() == theirs["state"][key].keys() for key in mine["state"])
+            (group,), (of_theirs,) = mine["param_groups"], theirs["param_groups"]
+            assert group.keys() == of_theirs.keys()
 
 
 @in_every_world
@@ -173,10 +180,8 @@ def test_full_state_dict(world: World, cpu_offload: bool) -> None:
     optimizer = build("adamw-amsgrad", net.parameters())
     go_on(net, optimizer, part, 0)
     options = StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload)
-    model, states = (
-        get_model_state_dict(net, options=options),
-        get_optimizer_state_dict(net, optimizer, options=options),
-    )
+    model = get_model_state_dict(net, options=options)
+    states = get_optimizer_state_dict(net, optimizer, options=options)
     if world.rank == 0 or not cpu_offload:
         alone = uninterrupted(world, "adamw-amsgrad", 2)
         named = dict(zip(model, parameters(alone), strict=True))
@@ -355,27 +360,27 @@ def test_loading_takes_the_tensors(dtype: torch.dtype, state_dtype: torch.dtype)
 
 
 @in_every_world
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_dtypes_of_spread_states(world: World, dtype: torch.dtype, state_dtype: torch.dtype, tmp_path: Path) -> None:
+def test_dtypes_of_spread_states(world: World, tmp_path: Path) -> None:
     """Through a checkpoint, and into an optimizer that would have made others; load_state_dict takes the shards."""
-    net, part = sharded(world, dtype)
-    one = build("adamw-amsgrad", net.parameters(), state_dtype=state_dtype)
-    go_on(net, one, part, 0)
-    again, _ = sharded(world, dtype)
-    two = build("adamw-amsgrad", again.parameters(), state_dtype=state_dtype)
-    dcp.save(gathered(net, one, FLAT), checkpoint_id=tmp_path / "checkpoint")
-    resume(again, two, FLAT, tmp_path / "checkpoint")
-    three = build("adamw-amsgrad", [nn.Parameter(p.detach().clone()) for p in net.parameters()])
-    three.load_state_dict(one.state_dict())
-    for p, q, r in zip(parameters(one), parameters(two), parameters(three), strict=True):
-        r.grad = p.grad
-        for key, value in one.state[p].items():
-            assert two.state[q][key].dtype == (torch.float32 if key == "step" else state_dtype)
-            assert_equal(whole(two.state[q][key]), whole(value))
-    three.step()
-    for p, r in zip(parameters(one), parameters(three), strict=True):
-        for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-            mine, saved = three.state[r][key], one.state[p][key]
-            assert isinstance(mine, DTensor) and mine.dtype == state_dtype
-            assert mine.to_local().data_ptr() == saved.to_local().data_ptr()
+    for dtype, state_dtype in in_turn((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        folder = tmp_path / f"{dtype}-{state_dtype}"
+        net, part = sharded(world, dtype)
+        one = build("adamw-amsgrad", net.parameters(), state_dtype=state_dtype)
+        go_on(net, one, part, 0)
+        again, _ = sharded(world, dtype)
+        two = build("adamw-amsgrad", again.parameters(), state_dtype=state_dtype)
+        dcp.save(gathered(net, one, FLAT), checkpoint_id=folder)
+        resume(again, two, FLAT, folder)
+        three = build("adamw-amsgrad", [nn.Parameter(p.detach().clone()) for p in net.parameters()])
+        three.load_state_dict(one.state_dict())
+        for p, q, r in zip(parameters(one), parameters(two), parameters(three), strict=True):
+            r.grad = p.grad
+            for key, value in one.state[p].items():
+                assert two.state[q][key].dtype == (torch.float32 if key == "step" else state_dtype)
+                assert_equal(whole(two.state[q][key]), whole(value))
+        three.step()
+        for p, r in zip(parameters(one), parameters(three), strict=True):
+            for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+                mine, saved = three.state[r][key], one.state[p][key]
+                assert isinstance(mine, DTensor) and mine.dtype == state_dtype
+                assert mine.to_local().data_ptr() == saved.to_local().data_ptr()

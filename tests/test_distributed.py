@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from cases import parameters
 from distributed import World, by_default_backend, in_every_world, run
-from spread import CLASSES, ELEMENTWISE, assert_alike, assert_close, assert_same, backward, build, make_net
+from spread import CLASSES, ELEMENTWISE, assert_alike, assert_close, assert_same, backward, build, in_turn, make_net
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, StateDictType
@@ -34,17 +34,17 @@ def ddp(world: World, **options: Any) -> nn.Module:
 
 
 @in_every_world
-@pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("views", [False, True], ids=["", "bucket-views"])
-def test_ddp(world: World, name: str, views: bool) -> None:
-    net, alone = ddp(world, gradient_as_bucket_view=views), make_net(world.device)
-    ours, theirs = build(name, net.parameters()), build(name, alone.parameters())
-    for step in range(3):
-        for model, optimizer, part in ((net, ours, (world.rank, world.size)), (alone, theirs, ())):
-            optimizer.zero_grad(set_to_none=step != 1)
-            backward(model, step, *part)
-            optimizer.step()
-    assert_same(ours, theirs)
+def test_ddp(world: World, views: bool) -> None:
+    for name in in_turn(*CLASSES):
+        net, alone = ddp(world, gradient_as_bucket_view=views), make_net(world.device)
+        ours, theirs = build(name, net.parameters()), build(name, alone.parameters())
+        for step in range(3):
+            for model, optimizer, part in ((net, ours, (world.rank, world.size)), (alone, theirs, ())):
+                optimizer.zero_grad(set_to_none=step != 1)
+                backward(model, step, *part)
+                optimizer.step()
+        assert_same(ours, theirs)
 
 
 @in_every_world
@@ -85,65 +85,65 @@ def zero(name: str, params: Any, **options: Any) -> ZeroRedundancyOptimizer:
 
 
 @in_every_world
-@pytest.mark.parametrize("name", CLASSES)
-def test_zero(world: World, name: str, tmp_path: Path) -> None:
+def test_zero(world: World, tmp_path: Path) -> None:
     """States lie on one rank each; gathered, they are those of one process, and they go back to where they belong."""
-    net, alone = ddp(world), make_net(world.device)
-    bound = {"max_grad_norm": None} if name == "lamb" else {}
-    ours, theirs = zero(name, net.parameters(), **bound), build(name, alone.parameters(), **bound)
-    for step in range(6):
-        for model, optimizer, part in ((net, ours, (world.rank, world.size)), (alone, theirs, ())):
-            optimizer.zero_grad()
-            backward(model, step, *part)
-            optimizer.step()
-        for p, q in zip(net.parameters(), alone.parameters(), strict=True):
-            assert_close(p, q)
-        if step == 2:
-            path = tmp_path / "checkpoint"
-            ours.consolidate_state_dict(to=0)
-            if world.rank == 0:
-                saved, plain = ours.state_dict(), theirs.state_dict()
-                torch.testing.assert_close(saved["state"], plain["state"], rtol=1e-9, atol=1e-10)
-                torch.save(saved, path)
-            dist.barrier()
-            ours = zero(name, net.parameters(), **bound)
-            ours.load_state_dict(torch.load(path, weights_only=True))
-    assert len(ours.optim.state) < len(parameters(theirs)) or world.size == 1
+    for name in in_turn(*CLASSES):
+        net, alone = ddp(world), make_net(world.device)
+        bound = {"max_grad_norm": None} if name == "lamb" else {}
+        ours, theirs = zero(name, net.parameters(), **bound), build(name, alone.parameters(), **bound)
+        for step in range(6):
+            for model, optimizer, part in ((net, ours, (world.rank, world.size)), (alone, theirs, ())):
+                optimizer.zero_grad()
+                backward(model, step, *part)
+                optimizer.step()
+            for p, q in zip(net.parameters(), alone.parameters(), strict=True):
+                assert_close(p, q)
+            if step == 2:
+                path = tmp_path / name
+                ours.consolidate_state_dict(to=0)
+                if world.rank == 0:
+                    saved, plain = ours.state_dict(), theirs.state_dict()
+                    torch.testing.assert_close(saved["state"], plain["state"], rtol=1e-9, atol=1e-10)
+                    torch.save(saved, path)
+                dist.barrier()
+                ours = zero(name, net.parameters(), **bound)
+                ours.load_state_dict(torch.load(path, weights_only=True))
+        assert len(ours.optim.state) < len(parameters(theirs)) or world.size == 1
 
 
 @in_every_world
 @pytest.mark.parametrize("params", [1, 6])
-@pytest.mark.parametrize("norm_type", [2.0, math.inf])
-def test_zero_clips_by_the_norm_over_all_ranks(world: World, params: int, norm_type: float) -> None:
+def test_zero_clips_by_the_norm_over_all_ranks(world: World, params: int) -> None:
     """Also where some ranks have no params at all."""
+    for norm_type in in_turn(2.0, math.inf):
 
-    def tensors() -> list[nn.Parameter]:
-        generator = torch.Generator().manual_seed(0)
-        sizes = [(5, 3), (4,), (), (1,), (7,), (2, 2)][:params]
-        made = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
-        return [nn.Parameter(tensor.to(world.device)) for tensor in made]
+        def tensors() -> list[nn.Parameter]:
+            generator = torch.Generator().manual_seed(0)
+            sizes = [(5, 3), (4,), (), (1,), (7,), (2, 2)][:params]
+            made = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+            return [nn.Parameter(tensor.to(world.device)) for tensor in made]
 
-    mine, alone = tensors(), tensors()
-    norm = {"max_grad_norm": 0.5, "norm_type": norm_type, "norm_group": dist.group.WORLD, "skip_nonfinite": True}
-    ours = zero("sgd", mine, **norm)
-    theirs = build("sgd", alone)
-    for step in range(4):
-        generator = torch.Generator().manual_seed(step)
-        for p, q in zip(mine, alone, strict=True):
-            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device)
-            q.grad = p.grad.clone()
-        bad = step == 2
-        if bad:
-            mine[0].grad[0, 0] = math.inf  # its owner sees it, the others must hear of it
-        total = nn.utils.clip_grad_norm_(alone, 0.5, norm_type)
-        ours.step()
-        if not bad:
-            theirs.step()
-            torch.testing.assert_close(ours.optim.last_grad_norm, total.float())
-            assert_alike(ours.optim.last_grad_norm)
-        for p, q in zip(mine, alone, strict=True):
-            assert_close(p, q)
-    assert ours.optim.skipped_steps.item() == 1
+        mine, alone = tensors(), tensors()
+        norm = {"max_grad_norm": 0.5, "norm_type": norm_type, "norm_group": dist.group.WORLD, "skip_nonfinite": True}
+        ours = zero("sgd", mine, **norm)
+        theirs = build("sgd", alone)
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            for p, q in zip(mine, alone, strict=True):
+                p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device)
+                q.grad = p.grad.clone()
+            bad = step == 2
+            if bad:
+                mine[0].grad[0, 0] = math.inf  # its owner sees it, the others must hear of it
+            total = nn.utils.clip_grad_norm_(alone, 0.5, norm_type)
+            ours.step()
+            if not bad:
+                theirs.step()
+                torch.testing.assert_close(ours.optim.last_grad_norm, total.float())
+                assert_alike(ours.optim.last_grad_norm)
+            for p, q in zip(mine, alone, strict=True):
+                assert_close(p, q)
+        assert ours.optim.skipped_steps.item() == 1
 
 
 @in_every_world
@@ -182,42 +182,42 @@ def assert_whole_params(net: FullyShardedDataParallel, alone: nn.Module, **toler
 
 
 @in_every_world
-@pytest.mark.parametrize("name", ELEMENTWISE)
 @pytest.mark.parametrize("original", [True, False], ids=["orig-params", "flat"])
-def test_fsdp1(world: World, name: str, original: bool) -> None:
-    net, alone = fsdp1(world, original), make_net(world.device)
-    ours, theirs = build(name, net.parameters()), build(name, alone.parameters())
-    for step in range(3):
-        for model, optimizer, part in ((net, ours, (world.rank, world.size)), (alone, theirs, ())):
-            optimizer.zero_grad(set_to_none=step != 1)
-            backward(model, step, *part)
-            optimizer.step()
-        assert_whole_params(net, alone)
+def test_fsdp1(world: World, original: bool) -> None:
+    for name in in_turn(*ELEMENTWISE):
+        net, alone = fsdp1(world, original), make_net(world.device)
+        ours, theirs = build(name, net.parameters()), build(name, alone.parameters())
+        for step in range(3):
+            for model, optimizer, part in ((net, ours, (world.rank, world.size)), (alone, theirs, ())):
+                optimizer.zero_grad(set_to_none=step != 1)
+                backward(model, step, *part)
+                optimizer.step()
+            assert_whole_params(net, alone)
 
 
 @in_every_world
 @pytest.mark.parametrize("original", [True, False], ids=["orig-params", "flat"])
-@pytest.mark.parametrize("norm_type", [2.0, math.inf])
-def test_fsdp1_clips_as_its_own_method(world: World, original: bool, norm_type: float) -> None:
+def test_fsdp1_clips_as_its_own_method(world: World, original: bool) -> None:
     """One pass instead of FullyShardedDataParallel.clip_grad_norm_ and a step."""
-    net, twin = fsdp1(world, original, torch.float32), fsdp1(world, original, torch.float32)
-    alone = make_net(world.device, torch.float32)
-    norm = {"max_grad_norm": 0.5, "norm_type": norm_type, "norm_group": net.process_group}
-    ours = build("sgd", net.parameters(), **norm)
-    apart, theirs = build("sgd", twin.parameters()), build("sgd", alone.parameters())
-    for step in range(3):
-        for model, optimizer in ((net, ours), (twin, apart), (alone, theirs)):
-            optimizer.zero_grad()
-            backward(model, step, *(() if model is alone else (world.rank, world.size)))
-        total = twin.clip_grad_norm_(0.5, norm_type)
-        nn.utils.clip_grad_norm_(alone.parameters(), 0.5, norm_type)
-        for optimizer in (ours, apart, theirs):
-            optimizer.step()
-        torch.testing.assert_close(ours.last_grad_norm, total)
-        assert_alike(ours.last_grad_norm)
-        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
-            assert_close(p, q, **SINGLE)
-        assert_whole_params(net, alone, **SINGLE)
+    for norm_type in in_turn(2.0, math.inf):
+        net, twin = fsdp1(world, original, torch.float32), fsdp1(world, original, torch.float32)
+        alone = make_net(world.device, torch.float32)
+        norm = {"max_grad_norm": 0.5, "norm_type": norm_type, "norm_group": net.process_group}
+        ours = build("sgd", net.parameters(), **norm)
+        apart, theirs = build("sgd", twin.parameters()), build("sgd", alone.parameters())
+        for step in range(3):
+            for model, optimizer in ((net, ours), (twin, apart), (alone, theirs)):
+                optimizer.zero_grad()
+                backward(model, step, *(() if model is alone else (world.rank, world.size)))
+            total = twin.clip_grad_norm_(0.5, norm_type)
+            nn.utils.clip_grad_norm_(alone.parameters(), 0.5, norm_type)
+            for optimizer in (ours, apart, theirs):
+                optimizer.step()
+            torch.testing.assert_close(ours.last_grad_norm, total)
+            assert_alike(ours.last_grad_norm)
+            for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+                assert_close(p, q, **SINGLE)
+            assert_whole_params(net, alone, **SINGLE)
 
 
 @in_every_world
@@ -265,29 +265,29 @@ def test_fsdp1_with_its_grad_scaler(world: World) -> None:
 # With use_orig_params torch gathers every state of a param into the same memory on CPUs, its own AdamW's too: one state
 # alone comes out right.
 @in_every_world
-@pytest.mark.parametrize(("name", "original"), [("adamw-amsgrad", False), ("sgd", False), ("sgd", True)])
-def test_fsdp1_checkpoint(world: World, original: bool, name: str) -> None:
+def test_fsdp1_checkpoint(world: World) -> None:
     """optim_state_dict gathers whole states under names; they load into a new optimizer and go on."""
-    net, alone = fsdp1(world, original), make_net(world.device)
-    ours, theirs = build(name, net.parameters()), build(name, alone.named_parameters())
-    for step in range(4):
-        for model, optimizer, part in ((net, ours, (world.rank, world.size)), (alone, theirs, ())):
-            optimizer.zero_grad()
-            backward(model, step, *part)
-            optimizer.step()
-        if step == 1:
-            saved = FullyShardedDataParallel.optim_state_dict(net, ours)
-            plain = {param: theirs.state[p] for param, p in alone.named_parameters()}
-            if world.rank == 0:  # where torch gathers it
-                assert saved["state"].keys() == plain.keys()
-                for param, state in plain.items():
-                    assert state.keys() == saved["state"][param].keys()
-                    for key, value in state.items():
-                        assert_close(saved["state"][param][key].to(value.device), value)
-            ours = build(name, net.parameters())
-            FullyShardedDataParallel.set_state_dict_type(net, StateDictType.FULL_STATE_DICT)
-            ours.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(net, ours, saved))
-    assert_whole_params(net, alone)
+    for name, original in in_turn(("adamw-amsgrad", False), ("sgd", False), ("sgd", True)):
+        net, alone = fsdp1(world, original), make_net(world.device)
+        ours, theirs = build(name, net.parameters()), build(name, alone.named_parameters())
+        for step in range(4):
+            for model, optimizer, part in ((net, ours, (world.rank, world.size)), (alone, theirs, ())):
+                optimizer.zero_grad()
+                backward(model, step, *part)
+                optimizer.step()
+            if step == 1:
+                saved = FullyShardedDataParallel.optim_state_dict(net, ours)
+                plain = {param: theirs.state[p] for param, p in alone.named_parameters()}
+                if world.rank == 0:  # where torch gathers it
+                    assert saved["state"].keys() == plain.keys()
+                    for param, state in plain.items():
+                        assert state.keys() == saved["state"][param].keys()
+                        for key, value in state.items():
+                            assert_close(saved["state"][param][key].to(value.device), value)
+                ours = build(name, net.parameters())
+                FullyShardedDataParallel.set_state_dict_type(net, StateDictType.FULL_STATE_DICT)
+                ours.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(net, ours, saved))
+        assert_whole_params(net, alone)
 
 
 # ---- the harness

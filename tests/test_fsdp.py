@@ -3,6 +3,7 @@ whole batch, in float64."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from contextlib import AbstractContextManager
 from typing import Any
@@ -23,6 +24,7 @@ from spread import (
     backward,
     build,
     fully,
+    in_turn,
     make_net,
     sharded,
     tensor_parallel,
@@ -44,19 +46,19 @@ in_every_way = pytest.mark.parametrize("spread", DTENSORS, ids=lambda way: way._
 
 
 @in_every_world
-@pytest.mark.parametrize("name", CLASSES)
 @in_every_way
-def test_as_in_one_process(world: World, name: str, spread: Spread) -> None:
+def test_as_in_one_process(world: World, spread: Spread) -> None:
     """Also LAMB's trust ratios, which are of whole tensors, and its norm, which is of all of them."""
-    (net, part), alone = spread(world), make_net(world.device)
-    ours, theirs = build(name, net.parameters()), build(name, alone.parameters())
-    for step in range(3):
-        for model, optimizer, share in ((net, ours, part), (alone, theirs, (0, 1))):
-            optimizer.zero_grad(set_to_none=step != 1)
-            backward(model, step, *share)
-            optimizer.step()
-    assert any(isinstance(p, DTensor) for p in parameters(ours))
-    assert_same(ours, theirs)
+    for name in in_turn(*CLASSES):
+        (net, part), alone = spread(world), make_net(world.device)
+        ours, theirs = build(name, net.parameters()), build(name, alone.parameters())
+        for step in range(3):
+            for model, optimizer, share in ((net, ours, part), (alone, theirs, (0, 1))):
+                optimizer.zero_grad(set_to_none=step != 1)
+                backward(model, step, *share)
+                optimizer.step()
+        assert any(isinstance(p, DTensor) for p in parameters(ours))
+        assert_same(ours, theirs)
 
 
 @in_every_world
@@ -81,35 +83,35 @@ def poison(param: nn.Parameter, bad: float) -> None:
 
 
 @in_every_world
-@pytest.mark.parametrize(("norm_type", "bad"), [(2.0, -math.inf), (math.inf, math.nan)])
 @in_every_way
-def test_whole_update(world: World, norm_type: float, bad: float, spread: Spread) -> None:
+def test_whole_update(world: World, spread: Spread) -> None:
     """Clips by the norm over all shards, replicas counted once, and all ranks skip what one of them saw. `bad` stands
     in one rank's shard alone."""
-    (net, part), alone = spread(world), make_net(world.device)
-    clip = {"max_grad_norm": 0.5, "norm_type": norm_type, "skip_nonfinite": True}
-    ours, theirs = build("adamw-amsgrad", net.parameters(), **clip), build("adamw-amsgrad", alone.parameters())
-    for step in range(4):
-        ours.zero_grad()
-        theirs.zero_grad()
-        for micro in range(2):
-            backward(net, 10 * step + micro, *part)
-            backward(alone, 10 * step + micro)
-        for param in parameters(theirs):
-            param.grad /= 2
-        norm = nn.utils.clip_grad_norm_(parameters(theirs), 0.5, norm_type)
-        if step == 1:
-            poison(parameters(ours)[0], bad)
-        ours.step(grad_scale=2)
-        assert type(ours.last_grad_norm) is torch.Tensor
-        assert_alike(ours.last_grad_norm.nan_to_num())
-        if step == 1:
-            assert not ours.last_grad_norm.isfinite()
-            continue
-        theirs.step()
-        torch.testing.assert_close(ours.last_grad_norm, norm.float())
-    assert ours.skipped_steps.item() == 1
-    assert_same(ours, theirs)
+    for norm_type, bad in in_turn((2.0, -math.inf), (math.inf, math.nan)):
+        (net, part), alone = spread(world), make_net(world.device)
+        clip = {"max_grad_norm": 0.5, "norm_type": norm_type, "skip_nonfinite": True}
+        ours, theirs = build("adamw-amsgrad", net.parameters(), **clip), build("adamw-amsgrad", alone.parameters())
+        for step in range(4):
+            ours.zero_grad()
+            theirs.zero_grad()
+            for micro in range(2):
+                backward(net, 10 * step + micro, *part)
+                backward(alone, 10 * step + micro)
+            for param in parameters(theirs):
+                param.grad /= 2
+            norm = nn.utils.clip_grad_norm_(parameters(theirs), 0.5, norm_type)
+            if step == 1:
+                poison(parameters(ours)[0], bad)
+            ours.step(grad_scale=2)
+            assert type(ours.last_grad_norm) is torch.Tensor
+            assert_alike(ours.last_grad_norm.nan_to_num())
+            if step == 1:
+                torch.testing.assert_close(ours.last_grad_norm.item(), abs(bad), equal_nan=True)
+                continue
+            theirs.step()
+            torch.testing.assert_close(ours.last_grad_norm, norm.float())
+        assert ours.skipped_steps.item() == 1
+        assert_same(ours, theirs)
 
 
 @in_every_world
@@ -134,50 +136,49 @@ def test_clips_as_torch_clips_dtensors(world: World) -> None:
 
 
 @in_every_world
-@pytest.mark.parametrize("name", ["adamw-amsgrad", "lamb"])
-def test_groups_have_their_own_bounds(world: World, name: str) -> None:
-    (net, part), alone = sharded(world), make_net(world.device)
+def test_groups_have_their_own_bounds(world: World) -> None:
+    for name in in_turn("adamw-amsgrad", "lamb"):
+        (net, part), alone = sharded(world), make_net(world.device)
 
-    def groups(model: nn.Module) -> list[dict[str, Any]]:
-        params = list(model.parameters())
-        return [{"params": params[:3]}, {"params": params[3:6], "max_grad_norm": None}, {"params": params[6:]}]
+        def groups(model: nn.Module) -> list[dict[str, Any]]:
+            params = list(model.parameters())
+            return [{"params": params[:3]}, {"params": params[3:6], "max_grad_norm": None}, {"params": params[6:]}]
 
-    ours, theirs = (build(name, groups(model), max_grad_norm=0.25) for model in (net, alone))
-    for step in range(3):
-        for model, optimizer, share in ((net, ours, part), (alone, theirs, (0, 1))):
-            optimizer.zero_grad()
-            backward(model, step, *share)
-            optimizer.step()
-        torch.testing.assert_close(ours.last_grad_norm, theirs.last_grad_norm)
-    assert_same(ours, theirs)
+        ours, theirs = (build(name, groups(model), max_grad_norm=0.25) for model in (net, alone))
+        for step in range(3):
+            for model, optimizer, share in ((net, ours, part), (alone, theirs, (0, 1))):
+                optimizer.zero_grad()
+                backward(model, step, *share)
+                optimizer.step()
+            torch.testing.assert_close(ours.last_grad_norm, theirs.last_grad_norm)
+        assert_same(ours, theirs)
 
 
 @in_every_world
-@pytest.mark.parametrize("unscale", [False, True])
-@pytest.mark.parametrize("clip", [False, True])
-def test_grad_scaler(world: World, unscale: bool, clip: bool) -> None:
+def test_grad_scaler(world: World) -> None:
     """An overflow in one rank's shard: GradScaler looks at DTensors over the whole mesh, so all ranks skip alike."""
-    (net, part), alone = sharded(world), make_net(world.device)
-    bound = {"max_grad_norm": 0.5} if clip else {}
-    ours = build("adamw-amsgrad", net.parameters(), **bound)
-    theirs = build("adamw-amsgrad", alone.parameters(), **bound)
-    scaler = torch.amp.GradScaler(world.device, init_scale=64.0)
-    for step in range(3):
-        ours.zero_grad()
-        theirs.zero_grad()
-        scaler.scale(torch.zeros((), device=world.device))
-        backward(net, step, *part, scale=scaler.get_scale())
-        backward(alone, step)
-        if step == 1:
-            poison(parameters(ours)[0], math.inf)
-        if unscale:
-            scaler.unscale_(ours)
-        scaler.step(ours)
-        scaler.update()
-        if step != 1:
-            theirs.step()
-    assert scaler.get_scale() == 32.0
-    assert_same(ours, theirs)
+    for unscale, clip in in_turn(*itertools.product([False, True], repeat=2)):
+        (net, part), alone = sharded(world), make_net(world.device)
+        bound = {"max_grad_norm": 0.5} if clip else {}
+        ours = build("adamw-amsgrad", net.parameters(), **bound)
+        theirs = build("adamw-amsgrad", alone.parameters(), **bound)
+        scaler = torch.amp.GradScaler(world.device, init_scale=64.0)
+        for step in range(3):
+            ours.zero_grad()
+            theirs.zero_grad()
+            scaler.scale(torch.zeros((), device=world.device))
+            backward(net, step, *part, scale=scaler.get_scale())
+            backward(alone, step)
+            if step == 1:
+                poison(parameters(ours)[0], math.inf)
+            if unscale:
+                scaler.unscale_(ours)
+            scaler.step(ours)
+            scaler.update()
+            if step != 1:
+                theirs.step()
+        assert scaler.get_scale() == 32.0
+        assert_same(ours, theirs)
 
 
 # ---- dtypes
@@ -185,24 +186,24 @@ def test_grad_scaler(world: World, unscale: bool, clip: bool) -> None:
 
 @in_every_world
 @pytest.mark.parametrize("params", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", CLASSES)
-def test_mixed_precision(world: World, params: torch.dtype, name: str) -> None:
+def test_mixed_precision(world: World, params: torch.dtype) -> None:
     """The forward pass in bfloat16, gradients reduced in float32; float32 states in any case. One process gets the same
     gradients, and where nothing is summed over tensors, the same bits come out."""
-    net, part = sharded(world, params, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
-    alone = nn.ParameterList(copies([whole(p) for p in net.parameters()]))
-    ours = build(name, net.parameters(), state_dtype=torch.float32)
-    theirs = build(name, alone, state_dtype=torch.float32)
-    for step in range(3):
-        ours.zero_grad()
-        backward(net, step, *part)
-        for p, q in zip(net.parameters(), alone, strict=True):
-            q.grad = whole(p.grad).clone()
-        ours.step()
-        theirs.step()
-    assert {p.dtype for p in parameters(ours)} == {params}
-    rounding = {torch.float32: (1e-6, 1e-7), torch.bfloat16: (2**-7, 1e-4)}  # of LAMB's ratios, which sums precede
-    assert_same(ours, theirs, *(rounding[params] if name == "lamb" else (0.0, 0.0)))
+    for name in in_turn(*CLASSES):
+        net, part = sharded(world, params, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+        alone = nn.ParameterList(copies([whole(p) for p in net.parameters()]))
+        ours = build(name, net.parameters(), state_dtype=torch.float32)
+        theirs = build(name, alone, state_dtype=torch.float32)
+        for step in range(3):
+            ours.zero_grad()
+            backward(net, step, *part)
+            for p, q in zip(net.parameters(), alone, strict=True):
+                q.grad = whole(p.grad).clone()
+            ours.step()
+            theirs.step()
+        assert {p.dtype for p in parameters(ours)} == {params}
+        rounding = {torch.float32: (1e-6, 1e-7), torch.bfloat16: (2**-7, 1e-4)}  # of LAMB's ratios, which sums precede
+        assert_same(ours, theirs, *(rounding[params] if name == "lamb" else (0.0, 0.0)))
 
 
 @in_every_world
@@ -275,25 +276,25 @@ def test_frozen_params(world: World) -> None:
 # ---- what a step costs
 
 
+CALLS = [("adamw-amsgrad", None, 0), ("adamw-amsgrad", 0.5, 1), ("lamb", None, 1), ("lamb", 1.0, 2)]
+
+
 def counted(name: str) -> AbstractContextManager[mock.MagicMock]:
     return mock.patch.object(dist, name, side_effect=getattr(dist, name))
 
 
 @in_every_world
-@pytest.mark.parametrize(
-    ("name", "clip", "calls"),
-    [("adamw-amsgrad", None, 0), ("adamw-amsgrad", 0.5, 1), ("lamb", None, 1), ("lamb", 1.0, 2)],
-)
 @pytest.mark.parametrize("spread", [sharded, tensor_parallel], ids=lambda way: way.__name__)
-def test_collectives_of_a_step(world: World, name: str, clip: float | None, calls: int, spread: Spread) -> None:
+def test_collectives_of_a_step(world: World, spread: Spread) -> None:
     """One for the norm and one for LAMB's ratios, whatever the number of params; none where nothing is summed."""
-    net, part = spread(world)
-    optimizer = build(name, net.parameters(), max_grad_norm=clip)
-    for step in range(2):
-        backward(net, step, *part)
-        with counted("all_reduce") as reduced, counted("all_gather") as gathered:
-            optimizer.step()
-        assert (reduced.call_count, gathered.call_count) == (calls if world.size > 1 else 0, 0)
+    for name, clip, calls in in_turn(*CALLS):
+        net, part = spread(world)
+        optimizer = build(name, net.parameters(), max_grad_norm=clip)
+        for step in range(2):
+            backward(net, step, *part)
+            with counted("all_reduce") as reduced, counted("all_gather") as gathered:
+                optimizer.step()
+            assert (reduced.call_count, gathered.call_count) == (calls if world.size > 1 else 0, 0)
 
 
 @in_every_world
