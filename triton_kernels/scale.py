@@ -17,6 +17,7 @@ def scaled(
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
     KIND: tl.constexpr,
+    EMA: tl.constexpr,
 ) -> tl.tuple:
     """A pass (see step.py). Stream: the gradient."""
     store(pointers, 0, (values[0] * factor,), mask, KIND)
@@ -43,7 +44,7 @@ def scale_chunk(
     changes = (grad != 0) & (factor != 1.0)
     count = tl.where(changes, tl.minimum(tl.load(rows + row * ROW_WIDTH) - first, CHUNK), 0).to(tl.int32)
     pointers = (pointer_to(grad, first, stream_dtype(KIND, 0)),)
-    walk(factor, pointers, count, grad & 15 == 0, (), scaled, None, None, KIND)
+    walk(factor, pointers, count, grad & 15 == 0, (), scaled, None, None, KIND, False)
 
 
 @triton.jit(do_not_specialize_on_alignment=["desc", "rows", "grads", "raw", "group", "squares"])
