@@ -2,9 +2,6 @@
 // arithmetic with selects in place of branches, so that the compiler vectorises loops over them and no instruction set
 // is required; they hold with denormals flushed, too.
 #pragma once
-#include <cstdint>
-#include <cstring>
-
 #include "rules.h"
 
 #ifdef __CUDACC__
@@ -13,18 +10,6 @@
 #endif
 
 namespace fused_optim {
-
-FUSED_HD uint32_t float_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-FUSED_HD float bits_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
 
 FUSED_HD float bf16_to_float(uint16_t x) { return bits_float(static_cast<uint32_t>(x) << 16); }
 

@@ -6,6 +6,8 @@
 // changes the states, `direction` makes the update of them alone, before lr and decay.
 #pragma once
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 #include <limits>
 
 #ifdef __CUDACC__
@@ -15,6 +17,18 @@
 #endif
 
 namespace fused_optim {
+
+FUSED_HD uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+FUSED_HD float bits_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
 
 // What a rule reads. One per tensor, written by prep in float64, rounded once to T. The order is that of `hyper` in the
 // table.
@@ -72,6 +86,18 @@ FUSED_HD T finite(T x) {
   return absolute(x) <= largest<T>() ? x : T(0);
 }
 
+// x, which is not negative, or the largest number where it is inf. As whole numbers floats keep their order, and the
+// smaller of two is one instruction; a select of floats is two.
+template <class T>
+FUSED_HD T bounded(T x) {
+  if constexpr (sizeof(T) == 4) {
+    const int32_t bits = static_cast<int32_t>(float_bits(x)), most = static_cast<int32_t>(float_bits(largest<float>()));
+    return bits_float(static_cast<uint32_t>(bits < most ? bits : most));
+  } else {
+    return x < largest<T>() ? x : largest<T>();
+  }
+}
+
 // (1 - weight) * average + weight * x. `weight` is rounded once from float64: 1 - float(weight) is closer to the truth
 // than float(beta), and the two still sum to 1. With weight 1 (beta 0) the old average is gone without a trace.
 template <class T>
@@ -82,9 +108,7 @@ FUSED_HD T lerp(T average, T x, T weight) {
 // The same of x * x: finite where weight * x * x is, and inf (not NaN) once the average is inf.
 template <class T>
 FUSED_HD T lerp_square(T average, T x, T weight) {
-  T forget = weight * average;
-  forget = forget < largest<T>() ? forget : largest<T>();
-  return fma(weight * x, x, average - forget);
+  return fma(weight * x, x, fma(-weight, bounded(average), average));
 }
 
 // The larger of the two; NaN if either is, as torch.maximum.

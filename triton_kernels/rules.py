@@ -86,8 +86,8 @@ def lerp(average: tl.tensor, x: tl.tensor, weight: tl.tensor) -> tl.tensor:
 @triton.jit
 def lerp_square(average: tl.tensor, x: tl.tensor, weight: tl.tensor) -> tl.tensor:
     """The same of x * x: finite where weight * x * x is, and inf (not NaN) once the average is inf."""
-    forget = minimum(weight * average, largest(x.dtype))
-    return tl.fma(weight * x, x, average - forget)
+    bounded = minimum(average, largest(x.dtype))
+    return tl.fma(weight * x, x, tl.fma(-weight, bounded, average))
 
 
 @triton.jit
