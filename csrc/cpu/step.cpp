@@ -10,7 +10,7 @@
 namespace fused_optim::FUSED_ISA {
 namespace {
 
-constexpr int kBlock = 256;  // elements between two prefetches; a block of every stream, widened, stays in L1
+constexpr int kBlockBytes = 1024;  // of the params, between two prefetches; a block of every stream stays in L1
 
 // The streams of one row: param, grad, states.
 template <int S>
@@ -83,12 +83,7 @@ void measure_block(const Hyper<T>& hyper, const P* param, A* const* states, int 
   sums.update += update_sum;
 }
 
-// Two neighbouring bfloat16 values in one word, at any even address: the odd one is a float32 with a lower half to be
-// masked away, the even one has to be shifted. So nothing moves between lanes, which two-byte loads and stores cost.
-using Pair = uint32_t __attribute__((may_alias, aligned(2)));
-
-FUSED_HD float even(uint32_t pair) { return bits_float(pair << 16); }
-FUSED_HD float odd(uint32_t pair) { return bits_float(pair & 0xffff0000u); }
+// A pair of them again.
 FUSED_HD uint32_t join(float even, float odd) {
   // Where nothing but bfloat16 comes in, no NaN has a lower half that rounding could carry out of it.
   return (round_to_upper_half(even) >> 16) | (round_to_upper_half(odd) & 0xffff0000u);
@@ -139,6 +134,7 @@ void average_block(const Hyper<T>& hyper, const P* param, const Stream& ema, int
 // The dtypes in which models are trained, straight from memory to memory.
 template <Pass pass, class Rule, bool kAverages, class T, int S, class P, class G, class A>
 Sums update_direct(const Hyper<T>& h, const Row<S>& row, int64_t begin, int64_t end) {
+  constexpr int kBlock = kBlockBytes / sizeof(P);
   Sums sums;
   for (int64_t element = begin; element < end; element += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - element));
@@ -157,6 +153,7 @@ Sums update_direct(const Hyper<T>& h, const Row<S>& row, int64_t begin, int64_t 
 // Any other combination, by way of float32 copies of each block.
 template <Pass pass, class Rule, bool kAverages, int S>
 Sums update_copied(const Hyper<float>& h, const Row<S>& row, int64_t begin, int64_t end) {
+  constexpr int kBlock = kBlockBytes / sizeof(float);
   alignas(64) float param[kBlock], grad[kBlock], state[S > 0 ? S : 1][kBlock];
   float* states[S > 0 ? S : 1];
   for (int s = 0; s < S; ++s) states[s] = state[s];
