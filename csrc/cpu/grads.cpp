@@ -10,7 +10,80 @@
 namespace fused_optim::FUSED_ISA {
 namespace {
 
-constexpr int kLanes = 16;  // sums side by side: a single vector would wait for its own last addition
+constexpr int kLanes = 32;  // sums side by side: one vector would wait for its own last addition
+constexpr int kRun = 8;     // squares that a lane adds up in float32 before they go into a float64
+
+template <class G>
+double squares_in_double(const G* x, int count) {
+  double part[kLanes] = {}, total = 0.0;
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const double wide = widen(x[i + lane]);
+      part[lane] += wide * wide;
+    }
+  }
+  for (; i < count; ++i) {
+    const double wide = widen(x[i]);
+    total += wide * wide;
+  }
+  for (double sum : part) total += sum;
+  return total;
+}
+
+// One run of every lane. Unrolled, `sum` stays in registers.
+template <class G>
+void add_squares(const G* x, double (&part)[kLanes]) {
+  float sum[kLanes] = {};
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes * kRun; i += kLanes) {
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) sum[lane] = fma(widen(x[i + lane]), widen(x[i + lane]), sum[lane]);
+  }
+  for (int lane = 0; lane < kLanes; ++lane) part[lane] += sum[lane];
+}
+
+void add_squares(const BFloat16* x, double (&part)[kLanes]) {
+  const Pair* pairs = reinterpret_cast<const Pair*>(x);  // auto would forget how it is aligned
+  float sum[kLanes] = {};
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes * kRun / 2; i += kLanes) {
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const Pair pair = pairs[i + lane];
+      sum[lane] = fma(odd(pair), odd(pair), fma(even(pair), even(pair), sum[lane]));
+    }
+  }
+  for (int lane = 0; lane < kLanes; ++lane) part[lane] += sum[lane];
+}
+
+#ifdef __F16C__
+// With the processor's own conversions, which the compiler does not think of: some eight times as fast as by bits.
+void add_squares(const Float16* x, double (&part)[kLanes]) {
+  float sum[kLanes];
+  for (int lane = 0; lane < kLanes; lane += 8) {
+    __m256 eight = _mm256_setzero_ps();
+    for (int i = lane; i < kLanes * kRun; i += kLanes) {
+      const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i)));
+      eight = _mm256_fmadd_ps(wide, wide, eight);
+    }
+    _mm256_storeu_ps(sum + lane, eight);
+  }
+  for (int lane = 0; lane < kLanes; ++lane) part[lane] += sum[lane];
+}
+#endif
+
+// Mostly in float32, which takes half the instructions; kRun roundings of 2**-24 are lost in that of the norm.
+template <class G>
+double squares_in(const G* x, int count) {
+  const int done = count - count % (kLanes * kRun);
+  double part[kLanes] = {}, total = 0.0;
+  for (int i = 0; i < done; i += kLanes * kRun) add_squares(x + i, part);
+  for (double sum : part) total += sum;
+  // A square may lie outside of float32's range, and all of them below it: no gradient is lost to that.
+  if (!(total > 1e-27 && total < 1e38)) total = squares_in_double(x, done);
+  return total + squares_in_double(x + done, count - done);
+}
 
 // The sum of the squares of one chunk's gradient.
 double squares_of(const Tables& t, int64_t desc) {
@@ -20,28 +93,11 @@ double squares_of(const Tables& t, int64_t desc) {
   const int64_t* columns = t.rows + row * kRowWidth;
   const int count = static_cast<int>(std::min<int64_t>(kChunk, columns[kNumel] - begin));
   const Stream grad(t.grads[row], columns[kSignature], 1);
-  const auto sum = [&](auto type) {
-    const auto* x = reinterpret_cast<const decltype(type)*>(grad.at(begin));
-    double part[kLanes] = {};
-    int i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const double wide = widen(x[i + lane]);
-        part[lane] += wide * wide;
-      }
-    }
-    double total = 0.0;
-    for (; i < count; ++i) {
-      const double wide = widen(x[i]);
-      total += wide * wide;
-    }
-    for (double sum : part) total += sum;
-    return total;
-  };
-  const double counted = raw[kMaxNorm] > 0.0 ? 1.0 : 0.0;
+  const double counted = raw[kMaxNorm] > 0.0 ? 1.0 : 0.0;  // 0 makes NaN of what is not finite
+  if (grad.dtype == kFloat64) return squares_in_double(reinterpret_cast<const double*>(grad.at(begin)), count) * counted;
   double total = 0.0;
-  if (grad.dtype == kFloat64) return sum(double{}) * counted;
-  visit_dtype(grad.dtype, [&](auto type) { total = sum(type); });
+  visit_dtype(grad.dtype,
+              [&](auto type) { total = squares_in(reinterpret_cast<const decltype(type)*>(grad.at(begin)), count); });
   return total * counted;
 }
 
@@ -54,7 +110,7 @@ void scale_block(T factor, G* grad, int count) {
 }
 
 #ifdef __F16C__
-// With the processor's own conversions, which the compiler does not think of: some eight times as fast as by bits.
+// As add_squares.
 void scale_block(float factor, Float16* grad, int count) {
   if (factor == 1.0f) return;
   int i = 0;

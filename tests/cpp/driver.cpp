@@ -230,7 +230,8 @@ class Run {
     Tables gradients = t;
     gradients.rows = rows.data();
     squares_ = walk_squares(gradients);
-    check(close(squares_, expected, 1e-13L * expected), "squares", 0, 0, squares_, static_cast<double>(expected));
+    check(close(squares_, expected, squares_error * expected), "squares", 0, 0, squares_,
+          static_cast<double>(expected));
     const double again = walk_squares(gradients);
     check(std::memcmp(&again, &squares_, sizeof again) == 0, "squares at the second time", 0, 0, again, squares_);
   }

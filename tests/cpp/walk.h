@@ -5,4 +5,5 @@
 int walk_step(const char* rule, const fused_optim::Tables& t);
 int walk_move(const char* rule, const fused_optim::Tables& t);
 double walk_squares(const fused_optim::Tables& t);
+extern const double squares_error;  // of what they return, relative
 void walk_scale(const fused_optim::Tables& t);

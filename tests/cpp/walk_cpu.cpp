@@ -7,5 +7,6 @@ using fused_optim::baseline::walker;
 
 int walk_step(const char* rule, const Tables& t) { return walker.step(rule, t, 2) ? 0 : -1; }
 int walk_move(const char* rule, const Tables& t) { return walker.move(rule, t, 2) ? 0 : -1; }
+const double squares_error = 1e-7;  // float32 adds up a few of them
 double walk_squares(const Tables& t) { return walker.squares(t, 2); }
 void walk_scale(const Tables& t) { walker.scale(t, 2); }

@@ -8,6 +8,7 @@ using fused_optim::Tables;
 
 int walk_step(const char* rule, const Tables& t) { return fused_optim::launch_step_emulated(rule, t); }
 int walk_move(const char* rule, const Tables& t) { return fused_optim::launch_move_emulated(rule, t); }
+const double squares_error = 1e-13;
 double walk_squares(const Tables& t) {
   double out = NAN;
   return fused_optim::launch_squares_emulated(t, &out) == 0 ? out : NAN;
