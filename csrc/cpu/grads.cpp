@@ -94,7 +94,8 @@ double squares_of(const Tables& t, int64_t desc) {
   const int count = static_cast<int>(std::min<int64_t>(kChunk, columns[kNumel] - begin));
   const Stream grad(t.grads[row], columns[kSignature], 1);
   const double counted = raw[kMaxNorm] > 0.0 ? 1.0 : 0.0;  // 0 makes NaN of what is not finite
-  if (grad.dtype == kFloat64) return squares_in_double(reinterpret_cast<const double*>(grad.at(begin)), count) * counted;
+  if (grad.dtype == kFloat64)
+    return squares_in_double(reinterpret_cast<const double*>(grad.at(begin)), count) * counted;
   double total = 0.0;
   visit_dtype(grad.dtype,
               [&](auto type) { total = squares_in(reinterpret_cast<const decltype(type)*>(grad.at(begin)), count); });
