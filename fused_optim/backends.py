@@ -15,7 +15,7 @@ import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,24 +145,25 @@ def _native(table: Table) -> Any:
     return table.native
 
 
-def _triton(table: Table, function: str, *args: Any) -> None:
+def _triton(table: Table, function: str, args: Sequence[Any], *more: Any) -> None:
+    """launch's function of that name. args: what comes before the table's arrays; more: what comes after them."""
     from .triton_kernels import launch
 
     with nullcontext() if table.device.type == "cpu" else torch.cuda.device(table.device):
-        getattr(launch, function)(*args)
+        getattr(launch, function)(*args, launch.Arrays(*_arrays(table)), *more)
 
 
 def _step_triton(table: Table, scaling: Scaling) -> None:
     numbers = scaling.grad_scale, scaling.found_inf, scaling.squares
-    _triton(table, "launch", table.rule.name, table.kinds, *_arrays(table), *numbers, table.ema)
+    _triton(table, "launch", (table.rule.name, table.kinds), *numbers, table.ema)
 
 
 def _move_triton(table: Table) -> None:
-    _triton(table, "launch_move", table.rule.name, table.kinds, *_arrays(table), table.ema)
+    _triton(table, "launch_move", (table.rule.name, table.kinds), table.ema)
 
 
 def _squares_triton(table: Table, out: Tensor) -> None:
-    _triton(table, "launch_squares", table.kinds, *_arrays(table), out)
+    _triton(table, "launch_squares", (table.kinds,), out)
 
 
 def _cuda(table: Table, function: str, *args: Any) -> None:
@@ -187,7 +188,7 @@ def _squares_cuda(table: Table, out: Tensor) -> None:
 
 
 def _scale_triton(table: Table, squares: Tensor) -> None:
-    _triton(table, "launch_scale", table.kinds, *_arrays(table), squares)
+    _triton(table, "launch_scale", (table.kinds,), squares)
 
 
 def _scale_cuda(table: Table, squares: Tensor) -> None:

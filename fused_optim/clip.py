@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 
 from .backends import pick
 from .device import DeviceTable
-from .optimizer import _Fork
+from .forks import heed_fork
 from .table import DTYPE_CODES, MAX_NORM, Row, Rule, Scalars, Table, is_dense, real_dtype
 from .watch import GRADS_MOVED, RAW_CHANGED
 
@@ -76,8 +76,7 @@ def clip_grad_norm_(
     if found is None:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
 
-    if _Fork.in_child:
-        _Fork.heed()
+    heed_fork()
     squares = _sum_of_squares([gradients for _, gradients in found])
     if error_if_nonfinite and not math.isfinite(squares.item()):
         raise RuntimeError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +13,7 @@ from . import backends
 from .checkpoints import Checkpoints
 from .device import DeviceTable
 from .ema import Averaging, Decay, make_average
+from .forks import heed_fork
 from .layout import check_grad, check_hyperparameter, check_param, conform, conform_step, make_row, make_states
 from .scaling import Scaler, check_options
 from .shards import Groups, groups_of, is_sharded, local, reduce_over
@@ -23,26 +23,6 @@ from .watch import Watch as PythonWatch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-class _Fork:
-    """A forked child has none of its parent's OpenMP threads: torch, whose thread count the C++ step follows too,
-    would wait for them for ever."""
-
-    in_child = False
-
-    @classmethod
-    def remember(cls) -> None:
-        cls.in_child = True
-
-    @classmethod
-    def heed(cls) -> None:
-        torch.set_num_threads(1)
-        cls.in_child = False
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_Fork.remember)
 
 
 class FusedOptimizer(Averaging, Checkpoints):
@@ -163,8 +143,7 @@ class FusedOptimizer(Averaging, Checkpoints):
             with torch.enable_grad():
                 loss = closure()
 
-        if _Fork.in_child:
-            _Fork.heed()
+        heed_fork()
         watched = self._watched_state is self.state and self._watched_groups is self.param_groups
         moved = self._watch.look() if watched else REBUILD
         if moved & REBUILD:

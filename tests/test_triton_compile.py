@@ -304,14 +304,14 @@ def take_step(rule: str, tensors: int = 40, offset: int = 0, values: float = 0.0
 
     i64, f64 = torch.int64, torch.float64
     desc, rows, grads, lr = array(i64, tensors if chunks is None else chunks), array(i64), array(i64), array(i64)
-    arrays = desc, rows, grads, lr, array(f64), array(torch.int32), array(f64)
-    sums, squares = (None,) * 4, None
+    arrays, squares = launching.Arrays(desc, rows, grads, lr, array(f64), array(torch.int32), array(f64)), None
     if rule == "lamb":
-        sums, squares = (array(i64), array(f64), array(f64), array(f64)), array(f64, 1)
-        launching.launch_squares(F32_KINDS, *arrays, *sums, squares)
-        launching.launch_scale(F32_KINDS, *arrays, *sums, squares)
-    launching.launch(rule, F32_KINDS, *arrays, *sums, None, array(torch.float32, 1), squares)
-    launching.launch_move(rule, F32_KINDS, *arrays, *sums)
+        arrays = arrays._replace(spans=array(i64), partials=array(f64), sums=array(f64), trust=array(f64))
+        squares = array(f64, 1)
+        launching.launch_squares(F32_KINDS, arrays, squares)
+        launching.launch_scale(F32_KINDS, arrays, squares)
+    launching.launch(rule, F32_KINDS, arrays, None, array(torch.float32, 1), squares)
+    launching.launch_move(rule, F32_KINDS, arrays)
 
 
 @pytest.mark.parametrize("rule", LAUNCHED)

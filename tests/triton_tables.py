@@ -9,7 +9,7 @@ from typing import Any
 
 import oracle
 import torch
-from fused_optim.triton_kernels.launch import launch, launch_move, launch_scale, launch_squares
+from fused_optim.triton_kernels.launch import Arrays, launch, launch_move, launch_scale, launch_squares
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -147,7 +147,7 @@ class Table:
     def kinds(self) -> tuple[tuple[int, ...], ...]:
         return tuple(dict.fromkeys(row.dtypes for row in self.rows))
 
-    def arrays(self) -> tuple[Tensor | None, ...]:
+    def arrays(self) -> Arrays:
         desc, table, spans = [], [], [0]
         for number, row in enumerate(self.rows):
             written = [row.views[0], *row.views[2:]]
@@ -165,7 +165,7 @@ class Table:
             table.append([numel, param, row.step.data_ptr(), signature, *states, *[0] * (3 - len(states)), average])
         trusts = self.rule == "lamb"
         partials = torch.full((len(desc), 2), math.nan, dtype=torch.float64, device=DEVICE)
-        return (
+        return Arrays(
             integers(desc),
             integers(table),
             integers([row.grad_address and self.start(row.views[1], row.grad_address) for row in self.rows]),
@@ -182,15 +182,15 @@ class Table:
     def launch(self) -> None:
         arrays = self.arrays()
         if self.clips:
-            launch_squares(self.kinds, *arrays, self.squares)
+            launch_squares(self.kinds, arrays, self.squares)
         squares = self.squares if self.clips else None
-        launch(self.rule, self.kinds, *arrays, self.grad_scale, self.found_inf, squares, self.ema)
-        launch_move(self.rule, self.kinds, *arrays, self.ema)
+        launch(self.rule, self.kinds, arrays, self.grad_scale, self.found_inf, squares, self.ema)
+        launch_move(self.rule, self.kinds, arrays, self.ema)
 
     def scale_gradients(self) -> None:
         arrays = self.arrays()
-        launch_squares(self.kinds, *arrays, self.squares)
-        launch_scale(self.kinds, *arrays, self.squares)
+        launch_squares(self.kinds, arrays, self.squares)
+        launch_scale(self.kinds, arrays, self.squares)
 
     def start(self, view: Tensor, address: int | None = None) -> int:
         return (view.data_ptr() if address is None else address) - self.chunks_before * CHUNK * view.itemsize

@@ -1,12 +1,12 @@
 """Launches the kernels on the current stream, with no knowledge of any optimizer; compiles them where no GPU is.
 
-All functions take the arrays of a table (csrc/tables.h) and `kinds`, the dtype codes (param, grad, *states) of
-every kind, in the order in which `desc` numbers them; with `ema` the last code is that of the average of the weights,
-which every row has then. The table's device is the current one.
+All functions take a table's arrays and `kinds`, the dtype codes (param, grad, *states) of every kind, in the order in
+which `desc` numbers them; with `ema` the last code is that of the average of the weights, which every row has then. The
+table's device is the current one.
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,6 +31,23 @@ TYPES = {
     **dict.fromkeys(("tensors", "chunks"), "i32"),
     "group": "*i32",
 }
+
+
+class Arrays(NamedTuple):
+    """What a table consists of, see csrc/tables.h."""
+
+    desc: Tensor
+    rows: Tensor
+    grads: Tensor
+    lr: Tensor
+    raw: Tensor
+    group: Tensor
+    hyper: Tensor
+    # None where nothing is summed over whole tensors.
+    spans: Tensor | None = None
+    partials: Tensor | None = None
+    sums: Tensor | None = None
+    trust: Tensor | None = None
 
 
 class Variant:
@@ -118,17 +135,7 @@ TRUST = Variant(trust_kernel, PREP_TENSORS.value)
 def launch(
     rule: str,
     kinds: Kinds,
-    desc: Tensor,
-    rows: Tensor,
-    grads: Tensor,
-    lr: Tensor,
-    raw: Tensor,
-    group: Tensor,
-    hyper: Tensor,
-    spans: Tensor | None,
-    partials: Tensor | None,
-    sums: Tensor | None,
-    trust: Tensor | None,
+    x: Arrays,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     squares: Tensor | None,
@@ -139,92 +146,59 @@ def launch(
     grad_scale, found_inf: one number each, best a float32 on the table's device; None is no scaling, no skipping.
     squares: what `launch_squares` has written (over all devices); None is no clipping.
     """
-    tensors, chunks = grads.numel(), desc.numel()
+    tensors, chunks, device = x.grads.numel(), x.desc.numel(), x.grads.device
     if tensors == 0:
         return
-    device = grads.device
     one, zero = _neutral(device)
     scale = one if grad_scale is None else _float32_on(device, grad_scale)
     found = zero if found_inf is None else _float32_on(device, found_inf)
     programs = -(-tensors // PREP_TENSORS.value)
-    prep = prep_variant(squares is not None, trust is not None)
-    prep.start(device, programs, rows, grads, lr, raw, group, hyper, scale, found, squares, tensors)
-    if trust is None:
-        partials = None  # They are there for clipping.
+    prep = prep_variant(squares is not None, x.trust is not None)
+    prep.start(device, programs, x.rows, x.grads, x.lr, x.raw, x.group, x.hyper, scale, found, squares, tensors)
+    partials = None if x.trust is None else x.partials  # without a trust ratio they are there for clipping
     if chunks:
-        step_variant(rule, kinds, ema).start(device, chunks, desc, rows, grads, hyper, partials, None)
-    if trust is not None:
-        SPANS.start(device, tensors, spans, partials, sums)
+        step_variant(rule, kinds, ema).start(device, chunks, x.desc, x.rows, x.grads, x.hyper, partials, None)
+    if x.trust is not None:
+        SPANS.start(device, tensors, x.spans, partials, x.sums)
 
 
 def launch_move(
     rule: str,
     kinds: Kinds,
-    desc: Tensor,
-    rows: Tensor,
-    grads: Tensor,
-    lr: Tensor,
-    raw: Tensor,
-    group: Tensor,
-    hyper: Tensor,
-    spans: Tensor | None,
-    partials: Tensor | None,
-    sums: Tensor | None,
-    trust: Tensor | None,
+    x: Arrays,
     ema: bool = False,
 ) -> None:
     """The second walk of a rule with a trust ratio: the ratios from `sums`, then the params. Nothing for other
     rules."""
-    tensors, chunks = grads.numel(), desc.numel()
-    if trust is None or tensors == 0:
+    tensors, chunks, device = x.grads.numel(), x.desc.numel(), x.grads.device
+    if x.trust is None or tensors == 0:
         return
-    device = grads.device
-    TRUST.start(device, -(-tensors // PREP_TENSORS.value), raw, group, hyper, sums, trust, tensors)
+    TRUST.start(device, -(-tensors // PREP_TENSORS.value), x.raw, x.group, x.hyper, x.sums, x.trust, tensors)
     if chunks:
-        move_variant(rule, kinds, ema).start(device, chunks, desc, rows, None, hyper, None, trust)
+        move_variant(rule, kinds, ema).start(device, chunks, x.desc, x.rows, None, x.hyper, None, x.trust)
 
 
 def launch_squares(
     kinds: Kinds,
-    desc: Tensor,
-    rows: Tensor,
-    grads: Tensor,
-    lr: Tensor,
-    raw: Tensor,
-    group: Tensor,
-    hyper: Tensor,
-    spans: Tensor | None,
-    partials: Tensor,
-    sums: Tensor | None,
-    trust: Tensor | None,
+    x: Arrays,
     out: Tensor,
 ) -> None:
     """out, float64 [1]: the sum of the squares of all gradients whose groups are clipped."""
-    device, chunks = grads.device, desc.numel()
+    device, chunks = x.grads.device, x.desc.numel()
     if chunks:
-        squares_variant(kinds).start(device, chunks, desc, rows, grads, raw, group, partials)
-    TOTAL.start(device, 1, partials, out, chunks)
+        squares_variant(kinds).start(device, chunks, x.desc, x.rows, x.grads, x.raw, x.group, x.partials)
+    TOTAL.start(device, 1, x.partials, out, chunks)
 
 
 def launch_scale(
     kinds: Kinds,
-    desc: Tensor,
-    rows: Tensor,
-    grads: Tensor,
-    lr: Tensor,
-    raw: Tensor,
-    group: Tensor,
-    hyper: Tensor,
-    spans: Tensor | None,
-    partials: Tensor | None,
-    sums: Tensor | None,
-    trust: Tensor | None,
+    x: Arrays,
     squares: Tensor,
 ) -> None:
     """Multiplies each gradient in place by what clips its group to its bound. squares: what `launch_squares` has
     written (over all devices)."""
-    if chunks := desc.numel():
-        scale_variant(kinds).start(grads.device, chunks, desc, rows, grads, raw, group, squares)
+    if chunks := x.desc.numel():
+        scale_variant(kinds).start(x.grads.device, chunks, x.desc, x.rows, x.grads, x.raw, x.group, squares)
 
 
 @cache
