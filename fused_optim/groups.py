@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 Group = dict[str, Any]
 NORMS: tuple[type[nn.Module], ...] = (
@@ -174,3 +175,20 @@ def layerwise(
         return f"depth_{level}", {"lr": group.get("lr", lr) * factors[level]}
 
     return split([named_group(model)] if groups is None else groups, label)
+
+
+def per_group(name: str, value: float | Sequence[float], optimizer: Optimizer) -> list[float]:
+    """One number for each of the optimizer's groups: the value itself, or everyone's own.
+
+    Raises:
+        ValueError: it holds more numbers than there are groups, or fewer; says so of `name`.
+    """
+    groups = len(optimizer.param_groups)
+    if not isinstance(value, list | tuple):
+        return [value] * groups  # type: ignore[list-item]
+    if len(value) != groups:
+        raise ValueError(
+            f"{name} must be a number or one number for each of the optimizer's {groups} param groups, "
+            f"but got {len(value)} numbers"
+        )
+    return list(value)
