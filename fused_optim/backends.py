@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -263,9 +264,12 @@ def available() -> dict[str, str | None]:
 
 @functools.cache
 def _warn_slow(device_type: str, reasons: str) -> None:
-    warnings.warn(
-        f"fused_optim steps {device_type} tensors in plain PyTorch, which is slow, because {reasons}.", stacklevel=4
-    )
+    inside = tuple(f"{Path(module).parent}{os.sep}" for module in (__file__, torch.__file__))
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    text = f"fused_optim steps {device_type} tensors in plain PyTorch, which is slow, because {reasons}."
+    warnings.warn(text, stacklevel=level)
 
 
 def pick(name: str, device: torch.device) -> Backend:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 
 from . import backends
@@ -56,6 +57,7 @@ class FusedOptimizer(Averaging, Checkpoints):
     _uncompiled_step: ClassVar[Any] = None  # step() for graphs to break at
     _step_supports_amp_scaling = True  # GradScaler hands grad_scale and found_inf to step()
 
+    @_disable_dynamo  # as torch's constructor: where a graph breaks in it, what was set before would be gone
     def __init__(
         self,
         *args: Any,

@@ -311,6 +311,22 @@ def test_many_optimizers_through_one_function(target: Target) -> None:
 
 
 @on_one_target
+@pytest.mark.parametrize("variant", ONE_EACH, ids=str)
+def test_made_where_it_steps(variant: Case, target: Target) -> None:
+    """An optimizer that a compiled function makes, keeps nothing back from it: so torch's own may be used."""
+    models = [make_model(target.device) for _ in range(2)]
+    batch = batches(target.device)[0]
+
+    def made_and_stepped(model: torch.nn.Module) -> Any:
+        optimizer = build(variant, target, model.parameters())
+        loss_of(model, batch).backward()
+        optimizer.step()
+        return optimizer
+
+    assert_same([torch.compile(made_and_stepped, backend=Graphs())(models[0]), made_and_stepped(models[1])])
+
+
+@on_one_target
 def test_no_break_allowed(target: Target) -> None:
     """Dynamo's own error, with our reason in it, and nothing changed."""
     model = make_model(target.device)
