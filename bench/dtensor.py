@@ -12,12 +12,9 @@ are compared with the plain for-loop's before anything is timed; peers take turn
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from environment import ROOT, describe, device_name, folder_name
-from measure import progress
+from measure import host_times, progress
 from report import markdown, number
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -98,21 +95,8 @@ def measure(count: int, clip: bool, mesh: DeviceMesh, rounds: int) -> dict[str, 
             steps[name, kind] = BUILD[name](make(count, mesh, kind == "dtensor"), clip)
             for _ in range(3):
                 steps[name, kind]()
-    samples: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
-    gc.collect()
-    gc.disable()
-    for turn in range(rounds):
-        progress(f"{count:,} tensors: round {turn + 1} of {rounds}")
-        for key, step in steps.items():
-            step()
-            if mesh.device_type == "cuda":
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
-            step()
-            samples[key].append(1e6 * (time.perf_counter() - begin))
-    gc.enable()
-    progress(f"{count:,} tensors: done", done=True)
-    return {name: {kind: statistics.median(samples[name, kind]) for kind in ("plain", "dtensor")} for name in PEERS}
+    medians = host_times(steps, f"{count:,} tensors", rounds)
+    return {name: {kind: medians[name, kind] for kind in ("plain", "dtensor")} for name in PEERS}
 
 
 def table(results: list[dict[str, Any]]) -> str:

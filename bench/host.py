@@ -9,18 +9,16 @@ one element per tensor leaves nothing but the overhead.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from clocks import Step
 from environment import describe
 from family import OPTIMIZERS
-from measure import progress
+from measure import host_times, progress
 from peers import PEERS
 from report import markdown, number
 from workload import Config, Workload
@@ -32,7 +30,7 @@ PEER_NAMES = ["torch-for", "torch-foreach", "torch-fused", "foreach", "ours"]
 def measure(tensors: int, optimizer: str, names: list[str], device: torch.device, rounds: int) -> dict[str, float]:
     """Median µs per step of each peer, which take turns in each round."""
     workload = Workload(Config("2000x1000", hot=True, optimizer=optimizer), device, shapes=[(1,)] * tensors)
-    steps = {}
+    steps: dict[str, Step] = {}
     for name in names:
         progress(f"{tensors:,} tensors: preparing {name}")
         if (reason := PEERS[name].why_not(workload)) is not None:
@@ -41,21 +39,7 @@ def measure(tensors: int, optimizer: str, names: list[str], device: torch.device
         steps[name] = PEERS[name].build(workload.groups(), workload.config, device).step
         for _ in range(3):
             steps[name]()
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    gc.collect()
-    gc.disable()
-    for turn in range(rounds):
-        progress(f"{tensors:,} tensors: round {turn + 1} of {rounds}")
-        for name, step in steps.items():
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
-            step()
-            samples[name].append(1e6 * (time.perf_counter() - begin))
-    gc.enable()
-    progress(f"{tensors:,} tensors: done", done=True)
-    return {name: statistics.median(values) for name, values in samples.items()}
+    return host_times(steps, f"{tensors:,} tensors", rounds)
 
 
 def fit(medians: dict[int, float]) -> tuple[float, float]:

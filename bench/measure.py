@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from clocks import CpuClock, CudaClock, Step, capture, floor_step, trim
@@ -18,6 +18,7 @@ from shapes import CASES, elements
 from workload import Config, Workload, check
 
 FLOOR = "floor"
+Key = TypeVar("Key")
 
 
 def progress(text: str, done: bool = False) -> None:
@@ -223,12 +224,26 @@ def host_time(config: Config, names: set[str], timed: dict[str, Timed], rounds: 
         run: Step = torch.compile(optimizer.step) if PEERS[name].compiled else optimizer.step
         run()
         probes[name] = run
-    samples: dict[str, list[float]] = {name: [] for name in probes}
-    for _ in range(rounds):
-        for name, run in probes.items():
-            run()
-            begin = time.perf_counter()
-            run()
-            samples[name].append(1e6 * (time.perf_counter() - begin))
-    for name, values in samples.items():
-        timed[name].host_us = statistics.median(values)
+    for name, median in host_times(probes, f"{config}: host time", rounds).items():
+        timed[name].host_us = median
+
+
+def host_times(steps: dict[Key, Step], what: str, rounds: int) -> dict[Key, float]:
+    """Median µs until each step returns, the device being idle; they take turns."""
+    samples: dict[Key, list[float]] = {key: [] for key in steps}
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            progress(f"{what}: round {turn + 1} of {rounds}")
+            for key, step in steps.items():
+                step()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                begin = time.perf_counter()
+                step()
+                samples[key].append(1e6 * (time.perf_counter() - begin))
+    finally:
+        gc.enable()
+    progress(f"{what}: done", done=True)
+    return {key: statistics.median(values) for key, values in samples.items()}
