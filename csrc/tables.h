@@ -56,7 +56,7 @@ struct Tables {
   const float* found_inf;   // [1] or null: any non-zero value skips the step
   // Only where something is summed over whole tensors; null otherwise.
   const int64_t* spans;   // [tensors + 1]  row r has the chunks desc[spans[r]] up to desc[spans[r + 1]]
-  double* partials;       // [chunks, 2]  what a pass sums over each chunk
+  double* partials;       // [chunks, 2]  what a pass sums over each chunk; the norm of all gradients takes [chunks]
   double* sums;           // [tensors, 2]  squares of param and update, summed over each tensor
   double* trust;          // [tensors]  trust ratios
   const double* squares;  // [1] or null: sum of the squares of all gradients before grad_scale; asks for clipping

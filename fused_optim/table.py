@@ -192,8 +192,8 @@ class Table:
     group: int32 [rows]. hyper: float64 [rows, HYPER_WIDTH] on the device, written by prep. kinds: signatures, by kind
         number.
     Where something is summed over whole tensors, else None: spans int64 [rows + 1], row r has the chunks spans[r] up to
-        spans[r + 1]; on the device, float64: partials [chunks, 2], sums [rows, 2], trust [rows],
-        squares [1].
+        spans[r + 1]; on the device, float64: partials [chunks, 2], sums [rows, 2], trust [rows]. Where it is the norm
+        of all gradients alone: partials [chunks, 1]. For that norm: squares [1].
     """
 
     def __init__(
@@ -244,10 +244,10 @@ class Table:
         self.sums: Tensor | None = None
         self.trust: Tensor | None = None
         if rule.trust or clips:
-            self.spans = torch.cat([torch.zeros(1, dtype=torch.int64), chunks.cumsum(0)])
-            self.partials = torch.zeros(self.desc.numel(), 2, dtype=torch.float64, device=device)
+            self.partials = torch.zeros(self.desc.numel(), 2 if rule.trust else 1, dtype=torch.float64, device=device)
             self.squares = torch.zeros(1, dtype=torch.float64, device=device)
         if rule.trust:
+            self.spans = torch.cat([torch.zeros(1, dtype=torch.int64), chunks.cumsum(0)])
             self.sums = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
             self.trust = torch.ones(len(rows), dtype=torch.float64, device=device)
 

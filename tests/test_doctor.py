@@ -222,12 +222,12 @@ def test_launches_are_those_of_the_launcher(
     model = doctor.on_meta({"a": (5000,), "b": (3, 3)}, torch.float32)
     optimizer = doctor.prepare(model, name, **options)
     ((table, _),) = optimizer._tables
-    squares = None
+    arrays, squares = launch.Arrays(*table.arrays), None
     if optimizer._looks:
         squares = torch.empty(1, dtype=torch.float64, device="meta")
-        launch.launch_squares(table.kinds, *table.arrays, squares)
-    launch.launch(table.rule.name, table.kinds, *table.arrays, None, None, squares)
-    launch.launch_move(table.rule.name, table.kinds, *table.arrays)
+        launch.launch_squares(table.kinds, arrays, squares)
+    launch.launch(table.rule.name, table.kinds, arrays, None, None, squares)
+    launch.launch_move(table.rule.name, table.kinds, arrays)
     assert doctor.cost_of(optimizer).launches == len(started) >= 2
 
 

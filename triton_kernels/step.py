@@ -210,9 +210,9 @@ def walk(
 
 @triton.jit
 def store_sums(partials: tl.tensor, sums: tl.tuple) -> None:
-    """To the two places of this program."""
+    """To this program's row of partials."""
     for i in tl.static_range(len(sums)):
-        tl.store(partials + 2 * tl.program_id(0).to(tl.int64) + i, tl.sum(sums[i]))
+        tl.store(partials + len(sums) * tl.program_id(0).to(tl.int64) + i, tl.sum(sums[i]))
 
 
 @triton.jit

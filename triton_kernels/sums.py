@@ -71,13 +71,13 @@ def squares_kernel(
 
 @triton.jit
 def sum_partials(
-    partials: tl.tensor, column: tl.constexpr, begin: tl.tensor, end: tl.tensor, BLOCK: tl.constexpr
+    partials: tl.tensor, COLUMNS: tl.constexpr, begin: tl.tensor, end: tl.tensor, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """The sum of one column of partials, rows `begin` up to `end`."""
+    """The sum of the first of `partials`' columns, rows `begin` up to `end`."""
     total = tl.zeros((BLOCK,), tl.float64)
     for i in range(begin, end, BLOCK):
         at = i + tl.arange(0, BLOCK)
-        total += tl.load(partials + 2 * at + column, mask=at < end, other=0.0)
+        total += tl.load(partials + COLUMNS * at, mask=at < end, other=0.0)
     return tl.sum(total)
 
 
@@ -87,10 +87,10 @@ def spans_kernel(spans: tl.tensor, partials: tl.tensor, sums: tl.tensor) -> None
     row = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(spans + row), tl.load(spans + row + 1)
     for i in tl.static_range(2):
-        tl.store(sums + 2 * row + i, sum_partials(partials, i, begin, end, SPAN_BLOCK))
+        tl.store(sums + 2 * row + i, sum_partials(partials + i, 2, begin, end, SPAN_BLOCK))
 
 
 @triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["partials", "out"])
 def total_kernel(partials: tl.tensor, out: tl.tensor, chunks: tl.tensor) -> None:
     """What squares_kernel has left of each chunk, added up by a single program."""
-    tl.store(out, sum_partials(partials, 0, tl.zeros((), tl.int64), chunks.to(tl.int64), TOTAL_BLOCK))
+    tl.store(out, sum_partials(partials, 1, tl.zeros((), tl.int64), chunks.to(tl.int64), TOTAL_BLOCK))
