@@ -25,7 +25,7 @@ part() { # part NAME COMMAND...: runs it, keeps its output, and goes on after a 
 
 part build env FUSED_OPTIM_CUDA=1 "$PYTHON" -m pip install --no-build-isolation --no-deps --editable .
 part environment "$PYTHON" -m fused_optim
-part tests "$PYTHON" -m pytest -q -s tests/test_gpu.py tests/test_triton_kernels.py
+part tests "$PYTHON" -m pytest -q -s tests/test_gpu.py tests/test_triton_kernels.py tests/test_triton_sums.py
 part tests-all-backends env FUSED_OPTIM_TEST_BACKENDS=triton,cuda "$PYTHON" -m pytest -q tests
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck initcheck racecheck; do

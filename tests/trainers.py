@@ -18,7 +18,7 @@ import pytest
 import torch
 from cases import parameters
 from compare import assert_like_torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -42,7 +42,7 @@ def require(name: str) -> ModuleType:
 
 
 @functools.cache
-def repair_torchvision() -> torch.library.Library | None:
+def repair_torchvision() -> library.Library | None:
     """PyPI's torchvision is a CUDA build. Beside a CPU build of torch its library does not load, its import fails at
     two operators that the library would have declared, and so does that of every package that looks for it. Nothing
     here calls them."""
@@ -52,7 +52,7 @@ def repair_torchvision() -> torch.library.Library | None:
         importlib.import_module("torchvision")
         return None
     except RuntimeError:
-        declared = torch.library.Library("torchvision", "FRAGMENT")
+        declared = library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
             declared.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         importlib.import_module("torchvision")

@@ -17,6 +17,18 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 CHUNK = 4096
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 F32, BF16, F16, F64 = CODES
+KINDS = {
+    "f32": (F32, F32, F32, F32),
+    "f32 amsgrad": (F32,) * 5,
+    "bf16, f32 states": (BF16, BF16, F32, F32),
+    "bf16": (BF16,) * 4,
+    "bf16 amsgrad": (BF16,) * 5,
+    "f16": (F16,) * 4,
+    "f16, f32 states amsgrad": (F16, F16, F32, F32, F32),
+    "f32, bf16 grad": (F32, BF16, F32, F32),
+    "f64": (F64,) * 4,
+    "f64 amsgrad": (F64,) * 5,
+}
 GUARD = 64  # elements before and after every tensor, which nobody may touch
 NAMES = {
     "adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
@@ -120,6 +132,17 @@ class Row:
             start = view.storage_offset()
             outside += [part.clone().view(torch.uint8) for part in (buffer[:start], buffer[start + view.numel() :])]
         return outside
+
+
+def rows_of(states: int, sizes: Sequence[int], group: int = 0) -> list[Row]:
+    """Those sizes in float32, a few of other kinds, and one that has been stepped before."""
+    rows = [Row(size, (F32,) * (2 + states), group=group) for size in sizes]
+    rows += [
+        Row(600 + i, (*dtypes, *[state] * states), seed=i, group=group)
+        for i, (*dtypes, state) in enumerate([(BF16, BF16, BF16), (BF16, BF16, F32), (F64, F64, F64)])
+    ]
+    rows[-1].step += 3
+    return rows
 
 
 @dataclass

@@ -1,0 +1,158 @@
+"""The norm of all gradients, clipping by it, and the sums behind trust ratios, of the Triton kernels: as in
+test_triton_kernels.py."""
+
+import math
+
+import pytest
+import torch
+from fused_optim.triton_kernels.launch import SPANS, TOTAL
+from triton_tables import BF16, DEVICE, F16, F32, F64, INTERPRETED, KINDS, Group, Row, Table, rows_of
+
+# Elsewhere there is nothing that could run a kernel: collect nothing.
+__test__ = INTERPRETED or torch.cuda.is_available()
+
+# One norm over the first two groups, which clips only one of them.
+CLIPPED = [Group(max_norm=0.5), Group(max_norm=1e5, clip_eps=0.0), Group()]
+
+
+def clipped_rows() -> list[Row]:
+    kinds = KINDS["f32"], KINDS["bf16"], KINDS["f64"], KINDS["f16"]
+    rows = [Row(size, kind, group=i % 3) for i, kind in enumerate(kinds) for size in (0, 3, 4700)]
+    rows.append(Row(900, KINDS["f32"]))
+    rows[-1].grad_address = 0
+    return rows
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_clipping(scale: float) -> None:
+    table = Table(clipped_rows(), CLIPPED, grad_scale=torch.tensor([scale], device=DEVICE))
+    table.check_step(skipped=(len(table.rows) - 1,))
+    assert table.squares.item() == pytest.approx(table.norm() ** 2, rel=1e-13)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_gradients_scaled_where_they_stand(offset: int) -> None:
+    kinds = [(dtype, dtype) for dtype in (F32, BF16, F16, F64)]
+    rows = [Row(size, kind, offsets=(1, offset), group=i % 3) for i, kind in enumerate(kinds) for size in (0, 3, 4700)]
+    rows.append(Row(900, kinds[0]))
+    rows[-1].grad_address = 0
+    check_scaled(Table(rows, CLIPPED))
+
+
+def test_gradients_scaled_beyond_32_bits() -> None:
+    check_scaled(Table([Row(1030, (dtype, dtype)) for dtype in (F32, BF16, F64)], CLIPPED, chunks_before=2**20))
+
+
+def check_scaled(table: Table) -> None:
+    """To the bit, and nothing but gradients of groups that have to be clipped."""
+    outside = [row.bytes_outside() for row in table.rows]
+    before = [[view.clone() for view in row.views] for row in table.rows]
+    expected = table.norm()
+    table.scale_gradients()
+    norm = math.sqrt(table.squares.item())
+    assert norm == pytest.approx(expected, rel=1e-13)
+    for row, (param, grad), around in zip(table.rows, before, outside, strict=True):
+        group = table.groups[row.group]
+        factor = min(1.0, group.max_norm / (norm + group.clip_eps)) if group.max_norm and row.grad_address else 1.0
+        wide = grad if grad.dtype == F64 else grad.float()
+        assert torch.equal(row.views[0], param) and torch.equal(row.views[1], (wide * factor).to(grad.dtype))
+        assert all(torch.equal(kept, now) for kept, now in zip(around, row.bytes_outside(), strict=True))
+
+
+def test_clipping_of_a_rule_with_trust() -> None:
+    group = Group(a=1.0, b=1.0, eps=1e-6, decoupled=True, weight_decay=0.1, max_norm=1.0, clip_eps=0.0)
+    Table(rows_of(2, (5, 4200)), [group], "lamb").check_step()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_clipping_by_nothing() -> None:
+    """No chunk, then only zeros: the norm is 0, and nothing comes of dividing by it."""
+    groups = [Group(max_norm=1.0, clip_eps=0.0)]
+    table = Table([Row(0, KINDS["f32"])], groups)
+    table.check_step()
+    assert table.squares.item() == 0.0
+    row = Row(40, KINDS["f32"])
+    row.views[1].zero_()
+    Table([row], groups).check_step()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_norm_of_nan_goes_into_what_is_clipped() -> None:
+    rows = [Row(20, KINDS["f32"], group=i) for i in range(3)]
+    rows[1].views[1][7] = math.nan
+    Table(rows, CLIPPED).launch()
+    assert rows[0].views[0].isnan().all() and rows[1].views[0].isnan().all() and rows[2].views[0].isfinite().all()
+
+
+def test_sums_depend_on_nothing_but_values() -> None:
+    """To the last bit: neither on where tensors lie nor on what lies around them."""
+
+    def sums(offset: int) -> list[float]:
+        shapes = [(4600, F32), (700, BF16), (50, F64)]
+        rows = [Row(size, (dtype,) * 4, offsets=(offset,) * 4) for size, dtype in shapes]
+        table = Table(rows, [Group(a=1.0, b=1.0, decoupled=True, weight_decay=0.1, max_norm=1e5)], "lamb")
+        table.launch()
+        return [*table.squares.tolist(), *table.sums.flatten().tolist()]
+
+    assert sums(0) == sums(1) == sums(0)
+
+
+def test_sums_of_many_chunks() -> None:
+    counts = [0, 1, 700, 3, 5000]
+    spans = torch.tensor([0, *counts]).cumsum(0).to(DEVICE)
+    partials = torch.randn(sum(counts), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    sums = torch.full((len(counts), 2), math.nan, dtype=torch.float64, device=DEVICE)
+    SPANS.start(sums.device, len(counts), spans, partials, sums)
+    expected = torch.stack([part.sum(0) for part in partials.split(counts)])
+    torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-12)
+    out = torch.full((1,), math.nan, dtype=torch.float64, device=DEVICE)
+    TOTAL.start(sums.device, 1, partials, out, partials.numel())
+    torch.testing.assert_close(out, partials.sum().reshape(1), rtol=1e-12, atol=1e-12)
+
+
+def test_trust_ratios() -> None:
+    lamb = {"a": 1.0, "b": 1.0, "eps": 1e-6, "decoupled": True}
+    groups = [
+        Group(weight_decay=0.1, **lamb),
+        Group(**lamb),  # no decay: no ratio
+        Group(trust_always=True, **lamb),
+        Group(weight_decay=0.1, trust_low=40.0, trust_high=50.0, **lamb),
+        Group(weight_decay=0.1, trust_high=0.25, **lamb),
+    ]
+    rows = [Row(300, KINDS["f32"], seed=i, group=i) for i in range(5)]
+    rows += [Row(300, KINDS["f32"], seed=5), Row(300, KINDS["f32"], seed=6), Row(0, KINDS["f32"])]
+    rows[5].views[0].zero_()  # neither norm is 0, or the ratio is 1
+    for view in rows[6].views:
+        view.zero_()
+    rows.append(Row(300, KINDS["f32"], seed=8))
+    rows[8].grad_address = 0
+    table = Table(rows, groups, "lamb")
+    table.trust[8] = 7.0
+    table.check_step(skipped=(8,))
+    trust, sums = table.trust.tolist(), table.sums.tolist()
+    ratios = [math.sqrt(param / update) if param and update else 1.0 for param, update in sums[:5]]
+    assert trust == pytest.approx([ratios[0], 1.0, ratios[2], 40.0, 0.25, 1.0, 1.0, 1.0, 7.0], rel=1e-14)
+    assert 0.3 < ratios[0] < 30.0 and sums[5][0] == 0.0 < sums[5][1]
+    assert sums[6:] == [[0.0, 0.0]] * 3
+
+
+def test_norms_are_of_the_states_as_they_are_stored() -> None:
+    """In float16 these squares become 0 and the update huge; the ratio must bound the step all the same."""
+    row = Row(500, (F16,) * 4)
+    param, grad, *states = row.views
+    grad.mul_(1e-4)
+    for state in states:
+        state.zero_()
+    before = param.double()
+    Table([row], [Group(lr=0.1, a=1.0, b=1.0, eps=1e-6, decoupled=True, weight_decay=0.01)], "lamb").launch()
+    assert not row.views[3].any()
+    assert (param.double() - before).norm().item() == pytest.approx(0.1 * before.norm().item(), rel=1e-2)
+
+
+def test_found_inf_skips_both_walks() -> None:
+    rows = [Row(200, KINDS["f32"]), Row(4200, KINDS["bf16"])]
+    rows[0].views[2].fill_(math.nan)
+    group = Group(a=1.0, b=1.0, decoupled=True, weight_decay=0.1, max_norm=1.0)
+    table = Table(rows, [group], "lamb", found_inf=torch.ones(1, device=DEVICE))
+    table.check_step(skipped=(0, 1))
+    assert table.trust.tolist() == [1.0, 1.0] and table.sums.tolist() == [[0.0, 0.0]] * 2
