@@ -106,7 +106,7 @@ class Build(build_ext):
 
         jobs = [
             [*for_torch, "-c", str(CSRC / f"{name}.cpp"), "-o", str(out / f"{name}.o")]
-            for name in ("watch", "bindings")
+            for name in ("watch", "watch_groups", "bindings")
         ]
         for isa, flags in sets.items():
             kernel = [*common, *KERNEL_FLAGS, *flags, f"-DFUSED_ISA={isa}"]

@@ -3,10 +3,10 @@
 #include <ATen/Functions.h>
 #include <c10/core/GradMode.h>
 
+#include "tables.h"
+
 namespace fused_optim {
 namespace {
-
-const at::Tensor& unpack(py::handle object) { return THPVariable_Unpack(object.ptr()); }
 
 bool wraps(const at::Tensor& tensor) { return tensor.key_set().has(c10::DispatchKey::Python); }
 
@@ -44,32 +44,6 @@ bool same_layout(const at::Tensor& a, const at::Tensor& b) {
 // Whether the numbers in memory are the tensor's values.
 bool plain(const at::Tensor& t) { return !t.is_conj() && !t.is_neg() && !t._is_zerotensor(); }
 
-// A number that changes whenever a dict does (PEP 509): one cache line to look at in place of ten. 0 where this Python
-// has none; the dicts are then compared entry by entry.
-#if PY_VERSION_HEX < 0x030E0000 && !defined(Py_GIL_DISABLED)
-constexpr bool kVersions = true;
-#else
-constexpr bool kVersions = false;
-#endif
-uint64_t version_of(PyObject* dict) {
-#if PY_VERSION_HEX < 0x030E0000 && !defined(Py_GIL_DISABLED)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
-  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
-#pragma GCC diagnostic pop
-#else
-  return 0;
-#endif
-}
-
-bool unchanged(PyObject* dict, uint64_t version) { return kVersions && version_of(dict) == version; }
-
-constexpr size_t kAhead = 12;  // rows, or groups
-
-void prefetch_lines(const void* object, int lines) {
-  for (int line = 0; line < lines; ++line) __builtin_prefetch(static_cast<const char*>(object) + 64 * line);
-}
-
 void prefetch_tensor(const void* impl, const void* storage) {
   // Of a TensorImpl's three lines or four: the storage stands near its begin, numel, dtype and flags near its end.
   __builtin_prefetch(static_cast<const char*>(impl) + 16);
@@ -81,45 +55,8 @@ void prefetch_tensor(const void* impl, const void* storage) {
 
 Watch::Watch(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns,
              const std::vector<std::string>& deciding, at::Tensor raw, at::Tensor lr)
-    : groups_(std::move(groups)), state_(std::move(state)), raw_(std::move(raw)), lr_(std::move(lr)) {
+    : groups_(std::move(groups), columns, deciding, std::move(raw), std::move(lr)), state_(std::move(state)) {
   for (const auto& item : state_) states_.push_back(py::reinterpret_borrow<py::object>(item.second));
-  for (const auto& [key, first, count, optional, is_switch] : columns)
-    columns_.push_back({py::str(key), first, count, optional, is_switch});
-  deciding_.push_back(py::str("params"));
-  for (const std::string& key : deciding) deciding_.push_back(py::str(key));
-  const double* made = raw_.const_data_ptr<double>();
-  if (raw_.numel() != 0) defaults_.assign(made, made + kRawWidth);
-  for (py::handle handle : groups_) {
-    WatchedGroup watched{py::reinterpret_borrow<py::object>(handle),
-                         py::list(),
-                         items_.size(),
-                         0,
-                         members_.size(),
-                         0,
-                         0,
-                         false,
-                         nullptr,
-                         nullptr};
-    PyObject *key, *value;
-    Py_ssize_t position = 0;
-    while (PyDict_Next(handle.ptr(), &position, &key, &value)) {
-      items_.push_back(py::reinterpret_borrow<py::object>(key));
-      items_.push_back(py::reinterpret_borrow<py::object>(value));
-    }
-    watched.params = py::cast<py::list>(py::cast<py::dict>(handle)["params"]);
-    watched.keys = reinterpret_cast<PyDictObject*>(handle.ptr())->ma_keys;
-    watched.param_array = reinterpret_cast<PyListObject*>(watched.params.ptr())->ob_item;
-    for (py::handle param : watched.params) members_.push_back(py::reinterpret_borrow<py::object>(param));
-    watched.items = items_.size() - watched.first_item;
-    watched.members = members_.size() - watched.first_member;
-    watched_groups_.push_back(std::move(watched));
-    int ignored = 0;
-    if (!read_hyperparameters(watched_groups_.size() - 1, ignored)) {
-      throw py::value_error(
-          "every hyperparameter of a param group must be a number, a one-element tensor, or a tuple of these");
-    }
-  }
-  reading_first_ = false;
 }
 
 void Watch::add_pending(py::object param) { pending_.push_back(unpack(param)); }
@@ -180,11 +117,7 @@ int Watch::look() {
   int answer = 0;
   held_.clear();
   held_.reserve(rows_.size());
-  if (static_cast<size_t>(PyList_GET_SIZE(groups_.ptr())) != watched_groups_.size()) return kRebuild;
-  for (size_t index = 0; index < watched_groups_.size(); ++index) {
-    if (index + kAhead < watched_groups_.size()) prefetch_group(watched_groups_[index + kAhead]);
-    if (!look_at_group(index, answer)) return kRebuild;
-  }
+  if (!groups_.look(answer)) return kRebuild;
   for (const at::Tensor& param : pending_) {
     if (param.grad().defined()) return kRebuild;
   }
@@ -196,13 +129,6 @@ int Watch::look() {
     if (!look_at_row(row) || !look_at_grad(row, answer)) return kRebuild;
   }
   return answer;
-}
-
-void Watch::prefetch_group(const WatchedGroup& group) const {
-  __builtin_prefetch(group.group.ptr());
-  if (!kVersions) prefetch_lines(group.keys, 5);
-  __builtin_prefetch(group.params.ptr());
-  __builtin_prefetch(group.param_array);
 }
 
 void Watch::prefetch(size_t number) const {
@@ -252,99 +178,6 @@ bool Watch::look_at_row(WatchedRow& row) const {
   }
   for (int i = 0; i < row.places; ++i) {
     if (!same(places_[row.first_place + i])) return false;
-  }
-  return true;
-}
-
-bool Watch::look_at_group(size_t index, int& answer) {
-  WatchedGroup& watched = watched_groups_[index];
-  if (PyList_GET_ITEM(groups_.ptr(), static_cast<Py_ssize_t>(index)) != watched.group.ptr()) return false;
-
-  bool changed = watched.volatile_values;
-  if (!unchanged(watched.group.ptr(), watched.version)) {
-    watched.version = version_of(watched.group.ptr());
-    PyObject *key, *value;
-    Py_ssize_t position = 0;
-    size_t i = 0;
-    while (PyDict_Next(watched.group.ptr(), &position, &key, &value)) {
-      if (i == watched.items || items_[watched.first_item + i].ptr() != key) return false;
-      py::object& item = items_[watched.first_item + i + 1];
-      if (item.ptr() != value) {
-        for (const py::str& decides : deciding_) {
-          if (PyUnicode_Compare(decides.ptr(), key) == 0) return false;
-        }
-        item = py::reinterpret_borrow<py::object>(value);
-        changed = true;
-      }
-      i += 2;
-    }
-    if (i != watched.items) return false;
-  }
-
-  if (static_cast<size_t>(PyList_GET_SIZE(watched.params.ptr())) != watched.members) return false;
-  for (size_t m = 0; m < watched.members; ++m) {
-    if (PyList_GET_ITEM(watched.params.ptr(), static_cast<Py_ssize_t>(m)) != members_[watched.first_member + m].ptr()) {
-      return false;
-    }
-  }
-  return !changed || read_hyperparameters(index, answer);
-}
-
-bool Watch::read_hyperparameters(size_t index, int& answer) {
-  WatchedGroup& watched = watched_groups_[index];
-  double* raw = raw_.mutable_data_ptr<double>() + index * kRawWidth;
-  int64_t* lr = lr_.mutable_data_ptr<int64_t>() + index;
-  watched.volatile_values = false;
-
-  auto set = [&](int column, double number) {
-    if (raw[column] != number) {
-      raw[column] = number;
-      answer |= kRawChanged;
-    }
-    return true;
-  };
-  auto put = [&](PyObject* value, int column) {
-    if (THPVariable_Check(value)) {
-      watched.volatile_values = true;
-      const at::Tensor& tensor = unpack(value);
-      if (!tensor.is_cpu()) {  // read where it lies, by prep: asking for its value would wait for the device
-        const bool wide = tensor.scalar_type() == at::kDouble;
-        if (column != kLr || !(wide || tensor.scalar_type() == at::kFloat)) return false;
-        const int64_t address = reinterpret_cast<int64_t>(tensor.unsafeGetTensorImpl()->data()) | (wide ? 1 : 0);
-        if (*lr != address) answer |= kRawChanged;
-        *lr = address;
-        return true;
-      }
-    }
-    const double number = PyFloat_AsDouble(value);
-    if (number == -1.0 && PyErr_Occurred()) {
-      PyErr_Clear();
-      return false;
-    }
-    if (column == kLr && *lr != 0) {
-      *lr = 0;
-      answer |= kRawChanged;
-    }
-    return set(column, number);
-  };
-
-  for (const auto& [key, first, count, optional, is_switch] : columns_) {
-    PyObject* value = PyDict_GetItemWithError(watched.group.ptr(), key.ptr());
-    const bool was_on = raw[first] != 0.0;
-    if (optional && (value == nullptr || value == Py_None)) {
-      for (int column = first; column < first + count; ++column) set(column, defaults_[column]);
-    } else if (value == nullptr) {
-      return false;
-    } else if (PyTuple_Check(value) || PyList_Check(value)) {
-      watched.volatile_values |= PyList_Check(value);
-      if (PySequence_Fast_GET_SIZE(value) != count) return false;
-      for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(value); ++i) {
-        if (!put(PySequence_Fast_GET_ITEM(value, i), first + static_cast<int>(i))) return false;
-      }
-    } else if (count != 1 || !put(value, first)) {
-      return false;
-    }
-    if (is_switch && !reading_first_ && (raw[first] != 0.0) != was_on) return false;
   }
   return true;
 }

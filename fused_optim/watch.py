@@ -1,5 +1,5 @@
-"""The look before each step, in Python: what csrc/watch.cpp does where the extension is built, some ten times
-slower."""
+"""The look before each step, in Python: what csrc/watch.cpp and csrc/watch_groups.cpp do where the extension is
+built, some ten times slower."""
 
 from __future__ import annotations
 
