@@ -84,7 +84,9 @@ def scales(
 
     States: what the rule makes of absolute values, where nothing cancels, or the state before where that was larger.
     Params: the largest of before, after and the step that absolute values make; at least lr where the rule divides by a
-    root, which cancels too. Where a rounding would turn a sign around, anything goes: those elements must be few.
+    root, which cancels too. LAMB rounds gradients when it clips them, which shows where L2 cancels them; and what it
+    clips in float64 is as exact as the norm, of which the CPU adds up squares of narrower gradients in float32. Where a
+    rounding would turn the sign around that Lion takes, anything goes: those elements must be few.
     """
 
     def larger(x: Tensor | None, y: Tensor) -> Tensor:
@@ -100,26 +102,47 @@ def scales(
         result.append(
             oracle.Slot(param, {key: larger(old.state.get(key), value) for key, value in total.state.items()})
         )
-    for slot, doubtful in zip(result, in_doubt(rule, before, grads, hypers), strict=True):
-        assert doubtful.sum() <= max(1, 0.01 * doubtful.numel())
-        slot.param[doubtful] = math.inf
+    if rule in (oracle.lion, oracle.lamb):
+        for slot, moved, hyper in zip(result, swayed(rule, before, grads, hypers), hypers, strict=True):
+            if rule is oracle.lamb:
+                slot.param = torch.maximum(slot.param, moved / (2 * NUDGE))
+                continue
+            doubtful = moved > 0.5 * float(hyper["lr"])
+            assert doubtful.sum() <= max(1, 0.01 * doubtful.numel())
+            slot.param[doubtful] = math.inf
+    if rule is oracle.lamb and any(g is not None and not is_wide(g) for g in grads):
+        for slot, grad in zip(result, grads, strict=True):
+            if grad is not None and is_wide(grad):
+                slot.param *= NORM_ULPS
+                slot.state = {key: value * NORM_ULPS for key, value in slot.state.items()}
     return result
 
 
-def in_doubt(
+NORM_ULPS = 2.0**26  # of float64, in the norm of float32 gradients
+
+
+def is_wide(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float64, torch.complex128)
+
+
+NUDGE = 2.0**-19  # of a gradient, many times its roundings
+
+
+def swayed(
     rule: oracle.Rule, before: Sequence[oracle.Slot], grads: Sequence[Tensor | None], hypers: Sequence[dict[str, Any]]
 ) -> list[Tensor]:
-    """Where Lion takes the sign of what a few roundings of the gradient turn around."""
-    if rule is not oracle.lion:
-        return [torch.zeros_like(slot.param, dtype=torch.bool) for slot in before]
-    reals = [None if g is None else oracle.as_real(g) for g in grads]
-    less, more = (
-        oracle.step(rule, before, [None if g is None else g * factor for g in reals], hypers)
-        for factor in (1 - 2**-19, 1 + 2**-19)
-    )
-    return [
-        (a.param - b.param).abs() > 0.5 * float(hyper["lr"]) for a, b, hyper in zip(less, more, hypers, strict=True)
-    ]
+    """How far each param ends from where it would with a slightly other gradient. Neighbours are nudged up and down in
+    turn, which leaves norms as they are."""
+
+    def nudge(grad: Tensor | None, size: float) -> Tensor | None:
+        if grad is None:
+            return None
+        real = oracle.as_real(grad)
+        turns = torch.arange(real.numel(), device=real.device).reshape(real.shape) % 2
+        return real * (1 + size * (1 - 2 * turns))
+
+    less, more = (oracle.step(rule, before, [nudge(g, size) for g in grads], hypers) for size in (-NUDGE, NUDGE))
+    return [(a.param - b.param).abs() for a, b in zip(less, more, strict=True)]
 
 
 def larger_scales(a: Sequence[oracle.Slot], b: Sequence[oracle.Slot]) -> list[oracle.Slot]:
