@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from averaged import DECAY, REFERENCE, WEIGHT, make
 from cases import (
     ADAMW,
     BY_NAME,
@@ -32,16 +33,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fused_optim
 from fused_optim import backends
-
-SHAPES = [(3, 5), (), (0,), (4500,), (7, 1, 9)]
-DECAY, WEIGHT = 0.9, 1 - 0.9
-REFERENCE = Target("reference", "cpu")
-
-
-def make(target: Target, case: Case = ADAMW, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
-    params = make_params(SHAPES, dtype, target.device)
-    return build(case, target, params, **{"ema_decay": DECAY, **kwargs})
-
 
 # ---- numbers
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from averaged import DECAY, REFERENCE, SHAPES, WEIGHT, make
 from cases import (
     ADAMW,
     BY_NAME,
@@ -33,16 +34,6 @@ from torch import Tensor
 
 from fused_optim import FusedAdamW, FusedSGD
 from fused_optim.lr_finder import put_back
-
-SHAPES = [(3, 5), (), (0,), (4500,), (7, 1, 9)]
-DECAY, WEIGHT = 0.9, 1 - 0.9
-REFERENCE = Target("reference", "cpu")
-
-
-def make(target: Target, case: Case = ADAMW, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
-    params = make_params(SHAPES, dtype, target.device)
-    return build(case, target, params, **{"ema_decay": DECAY, **kwargs})
-
 
 # ---- the averages in the place of the params
 
