@@ -313,7 +313,7 @@ def test_many_optimizers_through_one_function(target: Target) -> None:
 @on_one_target
 @pytest.mark.parametrize("variant", ONE_EACH, ids=str)
 def test_made_where_it_steps(variant: Case, target: Target) -> None:
-    """An optimizer that a compiled function makes, keeps nothing back from it: so torch's own may be used."""
+    """A compiled function may make its optimizer, as it may make torch's."""
     models = [make_model(target.device) for _ in range(2)]
     batch = batches(target.device)[0]
 

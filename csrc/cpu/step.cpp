@@ -83,7 +83,7 @@ void measure_block(const Hyper<T>& hyper, const P* param, A* const* states, int 
   sums.update += update_sum;
 }
 
-// A pair of them again.
+// Two float32 numbers as such a pair.
 FUSED_HD uint32_t join(float even, float odd) {
   // Where nothing but bfloat16 comes in, no NaN has a lower half that rounding could carry out of it.
   return (round_to_upper_half(even) >> 16) | (round_to_upper_half(odd) & 0xffff0000u);
