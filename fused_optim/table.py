@@ -252,6 +252,11 @@ class Table:
             self.trust = torch.ones(len(rows), dtype=torch.float64, device=device)
 
     @property
+    def is_wide(self) -> bool:
+        """Whether the arithmetic of all rows is float64."""
+        return all(kind[0] == DTYPE_CODES[torch.float64] for kind in self.kinds)
+
+    @property
     def arrays(self) -> tuple[Tensor | None, ...]:
         """In the order in which every backend takes them."""
         first = self.desc, self.rows, self.grads, self.scalars.lr, self.scalars.raw, self.group, self.hyper

@@ -70,11 +70,12 @@ def test_params_and_states_know_nothing_of_it(case: Case, target: Target) -> Non
 
 DTYPES: list[tuple[torch.dtype, dict[str, torch.dtype], torch.dtype]] = [
     (torch.float32, {"ema_dtype": torch.bfloat16}, torch.bfloat16),
-    (torch.bfloat16, {}, torch.bfloat16),
-    (torch.bfloat16, {"ema_dtype": torch.float32}, torch.float32),
-    (torch.bfloat16, {"state_dtype": torch.float32, "ema_dtype": torch.float32}, torch.float32),
-    (torch.bfloat16, {"state_dtype": torch.float32}, torch.bfloat16),
-    (torch.float16, {}, torch.float16),
+    (torch.bfloat16, {}, torch.float32),
+    (torch.bfloat16, {"ema_dtype": torch.bfloat16}, torch.bfloat16),
+    (torch.bfloat16, {"state_dtype": torch.float32}, torch.float32),
+    (torch.bfloat16, {"state_dtype": torch.float32, "ema_dtype": torch.bfloat16}, torch.bfloat16),
+    (torch.float16, {}, torch.float32),
+    (torch.float16, {"ema_dtype": torch.float16}, torch.float16),
     (torch.float16, {"ema_dtype": torch.float32}, torch.float32),
     (torch.float64, {"ema_dtype": torch.float32}, torch.float64),
     (torch.complex64, {"ema_dtype": torch.bfloat16}, torch.complex64),
