@@ -291,8 +291,7 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
         looks = self._scaler.looks_at(self.param_groups)
         sums = looks or self.rule.trust  # then those that are summed over the same processes have a table of their own
         by_place: dict[tuple[torch.device, bool, Groups], list[Row]] = {}
-        computed = [row for row in rows if row.shard.device.type != "meta"]
-        for row in computed:
+        for row in rows:
             groups = groups_of(row.param) if sums else ()
             alone = self._scaler.norm_group is not None and is_sharded(row.param)
             by_place.setdefault((row.shard.device, alone, groups), []).append(row)
@@ -320,15 +319,15 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
         for param in pending:
             watch.add_pending(param)
         for table, _ in tables:
-            for number, row in enumerate(table.rows_list):
+            for number, row in enumerate([] if table.is_meta else table.rows_list):
                 watch.add_row(row.param, row.target, row.state, row.grad_dtype, table.grads, number)
         if watch.look() & REBUILD:
             raise RuntimeError(
                 "params, gradients or states changed while the step was being prepared; was another thread at them?"
             )
         self._watch, self._tables, self._looks = watch, tables, looks
-        # Params on meta have no table, so nothing watches them: with one of them every step looks at all of them anew.
-        self._watched_state = self.state if len(computed) == len(rows) else None
+        # Nothing watches params on meta: with one of them every step looks at all params anew.
+        self._watched_state = None if any(table.is_meta for table, _ in tables) else self.state
         self._watched_groups = self.param_groups
         self._on_cuda = any(table.device.type == "cuda" for table, _ in tables)
 

@@ -211,6 +211,8 @@ def squares(table: Table, out: Tensor) -> None:
 
 @torch.no_grad()
 def step(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None, squares: Tensor | None) -> None:
+    if table.is_meta:
+        return
     if found_inf is not None and found_inf.item():
         table.hyper[:, SKIP] = 1.0
         return
@@ -234,7 +236,7 @@ def scale(table: Table, squares: Tensor) -> None:
 
 @torch.no_grad()
 def move(table: Table) -> None:
-    if table.trust is None or table.sums is None:
+    if table.trust is None or table.sums is None or table.is_meta:
         return
     for number, row in enumerate(table.rows_list):
         if table.hyper[number, SKIP]:

@@ -109,27 +109,30 @@ class Scaler:
     def __call__(self, tables: Tables, looks: bool, scales: Sequence[Any], found_inf: Tensor | None) -> list[Scaling]:
         """One Scaling per table. scales: numbers, one-element tensors or None; gradients are divided by all of them."""
         given = [scale for scale in scales if scale is not None]
+        real = [(table, backend) for table, backend in tables if not table.is_meta]
         waited_for = looks and self.norm_group is not None  # by other processes, whatever there is here
-        if not (tables or waited_for) or not (looks or given or found_inf is not None):
+        if not (real or waited_for) or not (looks or given or found_inf is not None):
             return [UNSCALED] * len(tables)
         with torch.no_grad():
-            home = tables[0][0].device if tables else device_for(self.norm_group)
+            home = real[0][0].device if real else device_for(self.norm_group)
             scale = self._product(given, home)
             if found_inf is not None:
                 found_inf = _moved(found_inf, home).float()
             squares = None
             if looks:
-                squares = self._squares(tables, home)
+                squares = self._squares(real, home)
                 # GradScaler changes its tensor in place, once the step is done.
                 self._last = squares, None if scale is None else scale.clone()
             if self.skip_nonfinite and squares is not None:
-                bad = (~self._is_finite(squares, scale, tables)).float()
+                bad = (~self._is_finite(squares, scale, real)).float()
                 found_inf = bad if found_inf is None else bad + found_inf
                 self.skipped = self.skipped.to(home)
                 self.skipped += (found_inf != 0).reshape(())  # in place, so that a captured graph counts on
             numbers = (scale, found_inf, squares)
             return [
-                Scaling(*(number if number is None else _moved(number, table.device) for number in numbers))
+                UNSCALED
+                if table.is_meta
+                else Scaling(*(number if number is None else _moved(number, table.device) for number in numbers))
                 for table, _ in tables
             ]
 

@@ -252,6 +252,11 @@ class Table:
             self.trust = torch.ones(len(rows), dtype=torch.float64, device=device)
 
     @property
+    def is_meta(self) -> bool:
+        """Whether its tensors have no memory, so that there is nothing to compute."""
+        return self.device.type == "meta"
+
+    @property
     def is_wide(self) -> bool:
         """Whether the arithmetic of all rows is float64."""
         return all(kind[0] == DTYPE_CODES[torch.float64] for kind in self.kinds)
