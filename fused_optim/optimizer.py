@@ -199,8 +199,8 @@ class FusedOptimizer(Averaging, Checkpoints):
         except BaseException as error:
             found = "; ".join(f"{table.device}: {fate}" for (table, _), fate in zip(self._tables, fates, strict=True))
             text = (
-                f"a step has ended before it was complete ({type(error).__name__}: {error}). Tensors on {found}. Load a "
-                "checkpoint to go on"
+                f"a step has ended before it was complete ({type(error).__name__}: {error}). Tensors on {found}. Load "
+                "a checkpoint to go on"
             )
             if isinstance(error, Exception):
                 raise RuntimeError(text) from error

@@ -36,7 +36,7 @@ def choose(name: str, table: Table, steps: bool = True) -> Backend:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            reason = f"its trial launch failed with {type(error).__name__}: {' '.join(str(error).split())[:2000]}"
+            reason = told_by(error)
             if name != "auto":
                 raise RuntimeError(
                     f'backend="{name}" cannot step tensors on {table.device}: {reason}. Nothing has been changed'
@@ -54,11 +54,18 @@ def is_tried(backend: Backend, device: torch.device) -> bool:
 
 def why_not(name: str, device: torch.device) -> str | None:
     """As the backend's own why_not, and after a trial of AdamW in float32."""
+    backend = backends.BACKENDS[name]
+    if (reason := backend.why_not(device)) is not None:
+        return reason
     try:
-        choose(name, adamw_table(device))
-    except RuntimeError as error:
-        return backends.BACKENDS[name].why_not(device) or str(error).partition(": ")[2]
+        run_trial(backend, adamw_table(device), steps=True)
+    except Exception as error:
+        return told_by(error)
     return None
+
+
+def told_by(error: Exception) -> str:
+    return f"its trial launch failed with {type(error).__name__}: {' '.join(str(error).split())[:2000]}"
 
 
 def run_trial(backend: Backend, table: Table, steps: bool) -> None:
