@@ -296,7 +296,10 @@ def pick(name: str, device: torch.device) -> Backend:
             if reason is None:
                 if reasons:
                     because = "; ".join(reasons)
-                    _warn(f'fused_optim steps {device.type} tensors by backend="{candidate}", because {because}.')
+                    _warn(
+                        f'fused_optim steps {device.type} tensors by backend="{candidate}", because {because}. '
+                        f'backend="{candidate}" chooses it without this warning.'
+                    )
                 return BACKENDS[candidate]
             reasons.append(f"{candidate}: {reason}")
         if reasons:

@@ -65,7 +65,8 @@ def why_not(name: str, device: torch.device) -> str | None:
 
 
 def told_by(error: Exception) -> str:
-    return f"its trial launch failed with {type(error).__name__}: {' '.join(str(error).split())[:2000]}"
+    text = " ".join(str(error).split())[:2000].rstrip(". ")
+    return f"its trial launch failed with {type(error).__name__}{': ' if text else ''}{text}"
 
 
 def run_trial(backend: Backend, table: Table, steps: bool) -> None:
