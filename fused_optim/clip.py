@@ -21,6 +21,8 @@ from .table import DTYPE_CODES, MAX_NORM, Row, Rule, Scalars, Table, is_dense, r
 from .trial import choose
 from .watch import GRADS_MOVED, RAW_CHANGED
 
+__all__ = ["clip_grad_norm_", "release_captured"]
+
 EPS = 1e-6  # torch adds it to the norm
 NO_RULE = Rule("clip", states=(), options=())
 PLAIN = {Tensor, torch.nn.Parameter}

@@ -27,10 +27,10 @@ def capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def refuse_capture(what: str) -> None:
+def refuse_capture(what: str, instead: str) -> None:
     """Raises RuntimeError where a CUDA graph is being captured."""
     if capturing():
-        raise RuntimeError(f"{what} while a CUDA graph is being captured")
+        raise RuntimeError(f"{what} while a CUDA graph is being captured; {instead}")
 
 
 class Upload:
@@ -102,7 +102,7 @@ class DeviceTable:
     """
 
     def __init__(self, table: Table) -> None:
-        refuse_capture("a table cannot be brought to its device")
+        refuse_capture("a table cannot be brought to its device", "take one step before the capture")
         self.table = table
         self.captured = False
         self.streams = {torch.cuda.current_stream(table.device).cuda_stream}
@@ -167,7 +167,7 @@ def release(tables: Sequence[Table]) -> None:
     Raises:
         RuntimeError: a CUDA graph is being captured.
     """
-    refuse_capture("release_captured() cannot be called")
+    refuse_capture("release_captured() cannot be called", "call it before or after")
     captured = [table for table in tables if was_captured(table)]
     for device in dict.fromkeys(table.device for table in captured):
         torch.cuda.synchronize(device)

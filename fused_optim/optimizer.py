@@ -267,8 +267,8 @@ class FusedOptimizer(Averaging, Checkpoints):
             RuntimeError: a CUDA graph is being captured: its replays would make the states anew every time.
         """
         devices.refuse_capture(
-            "a step that comes after a change of params, states or options, or is the first, cannot be taken (take one "
-            "before the capture)"
+            "an optimizer cannot take its first step, or its first one with other params, states or groups,",
+            "take one step before the capture",
         )
         self._forget()
         members = [(param, index, group) for index, group in enumerate(self.param_groups) for param in group["params"]]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_optim import FusedAdamW, FusedLAMB, FusedLion, FusedQHAdam, FusedSGD, backends, clip_grad_norm_, trial
+from fused_optim import FusedAdamW, FusedLAMB, FusedLion, FusedQHAdam, FusedSGD, backends, clip, clip_grad_norm_, trial
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -497,6 +497,10 @@ def test_clip_grad_norm_in_a_graph(backend: str, clipped_before: bool) -> None:
         assert_clipped(ours, kept, norm, 0.5)
         # Between replays, gradients that lie elsewhere.
         assert_clipped(others, kept, clip_grad_norm_(others, 0.5, backend=backend), 0.5)
+    del graph
+    assert clip._captured or not clipped_before
+    clip.release_captured()
+    assert not clip._captured
 
 
 def test_clip_grad_norm_of_gradients_on_two_devices() -> None:

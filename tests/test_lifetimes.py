@@ -12,7 +12,7 @@ import torch
 from gpu_standin import Runtime, built, runtime
 from torch import Tensor
 
-from fused_optim import FusedAdamW, FusedLAMB, FusedSGD, device
+from fused_optim import FusedAdamW, FusedLAMB, FusedSGD, clip, device
 from fused_optim.device import DeviceTable
 
 pytestmark = built
@@ -307,3 +307,36 @@ def test_shared_scalars_are_there_before_another_stream_reads_them(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Current())
     one, zero = launch._neutral.__wrapped__(place)
     assert order == ["ones", "zeros", "waited"] and one.device == zero.device == place
+
+
+def test_captured_clipping_lives_until_it_is_released(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clip, "_captured", [])
+    monkeypatch.setattr(clip, "_kept", {})
+    grads = [torch.full((size,), 2.0) for size in SIZES]
+    addresses = [grad.data_ptr() for grad in grads]
+    gradients = clip.Gradients(grads, addresses, torch.device("cpu"), "standin", 1.0)
+    key = ("a stream", "a layout")
+
+    def run() -> None:
+        gradients.update(addresses, 1.0)
+        gradients.backend.squares(gradients.table, gradients.table.squares)
+        gradients.backend.scale(gradients.table, gradients.table.squares)
+        clip._keep(key, gradients)
+
+    run()
+    runtime.synchronize()
+    assert list(clip._kept) == [key]
+    with runtime.capture() as graph:
+        del clip._kept[key]
+        run()
+    assert not clip._kept and clip._captured == [gradients]
+    for grad in grads:
+        grad.fill_(3.0)
+    graph.replay()
+    runtime.synchronize()
+    torch.testing.assert_close(torch.cat(grads).norm(), torch.tensor(1.0))
+    with pytest.raises(RuntimeError, match="release_captured"), runtime.capture():
+        clip.release_captured()
+    assert clip._captured == [gradients]
+    clip.release_captured()
+    assert not clip._captured and not gradients.captured
