@@ -15,7 +15,7 @@ SLAB, SPARES = 32, 16
 
 
 def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, pin_memory=True)
+    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)  # whatever the default device is
 
 
 def send(buffer: Tensor, on_device: Tensor) -> None:

@@ -83,7 +83,7 @@ def run_trial(backend: Backend, table: Table, steps: bool) -> None:
     else:
         backend.scale(trial, trial.squares)
     if trial.device.type == "cuda":
-        torch.cuda.synchronize(trial.device)
+        torch.cuda.current_stream(trial.device).synchronize()
 
 
 def without_gradients(table: Table) -> Table:

@@ -8,6 +8,7 @@ import importlib.metadata
 import subprocess
 import sys
 import sysconfig
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,7 @@ from test_errors import SENTENCE, frozen
 from fused_optim import FusedAdamW, FusedLAMB, FusedOptimizer, backends, clip, clip_grad_norm_, machine, trial
 from fused_optim import __main__ as cli
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+GPU = torch.device("cuda", 0)
 
 
 # ---- what the machine lacks
@@ -52,7 +53,8 @@ def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         monkeypatch.delenv(variable, raising=False)
     (tmp_path / "Python.h").write_text("")
     monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "triton" else find(name))
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.5.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
@@ -143,8 +145,8 @@ def test_there_is_no_nvcc(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     is_file = Path.is_file
     monkeypatch.setattr(Path, "is_file", lambda path: "/usr/local/cuda" not in str(path) and is_file(path))
     assert "install the CUDA toolkit" in str(machine.why_no_nvcc())
-    if backends.BACKENDS["cuda"].why_not(CPU) != backends.extension():  # else that is the reason
-        assert "install the CUDA toolkit" in str(reason("cuda"))
+    monkeypatch.setattr(backends, "extension", lambda: types.SimpleNamespace(WITH_CUDA=False))
+    assert "install the CUDA toolkit" in str(reason("cuda")) and backends.REINSTALL in str(reason("cuda"))
     (healthy / "bin").mkdir()
     (healthy / "bin" / "nvcc").write_text("")
     monkeypatch.setenv("CUDA_HOME", str(healthy))

@@ -351,6 +351,22 @@ def test_new_tables_in_a_capture_are_refused(backend: str) -> None:
 
 
 @on_gpu_backends
+def test_host_arrays_are_made_on_the_host(backend: str) -> None:
+    """Whatever the default device is."""
+    require(backend)
+    lists = params(), params()
+    optimizers = [FusedAdamW(tensors, lr=1e-2, max_grad_norm=1.0, backend=backend) for tensors in lists]
+    for step in range(3):
+        set_grads(*lists, seed=step)
+        optimizers[0].step()
+        with torch.device("cuda"):
+            optimizers[1].step()
+            clip_grad_norm_(lists[1], 1.0, backend=backend)
+    for p, q in zip(*lists, strict=True):
+        assert torch.equal(p, q)
+
+
+@on_gpu_backends
 def test_first_steps_on_two_streams(backend: str) -> None:
     """What all optimizers share is there, although neither stream waits for the other."""
     require(backend)
