@@ -15,7 +15,7 @@ PYTEST := $(PY) -m pytest -q -n $(JOBS)
 ONCE := cuda_compile triton_compile walkers compile packaging docs readme trainers lightning timm
 NUMBERS := tests $(ONCE:%=--ignore=tests/test_%.py)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
-API := fused_optim fused_optim.schedules fused_optim.decay fused_optim.groups fused_optim.lr_finder fused_optim.decoupled fused_optim.convert fused_optim.integrations
+API := fused_optim fused_optim.clip fused_optim.schedules fused_optim.decay fused_optim.groups fused_optim.lr_finder fused_optim.decoupled fused_optim.convert fused_optim.integrations
 
 .PHONY: demo test lint bench study docs gpu asan clean
 

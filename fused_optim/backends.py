@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import machine, reference
 from .device import DeviceTable
 from .table import CHUNK, HYPER_WIDTH, RAW_WIDTH, ROW_WIDTH, Table
 
@@ -77,15 +77,15 @@ def emulated() -> bool:
 
 
 def _why_not_triton(device: torch.device | None) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if device is not None and device.type == "cpu" and not interpreted():
+    if (reason := machine.why_not_triton()) is not None:
+        return reason
+    if interpreted() and (device is None or device.type == "cpu"):
+        return None
+    if device is not None and device.type == "cpu":
         return "Triton runs CPU tensors only under TRITON_INTERPRET=1"
-    if device is not None and device.type not in ("cpu", "cuda"):
+    if device is not None and device.type != "cuda":
         return f"Triton kernels run on CUDA and ROCm devices, not on {device.type}"
-    if device is None and not (torch.cuda.is_available() or interpreted()):
-        return "there is no GPU that torch can use"
-    return None
+    return machine.why_no_gpu() or machine.why_not_compiled_by_triton()
 
 
 def _why_not_cuda(device: torch.device | None) -> str | None:
@@ -94,12 +94,15 @@ def _why_not_cuda(device: torch.device | None) -> str | None:
         return module
     if emulated():
         return None if device is None or device.type == "cpu" else "FUSED_OPTIM_CUDA_EMULATE=1 is for CPU tensors"
-    if not module.WITH_CUDA:
-        return "the extension was built without CUDA (it needs nvcc and a CUDA build of torch, or FUSED_OPTIM_CUDA=1)"
     if device is not None and device.type != "cuda":
         return f"the CUDA kernel runs on CUDA devices, not on {device.type}"
-    if not torch.cuda.is_available() or torch.version.cuda is None:
-        return "there is no NVIDIA GPU that torch can use"
+    if (reason := machine.why_no_gpu()) is not None:
+        return reason
+    if torch.version.cuda is None:
+        return "the CUDA kernel runs on NVIDIA GPUs, and this torch is built for ROCm; use Triton"
+    if not module.WITH_CUDA:
+        missing = machine.why_no_nvcc() or "nvcc was not there when it was installed"
+        return f"the extension was built without CUDA: {missing}; then {REINSTALL}"
     return None
 
 
@@ -257,36 +260,51 @@ BACKENDS = {
 }
 
 
+# "auto" tries them in this order.
+ORDER = {"cuda": ("triton", "cuda"), "cpu": ("cpp",)}
+# Why a backend failed on a device although why_not had nothing against it (see trial.py).
+FAILED: dict[tuple[str, torch.device], str] = {}
+
+
 def available() -> dict[str, str | None]:
     """Every backend's name, with None where it works here, or the reason why not."""
     return {name: backend.why_not(None) for name, backend in BACKENDS.items()}
 
 
 @functools.cache
-def _warn_slow(device_type: str, reasons: str) -> None:
+def _warn(text: str) -> None:
+    """Once per text, at the line that called this package or torch."""
     inside = tuple(f"{Path(module).parent}{os.sep}" for module in (__file__, torch.__file__))
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
-    text = f"fused_optim steps {device_type} tensors in plain PyTorch, which is slow, because {reasons}."
     warnings.warn(text, stacklevel=level)
 
 
 def pick(name: str, device: torch.device) -> Backend:
-    """The backend called `name` for that device; "auto" takes the first that works.
+    """The backend called `name` for that device; "auto" takes the first that works, and warns where that is not the
+    first of all.
 
     Raises:
         ValueError: there is no backend of that name.
         RuntimeError: the named backend cannot run tensors of that device; says why.
     """
     if name == "auto":
-        order = ["triton", "cuda"] if device.type == "cuda" else ["cpp"]
-        reasons = {candidate: BACKENDS[candidate].why_not(device) for candidate in order}
-        for candidate, reason in reasons.items():
+        reasons: list[str] = []
+        for candidate in ORDER.get(device.type, ()):
+            reason = BACKENDS[candidate].why_not(device) or FAILED.get((candidate, device))
             if reason is None:
+                if reasons:
+                    because = "; ".join(reasons)
+                    _warn(
+                        f'fused_optim steps {device.type} tensors by backend="{candidate}", because {because}. '
+                        f'backend="{candidate}" chooses it without this warning.'
+                    )
                 return BACKENDS[candidate]
-        if device.type in ("cpu", "cuda"):
-            _warn_slow(device.type, "; ".join(f"{key}: {reason}" for key, reason in reasons.items()))
+            reasons.append(f"{candidate}: {reason}")
+        if reasons:
+            because = "; ".join(reasons)
+            _warn(f"fused_optim steps {device.type} tensors in plain PyTorch, which is slow, because {because}.")
         return BACKENDS["reference"]
     if name not in BACKENDS:
         raise ValueError(f'backend must be "auto" or one of {", ".join(BACKENDS)}, but got {name!r}')

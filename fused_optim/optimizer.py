@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -11,8 +12,8 @@ from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 
 from . import backends
+from . import device as devices
 from .checkpoints import Checkpoints
-from .device import DeviceTable
 from .ema import Averaging, Decay, make_average
 from .forks import heed_fork
 from .layout import (
@@ -38,6 +39,7 @@ from .options import (
 from .scaling import Scaler
 from .shards import Groups, groups_of, is_sharded, local, reduce_over
 from .table import EMA_DECAY, Row, Rule, Scalars, Table
+from .trial import choose
 from .watch import REBUILD
 from .watch import Watch as PythonWatch
 
@@ -182,6 +184,19 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
             with torch.device("cpu"):  # of the host's arrays, whatever torch.set_default_device says
                 self._rebuild()
             moved = 0  # new tables go to their device whole, when they are first used
+        averaged = 0 if self._ema is None else self._ema.steps
+        try:
+            scalings = self._prepare(moved, grad_scale)
+        except BaseException:
+            if self._ema is not None:
+                self._ema.steps = averaged
+            self._forget()  # the devices may not know what has moved; new tables bring it over
+            raise
+        self._walk(scalings)
+        return loss
+
+    def _prepare(self, moved: int, grad_scale: float | Tensor | None) -> list[backends.Scaling]:
+        """All that comes before the first change of a param or state."""
         if self._ema is not None:
             moved |= self._ema.advance(self._tables)
         for table, backend in self._tables:
@@ -190,18 +205,44 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
                 self._copy_in(table)
         given = self.__dict__  # GradScaler puts its two tensors here, and takes them away after the step
         scales = (given.get("grad_scale"), grad_scale)
-        scalings = self._scaler(self._tables, self._looks, scales, given.get("found_inf"))
-        for (table, backend), scaling in zip(self._tables, scalings, strict=True):
-            backend.step(table, scaling)
-        if self.rule.trust:
-            self._sum_over_processes()
-        for table, backend in self._tables:
+        return self._scaler(self._tables, self._looks, scales, given.get("found_inf"))
+
+    def _walk(self, scalings: Sequence[backends.Scaling]) -> None:
+        """One walk over every table, or two.
+
+        Raises:
+            RuntimeError: a walk has failed; says what has been changed.
+        """
+        fates = ["unchanged"] * len(self._tables)
+        try:
+            for number, ((table, backend), scaling) in enumerate(zip(self._tables, scalings, strict=True)):
+                fates[number] = "perhaps changed in part"
+                backend.step(table, scaling)
+                fates[number] = "states and step counts updated, params not"
+                if not self.rule.trust:
+                    self._finish(table, fates, number)
             if self.rule.trust:
-                backend.move(table)
-            if table.copies:
-                self._copy_out(table)
-        self._watch.done()
-        return loss
+                self._sum_over_processes()
+                for number, (table, backend) in enumerate(self._tables):
+                    backend.move(table)
+                    self._finish(table, fates, number)
+        except BaseException as error:
+            found = "; ".join(f"{table.device}: {fate}" for (table, _), fate in zip(self._tables, fates, strict=True))
+            text = (
+                f"a step has ended before it was complete ({type(error).__name__}: {error}). Tensors on {found}. Load "
+                "a checkpoint to go on"
+            )
+            if isinstance(error, Exception):
+                raise RuntimeError(text) from error
+            warnings.warn(text, stacklevel=3)
+            raise
+        finally:
+            self._watch.done()
+
+    def _finish(self, table: Table, fates: list[str], number: int) -> None:
+        if table.copies:
+            self._copy_out(table)
+        fates[number] = "updated"
 
     @staticmethod
     @torch.no_grad()
@@ -238,6 +279,8 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
             FusedOptimizer._uncompiled_step = torch.compiler.disable(
                 FusedOptimizer.step, reason="a fused optimizer's step is a kernel of its own, which nothing can enter"
             )
+        self._captured: list[Table] = self.__dict__.get("_captured", [])  # a graph goes on reading its tables
+        self._captured += [table for table, _ in self.__dict__.get("_tables", ()) if devices.was_captured(table)]
         self._watch: Any = None
         self._watched_state: object = None
         self._watched_groups: object = None
@@ -248,8 +291,15 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
     @torch.no_grad()
     def _rebuild(self) -> None:
         """New tables for what is there now. Checks first, then makes states, and installs both only when all has gone
-        well."""
-        self._keep_captured()
+        well.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured: its replays would make the states anew every time.
+        """
+        devices.refuse_capture(
+            "an optimizer cannot take its first step, or its first one with other params, states or groups,",
+            "take one step before the capture",
+        )
         self._forget()
         members = [(param, index, group) for index, group in enumerate(self.param_groups) for param in group["params"]]
         for (param, _, _), name in zip(members, self._all_names(), strict=True):
@@ -295,10 +345,11 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
             groups = groups_of(row.param) if sums else ()
             alone = self._scaler.norm_group is not None and is_sharded(row.param)
             by_place.setdefault((row.shard.device, alone, groups), []).append(row)
-        tables = [
-            (Table(self.rule, device, members_, scalars, looks, groups), backends.pick(self._backend, device))
+        made_tables = [
+            Table(self.rule, device, members_, scalars, looks, groups)
             for (device, _, groups), members_ in by_place.items()
         ]
+        tables = [(table, choose(self._backend, table)) for table in made_tables]
 
         if self._ema is not None:
             self._ema.tensors.update(averages)
@@ -338,12 +389,16 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
             return state.get("step", 0.0)
         return self._steps.get(param, 1.0 if state else 0.0) if begun else 0.0
 
-    def _keep_captured(self) -> None:
-        """A captured graph goes on reading the tables it was captured with."""
-        kept = [
-            table for table, _ in self._tables if isinstance(table.on_device, DeviceTable) and table.on_device.captured
-        ]
-        self.__dict__.setdefault("_captured", []).extend(kept)
+    def release_captured(self) -> None:
+        """Frees what is kept for CUDA graphs in which steps of this optimizer were captured: tables, pinned buffers,
+        and states that have been replaced since. Without this call they live as long as the optimizer. Call it when
+        none of these graphs will be replayed again. It waits for the device.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured.
+        """
+        devices.release([*self._captured, *(table for table, _ in self._tables)])
+        self._captured.clear()
 
     def load_ema_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_ema_state_dict(state_dict)

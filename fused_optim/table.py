@@ -188,7 +188,7 @@ class Table:
 
     desc: int64 [chunks], chunk << 32 | row << 8 | kind << 1 | slow. rows: int64 [rows, ROW_WIDTH]. grads: int64
         [rows], 0 without a gradient.
-    groups: process groups over whose members every tensor is spread.
+    clips: whether the norm of all gradients is taken. groups: process groups over whose members every tensor is spread.
     group: int32 [rows]. hyper: float64 [rows, HYPER_WIDTH] on the device, written by prep. kinds: signatures, by kind
         number.
     Where something is summed over whole tensors, else None: spans int64 [rows + 1], row r has the chunks spans[r] up to
@@ -208,6 +208,7 @@ class Table:
         self.rule = rule
         self.device = device
         self.rows_list = rows
+        self.clips = clips
         self.groups = groups
         self.scalars = scalars
         self.on_device: object = None  # device.DeviceTable, on GPUs
