@@ -56,8 +56,8 @@ def library(source: str, name: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDL
     """native/`source`, compiled to a shared library of that file name."""
     path = NATIVE / source
     command = ["gcc", "-O2", "-std=c11", "-Wall", "-Werror", "-ffp-contract=off", "-fPIC", "-shared"]
-    command += ["-o", name, str(path), "-lm"]
-    folder = made([*command[:-3], path.read_bytes()], lambda folder: run(command, folder))
+    command += [f"-Wl,-soname,{name}", "-o", name, str(path), "-lm"]
+    folder = made([*command[:-2], path.read_bytes()], lambda folder: run(command, folder))
     return ctypes.CDLL(str(folder / name), mode)
 
 
