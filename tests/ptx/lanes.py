@@ -30,6 +30,22 @@ def dtype_of(kind: str) -> np.dtype[Any]:
     return UNSIGNED[BYTES[kind]]
 
 
+class Registers(dict[str, Array]):
+    """By name; each comes to be when it is first asked for."""
+
+    def __init__(self, kernel: Kernel, count: int) -> None:
+        super().__init__()
+        self.kinds, self.count = kernel.registers, count
+
+    def __missing__(self, name: str) -> Array:
+        kind = self.kinds[name]
+        if kind == "pred":
+            self[name] = np.zeros(self.count, bool)
+        else:
+            self[name] = np.full(self.count * BYTES[kind], POISON, np.uint8).view(UNSIGNED[BYTES[kind]])
+        return self[name]
+
+
 class Lanes:
     """count threads, those of the blocks from `first` on."""
 
@@ -54,12 +70,7 @@ class Lanes:
             "%nctaid.x": np.uint32(grid),
             "%laneid": number % np.uint32(32),
         }
-        self.registers: dict[str, Array] = {}
-        for name, kind in kernel.registers.items():
-            if kind == "pred":
-                self.registers[name] = np.zeros(self.count, bool)
-            else:
-                self.registers[name] = np.full(self.count * BYTES[kind], POISON, np.uint8).view(UNSIGNED[BYTES[kind]])
+        self.registers = Registers(kernel, self.count)
         self.shared = np.full((blocks, max(shared_bytes, 1)), POISON, np.uint8)
 
 

@@ -56,8 +56,10 @@ class Launches:
 
     @contextmanager
     def raising(self) -> Iterator[None]:
-        """What has failed in a kernel is raised here, and not the error that C has made of it."""
+        """Around the launches of a pass. What has failed in a kernel is raised here, and not the error that C has made
+        of it."""
         self.failure = None
+        self.memory.refresh()
         try:
             yield
         except Exception as error:

@@ -66,7 +66,6 @@ class Program:
         """
         if len(parameters) != self.kernel.parameter_bytes:
             raise ValueError(f"{self.kernel.name} takes {self.kernel.parameter_bytes} bytes of parameters")
-        memory.launch()
         shared = shared_bytes + self.kernel.shared_bytes
         with np.errstate(all="ignore"):
             for first in range(0, grid, BLOCKS):

@@ -6,7 +6,7 @@ import ctypes
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -68,9 +68,10 @@ class Memory:
         if len(odd):
             raise AccessError(f"misaligned: {text} of {size} bytes at {odd[0]:#x}")
         outside = self.outside(used, size)
-        if len(outside):
-            self.look()
-            outside = self.outside(used, size)
+        for generation in range(3):  # New tensors are in the first, which is small.
+            if len(outside):
+                self.look(generation)
+                outside = self.outside(outside, size)
         if len(outside):
             raise AccessError(f"outside of every tensor: {text} of {size} bytes at {outside[0]:#x}")
 
@@ -81,15 +82,19 @@ class Memory:
         inside = (at >= 0) & (addresses + np.uint64(size) <= self.ends[np.maximum(at, 0)])
         return addresses[~inside]
 
-    def launch(self) -> None:
-        """Before each launch: tensors may have gone, and storages been resized."""
-        self.settle(tensor for ref in self.tensors if (tensor := ref()) is not None)
+    def refresh(self) -> None:
+        """Before a pass: tensors may have gone, and storages been resized."""
+        self.settle(self.alive())
 
-    def look(self) -> None:
-        """Finds all tensors. A gradient that only C++ has seen is no Python object before it is asked for."""
-        found = [x for x in gc.get_objects() if issubclass(type(x), Tensor) and type(x).__module__ != "torch._subclasses"]
-        found += [x.grad for x in found if x.is_leaf and x.grad is not None]
-        self.settle(found)
+    def alive(self) -> list[Tensor]:
+        return [tensor for ref in self.tensors if (tensor := ref()) is not None]
+
+    def look(self, generation: int) -> None:
+        """Finds tensors among the objects that Python knows of. A gradient that only C++ has seen is none of these
+        before it is asked for."""
+        kinds = {Tensor, *subclasses(Tensor)}
+        found = self.alive() + [x for x in gc.get_objects(generation) if type(x) in kinds]
+        self.settle(found + [x.grad for x in found if x.is_leaf and x.grad is not None])
 
     def settle(self, tensors: Iterable[Tensor]) -> None:
         spans, kept = {}, []
@@ -100,6 +105,12 @@ class Memory:
         self.tensors = kept
         self.starts = np.array(sorted(spans), np.uint64)
         self.ends = np.array([spans[start] for start in sorted(spans)], np.uint64)
+
+
+def subclasses(kind: type) -> Iterator[type]:
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from subclasses(subclass)
 
 
 def extent(tensor: Tensor) -> tuple[int, int] | None:
