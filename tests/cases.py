@@ -164,7 +164,7 @@ RUNS_ON = {
     "cuda": ["cuda"] * HAS_CUDA + ["cpu"] * EMULATED,
 }
 DEFAULT = ",".join(RUNS_ON)
-RUNS_ON |= dict.fromkeys(ptx.backends.NAMES, ["cpu"])
+RUNS_ON |= {name: ["cpu"] for name in ptx.backends.NAMES}
 CHOSEN = os.environ.get("FUSED_OPTIM_TEST_BACKENDS", DEFAULT).split(",")
 if not {*ptx.backends.NAMES}.isdisjoint(CHOSEN):
     ptx.backends.register()

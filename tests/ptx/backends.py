@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fused_optim import backends
 from fused_optim.backends import Backend, Scaling
-from fused_optim.table import Table
+from fused_optim.table import Table, same_strides
 
 from .launched import LAUNCHES
 from .toolchain import ARCH, compiled_step, library, missing
@@ -48,6 +48,19 @@ def poison(table: Table, *names: str) -> None:
     for name in names:
         if (array := getattr(table, name)) is not None:
             array.fill_(math.nan)
+
+
+def copied(table: Table) -> list[tuple[int, int]]:
+    """Where the copies lie that the extension has made of gradients in another layout than their params'. No Python
+    object holds them."""
+    found = []
+    for row, address in zip(table.rows_list, table.grads.tolist(), strict=True):
+        grad = row.param.grad
+        if address == 0 or type(grad) is not Tensor or grad.numel() == 0 or row.target.device.type != "cpu":
+            continue
+        if grad.is_conj() or grad.is_neg() or not same_strides(grad, row.target):
+            found.append((address, address + grad.nbytes))
+    return found
 
 
 @cache
@@ -110,7 +123,7 @@ def triton_ptx() -> Backend:
         def run(table: Table, *args: Any) -> None:
             use_stand_in_driver()
             poison(table, *poisoned)
-            with LAUNCHES.raising():
+            with LAUNCHES.raising(copied(table)):
                 function(table, *args)
 
         return run
@@ -184,8 +197,8 @@ def host_code() -> dict[str, Any]:
     return functions
 
 
-def call(name: str, *args: Any) -> None:
-    with LAUNCHES.raising():
+def call(name: str, table: Table, *args: Any) -> None:
+    with LAUNCHES.raising(copied(table)):
         error = host_code()[name](*args, STREAM, 0)
         if error != 0:
             raise RuntimeError(f"launch_{name}_cuda has returned {error}")
@@ -194,22 +207,22 @@ def call(name: str, *args: Any) -> None:
 def step_cuda(table: Table, scaling: Scaling) -> None:
     poison(table, "hyper", "partials", "sums")
     numbers = {"grad_scale": scaling.grad_scale, "found_inf": scaling.found_inf, "squares": scaling.squares}
-    call("step", table.rule.name.encode(), tables(table, **numbers))
+    call("step", table, table.rule.name.encode(), tables(table, **numbers))
 
 
 def move_cuda(table: Table) -> None:
     poison(table, "partials")
-    call("move", table.rule.name.encode(), tables(table))
+    call("move", table, table.rule.name.encode(), tables(table))
 
 
 def squares_cuda(table: Table, out: Tensor) -> None:
     poison(table, "partials")
-    call("squares", tables(table), out.data_ptr())
+    call("squares", table, tables(table), out.data_ptr())
 
 
 def scale_cuda(table: Table, squares: Tensor) -> None:
     poison(table, "partials")
-    call("scale", tables(table, squares=squares))
+    call("scale", table, tables(table, squares=squares))
 
 
 def cuda_ptx() -> Backend:

@@ -99,7 +99,7 @@ def reader(kernel: Kernel, operand: str, kind: str) -> Read:
 def immediate(kernel: Kernel, operand: str, dtype: np.dtype[Any]) -> Any:
     if operand in kernel.shared:
         return dtype.type(kernel.shared[operand])
-    if dtype == bool:
+    if dtype.kind == "b":
         return np.bool_(int(operand, 0))
     digits = operand.lstrip("-")
     if digits[:2] in ("0f", "0F", "0d", "0D"):

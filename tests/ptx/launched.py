@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -55,11 +55,11 @@ class Launches:
         return 0
 
     @contextmanager
-    def raising(self) -> Iterator[None]:
+    def raising(self, lent: Sequence[tuple[int, int]] = ()) -> Iterator[None]:
         """Around the launches of a pass. What has failed in a kernel is raised here, and not the error that C has made
-        of it."""
+        of it. lent: see Memory.refresh."""
         self.failure = None
-        self.memory.refresh()
+        self.memory.refresh(lent)
         try:
             yield
         except Exception as error:

@@ -6,7 +6,7 @@ import ctypes
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -42,6 +42,7 @@ class Memory:
     def __init__(self) -> None:
         self.accesses: Counter[tuple[str, int]] = Counter()
         self.tensors: list[weakref.ref[Tensor]] = []
+        self.lent: list[tuple[int, int]] = []
         self.starts = self.ends = np.zeros(0, np.uint64)
 
     def load(self, addresses: Addresses, mask: Mask, size: int, text: str) -> NDArray[np.uint8]:
@@ -82,8 +83,10 @@ class Memory:
         inside = (at >= 0) & (addresses + np.uint64(size) <= self.ends[np.maximum(at, 0)])
         return addresses[~inside]
 
-    def refresh(self) -> None:
-        """Before a pass: tensors may have gone, and storages been resized."""
+    def refresh(self, lent: Sequence[tuple[int, int]] = ()) -> None:
+        """Before a pass: tensors may have gone, and storages been resized. lent: the first address and the end of what
+        is no Python object's, and may be touched in this pass."""
+        self.lent = list(lent)
         self.settle(self.alive())
 
     def alive(self) -> list[Tensor]:
@@ -97,7 +100,7 @@ class Memory:
         self.settle(found + [x.grad for x in found if x.is_leaf and x.grad is not None])
 
     def settle(self, tensors: Iterable[Tensor]) -> None:
-        spans, kept = {}, []
+        spans, kept = dict(self.lent), []
         for tensor in tensors:
             if tensor.device.type == "cpu" and tensor.layout == torch.strided and (span := extent(tensor)) is not None:
                 kept.append(weakref.ref(tensor))

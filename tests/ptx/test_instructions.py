@@ -7,13 +7,14 @@ import struct
 
 import pytest
 import torch
+from torch import Tensor
+
 from ptx.instructions import UnknownInstruction
 from ptx.kernel import entries, parse
 from ptx.lanes import Lanes
 from ptx.machine import Program
 from ptx.memory import AccessError, Memory
 from ptx.toolchain import missing
-from torch import Tensor
 
 pytestmark = pytest.mark.skipif(missing("gcc") is not None, reason=str(missing("gcc")))
 
@@ -74,7 +75,7 @@ def floats(*values: float, dtype: torch.dtype = F32) -> Tensor:
 
 
 X, Y, Z = floats(1.5, -0.1, math.nan, 3e38), floats(0.3, 7.0, 2.0, 3e38), floats(-0.45, 1e-3, 0.0, -math.inf)
-I, J = torch.tensor([7, -3, 2**31 - 1, -(2**31)], dtype=I32), torch.tensor([3, 5, 2, 31], dtype=I32)
+K, J = torch.tensor([7, -3, 2**31 - 1, -(2**31)], dtype=I32), torch.tensor([3, 5, 2, 31], dtype=I32)
 WIDE = torch.tensor([7, -3, 2**62 + 5, -(2**63)], dtype=I64)
 
 
@@ -99,30 +100,30 @@ def fused(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         ("neg.f32 %d, %a;", [X], -X),
         ("add.rn.f64 %d, %a, 0d3FF8000000000000;", [X.double()], X.double() + 1.5),
         ("rcp.rn.f64 %d, %b;", [X.double(), Y.double()], 1 / Y.double()),
-        ("add.s32 %d, %a, -5;", [I], I - 5),
-        ("sub.s32 %d, %a, %b;", [I, J], I - J),
-        ("mul.lo.s32 %d, %a, %b;", [I, J], I * J),
-        ("mul.wide.s32 %d, %a, %b;", [I, J], I.long() * J.long()),
-        ("mad.lo.s32 %d, %a, %b, 9;", [I, J], I * J + 9),
-        ("min.s32 %d, %a, %b;", [I, J], torch.minimum(I, J)),
+        ("add.s32 %d, %a, -5;", [K], K - 5),
+        ("sub.s32 %d, %a, %b;", [K, J], K - J),
+        ("mul.lo.s32 %d, %a, %b;", [K, J], K * J),
+        ("mul.wide.s32 %d, %a, %b;", [K, J], K.long() * J.long()),
+        ("mad.lo.s32 %d, %a, %b, 9;", [K, J], K * J + 9),
+        ("min.s32 %d, %a, %b;", [K, J], torch.minimum(K, J)),
         ("max.s64 %d, %a, 3;", [WIDE], WIDE.clamp(min=3)),
-        ("neg.s32 %d, %a;", [I], -I),
-        ("shl.b32 %d, %a, 4;", [I], I << 4),
-        ("shl.b32 %d, %a, 32;", [I], I * 0),
-        ("shr.s32 %d, %a, %b;", [I, J], I >> J),
-        ("shr.s32 %d, %a, 40;", [I], I >> 31),
-        ("shr.u32 %d, %a, 28;", [I], (I >> 28) & 15),
+        ("neg.s32 %d, %a;", [K], -K),
+        ("shl.b32 %d, %a, 4;", [K], K << 4),
+        ("shl.b32 %d, %a, 32;", [K], K * 0),
+        ("shr.s32 %d, %a, %b;", [K, J], K >> J),
+        ("shr.s32 %d, %a, 40;", [K], K >> 31),
+        ("shr.u32 %d, %a, 28;", [K], (K >> 28) & 15),
         ("shr.u64 %d, %a, 60;", [WIDE], (WIDE >> 60) & 15),
-        ("bfe.u32 %d, %a, 1, 7;", [I], (I >> 1) & 127),
+        ("bfe.u32 %d, %a, 1, 7;", [K], (K >> 1) & 127),
         ("bfe.u64 %d, %a, 1, 7;", [WIDE], (WIDE >> 1) & 127),
-        ("and.b32 %d, %a, 0xFF;", [I], I & 255),
-        ("or.b32 %d, %a, %b;", [I, J], I | J),
-        ("xor.b32 %d, %a, %b;", [I, J], I ^ J),
-        ("not.b32 %d, %a;", [I], ~I),
-        ("lop3.b32 %d, %a, %b, 12, 0xe2;", [I, J], (I & J) | (12 & ~J)),
-        ("prmt.b32 %d, %a, %b, 0x4521;", [I, J], (I >> 8) & 0xFFFF | (J & 0xFF00) << 8 | J << 24),
-        ("cvt.rn.f64.s32 %d, %a;", [I], I.double()),
-        ("cvt.rn.f32.s32 %d, %a;", [I], I.float()),
+        ("and.b32 %d, %a, 0xFF;", [K], K & 255),
+        ("or.b32 %d, %a, %b;", [K, J], K | J),
+        ("xor.b32 %d, %a, %b;", [K, J], K ^ J),
+        ("not.b32 %d, %a;", [K], ~K),
+        ("lop3.b32 %d, %a, %b, 12, 0xe2;", [K, J], (K & J) | (12 & ~J)),
+        ("prmt.b32 %d, %a, %b, 0x4521;", [K, J], (K >> 8) & 0xFFFF | (J & 0xFF00) << 8 | J << 24),
+        ("cvt.rn.f64.s32 %d, %a;", [K], K.double()),
+        ("cvt.rn.f32.s32 %d, %a;", [K], K.float()),
         ("cvt.rzi.s32.f32 %d, %a;", [X], torch.tensor([1, 0, 0, 2**31 - 1], dtype=I32)),
         ("cvt.rn.f32.f64 %d, %a;", [X.double() / 3], (X.double() / 3).float()),
         ("cvt.f64.f32 %d, %a;", [X], X.double()),
@@ -130,20 +131,20 @@ def fused(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         ("cvt.f32.f16 %d, %a;", [Y.half()], Y.half().float()),
         ("cvt.rn.bf16.f32 %d, %a;", [Y / 3], (Y / 3).bfloat16()),
         ("cvt.f32.bf16 %d, %a;", [Y.bfloat16()], Y.bfloat16().float()),
-        ("cvt.s64.s32 %d, %a;", [I], I.long()),
-        ("cvt.u64.u32 %d, %a;", [I], I.long() & 0xFFFFFFFF),
+        ("cvt.s64.s32 %d, %a;", [K], K.long()),
+        ("cvt.u64.u32 %d, %a;", [K], K.long() & 0xFFFFFFFF),
         ("cvt.u32.u64 %d, %a;", [WIDE], WIDE.int()),
         ("setp.lt.f32 %p0, %a, %b; selp.f32 %d, %a, %b, %p0;", [X, Y], torch.where(X < Y, X, Y)),
         ("setp.ltu.f32 %p0, %a, %b; selp.f32 %d, %a, %b, %p0;", [X, Y], torch.where(X >= Y, Y, X)),
         ("setp.nan.f32 %p0, %a, %a; selp.b32 %d, 1, 0, %p0;", [X], X.isnan().int()),
-        ("setp.gt.u32 %p0, %a, 8; selp.b32 %d, 1, 0, %p0;", [I], ((I > 8) | (I < 0)).int()),
+        ("setp.gt.u32 %p0, %a, 8; selp.b32 %d, 1, 0, %p0;", [K], ((K > 8) | (K < 0)).int()),
         (
             "setp.gt.s32 %p0, %a, 0; setp.lt.and.s32 %p1, %b, 5, %p0; selp.b32 %d, 1, 0, %p1;",
-            [I, J],
-            ((I > 0) & (J < 5)).int(),
+            [K, J],
+            ((K > 0) & (J < 5)).int(),
         ),
-        ("setp.gt.s32 %p0, %a, 0; not.pred %p1, %p0; mov.b32 %d, 1; @!%p1 mov.b32 %d, 2;", [I], 1 + (I > 0).int()),
-        ("mov.b32 {%rs0, %rs1}, %a; mov.b32 %d, {%rs1, %rs0};", [I], (I >> 16) & 0xFFFF | I << 16),
+        ("setp.gt.s32 %p0, %a, 0; not.pred %p1, %p0; mov.b32 %d, 1; @!%p1 mov.b32 %d, 2;", [K], 1 + (K > 0).int()),
+        ("mov.b32 {%rs0, %rs1}, %a; mov.b32 %d, {%rs1, %rs0};", [K], (K >> 16) & 0xFFFF | K << 16),
         ("mov.b64 {%r1, %r2}, %a; mov.b64 %d, {%r1, %r1};", [WIDE], WIDE & 0xFFFFFFFF | WIDE << 32),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -173,7 +174,7 @@ def test_branches_loops_and_divergence() -> None:
     add.s32 %r1, %r1, 1; bra $again;
     $done:
     """
-    found = run(code, [I], I32)
+    found = run(code, [K], I32)
     assert found.tolist() == [lane * (100 if lane % 2 else 1) for lane in range(LANES)]
 
 
@@ -186,7 +187,7 @@ def test_indexed_branches() -> None:
     zero: mov.b32 %d, 10;
     end:
     """
-    assert run(code, [I], I32).tolist() == [10, 11] * (LANES // 2)
+    assert run(code, [K], I32).tolist() == [10, 11] * (LANES // 2)
 
 
 def test_shared_memory_and_barriers() -> None:
@@ -286,18 +287,18 @@ def test_a_tensor_that_is_gone_may_not_be_touched() -> None:
 def test_a_shuffle_of_a_part_of_a_warp_is_an_error() -> None:
     code = "setp.lt.s32 %p0, %r0, 7; @%p0 bra $over; shfl.sync.bfly.b32 %d, %a, 4, 31, -1; $over:"
     with pytest.raises(RuntimeError, match="a part of a warp"):
-        run(code, [I], I32)
+        run(code, [K], I32)
 
 
 def test_two_barriers_at_once_are_an_error() -> None:
     code = "setp.lt.s32 %p0, %r0, 7; @%p0 bra $a; bar.sync 0; bra.uni $b; $a: bar.sync 0; $b: mov.b32 %d, 0;"
     with pytest.raises(RuntimeError, match="different barriers"):
-        run(code, [I], I32)
+        run(code, [K], I32)
 
 
 def test_registers_of_another_width_are_an_error() -> None:
     with pytest.raises(ValueError, match="is read as"):
-        run("add.s64 %d, %a, %a;", [I], I64)
+        run("add.s64 %d, %a, %a;", [K], I64)
 
 
 def test_registers_and_shared_memory_start_as_no_number() -> None:

@@ -14,12 +14,12 @@ import pytest
 import torch
 from fused_optim.triton_kernels import launch as launching
 from fused_optim.triton_kernels.launch import Variant
-from ptx.backends import NAMES, STREAM, cuda_ptx, tables, tables_type, triton_ptx, why_not
-from ptx.launched import LAUNCHES, Launch
-from ptx.toolchain import missing
 from torch import Tensor
 
 from fused_optim import FusedAdamW, FusedLAMB, FusedLion, FusedQHAdam, FusedSGD, backends, clip_grad_norm_
+from ptx.backends import NAMES, STREAM, cuda_ptx, tables, tables_type, triton_ptx, why_not
+from ptx.launched import LAUNCHES, Launch
+from ptx.toolchain import missing
 
 MISSING = missing("gcc", "nvcc")
 pytestmark = [
