@@ -14,10 +14,8 @@ PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -q -n $(JOBS)
 # The tests that go over every backend; the others would only repeat themselves.
 ONCE := cuda_compile triton_compile walkers compile packaging docs readme trainers lightning timm
-NUMBERS := tests $(ONCE:%=--ignore=tests/test_%.py)
+NUMBERS := tests --ignore=tests/ptx $(ONCE:%=--ignore=tests/test_%.py)
 PTX := triton-ptx,cuda-ptx
-# Triton's kernels on tables that the tests write themselves.
-BY_HAND := tests/test_triton_kernels.py tests/test_triton_sums.py
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 API := fused_optim fused_optim.schedules fused_optim.decay fused_optim.groups fused_optim.lr_finder fused_optim.decoupled fused_optim.convert fused_optim.integrations
 
@@ -30,13 +28,13 @@ test: $(VENV)/built
 	$(PYTEST) tests
 	TRITON_INTERPRET=1 FUSED_OPTIM_TEST_BACKENDS=triton $(PYTEST) $(NUMBERS)
 	FUSED_OPTIM_CUDA_EMULATE=1 FUSED_OPTIM_TEST_BACKENDS=cuda $(PYTEST) $(NUMBERS)
+	FUSED_OPTIM_TEST_BACKENDS=$(PTX) $(PYTEST) $(NUMBERS) -m compiled
 	FUSED_OPTIM_ISA=baseline $(PYTEST) tests/test_numbers.py -k cpp
 	$(MAKE) asan
 
 # A part of it is in `test`.
 test-ptx: $(VENV)/built
-	FUSED_OPTIM_TEST_BACKENDS=$(PTX) $(PYTEST) $(NUMBERS) -k ptx
-	FUSED_OPTIM_TEST_BACKENDS=$(PTX) $(PYTEST) $(BY_HAND)
+	FUSED_OPTIM_TEST_BACKENDS=$(PTX) $(PYTEST) $(NUMBERS) -k "ptx or triton_kernels or triton_sums"
 
 # The extension built with the address sanitizer, under the tests that move memory about.
 asan: $(VENV)/built
