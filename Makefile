@@ -1,5 +1,6 @@
 # make demo   everything from nothing: environment, build, and a net trained with FusedAdamW beside torch's AdamW
 # make test   everything from nothing: environment, build, all tests that need no GPU
+# make test-ptx   the GPU kernels as they are compiled, run without a GPU by an interpreter: all tests that step on them
 # make study  which optimizer trains best: searches, five seeds, tables and plots into bench/results/study/
 # make docs   the API reference, from the docstrings, into docs/api/
 # make gpu    on a CUDA machine whose python3 has torch: build, tests, sanitizer, benchmarks into bench/results/
@@ -13,11 +14,12 @@ PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -q -n $(JOBS)
 # The tests that go over every backend; the others would only repeat themselves.
 ONCE := cuda_compile triton_compile walkers compile packaging docs readme trainers lightning timm
-NUMBERS := tests $(ONCE:%=--ignore=tests/test_%.py)
+NUMBERS := tests --ignore=tests/ptx $(ONCE:%=--ignore=tests/test_%.py)
+PTX := triton-ptx,cuda-ptx
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 API := fused_optim fused_optim.clip fused_optim.schedules fused_optim.decay fused_optim.groups fused_optim.lr_finder fused_optim.decoupled fused_optim.convert fused_optim.integrations
 
-.PHONY: demo test lint bench study docs gpu asan clean
+.PHONY: demo test test-ptx lint bench study docs gpu asan clean
 
 demo: $(VENV)/built
 	$(PY) demo.py
@@ -26,8 +28,13 @@ test: $(VENV)/built
 	$(PYTEST) tests
 	TRITON_INTERPRET=1 FUSED_OPTIM_TEST_BACKENDS=triton $(PYTEST) $(NUMBERS)
 	FUSED_OPTIM_CUDA_EMULATE=1 FUSED_OPTIM_TEST_BACKENDS=cuda $(PYTEST) $(NUMBERS)
+	FUSED_OPTIM_TEST_BACKENDS=$(PTX) $(PYTEST) $(NUMBERS) -m compiled
 	FUSED_OPTIM_ISA=baseline $(PYTEST) tests/test_numbers.py -k cpp
 	$(MAKE) asan
+
+# A part of it is in `test`.
+test-ptx: $(VENV)/built
+	FUSED_OPTIM_TEST_BACKENDS=$(PTX) $(PYTEST) $(NUMBERS) -k "ptx or triton_kernels or triton_sums"
 
 # The extension built with the address sanitizer, under the tests that move memory about.
 asan: $(VENV)/built

@@ -30,7 +30,10 @@ def git(*arguments: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit checked out, with "+changes" where tracked files outside bench/results differ from it."""
+    """$FUSED_OPTIM_COMMIT where it is set: a copy of the tree may have no .git. Else the commit checked out, with
+    "+changes" where tracked files outside bench/results differ from it."""
+    if told := os.environ.get("FUSED_OPTIM_COMMIT"):
+        return told
     name = git("rev-parse", "HEAD")
     if name is None:
         return "unknown"

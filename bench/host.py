@@ -18,7 +18,7 @@ import torch
 from clocks import Step
 from environment import describe
 from family import OPTIMIZERS
-from measure import host_times, progress
+from measure import host_times, progress, reason_of
 from peers import PEERS
 from report import markdown, number
 from workload import Config, Workload
@@ -36,9 +36,14 @@ def measure(tensors: int, optimizer: str, names: list[str], device: torch.device
         if (reason := PEERS[name].why_not(workload)) is not None:
             progress(f"{name} left out: {reason}", done=True)
             continue
-        steps[name] = PEERS[name].build(workload.groups(), workload.config, device).step
-        for _ in range(3):
-            steps[name]()
+        try:
+            step = PEERS[name].build(workload.groups(), workload.config, device).step
+            for _ in range(3):
+                step()
+        except Exception as error:  # the others are worth timing all the same
+            progress(f"{name} left out: {reason_of(error)}", done=True)
+            continue
+        steps[name] = step
     return host_times(steps, f"{tensors:,} tensors", rounds)
 
 
@@ -72,7 +77,8 @@ def main() -> int:
         count: measure(count, options.optimizer, names, torch.device(options.device), options.rounds)
         for count in counts
     }
-    medians = {name: {count: by_count[count][name] for count in counts} for name in by_count[counts[0]]}
+    everywhere = [name for name in names if all(name in by_count[count] for count in counts)]
+    medians = {name: {count: by_count[count][name] for count in counts} for name in everywhere}
     fits = {name: fit(values) for name, values in medians.items()} if len(counts) > 1 else {}
     header = ["peer", *(f"T = {count:,}" for count in counts), *(["µs + µs per tensor"] if fits else [])]
     rows = [

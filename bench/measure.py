@@ -7,7 +7,7 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 import torch
@@ -51,11 +51,15 @@ class Timed:
         first, _, third = statistics.quantiles(self.samples["ms"], n=4, method="inclusive")
         return first, third
 
-    def speed(self, other: Timed | None) -> float | None:
+    def speed(self, other: Timed | None, key: str = "ms") -> float | None:
         """How many times faster than the other: the median over the rounds, each of which timed both within moments."""
         if other is None or not other.samples or not self.samples:
             return None
-        return statistics.median(b / a for a, b in zip(self.samples["ms"], other.samples["ms"], strict=True))
+        return statistics.median(b / a for a, b in zip(self.samples[key], other.samples[key], strict=True))
+
+    def share_of(self, floor: Timed) -> float | None:
+        """Of the floor's speed, by the device's time where it is known: a copy is one launch, and a step is several."""
+        return self.speed(floor, "device_ms" if "device_ms" in self.samples else "ms")
 
 
 @dataclass
@@ -81,7 +85,7 @@ class Measured:
                     "median_ms": median,
                     "quartiles_ms": [first, third],
                     f"speed_against_{self.baseline}": timed.speed(self.timed.get(self.baseline)),
-                    "share_of_floor": timed.speed(self.timed[FLOOR]),
+                    "share_of_floor": timed.share_of(self.timed[FLOOR]),
                     "gb_per_s": self.bytes / median / 1e6,
                 }
             )
@@ -97,6 +101,20 @@ class Measured:
             "skipped": self.skipped,
             "load_average": self.load,
         }
+
+
+def measured_from(content: dict[str, Any]) -> Measured:
+    """What `json` has made of it."""
+    names = {entry.name for entry in fields(Timed)}
+    timed = {peer["name"]: Timed(**{key: peer[key] for key in names}) for peer in content["peers"]}
+    keys = ("tensors", "elements", "bytes", "floor", "skipped", "baseline")
+    config, kept = Config(**content["config"]), {key: content[key] for key in keys}
+    return Measured(config=config, timed=timed, load=content["load_average"], **kept)
+
+
+def reason_of(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
 def free_memory(device: torch.device) -> int:
@@ -150,8 +168,7 @@ def measure(
                 steps[name] = ready(PEERS[name], workload, candidate)
                 timed[name] = candidate
             except Exception as error:  # whatever a stranger's optimizer raises is the reason why it is not timed
-                lines = str(error).strip().splitlines()
-                reason = f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+                reason = reason_of(error)
         if reason is not None:
             skipped[name] = reason
         gc.collect()
@@ -160,12 +177,12 @@ def measure(
     timed[FLOOR] = Timed(FLOOR)
     steps[FLOOR]()
     clock = CudaClock(device) if device.type == "cuda" else CpuClock(device)
-    take_turns(config, clock, steps, timed, rounds)
+    take_turns(config, clock, steps, timed, skipped, rounds)
     if isinstance(clock, CudaClock):
         for candidate in timed.values():
             candidate.host_us = candidate.median("host_us")
         if graph:
-            replay_graphs(config, clock, steps, timed, skipped, rounds)
+            replay_graphs(workload, clock, steps, timed, skipped, rounds)
     else:
         host_time(config, steps.keys() - {FLOOR}, timed, rounds)
     load = os.getloadavg()[0]
@@ -176,9 +193,15 @@ def measure(
 
 
 def take_turns(
-    config: Config, clock: CpuClock | CudaClock, steps: dict[str, Step], timed: dict[str, Timed], rounds: int
+    config: Config,
+    clock: CpuClock | CudaClock,
+    steps: dict[str, Step],
+    timed: dict[str, Timed],
+    skipped: dict[str, str],
+    rounds: int,
 ) -> None:
-    """Every peer once per round, the first one in turn, so that nobody always follows the same neighbour."""
+    """Every peer once per round, the first one in turn, so that nobody always follows the same neighbour. One that
+    fails is left out from there on, with what it has shown before."""
     names = list(steps)
     gc.collect()
     gc.disable()
@@ -187,13 +210,20 @@ def take_turns(
             progress(f"{config}: round {turn + 1} of {rounds}")
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                timed[name].add(clock.time(steps[name], config.hot))
+                try:
+                    timed[name].add(clock.time(steps[name], config.hot))
+                except Exception as error:
+                    if name == FLOOR:
+                        raise
+                    skipped[name] = f"in round {turn + 1}, {reason_of(error)}"
+                    del steps[name], timed[name]
+                    names.remove(name)
     finally:
         gc.enable()
 
 
 def replay_graphs(
-    config: Config,
+    workload: Workload,
     clock: CudaClock,
     steps: dict[str, Step],
     timed: dict[str, Timed],
@@ -201,16 +231,26 @@ def replay_graphs(
     rounds: int,
 ) -> None:
     """Times a captured graph of each step: launch-free device time, as a training loop under CUDA graphs sees it."""
-    for name, step in steps.items():
+    config = workload.config
+    for name in steps:
         progress(f"{config}: graph of {name}")
         try:
+            step = steps[name] if name == FLOOR else capturable_step(PEERS[name], workload)
             graph = capture(step)
+            samples = [clock.time_graph(graph, config.hot) for _ in range(rounds)]
         except Exception as error:
             torch.cuda.synchronize()
-            skipped[f"{name}, graph"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:200]
+            skipped[f"{name}, graph"] = reason_of(error)
             continue
-        for _ in range(rounds):
-            timed[name].add({"graph_ms": clock.time_graph(graph, config.hot)})
+        timed[name].samples["graph_ms"] = samples
+
+
+def capturable_step(peer: Peer, workload: Workload) -> Step:
+    """Of an optimizer that was told of the graph; many refuse to be captured else. It has stepped once, as it must."""
+    optimizer = peer.build(workload.groups(), workload.config, workload.device, graph=True)
+    optimizer.step()
+    workload.share(optimizer)
+    return torch.compile(optimizer.step) if peer.compiled else optimizer.step
 
 
 def host_time(config: Config, names: set[str], timed: dict[str, Timed], rounds: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -19,8 +20,10 @@ from workload import DTYPES, Config, Workload
 # Last on the path, so that an installed fused_optim goes before the one in the checkout.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-# build(groups, config, device): the optimizer; the groups hold params and weight_decay.
-Build = Callable[[list[dict[str, Any]], Config, torch.device], torch.optim.Optimizer]
+# build(groups, config, device, graph): the optimizer; the groups hold params and weight_decay. graph: it will be
+# captured in a CUDA graph, so that capturable=True is given to those that have this option.
+Groups = list[dict[str, Any]]
+Build = Callable[[Groups, Config, torch.device, bool], torch.optim.Optimizer]
 
 # torch.compile unrolls the step over the tensors and takes minutes beyond this many.
 COMPILE_LIMIT = 500
@@ -44,8 +47,8 @@ class Peer:
     slack: float = 0.0
     note: str = ""
 
-    def build(self, groups: list[dict[str, Any]], config: Config, device: torch.device) -> torch.optim.Optimizer:
-        return self.builds[config.optimizer](groups, config, device)
+    def build(self, groups: Groups, config: Config, device: torch.device, graph: bool = False) -> torch.optim.Optimizer:
+        return self.builds[config.optimizer](groups, config, device, graph)
 
     def why_not(self, workload: Workload) -> str | None:
         """None where it can run this case, else the reason."""
@@ -68,17 +71,20 @@ class Peer:
 
 
 def made(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> Build:
-    def build(groups: list[dict[str, Any]], config: Config, device: torch.device) -> torch.optim.Optimizer:
+    def build(groups: Groups, config: Config, device: torch.device, graph: bool) -> torch.optim.Optimizer:
+        chosen = {**config.spec.options, **options}
         if config.amsgrad:
-            return cls(groups, **config.spec.options, amsgrad=True, **options)
-        return cls(groups, **config.spec.options, **options)
+            chosen["amsgrad"] = True
+        if graph and "capturable" in inspect.signature(cls).parameters:
+            chosen["capturable"] = True
+        return cls(groups, **chosen)
 
     return build
 
 
 def imported(module: str, name: str, **options: Any) -> Build:
-    def build(groups: list[dict[str, Any]], config: Config, device: torch.device) -> torch.optim.Optimizer:
-        return made(getattr(importlib.import_module(module), name), **options)(groups, config, device)
+    def build(groups: Groups, config: Config, device: torch.device, graph: bool) -> torch.optim.Optimizer:
+        return made(getattr(importlib.import_module(module), name), **options)(groups, config, device, graph)
 
     return build
 
@@ -91,18 +97,18 @@ def torch_classes(**options: Any) -> dict[str, Build]:
 def capturable(cls: Callable[..., torch.optim.Optimizer]) -> Build:
     """Counts its steps in tensors, so that torch.compile sees no Python number change from step to step."""
 
-    def build(groups: list[dict[str, Any]], config: Config, device: torch.device) -> torch.optim.Optimizer:
-        return made(cls, foreach=True, capturable=device.type == "cuda")(groups, config, device)
+    def build(groups: Groups, config: Config, device: torch.device, graph: bool) -> torch.optim.Optimizer:
+        return made(cls, foreach=True, capturable=device.type == "cuda")(groups, config, device, graph)
 
     return build
 
 
 def ours(backend: str) -> dict[str, Build]:
-    def build(groups: list[dict[str, Any]], config: Config, device: torch.device) -> torch.optim.Optimizer:
+    def build(groups: Groups, config: Config, device: torch.device, graph: bool) -> torch.optim.Optimizer:
         param_dtype, state_dtype = DTYPES[config.dtype]
         options: dict[str, Any] = {"max_grad_norm": None} if config.optimizer == "lamb" else {}
         options["state_dtype"] = None if state_dtype == param_dtype else state_dtype
-        return imported("fused_optim", config.spec.fused, backend=backend, **options)(groups, config, device)
+        return imported("fused_optim", config.spec.fused, backend=backend, **options)(groups, config, device, graph)
 
     return dict.fromkeys(OPTIMIZERS, build)
 

@@ -27,7 +27,8 @@ BASELINE = f"The baseline of each case is the first of {', '.join(BASELINES)} wh
 
 CPU_HOST = "Host time is that of a step over as many tensors of one element each."
 GPU_HOST = (
-    "ms holds the host's time where the device waits for it, device ms does not; host time is until step() returns."
+    "ms holds the host's time where the device waits for it, device ms does not, and the floor's share is of the "
+    "latter; host time is until step() returns."
 )
 
 
@@ -62,7 +63,7 @@ def row(measured: Measured, timed: Timed, gpu: bool) -> list[str]:
         f"{number(first)} to {number(third)}",
         number(timed.speed(measured.timed.get(measured.baseline))),
         number(measured.bytes / median / 1e6),
-        number(timed.speed(measured.timed[FLOOR])),
+        number(timed.share_of(measured.timed[FLOOR])),
         number(timed.host_us),
         number(timed.error, 2),
     ]
@@ -144,4 +145,11 @@ def document(
 
 def write_json(path: Path, about: dict[str, Any], results: list[Measured], impossible: dict[str, str]) -> None:
     content = {"about": about, "results": [measured.json() for measured in results], "impossible": impossible}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A program that is ended while it writes leaves the old file."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)

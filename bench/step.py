@@ -6,13 +6,14 @@
                                           likewise: family on the CPU, gpu and gpu-family)
 
 Every peer's numbers are checked against float64 before it is timed; one that is wrong or cannot run is left out, with
-its reason.
+its reason. Files are written after each case; --resume takes the cases from them that an earlier run has finished.
 Exits with 1 when the numbers of one of ours are wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Collection
@@ -22,9 +23,9 @@ from pathlib import Path
 import torch
 from environment import ROOT, describe, device_name, folder_name
 from family import AMSGRAD, BASELINES, OPTIMIZERS
-from measure import Measured, measure
+from measure import Measured, measure, measured_from, reason_of
 from peers import PEERS
-from report import document, goals_table, reasons, table, write_json
+from report import document, goals_table, reasons, table, write_json, write_whole
 from shapes import CASES
 from suites import SUITES, Goal, Suite
 from workload import DTYPES, Config
@@ -74,6 +75,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="torch's threads")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
+    parser.add_argument("--resume", action="store_true", help="leave out the cases that the JSON file has already")
     parser.add_argument("--out", type=Path, help="folder for a suite's files, in place of bench/results/<machine>")
     options = parser.parse_args()
     if options.rounds is not None and options.rounds < MIN_ROUNDS:
@@ -107,21 +109,25 @@ def main() -> int:
         # A parallel region waits for its last thread: one that lost its core costs whole time slices, not per cents.
         print(f"Load average {load:.1f}: other processes are busy, and will be in the figures.", file=sys.stderr)
 
-    results: list[Measured] = []
-    impossible: dict[str, str] = {}
-    for config in suite.configs:
+    results, impossible = earlier(options, suite, device) if options.resume else ([], {})
+    finished = {str(measured.config) for measured in results} | impossible.keys()
+    for config in (config for config in suite.configs if str(config) not in finished):
         peers = suite.peers_of(config, options.peers, options.baseline)
-        measured = measure(config, device, peers, options.baseline, options.rounds or suite.rounds, suite.graph)
+        try:
+            measured = measure(config, device, peers, options.baseline, options.rounds or suite.rounds, suite.graph)
+        except Exception as error:  # the other cases are worth having all the same
+            measured = reason_of(error)
         if isinstance(measured, str):
             impossible[str(config)] = measured
         else:
             results.append(measured)
             print("\n" + table([measured], device.type == "cuda"), flush=True)
+        write(options, suite, results, impossible, device)
     if text := reasons(results, impossible):
         print("\nLeft out:\n" + text)
     if not results:
         return 1
-    write(options, suite, results, impossible, device)
+    finish(options, suite, results, device)
     wrong = [
         name
         for measured in results
@@ -131,28 +137,56 @@ def main() -> int:
     return 1 if wrong else 0
 
 
+def files(options: argparse.Namespace, device: torch.device) -> tuple[Path | None, Path | None, Path | None]:
+    """Where figures go: JSON, Markdown and picture. Only a suite has all three."""
+    if not options.suite:
+        return options.json, None, options.plot
+    folder = options.out or ROOT / "bench" / "results" / folder_name(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    json_file, text_file, plot_file = (folder / f"step-{options.suite}.{kind}" for kind in ("json", "md", "png"))
+    return json_file, text_file, plot_file
+
+
+def earlier(options: argparse.Namespace, suite: Suite, device: torch.device) -> tuple[list[Measured], dict[str, str]]:
+    """The figures of the cases of this suite that the JSON file has."""
+    path = files(options, device)[0]
+    if path is None or not path.exists():
+        return [], {}
+    content = json.loads(path.read_text())
+    results = [measured_from(one) for one in content["results"]]
+    wanted = set(map(str, suite.configs))
+    impossible = {name: reason for name, reason in content["impossible"].items() if name in wanted}
+    return [measured for measured in results if str(measured.config) in wanted], impossible
+
+
+def title_of(suite: Suite, device: torch.device) -> str:
+    return f"Step of {suite.title} {device_name(device)}"
+
+
 def write(
     options: argparse.Namespace, suite: Suite, results: list[Measured], impossible: dict[str, str], device: torch.device
 ) -> None:
     about = describe(device)
-    json_file, plot_file = options.json, options.plot
-    title = f"Step of {suite.title} {device_name(device)}"
-    if options.suite:
-        folder = options.out or ROOT / "bench" / "results" / folder_name(device)
-        folder.mkdir(parents=True, exist_ok=True)
-        json_file, plot_file = (folder / f"step-{options.suite}.{kind}" for kind in ("json", "png"))
-        text = document(title, about, results, impossible, suite.goals, plot_file.name)
-        (folder / f"step-{options.suite}.md").write_text(text)
-        print(f"\n{goals_table(suite.goals, results)}\n\nWrote {folder}/step-{options.suite}.json, .md and .png")
+    json_file, text_file, plot_file = files(options, device)
+    if text_file and plot_file and results:
+        title = title_of(suite, device)
+        write_whole(text_file, document(title, about, results, impossible, suite.goals, plot_file.name))
     if json_file:
         write_json(json_file, about, results, impossible)
+
+
+def finish(options: argparse.Namespace, suite: Suite, results: list[Measured], device: torch.device) -> None:
+    """What is worth saying and drawing of all cases alone."""
+    _, text_file, plot_file = files(options, device)
+    if text_file:
+        print(f"\n{goals_table(suite.goals, results)}\n\nWrote {text_file}, and .json and .png beside it")
     if plot_file:
         try:
             from plot import draw
         except ImportError as error:
             print(f"No plot: {error}", file=sys.stderr)
             return
-        draw(plot_file, results, title)
+        draw(plot_file, results, title_of(suite, device))
 
 
 if __name__ == "__main__":

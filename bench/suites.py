@@ -137,7 +137,7 @@ def verdicts(goal: Goal, measured: Measured, others: dict[Config, Measured]) -> 
     rows = []
     for timed in (timed for name, timed in measured.timed.items() if name.startswith("ours")):
         for wanted, figure, text in (
-            (goal.share_of_floor, timed.speed(measured.timed[FLOOR]), "of the floor's speed"),
+            (goal.share_of_floor, timed.share_of(measured.timed[FLOOR]), "of the floor's speed"),
             (goal.speed, timed.speed(measured.timed.get(measured.baseline)), f"x {measured.baseline}"),
         ):
             if wanted is not None and figure is not None:

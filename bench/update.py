@@ -3,7 +3,8 @@
     python bench/update.py                        # every case and feature on the CPU, into bench/results/<machine>/
     python bench/update.py --device cuda --case gpt2-124m --feature clip
 
-Every peer's params are compared with those of torch's composition before anything is timed; peers take turns.
+Every peer's params are compared with those of torch's composition before anything is timed; peers take turns. Files are
+written after each case; --resume goes on where an earlier run has ended.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -22,7 +24,8 @@ import torch
 from clocks import CpuClock, CudaClock, Step
 from environment import ROOT, describe, device_name, folder_name
 from family import LR, WEIGHT_DECAY
-from measure import progress
+from measure import progress, reason_of
+from report import write_whole
 from shapes import CASES
 from torch.nn.utils import clip_grad_norm_
 from workload import DTYPES, Config, Workload
@@ -154,8 +157,18 @@ def check(workload: Workload, steps: dict[str, Step], feature: str) -> None:
 def measure(config: Config, feature: str, device: torch.device, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     workload = Workload(config, device)
-    steps = {name: build(workload, feature) for name, build in PEERS.items()}
-    check(workload, steps, feature)
+    steps: dict[str, Step] = {}
+    skipped: dict[str, str] = {}
+    for name, build in PEERS.items():
+        try:
+            candidate = build(workload, feature)
+            check(workload, {BASELINE: steps.get(BASELINE, candidate), name: candidate}, feature)
+            steps[name] = candidate
+        except Exception as error:  # the others are worth timing all the same
+            if name == BASELINE:
+                raise
+            skipped[name] = reason_of(error)
+            progress(f"{config}, {feature}: {name} is left out, {skipped[name]}", done=True)
     clock = CudaClock(device) if device.type == "cuda" else CpuClock(device)
     names = list(steps)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -171,7 +184,9 @@ def measure(config: Config, feature: str, device: torch.device, rounds: int) -> 
                 samples[name].append(times["ms"])
     gc.enable()
     progress(f"{config}, {feature}: done", done=True)
-    speed = statistics.median(a / b for a, b in zip(samples[BASELINE], samples["ours"], strict=True))
+    speed = None
+    if "ours" in samples:
+        speed = statistics.median(a / b for a, b in zip(samples[BASELINE], samples["ours"], strict=True))
     return {
         "case": config.case,
         "dtype": config.dtype,
@@ -180,6 +195,7 @@ def measure(config: Config, feature: str, device: torch.device, rounds: int) -> 
         "speed_against_torch": speed,
         "goal": GOALS.get((config.case, config.dtype, feature)),
         "samples_ms": samples,
+        "skipped": skipped,
     }
 
 
@@ -190,10 +206,11 @@ def table(results: list[dict[str, Any]]) -> str:
     ]
     for result in results:
         ms = result["median_ms"]
-        times = " | ".join(f"{ms[name]:.2f} ms" for name in PEERS)
+        times = " | ".join(f"{ms[name]:.2f} ms" if name in ms else "left out" for name in PEERS)
+        speed = result["speed_against_torch"]
         lines.append(
             f"| {result['case']} | {result['dtype']} | {result['feature']} | {times} "
-            f"| {result['speed_against_torch']:.2f} | {result['goal'] or ''} |"
+            f"| {'' if speed is None else f'{speed:.2f}'} | {result['goal'] or ''} |"
         )
     return "\n".join(lines)
 
@@ -205,27 +222,39 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bf16"])
     parser.add_argument("--feature", nargs="+", choices=FEATURES, default=list(FEATURES))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--resume", action="store_true", help="leave out what update.json has already")
     parser.add_argument("--out", type=Path, help="folder for update.json and update.md; bench/results/<machine>")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         print("There is no GPU that torch can use on this machine, so nothing was measured.", file=sys.stderr)
         return 2
     device = torch.device(options.device)
-    results = []
-    for case in options.case:
-        for dtype in options.dtype:
-            for feature in options.feature:
-                results.append(measure(Config(case, dtype), feature, device, options.rounds))
-                print(table(results[-1:]).splitlines()[-1], flush=True)
     folder = options.out or ROOT / "bench" / "results" / folder_name(device)
     folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "update.json"
+    results = json.loads(file.read_text())["results"] if options.resume and file.exists() else []
+    failed = False
+    for case, dtype, feature in itertools.product(options.case, options.dtype, options.feature):
+        if any((case, dtype, feature) == (one["case"], one["dtype"], one["feature"]) for one in results):
+            continue
+        try:
+            results.append(measure(Config(case, dtype), feature, device, options.rounds))
+        except Exception as error:  # the other cases are worth having all the same
+            failed = True
+            print(f"{case}, {dtype}, {feature}: {reason_of(error)}", file=sys.stderr, flush=True)
+            continue
+        print(table(results[-1:]).splitlines()[-1], flush=True)
+        write(folder, results, device, options.rounds)
+    return 1 if failed else 0
+
+
+def write(folder: Path, results: list[dict[str, Any]], device: torch.device, rounds: int) -> None:
     about = describe(device)
-    (folder / "update.json").write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+    write_whole(folder / "update.json", json.dumps({"about": about, "results": results}, indent=1) + "\n")
     facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
     title = f"# The whole update on {device_name(device)}: AdamW, weight decay {WEIGHT_DECAY}"
-    text = f"{title}\n\n{facts}\n\nMedians over {options.rounds} rounds, peers taking turns.\n\n{table(results)}\n"
-    (folder / "update.md").write_text(text)
-    return 0
+    text = f"{title}\n\n{facts}\n\nMedians over {rounds} rounds, peers taking turns.\n\n{table(results)}\n"
+    write_whole(folder / "update.md", text)
 
 
 if __name__ == "__main__":

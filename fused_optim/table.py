@@ -238,7 +238,8 @@ class Table:
         )
         self.group = torch.tensor([row.group for row in rows], dtype=torch.int32)
         self.grads = torch.zeros(len(rows), dtype=torch.int64)
-        self.hyper = torch.empty(len(rows), HYPER_WIDTH, dtype=torch.float64, device=device)
+        # Zeros: prep writes one column of a skipped tensor's row, and the walkers load the whole row.
+        self.hyper = torch.zeros(len(rows), HYPER_WIDTH, dtype=torch.float64, device=device)
 
         self.spans: Tensor | None = None
         self.partials: Tensor | None = None

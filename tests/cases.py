@@ -6,7 +6,8 @@ two rows here and one function in oracle.py. A target is a backend together with
 
     TRITON_INTERPRET=1          adds the Triton kernels on the CPU, in Triton's interpreter (small sizes, few examples)
     FUSED_OPTIM_CUDA_EMULATE=1  adds the CUDA kernel body, looped over on the CPU
-    FUSED_OPTIM_TEST_BACKENDS   comma-separated names: only these backends
+    FUSED_OPTIM_TEST_BACKENDS   comma-separated names: only these backends. "triton-ptx" and "cuda-ptx" (see tests/ptx)
+                                are there only where they are named
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import oracle
+import ptx.backends
 import pytest
 import torch
 from torch import Tensor
@@ -161,15 +163,20 @@ RUNS_ON = {
     "triton": ["cpu"] if INTERPRETED else ["cuda"] * HAS_CUDA,
     "cuda": ["cuda"] * HAS_CUDA + ["cpu"] * EMULATED,
 }
-SLOW = {"triton"} if INTERPRETED else set()  # the interpreter takes tens of milliseconds for each program
+DEFAULT = ",".join(RUNS_ON)
+RUNS_ON |= {name: ["cpu"] for name in ptx.backends.NAMES}
+CHOSEN = os.environ.get("FUSED_OPTIM_TEST_BACKENDS", DEFAULT).split(",")
+if not {*ptx.backends.NAMES}.isdisjoint(CHOSEN):
+    ptx.backends.register()
+# Interpreters take tens of milliseconds for each program, or for each launch.
+SLOW = {*ptx.backends.NAMES, *["triton"] * INTERPRETED}
 
 
 def targets() -> list[Any]:
     """Every backend with every device it should run on here; one that cannot run is skipped with its own reason."""
-    chosen = os.environ.get("FUSED_OPTIM_TEST_BACKENDS", ",".join(RUNS_ON)).split(",")
     reasons = backends.available()
     rows = []
-    for name in chosen:
+    for name in CHOSEN:
         reason = reasons[name]
         marks = [] if reason is None else [pytest.mark.skip(reason=f"{name}: {reason}")]
         rows += [pytest.param(Target(name, device), id=f"{name}-{device}", marks=marks) for device in RUNS_ON[name]]

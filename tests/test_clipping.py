@@ -66,6 +66,7 @@ def test_clips_as_torch(build: Any, kwargs: dict[str, Any], norm_type: float, bo
     assert_same(ours, theirs)
 
 
+@pytest.mark.compiled
 @on_every_target
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64], ids=str)
 @pytest.mark.parametrize("magnitude", [1.0, 1e25, 1e-25])  # whose squares are no float32
@@ -142,6 +143,7 @@ def test_switched_on_and_off(target: Target) -> None:
 BAD = [math.nan, math.inf, -math.inf]
 
 
+@pytest.mark.compiled
 @on_every_target
 @on_every_class
 @pytest.mark.parametrize("bound", [None, 0.5])
@@ -218,6 +220,7 @@ def test_with_grad_scaler(unscale: bool, overflow: bool, clip: bool, skip: bool,
     assert ours.skipped_steps.item() == (overflow and skip)
 
 
+@pytest.mark.compiled
 @on_every_target
 @on_every_class
 def test_accumulated_gradients(build: Any, kwargs: dict[str, Any], target: Target) -> None:

@@ -37,6 +37,7 @@ from fused_optim import backends
 # ---- numbers
 
 
+@pytest.mark.compiled
 @on_every_target
 @for_every_case
 def test_each_step(case: Case, target: Target) -> None:
@@ -92,6 +93,7 @@ def test_dtypes(dtype: torch.dtype, options: dict[str, Any], expected: torch.dty
     assert {average.dtype for average in optimizer.ema.values()} == {expected}
 
 
+@pytest.mark.compiled
 @on_every_target
 def test_kinds_side_by_side(target: Target) -> None:
     kinds = (torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.complex64)
@@ -100,6 +102,7 @@ def test_kinds_side_by_side(target: Target) -> None:
     checked_averages(optimizer, [1.0, WEIGHT])
 
 
+@pytest.mark.compiled
 @on_every_target
 @for_every_rule
 def test_layouts(case: Case, target: Target) -> None:

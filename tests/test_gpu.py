@@ -64,7 +64,11 @@ def test_close_to_torch_fused(backend: str, amsgrad: bool) -> None:
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
         for name, state in b.state[q].items():
-            torch.testing.assert_close(a.state[p][name], state, rtol=4e-6, atol=1e-8)
+            # Torch's kernel rounds otherwise. Where exp_avg cancels, a thousandth of the values is more than 1e-8 away,
+            # the farthest by 1.8e-7 (seen in PyTorch's arithmetic on a CPU, done in the kernel's order). Squares do not
+            # cancel.
+            atol = 2e-7 if name == "exp_avg" else 1e-8
+            torch.testing.assert_close(a.state[p][name], state, rtol=4e-6, atol=atol)
     equal = sum(int((p == q).sum()) for p, q in zip(ours, theirs, strict=True))
     print(f"{backend}: {equal / sum(p.numel() for p in ours):.1%} of params equal torch's fused kernel after 10 steps")
 

@@ -80,6 +80,7 @@ def test_defaults_are_apexs(target: Target) -> None:
         torch.testing.assert_close(p.detach(), truth, rtol=1e-12, atol=0)
 
 
+@pytest.mark.compiled
 @on_every_target
 def test_trust_ratios(target: Target) -> None:
     """‖p‖ / ‖u‖ as they were in the step; the update is lr * ‖p‖ long."""
@@ -185,6 +186,7 @@ def test_the_same_at_every_run_and_number_of_threads(target: Target) -> None:
         assert_equal(run, runs[0])
 
 
+@pytest.mark.compiled
 @on_every_target
 def test_skipped_steps_leave_the_ratios(target: Target) -> None:
     params = make_params(SHAPES, device=target.device)

@@ -226,6 +226,7 @@ def test_states_have_the_layout_of_torchs(case: Case, target: Target, layout: st
         assert key == "step" or value.stride() == torch.zeros_like(guard.param).stride()
 
 
+@pytest.mark.compiled
 @on_every_target
 @for_every_case
 def test_sizes_around_the_chunk(case: Case, target: Target) -> None:
@@ -246,6 +247,7 @@ def test_sizes_around_the_chunk(case: Case, target: Target) -> None:
             guard.assert_nothing_around_moved()
 
 
+@pytest.mark.compiled
 @on_every_target
 def test_conjugate_views(target: Target) -> None:
     """A gradient that is a lazy conjugate or a lazy negation must be read through its flag."""

@@ -123,6 +123,7 @@ def test_float64_like_torch_for_loop(case: Case, target: Target) -> None:
 MIXED = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.float32, torch.bfloat16]
 
 
+@pytest.mark.compiled
 @on_every_target
 @for_every_case
 def test_mixed_dtypes_in_one_optimizer(case: Case, target: Target) -> None:
@@ -142,6 +143,7 @@ def test_mixed_dtypes_in_one_optimizer(case: Case, target: Target) -> None:
     assert_equal(states(optimizer), [state for single in alone for state in states(single)])
 
 
+@pytest.mark.compiled
 @on_every_target
 @for_every_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -181,6 +183,7 @@ def special_pair(values: list[float], device: str) -> tuple[Tensor, Tensor]:
     return x.repeat_interleave(len(SPECIAL)), torch.tensor(SPECIAL, device=device).repeat(len(values))
 
 
+@pytest.mark.compiled
 @on_every_target
 @for_every_case_of_torch
 def test_special_gradients_propagate_as_in_torch(case: Case, target: Target) -> None:

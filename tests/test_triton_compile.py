@@ -138,7 +138,11 @@ every_build = pytest.mark.parametrize(
     ],
 )
 # Of an SM's 65,536 registers: 64 leave 1,024 threads resident, 96 leave 640, each with a vector per stream in flight.
-FEW_REGISTERS, MOST_REGISTERS = 64, 96
+# Six streams of float64 get 104, which leave 512.
+FEW_REGISTERS, MOST_REGISTERS, WIDE_REGISTERS = 64, 96, 104
+# Instructions are counted as this version of Triton emits them; others may arrange the same differently.
+READ_ON = "3.9."
+AS_READ = triton.__version__.startswith(READ_ON)
 
 
 @cache
@@ -194,14 +198,16 @@ def test_nothing_but_registers(target: GPUTarget, name: str, capsys: pytest.Capt
     assert kernel.metadata.shared == (32 if walk.sums else 0)  # a float64 of each warp
     assert usage["SHARED"] <= 1024  # sm_90 and later reserve 1024 bytes of every block
     if walk.sums:
-        assert len(re.findall(r"\bst\.shared", ptx)) == walk.sums * len(walk.streams)
+        stores, reductions = len(re.findall(r"\bst\.shared", ptx)), walk.sums * len(walk.streams)
+        assert stores == reductions if AS_READ else stores >= reductions
     else:
         assert not re.search(r"\bbar\.sync\b|\.shared\b", ptx)
     if walk.sums and len(walk.streams) == 1:
         assert ptx.index("bar.sync") > max(found.start() for found in re.finditer(r"\bld\.global", ptx))
     few = all(max(ITEMSIZE[code] for code in kind) == 4 or len(kind) <= 3 for kind in walk.streams)
     few = few and max(map(len, walk.streams)) <= 5
-    assert usage["REG"] <= (FEW_REGISTERS if few else MOST_REGISTERS)
+    most = WIDE_REGISTERS if any(len(kind) > 5 and kind[0] == F64 for kind in walk.streams) else MOST_REGISTERS
+    assert usage["REG"] <= (FEW_REGISTERS if few else most)
 
 
 @every_build

@@ -1,16 +1,18 @@
 """Numbers of the Triton kernels, on tables built by hand from csrc/tables.h, against the same step in float64.
 
-They run in Triton's interpreter (`TRITON_INTERPRET=1 pytest tests/test_triton_kernels.py`) or on a GPU if there is one.
+They run in Triton's interpreter (`TRITON_INTERPRET=1 pytest tests/test_triton_kernels.py`), in that of PTX
+(`FUSED_OPTIM_TEST_BACKENDS=triton-ptx`) or on a GPU if there is one.
 """
 
 import math
 
 import pytest
 import torch
-from triton_tables import BF16, DEVICE, F16, F32, F64, INTERPRETED, KINDS, Group, Row, Table, rows_of
+from triton_tables import BF16, DEVICE, F16, F32, F64, KINDS, RUNS, Group, Row, Table, rows_of
 
 # Elsewhere there is nothing that could run a kernel: collect nothing.
-__test__ = INTERPRETED or torch.cuda.is_available()
+__test__ = RUNS
+pytestmark = pytest.mark.compiled
 
 SIZES = (0, 1, 31, 4095, 4096, 4097, 9000)
 

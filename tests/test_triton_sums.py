@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 from fused_optim.triton_kernels.launch import SPANS, TOTAL
-from triton_tables import BF16, DEVICE, F16, F32, F64, INTERPRETED, KINDS, Group, Row, Table, rows_of
+from triton_tables import BF16, DEVICE, F16, F32, F64, KINDS, RUNS, Group, Row, Table, rows_of
 
 # Elsewhere there is nothing that could run a kernel: collect nothing.
-__test__ = INTERPRETED or torch.cuda.is_available()
+__test__ = RUNS
+pytestmark = pytest.mark.compiled
 
 # One norm over the first two groups, which clips only one of them.
 CLIPPED = [Group(max_norm=0.5), Group(max_norm=1e5, clip_eps=0.0), Group()]

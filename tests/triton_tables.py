@@ -8,12 +8,19 @@ from functools import cached_property
 from typing import Any
 
 import oracle
+import ptx.backends
 import torch
 from fused_optim.triton_kernels.launch import Arrays, launch, launch_move, launch_scale, launch_squares
+from ptx.launched import LAUNCHES
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
+CHOSEN = os.environ.get("FUSED_OPTIM_TEST_BACKENDS", "").split(",")
+COMPILED = "triton-ptx" in CHOSEN and ptx.backends.why_not("gcc")(None) is None
+DEVICE = "cpu" if INTERPRETED or COMPILED else "cuda"
+if COMPILED:
+    ptx.backends.use_stand_in_driver()
+RUNS = INTERPRETED or COMPILED or torch.cuda.is_available()  # whether anything here can run a kernel
 CHUNK = 4096
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 F32, BF16, F16, F64 = CODES
@@ -204,16 +211,18 @@ class Table:
 
     def launch(self) -> None:
         arrays = self.arrays()
-        if self.clips:
-            launch_squares(self.kinds, arrays, self.squares)
-        squares = self.squares if self.clips else None
-        launch(self.rule, self.kinds, arrays, self.grad_scale, self.found_inf, squares, self.ema)
-        launch_move(self.rule, self.kinds, arrays, self.ema)
+        with LAUNCHES.raising():
+            if self.clips:
+                launch_squares(self.kinds, arrays, self.squares)
+            squares = self.squares if self.clips else None
+            launch(self.rule, self.kinds, arrays, self.grad_scale, self.found_inf, squares, self.ema)
+            launch_move(self.rule, self.kinds, arrays, self.ema)
 
     def scale_gradients(self) -> None:
         arrays = self.arrays()
-        launch_squares(self.kinds, arrays, self.squares)
-        launch_scale(self.kinds, arrays, self.squares)
+        with LAUNCHES.raising():
+            launch_squares(self.kinds, arrays, self.squares)
+            launch_scale(self.kinds, arrays, self.squares)
 
     def start(self, view: Tensor, address: int | None = None) -> int:
         return (view.data_ptr() if address is None else address) - self.chunks_before * CHUNK * view.itemsize

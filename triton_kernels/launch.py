@@ -50,6 +50,18 @@ class Arrays(NamedTuple):
     trust: Tensor | None = None
 
 
+def register_limit(kind: int) -> int:
+    """How many registers a thread that walks rows of this kind may have; 0: no limit. Left to itself, NVIDIA's
+    assembler spills a few registers to fit one more block per SM; a limit keeps it from that. Other kinds need fewer,
+    and a limit would only make it use more."""
+    streams, width = count_streams(kind), vector_width(kind)
+    if streams <= 2 or width == 4:
+        return 0
+    if streams == 3:
+        return 64
+    return 104 if width == 2 and streams > 5 else 96
+
+
 class Variant:
     """A kernel with all that it is compiled for.
 
@@ -77,11 +89,8 @@ class Variant:
 
     def options(self, target: GPUTarget) -> dict[str, Any]:
         options = {"num_warps": max(1, self.threads // target.warp_size), "enable_fp_fusion": False}
-        # Left to itself, NVIDIA's assembler spills one of some 70 registers to fit one more block per SM; a limit keeps
-        # it from that. Others need fewer, and a limit would only make it use more.
-        kinds = self.constants.get("KINDS", ())
-        if target.backend == "cuda" and any(count_streams(kind) > 3 and vector_width(kind) != 4 for kind in kinds):
-            options["maxnreg"] = 96
+        if target.backend == "cuda" and (limit := max(map(register_limit, self.constants.get("KINDS", ())), default=0)):
+            options["maxnreg"] = limit
         return options
 
     def compile_ahead(self, target: GPUTarget) -> CompiledKernel:

@@ -1,0 +1,245 @@
+"""The backends "triton-ptx" and "cuda-ptx": the library's own "triton" and "cuda" on CPU tensors, whose kernels are
+run by the interpreter as they are compiled for a GPU.
+
+"triton-ptx": the library's launch.py, Triton's compiler, cache and launcher over a stand-in driver.
+"cuda-ptx": csrc/cuda/step.cu as nvcc compiles it, host code included, over a stand-in runtime.
+
+Before every pass what a step leaves for itself (`hyper`, sums) is overwritten with NaN: none of it may come from the
+step before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from commands import ROOT
+from torch import Tensor
+
+from fused_optim import backends
+from fused_optim.backends import Backend, Scaling
+from fused_optim.table import Table, same_strides
+
+from .launched import LAUNCHES
+from .toolchain import ARCH, compiled_step, library, missing
+
+STREAM = 0x5151  # what the stand-ins call the current stream
+
+
+def why_not(*tools: str) -> Callable[[torch.device | None], str | None]:
+    def reason(device: torch.device | None) -> str | None:
+        if device is not None and device.type != "cpu":
+            return "the interpreter of PTX runs on CPU tensors"
+        if torch.cuda.is_available():
+            return "there is a GPU here, which runs the kernels itself"
+        return missing(*tools)
+
+    return reason
+
+
+def poison(table: Table, *names: str) -> None:
+    for name in names:
+        if (array := getattr(table, name)) is not None:
+            array.fill_(math.nan)
+
+
+def copied(table: Table) -> list[tuple[int, int]]:
+    """Where the copies lie that the extension has made of gradients in another layout than their params'. No Python
+    object holds them."""
+    found = []
+    for row, address in zip(table.rows_list, table.grads.tolist(), strict=True):
+        grad = row.param.grad
+        if address == 0 or type(grad) is not Tensor or grad.numel() == 0 or row.target.device.type != "cpu":
+            continue
+        if grad.is_conj() or grad.is_neg() or not same_strides(grad, row.target):
+            found.append((address, address + grad.nbytes))
+    return found
+
+
+@cache
+def use_stand_in_driver() -> None:
+    """From now on Triton compiles for a GPU that is not there, and launches on the stand-in."""
+    driver = library("libcuda.c", "libcuda.so.1", ctypes.RTLD_GLOBAL)
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaDriver
+
+    triton.knobs.nvidia.libcuda_path = str(Path(driver._name).parent)
+    ptx_of: dict[int, tuple[str, str]] = {}
+
+    class StandIn(CudaDriver):
+        def __init__(self) -> None:
+            super().__init__()
+            self.get_device_capability = lambda device=0: (ARCH // 10, ARCH % 10)
+            self.get_current_stream = lambda device: STREAM
+            self.get_current_device = lambda: 0
+            self.set_current_device = lambda device: None
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", ARCH, 32)
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+    def loaded(module: int, function: int, name: str, group: dict[str, str], key: str) -> None:
+        (path,) = (path for file, path in group.items() if file.endswith(".ptx"))
+        ptx_of[function] = (Path(path).read_text(), name)
+
+    three = ctypes.POINTER(ctypes.c_uint)
+    kind = ctypes.CFUNCTYPE(
+        ctypes.c_int, ctypes.c_uint64, three, three, ctypes.c_uint, ctypes.c_uint64, ctypes.c_void_p
+    )
+
+    def launch(function: int, grid: Any, block: Any, shared: int, stream: int, pointers: int) -> int:
+        assert grid[1] == grid[2] == block[1] == block[2] == 1
+        return LAUNCHES.run(*ptx_of[function], grid[0], block[0], shared, stream, pointers)
+
+    callback = kind(launch)
+    driver.set_launch(callback)
+    triton.runtime.driver.set_active(StandIn())
+    hook = triton.knobs.runtime.kernel_load_end_hook
+    if hasattr(hook, "add"):
+        hook.add(loaded)
+    else:
+        triton.knobs.runtime.kernel_load_end_hook = loaded
+    KEPT.extend([callback, loaded])
+
+
+KEPT: list[Any] = []  # what C calls
+
+
+def triton_ptx() -> Backend:
+    """The library's functions as they are; only the driver under them is another."""
+    real = backends.BACKENDS["triton"]
+
+    def through(function: Callable[..., None], *poisoned: str) -> Callable[..., None]:
+        def run(table: Table, *args: Any) -> None:
+            use_stand_in_driver()
+            poison(table, *poisoned)
+            with LAUNCHES.raising(copied(table)):
+                function(table, *args)
+
+        return run
+
+    return replace(
+        real,
+        name="triton-ptx",
+        why_not=why_not("gcc"),
+        squares=through(real.squares, "partials"),
+        step=through(real.step, "hyper", "partials", "sums"),
+        move=through(real.move, "partials"),
+        scale=through(real.scale, "partials"),
+    )
+
+
+@cache
+def tables_type() -> type[ctypes.Structure]:
+    """struct Tables, as csrc/tables.h has it."""
+    text = re.search(r"struct Tables \{(.*?)\n\};", (ROOT / "csrc/tables.h").read_text(), re.DOTALL)
+    assert text
+    types = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "bool": ctypes.c_bool}
+    found = re.findall(r"^\s*(?:const )?(\w+)(\*?) (\w+);", text[1], re.MULTILINE)
+    fields = [(name, ctypes.c_void_p if star else types[kind]) for kind, star, name in found]
+    return type("Tables", (ctypes.Structure,), {"_fields_": fields})
+
+
+ARRAYS = ("desc", "rows", "grads", "lr", "raw", "group", "hyper", "spans", "partials", "sums", "trust")
+
+
+def tables(table: Table, **numbers: Tensor | None) -> Any:
+    arrays = dict(zip(ARRAYS, table.arrays, strict=True)) | numbers
+    made = tables_type()(**{key: None if x is None else x.data_ptr() for key, x in arrays.items()})
+    made.chunks, made.tensors, made.ema = table.desc.numel(), table.rows.size(0), table.ema
+    return made
+
+
+@cache
+def host_code() -> dict[str, Any]:
+    """The entry points of csrc/cuda/step.h by name. All work on the stand-in runtime, which is loaded first."""
+    runtime = library("cudart.c", "libcudart-stand-in.so", ctypes.RTLD_GLOBAL)
+    ptx, path = compiled_step()
+    kind = ctypes.CFUNCTYPE(
+        ctypes.c_int,
+        ctypes.c_char_p,
+        ctypes.c_uint,
+        ctypes.c_uint,
+        ctypes.c_size_t,
+        ctypes.c_uint64,
+        ctypes.c_void_p,
+    )
+
+    def launch(name: bytes, blocks: int, threads: int, shared: int, stream: int, pointers: int) -> int:
+        return LAUNCHES.run(ptx, name.decode(), blocks, threads, shared, stream, pointers)
+
+    callback = kind(launch)
+    runtime.set_launch(callback)
+    KEPT.append(callback)
+    code = ctypes.CDLL(str(path))
+    table, pointer, number, text = ctypes.POINTER(tables_type()), ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
+    signatures = {
+        "step": ("PKcRKNS_6TablesEPvi", text, table, pointer, number),
+        "move": ("PKcRKNS_6TablesEPvi", text, table, pointer, number),
+        "squares": ("RKNS_6TablesEPdPvi", table, pointer, pointer, number),
+        "scale": ("RKNS_6TablesEPvi", table, pointer, number),
+    }
+    functions = {}
+    for name, (mangled, *types) in signatures.items():
+        full = f"launch_{name}_cuda"
+        functions[name] = getattr(code, f"_ZN11fused_optim{len(full)}{full}E{mangled}")
+        functions[name].argtypes = types
+    return functions
+
+
+def call(name: str, table: Table, *args: Any) -> None:
+    with LAUNCHES.raising(copied(table)):
+        error = host_code()[name](*args, STREAM, 0)
+        if error != 0:
+            raise RuntimeError(f"launch_{name}_cuda has returned {error}")
+
+
+def step_cuda(table: Table, scaling: Scaling) -> None:
+    poison(table, "hyper", "partials", "sums")
+    numbers = {"grad_scale": scaling.grad_scale, "found_inf": scaling.found_inf, "squares": scaling.squares}
+    call("step", table, table.rule.name.encode(), tables(table, **numbers))
+
+
+def move_cuda(table: Table) -> None:
+    poison(table, "partials")
+    call("move", table, table.rule.name.encode(), tables(table))
+
+
+def squares_cuda(table: Table, out: Tensor) -> None:
+    poison(table, "partials")
+    call("squares", table, tables(table), out.data_ptr())
+
+
+def scale_cuda(table: Table, squares: Tensor) -> None:
+    poison(table, "partials")
+    call("scale", table, tables(table, squares=squares))
+
+
+def cuda_ptx() -> Backend:
+    return Backend(
+        "cuda-ptx",
+        why_not("gcc", "nvcc"),
+        backends.BACKENDS["cuda"].upload,
+        squares_cuda,
+        step_cuda,
+        move_cuda,
+        scale_cuda,
+    )
+
+
+NAMES = ("triton-ptx", "cuda-ptx")
+
+
+def register() -> None:
+    """They are then chosen by name like any other, and never by "auto"."""
+    backends.BACKENDS.update({backend.name: backend for backend in (triton_ptx(), cuda_ptx())})

@@ -1,0 +1,390 @@
+"""What the interpreter knows of PTX: the instructions that compute. accesses.py has loads and stores, machine.py the
+flow of control.
+
+    mov cvta cvt                     moves; splitting and joining of registers; conversions rounded to nearest even, or
+                                     towards zero to integers
+    add sub mul mad fma div          float32 and float64 with .rn; integers (no div) with .lo or .wide where it is said
+    sqrt rcp min max abs neg         roots and reciprocals with .rn
+    setp selp                        comparisons, also combined with a predicate
+    and or xor not shl shr bfe lop3 prmt
+    shfl.sync.bfly                   within a whole warp
+
+Anything else is an error that names it when the kernel is read: an approximate division, a flush of small numbers to
+zero, or an atomic operation would not go unseen.
+
+An operation gets all lanes at once, and a mask of those that execute it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .kernel import BYTES, Kernel, Statement
+from .lanes import Array, Lanes, Mask, dtype_of, reader, writer
+from .memory import lanes as native
+
+Operation = Callable[[Lanes, Mask], None]
+
+
+class UnknownInstruction(NotImplementedError):
+    """The interpreter does not know an instruction of this kernel."""
+
+
+def refuse(kernel: Kernel, statement: Statement) -> UnknownInstruction:
+    return UnknownInstruction(f"the PTX interpreter does not know `{statement.text}` in {kernel.name}")
+
+
+def operation(kernel: Kernel, statement: Statement) -> Operation:
+    """
+    Raises:
+        UnknownInstruction: it is none of those above.
+    """
+    name, *modifiers = statement.parts
+    decode = DECODERS.get(name)
+    made = decode(kernel, statement.operands, modifiers) if decode else None
+    if made is None:
+        raise refuse(kernel, statement)
+    return made
+
+
+def compute(
+    kernel: Kernel, operands: tuple[str, ...], kinds: tuple[str, ...], function: Callable[..., Any]
+) -> Operation:
+    """Into the first operand what `function` makes of the others, read as so many kinds."""
+    write = writer(kernel, operands[0])
+    reads = [reader(kernel, operand, kind) for operand, kind in zip(operands[1:], kinds, strict=True)]
+
+    def execute(lanes: Lanes, mask: Mask) -> None:
+        write(lanes, function(*(read(lanes) for read in reads)), mask)
+
+    return execute
+
+
+def braced(operand: str) -> list[str] | None:
+    return [part.strip() for part in operand[1:-1].split(",")] if operand.startswith("{") else None
+
+
+def decode_mov(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) -> Operation | None:
+    (kind,) = modifiers
+    outs, ins = braced(operands[0]), braced(operands[1])
+    if outs is None and ins is None:
+        return compute(kernel, operands, (kind,), lambda x: x)
+    parts = outs or ins or []
+    part = UNSIGNED_KIND[BYTES[kind] // len(parts)]
+    if ins is not None:
+        write, reads = writer(kernel, operands[0]), [reader(kernel, name, part) for name in ins]
+
+        def join(lanes: Lanes, mask: Mask) -> None:
+            columns = [np.broadcast_to(read(lanes), lanes.count) for read in reads]
+            write(lanes, np.stack(columns, 1).view(dtype_of(kind))[:, 0], mask)
+
+        return join
+    read, writes = reader(kernel, operands[1], kind), [writer(kernel, name) for name in outs or []]
+
+    def split(lanes: Lanes, mask: Mask) -> None:
+        whole = np.ascontiguousarray(np.broadcast_to(read(lanes), lanes.count))
+        columns = whole.view(dtype_of(part)).reshape(lanes.count, -1)
+        for index, write in enumerate(writes):
+            write(lanes, columns[:, index], mask)
+
+    return split
+
+
+UNSIGNED_KIND = {1: "b8", 2: "b16", 4: "b32", 8: "b64"}
+
+
+def decode_cvta(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) -> Operation | None:
+    """Global memory has the same addresses in the generic space; shared memory has not."""
+    if modifiers not in (["to", "global", "u64"], ["global", "u64"]):
+        return None
+    return compute(kernel, operands, ("u64",), lambda x: x)
+
+
+def to_bf16(x: Array) -> Array:
+    """Bits, rounded to nearest even, of float32."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(x), np.uint16(0x7FFF), rounded.astype(np.uint16))
+
+
+def from_bf16(bits: Array) -> Array:
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def decode_cvt(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) -> Operation | None:
+    *rounding, to, of = modifiers
+    if to in ("bf16x2", "f16x2"):
+        if rounding != ["rn"] or of != "f32":
+            return None
+        narrow = to_bf16 if to == "bf16x2" else (lambda x: np.asarray(x).astype(np.float16).view(np.uint16))
+        return compute(
+            kernel,
+            operands,
+            (of, of),
+            lambda high, low: narrow(high).astype(np.uint32) << np.uint32(16) | narrow(low).astype(np.uint32),
+        )
+    function = conversion(rounding, to, of)
+    return None if function is None else compute(kernel, operands, (of,), function)
+
+
+def conversion(rounding: list[str], to: str, of: str) -> Callable[[Any], Any] | None:
+    floats = ("bf16", "f16", "f32", "f64")
+    dtype = dtype_of(to)
+    if to in floats and of in floats:
+        narrows = BYTES[to] < BYTES[of] or (BYTES[to] == BYTES[of] and to != of)
+        if rounding != (["rn"] if narrows else []):
+            return None
+        if of == "bf16":
+            return lambda x: from_bf16(x).astype(dtype)
+        if to == "bf16":
+            return to_bf16 if of == "f32" else None
+        return lambda x: x.astype(dtype)
+    if to in floats:
+        return (lambda x: x.astype(dtype)) if rounding == ["rn"] and to != "bf16" else None
+    if of in floats:
+        return truncation(dtype) if rounding == ["rzi"] and of != "bf16" else None
+    return (lambda x: x.astype(dtype)) if rounding == [] else None
+
+
+def truncation(dtype: np.dtype[Any]) -> Callable[[Any], Any]:
+    """To an integer towards zero; to the nearest one that there is, and 0 of NaN."""
+    info = np.iinfo(dtype)
+
+    def convert(x: Any) -> Any:
+        wide = np.trunc(x.astype(np.float64))
+        inside = np.clip(np.nan_to_num(wide), float(info.min), np.nextafter(float(info.max) + 1.0, 0.0))
+        return np.where(wide > float(info.max), info.max, inside.astype(dtype))
+
+    return convert
+
+
+ROUNDED: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "sqrt": np.sqrt,
+    "rcp": lambda x: x.dtype.type(1) / x,
+}
+EXACT: dict[str, Callable[..., Any]] = {"abs": np.abs, "neg": np.negative}
+BOUNDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {  # without and with NaN
+    "min": (np.fmin, np.minimum),
+    "max": (np.fmax, np.maximum),
+}
+INTEGER: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "min": np.minimum,
+    "max": np.maximum,
+    "abs": np.abs,
+    "neg": np.negative,
+}
+
+
+def decode_arithmetic(name: str) -> Callable[..., Operation | None]:
+    def decode(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) -> Operation | None:
+        *how, kind = modifiers
+        if kind in ("f32", "f64"):
+            function = float_function(name, how)
+        elif kind in BYTES and kind[0] in "us":
+            function = INTEGER.get(name) if how == [] else None
+            if name in ("mul", "mad"):
+                return product(kernel, operands, how, kind)
+        else:
+            function = None
+        return None if function is None else compute(kernel, operands, (kind,) * (len(operands) - 1), function)
+
+    return decode
+
+
+def float_function(name: str, how: list[str]) -> Callable[..., Any] | None:
+    if name in ROUNDED:
+        return ROUNDED[name] if how == ["rn"] else None
+    if name == "fma":
+        return fused if how == ["rn"] else None
+    if name in BOUNDS:
+        return BOUNDS[name][how == ["NaN"]] if how in ([], ["NaN"]) else None
+    return EXACT.get(name) if how == [] else None
+
+
+def fused(x: Any, y: Any, z: Any) -> Array:
+    """x * y + z, rounded once."""
+    arrays = [np.ascontiguousarray(array) for array in np.broadcast_arrays(x, y, z)]
+    out = np.empty_like(arrays[0])
+    function = native().fma32 if out.dtype == np.float32 else native().fma64
+    function(out.size, *(array.ctypes.data for array in arrays), out.ctypes.data)
+    return out
+
+
+def product(kernel: Kernel, operands: tuple[str, ...], how: list[str], kind: str) -> Operation | None:
+    """mul and mad of integers: their low half, or all of it in twice the width."""
+    if how not in (["lo"], ["wide"]):
+        return None
+    result = f"{kind[0]}{16 * BYTES[kind]}" if how == ["wide"] else kind
+    wide = dtype_of(result)
+
+    def multiply(x: Any, y: Any, *added: Any) -> Any:
+        return sum(added, x.astype(wide) * y.astype(wide))
+
+    return compute(kernel, operands, (kind, kind, result)[: len(operands) - 1], multiply)
+
+
+COMPARISONS: dict[str, Callable[..., Any]] = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
+OF_UNSIGNED = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
+COMBINED: dict[str, Callable[..., Any]] = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+
+
+def decode_setp(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) -> Operation | None:
+    name, *combination, kind = modifiers
+    function = comparison(name, kind)
+    if function is None or (combination and combination[0] not in COMBINED):
+        return None
+    if not combination:
+        return compute(kernel, operands, (kind, kind), function)
+    combine = COMBINED[combination[0]]
+    return compute(kernel, operands, (kind, kind, "pred"), lambda x, y, p: combine(function(x, y), p))
+
+
+def comparison(name: str, kind: str) -> Callable[[Any, Any], Any] | None:
+    """Of floats: true or false of NaN by whether the name ends in u."""
+    if kind not in ("f32", "f64"):
+        return COMPARISONS.get(OF_UNSIGNED.get(name, name)) if kind in BYTES and kind[0] in "usb" else None
+    if name in ("nan", "num"):
+        return lambda x, y: (np.isnan(x) | np.isnan(y)) == (name == "nan")
+    ordered = COMPARISONS.get(name.removesuffix("u"))
+    if ordered is None:
+        return None
+    if name.endswith("u"):
+        return lambda x, y: ordered(x, y) | np.isnan(x) | np.isnan(y)
+    return lambda x, y: ordered(x, y) & ~(np.isnan(x) | np.isnan(y))
+
+
+def decode_selp(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) -> Operation | None:
+    (kind,) = modifiers
+    return compute(kernel, operands, (kind, kind, "pred"), lambda x, y, p: np.where(p, x, y))
+
+
+BITWISE: dict[str, Callable[..., Any]] = {
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "not": np.invert,
+}
+
+
+def decode_bitwise(name: str) -> Callable[..., Operation | None]:
+    def decode(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) -> Operation | None:
+        (kind,) = modifiers
+        return compute(kernel, operands, (kind,) * (len(operands) - 1), BITWISE[name])
+
+    return decode
+
+
+def decode_shift(left: bool) -> Callable[..., Operation | None]:
+    """By more than the width, all bits go."""
+
+    def decode(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) -> Operation | None:
+        (kind,) = modifiers
+        bits = 8 * BYTES[kind]
+
+        def shift(x: Any, by: Any) -> Any:
+            within = np.minimum(by, bits - 1).astype(x.dtype)
+            shifted = x << within if left else x >> within
+            gone = x.dtype.type(0) if left or kind[0] != "s" else shifted
+            return np.where(by >= bits, gone, shifted)
+
+        return compute(kernel, operands, (kind, "u32"), shift)
+
+    return decode
+
+
+def decode_bfe(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) -> Operation | None:
+    (kind,) = modifiers
+    if kind not in ("u32", "u64"):
+        return None
+    dtype, bits = dtype_of(kind), 8 * BYTES[kind]
+
+    def extract(x: Any, start: Any, length: Any) -> Any:
+        # In Python's numbers a shift by the whole width is none that wraps around.
+        ones = [(1 << min(int(n) & 255, bits)) - 1 for n in np.atleast_1d(length)]
+        moved = np.where(start >= bits, dtype.type(0), x >> np.minimum(start, bits - 1).astype(dtype))
+        return moved & (np.array(ones, dtype) if len(ones) > 1 else dtype.type(ones[0]))
+
+    return compute(kernel, operands, (kind, "u32", "u32"), extract)
+
+
+def decode_lop3(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) -> Operation | None:
+    """Any function of three bits: the last operand is its table."""
+    table = int(operands[4], 0)
+
+    def look_up(*x: Any) -> Any:
+        found = np.zeros_like(x[0])
+        for row in range(8):
+            if table >> row & 1:
+                terms = [x[i] if row >> (2 - i) & 1 else ~x[i] for i in range(3)]
+                found = found | (terms[0] & terms[1] & terms[2])
+        return found
+
+    return compute(kernel, operands[:4], ("b32",) * 3, look_up) if modifiers == ["b32"] else None
+
+
+def decode_prmt(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) -> Operation | None:
+    """Bytes chosen among the eight of two words."""
+
+    def choose(x: Any, y: Any, choice: Any) -> Any:
+        x, y, choice = np.broadcast_arrays(x, y, choice)
+        whole = x.astype(np.uint64) | y.astype(np.uint64) << np.uint64(32)
+        result = np.zeros(x.shape, np.uint32)
+        for place in range(4):
+            nibble = (choice >> np.uint32(4 * place)) & np.uint32(15)
+            byte = (whole >> (np.uint64(8) * (nibble & np.uint32(7)).astype(np.uint64))).astype(np.uint32)
+            byte &= np.uint32(255)
+            signs = np.where(byte & np.uint32(128), np.uint32(255), np.uint32(0))
+            result |= np.where(nibble & np.uint32(8), signs, byte) << np.uint32(8 * place)
+        return result
+
+    return compute(kernel, operands, ("b32",) * 3, choose) if modifiers == ["b32"] else None
+
+
+def decode_shfl(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) -> Operation | None:
+    """All lanes of a warp must take part."""
+    if modifiers != ["sync", "bfly", "b32"] or operands[3:] not in (("31", "-1"), ("0x1f", "0xffffffff")):
+        return None
+    write = writer(kernel, operands[0])
+    read, apart = reader(kernel, operands[1], "b32"), int(operands[2], 0)
+
+    def exchange(lanes: Lanes, mask: Mask) -> None:
+        warps = np.broadcast_to(mask, lanes.count).reshape(-1, 32)
+        if (warps.any(1) != warps.all(1)).any():
+            raise RuntimeError(f"shfl.sync in {kernel.name}: a part of a warp has gone another way")
+        others = np.arange(lanes.count) ^ apart
+        write(lanes, read(lanes)[others], mask)
+
+    return exchange
+
+
+DECODERS: dict[str, Callable[[Kernel, tuple[str, ...], list[str]], Operation | None]] = {
+    "mov": decode_mov,
+    "cvta": decode_cvta,
+    "cvt": decode_cvt,
+    "setp": decode_setp,
+    "selp": decode_selp,
+    "shl": decode_shift(left=True),
+    "shr": decode_shift(left=False),
+    "bfe": decode_bfe,
+    "lop3": decode_lop3,
+    "prmt": decode_prmt,
+    "shfl": decode_shfl,
+    **{name: decode_arithmetic(name) for name in (*ROUNDED, *EXACT, *BOUNDS, *INTEGER, "fma", "mad")},
+    **{name: decode_bitwise(name) for name in BITWISE},
+}
