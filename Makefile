@@ -12,7 +12,7 @@ JOBS ?= 2
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -q -n $(JOBS)
 # The tests that go over every backend; the others would only repeat themselves.
-ONCE := cuda_compile triton_compile walkers compile packaging docs readme trainers lightning timm
+ONCE := cuda_compile triton_compile walkers compile packaging docs readme trainers lightning timm lifetimes
 NUMBERS := tests $(ONCE:%=--ignore=tests/test_%.py)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 API := fused_optim fused_optim.clip fused_optim.schedules fused_optim.decay fused_optim.groups fused_optim.lr_finder fused_optim.decoupled fused_optim.convert fused_optim.integrations
