@@ -5,6 +5,8 @@
              kernel's body in a loop)
 "cpp"        CPU tensors, where the extension was built
 "reference"  plain PyTorch, any device; it waits for the device at every step
+"auto"       the first of these that works: on GPUs "triton", "cuda", "reference"; on CPUs "cpp", "reference". What is
+             passed over is named in a warning, once, with the reason
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def clip_grad_norm_(
     torch's own function does the work for all that the kernels do not know: a norm_type other than 2, a max_norm that
     is not above 0, and lists with a gradient that is sparse, a tensor subclass (such as DTensor), not dense, of a dtype
     other than float32, bfloat16, float16, float64, complex64 and complex128, not on a CPU or a GPU, or that shares
-    memory with another one. So it does where torch.compile traces the call, and in the capture of a CUDA graph unless
-    such gradients were clipped outside of captures before, once for each call that is captured.
+    memory with another one. So it does where torch.compile traces the call, and in the capture of a CUDA graph, unless
+    such gradients were clipped outside of captures since the last call that was captured.
 
     Args:
         parameters: a tensor or several, whose `grad` is clipped; those with None are left out.
