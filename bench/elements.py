@@ -45,7 +45,7 @@ TEXT = """\
 `python bench/elements.py`, commit {commit}, Triton {triton}, {nvcc}.
 
 Instructions per element, and registers, of the walks over whole aligned vectors. Executed: instructions of PTX, by the
-interpreter of tests/ptx; a division and a root count as {expanded}, which is what they become in machine code, and moves
+interpreter of tests/ptx; a division and a root count as {expanded}, which they are in machine code, and moves
 between registers as none. Machine code: of the loop over vectors, where a kernel is of one kind; nvcc's kernels serve
 all dtypes of a rule, and have no such loop. Registers are those of the machine code for sm_{arch}; blocks, those of 128
 threads that fit a multiprocessor's 65,536 registers. Bytes are what the walk reads and writes of each element."""
@@ -142,7 +142,7 @@ def loop_over_vectors(code: str) -> int | None:
         (int(address, 16), text)
         for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
     ]
-    best = (0, None)
+    best: tuple[int, int | None] = (0, None)
     for address, text in lines:
         jump = re.search(r"\bBRA(?:\.\w+)*\s+.*?(0x[0-9a-f]+)", text)
         if jump and int(jump[1], 16) < address:
