@@ -3,7 +3,8 @@
 # make test-ptx   the GPU kernels as they are compiled, run without a GPU by an interpreter: all tests that step on them
 # make study  which optimizer trains best: searches, five seeds, tables and plots into bench/results/study/
 # make docs   the API reference, from the docstrings, into docs/api/
-# make gpu    on a CUDA machine whose python3 has torch: build, tests, sanitizer, benchmarks into bench/results/
+# make gpu    on a CUDA machine whose python3 has torch: build, tests, sanitizer, benchmarks into bench/results/; in parts
+#             by PARTS="build step" (see bench/gpu.sh)
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
@@ -57,7 +58,7 @@ docs: $(VENV)/installed
 	$(PY) -m pdoc --docformat google --math --no-show-source --output-directory docs/api $(API)
 
 gpu:
-	PYTHON=$(PYTHON) bash bench/gpu.sh
+	PYTHON=$(PYTHON) bash bench/gpu.sh $(PARTS)
 
 $(VENV)/installed: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

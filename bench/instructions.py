@@ -235,7 +235,10 @@ def main() -> None:
     method = METHOD.format(sm=SM, isa=instruction_set(), other=name)
     verdict = verdicts(here, there, name)
     parts = ["# Instructions of the kernels", facts, method, verdict, table(here, there, name)]
-    (options.out / "instructions.md").write_text("\n\n".join(parts) + "\n")
+    from elements import section  # it needs machine_code
+
+    parts.append(section())
+    (options.out / "instructions.md").write_text("\n\n".join(parts))
     counts = {
         title: [[*kernel, count] for kernel, count in of.items()] for title, of in (("here", here), (name, there))
     }

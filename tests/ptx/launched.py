@@ -24,11 +24,13 @@ class Launch:
 
 
 class Launches:
-    """Runs kernels of PTX modules. record: the launches since it was last cleared."""
+    """Runs kernels of PTX modules. record: the launches since it was last cleared. modules: the PTX that each program
+    is from."""
 
     def __init__(self) -> None:
         self.memory = Memory()
         self.programs: dict[tuple[int, str], Program] = {}
+        self.modules: dict[Program, str] = {}
         self.record: list[Launch] = []
         self.failure: BaseException | None = None
 
@@ -36,6 +38,7 @@ class Launches:
         key = (hash(ptx), name)
         if key not in self.programs:
             self.programs[key] = Program(parse(ptx, name))
+            self.modules[self.programs[key]] = ptx
         return self.programs[key]
 
     def run(self, ptx: str, name: str, blocks: int, threads: int, shared: int, stream: int, pointers: int) -> int:

@@ -1,0 +1,232 @@
+"""What does an element cost on a GPU? Instructions that the compiled kernels execute per element, and registers.
+
+    python bench/elements.py
+
+writes the section "Per element" of bench/results/instructions.md. The PTX of both backends is executed by the
+interpreter of tests/ptx, on tensors of two sizes; the difference is what the elements cost, without prep and what each
+block does once. No GPU is needed, and nothing is timed.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from environment import ROOT, commit
+from instructions import machine_code
+from report import markdown
+from triton.backends.nvidia.compiler import get_ptxas
+
+sys.path[:0] = [str(ROOT / "tests")]
+from ptx.backends import NAMES, register  # noqa: E402
+from ptx.kernel import Statement  # noqa: E402
+from ptx.launched import LAUNCHES  # noqa: E402
+from ptx.machine import Program  # noqa: E402
+from ptx.toolchain import ARCH, SETUP, missing  # noqa: E402
+
+import fused_optim  # noqa: E402
+
+HEADING = "## Per element"
+CHUNK = 4096
+SIZES = (16 * CHUNK, 48 * CHUNK)
+# What these become in machine code for sm_90 (CUDA 13.0) unless a number lies near the ends of the range.
+EXPANDED = {"div.rn.f32": 10, "sqrt.rn.f32": 10}
+PASSES = {"E0": "update", "E1": "advance", "E2": "move"}  # of nvcc's names: enum Pass of csrc/cuda/kernels.cuh
+
+TEXT = """\
+`python bench/elements.py`, commit {commit}, Triton {triton}, {nvcc}.
+
+Instructions per element, and registers, of the walks over whole aligned vectors. Executed: instructions of PTX, by the
+interpreter of tests/ptx; a division and a root count as {expanded}, which they are in machine code, and moves
+between registers as none. Machine code: of the loop over vectors, where a kernel is of one kind; nvcc's kernels serve
+all dtypes of a rule, and have no such loop. Registers are those of the machine code for sm_{arch}; blocks, those of 128
+threads that fit a multiprocessor's 65,536 registers. Bytes are what the walk reads and writes of each element."""
+
+
+@dataclass(frozen=True)
+class Case:
+    optimizer: str
+    param: torch.dtype = torch.float32
+    states: torch.dtype | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        dtypes = str(self.param).removeprefix("torch.") + (", float32 states" if self.states else "")
+        return ", ".join([self.optimizer.removeprefix("Fused"), dtypes, *self.options])
+
+
+BF16 = torch.bfloat16
+KINDS: list[tuple[torch.dtype, torch.dtype | None]] = [(torch.float32, None), (BF16, None), (BF16, torch.float32)]
+CASES = [
+    *(Case("FusedAdamW", *kind) for kind in KINDS),
+    Case("FusedAdamW", options={"amsgrad": True}),
+    Case("FusedAdamW", BF16, options={"amsgrad": True}),
+    Case("FusedAdamW", options={"ema_decay": 0.9}),
+    Case("FusedAdamW", BF16, options={"ema_decay": 0.9}),
+    Case("FusedAdamW", options={"max_grad_norm": 1.0}),
+    Case("FusedAdamW", BF16, options={"max_grad_norm": 1.0}),
+    *(Case("FusedSGD", dtype, options={"momentum": 0.9}) for dtype in (torch.float32, BF16)),
+    *(Case("FusedQHAdamW", dtype) for dtype in (torch.float32, BF16)),
+    *(Case("FusedLAMB", dtype, options={"max_grad_norm": None}) for dtype in (torch.float32, BF16)),
+    *(Case("FusedLion", dtype) for dtype in (torch.float32, BF16)),
+]
+
+
+def weight(statement: Statement) -> int:
+    if statement.parts[0] == "cvta" or (statement.parts[0] == "mov" and "{" not in statement.text):
+        return 0
+    return EXPANDED.get(statement.opcode, 1)
+
+
+def issued(program: Program) -> int:
+    """Instructions of warps so far."""
+    return sum(
+        warps * sum(weight(step.statement) for step in program.steps[start:stop])
+        for (start, stop), warps in program.executed.items()
+    )
+
+
+def executed(case: Case, backend: str, size: int) -> dict[Program, int]:
+    """What the second step executes, by kernel."""
+    param = torch.randn(size).to(case.param).requires_grad_()
+    build = getattr(fused_optim, case.optimizer)
+    optimizer = build([param], backend=backend, state_dtype=case.states, **case.options)
+    before: dict[Program, int] = {}
+    for _ in range(2):
+        param.grad = torch.randn(size).to(case.param)
+        before = {program: issued(program) for program in LAUNCHES.programs.values()}
+        optimizer.step()
+    counts = {program: issued(program) - before.get(program, 0) for program in LAUNCHES.programs.values()}
+    return {program: count for program, count in counts.items() if count}
+
+
+def per_element(case: Case, backend: str) -> dict[Program, float]:
+    """Of the kernels that walk."""
+    small, large = (executed(case, backend, size) for size in SIZES)
+    names = ("step_kernel", "squares_kernel")
+    return {
+        program: 32 * (count - small[program]) / (SIZES[1] - SIZES[0])
+        for program, count in large.items()
+        if any(name in program.kernel.name for name in names)
+    }
+
+
+@cache
+def assembled(ptx: str, by_triton: bool) -> tuple[dict[str, int], dict[str, str]]:
+    """Registers and machine code of the kernels of a module."""
+    ptxas = get_ptxas(ARCH).path if by_triton else str(Path(SETUP["nvcc"]()).resolve().parent / "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder, "module.ptx"), Path(folder, "module.cubin")
+        source.write_text(ptx)
+        (target,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
+        command = [ptxas, f"-arch={target}", "--fmad=false", "-v", str(source), "-o", str(cubin)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}")
+        found = re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", done.stdout, re.DOTALL)
+        code = {part.split()[0]: part for part in machine_code(cubin).split("Function : ")[1:]}
+    return {name: int(registers) for name, registers in found}, code
+
+
+def loop_over_vectors(code: str) -> int | None:
+    """Instructions of the innermost loop with the most wide loads, if there is one."""
+    lines = [
+        (int(address, 16), text)
+        for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
+    ]
+    best: tuple[int, int | None] = (0, None)
+    for address, text in lines:
+        jump = re.search(r"\bBRA(?:\.\w+)*\s+.*?(0x[0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < address:
+            body = [other for at, other in lines if int(jump[1], 16) <= at <= address and "NOP" not in other]
+            wide = sum(bool(re.search(r"LDG\S*\.(64|128)\b", other)) for other in body)
+            if wide > best[0]:
+                best = (wide, len(body))
+    return best[1]
+
+
+def row(case: Case, backend: str, program: Program, count: float) -> list[str]:
+    name = program.kernel.name
+    by_triton = backend.startswith("triton")
+    walk = "squares" if "squares" in name else walk_of(name, case, program)
+    registers, code = assembled(LAUNCHES.modules[program], by_triton)
+    used = registers[name]
+    blocks = 65536 // (-(-used // 8) * 8 * 128)
+    loop = loop_over_vectors(code[name]) if by_triton else None
+    width = 16 // max(dtype.itemsize for dtype in (case.param, case.states or case.param))
+    if walk == "squares":
+        width = 16 // case.param.itemsize
+    machine = f"{loop / width:.1f}" if loop else ""
+    return [
+        backend.removesuffix("-ptx"),
+        str(case),
+        walk,
+        str(bytes_of(case, walk)),
+        f"{count:.1f}",
+        machine,
+        str(used),
+        str(blocks),
+    ]
+
+
+def walk_of(name: str, case: Case, program: Program) -> str:
+    if found := re.search(r"PassE(\d)", name):
+        return PASSES[f"E{found[1]}"]
+    if case.optimizer != "FusedLAMB":
+        return "update"
+    return "advance" if program.kernel.shared else "move"  # only the first walk adds up
+
+
+STATES = {"FusedAdamW": 2, "FusedSGD": 1, "FusedQHAdamW": 2, "FusedLAMB": 2, "FusedLion": 1}
+
+
+def bytes_of(case: Case, walk: str) -> int:
+    """That a walk moves per element: what it reads and what it writes."""
+    param, state = case.param.itemsize, (case.states or case.param).itemsize
+    states = (STATES[case.optimizer] + ("amsgrad" in case.options)) * state
+    average = 2 * param if "ema_decay" in case.options else 0
+    return {
+        "update": 3 * param + 2 * states + average,
+        "advance": 2 * param + 2 * states,
+        "move": 2 * param + states + average,
+        "squares": param,
+    }[walk]
+
+
+def section() -> str:
+    """The heading and what is under it."""
+    register()
+    rows = []
+    for case in CASES:
+        for backend in NAMES:
+            rows += [row(case, backend, program, count) for program, count in per_element(case, backend).items()]
+    nvcc = subprocess.run([SETUP["nvcc"](), "--version"], capture_output=True, text=True).stdout
+    (version,) = re.findall(r"release [\d.]+", nvcc)
+    facts = {"commit": commit(), "triton": triton.__version__, "nvcc": f"nvcc {version}", "arch": ARCH}
+    text = TEXT.format(expanded=EXPANDED["div.rn.f32"], **facts)
+    header = ["backend", "optimizer", "walk", "bytes", "executed", "machine code", "registers", "blocks"]
+    return f"{HEADING}\n\n{text}\n\n{markdown(header, rows)}\n"
+
+
+def main() -> int:
+    if (reason := missing("gcc", "nvcc")) is not None:
+        print(reason, file=sys.stderr)
+        return 2
+    file = ROOT / "bench/results/instructions.md"
+    before = file.read_text().split(HEADING)[0].rstrip() if file.exists() else "# Instructions of the kernels"
+    made = section()
+    file.write_text(f"{before}\n\n{made}")
+    print(made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
