@@ -16,6 +16,11 @@ from .table import DTYPE_CODES, Row, is_dense, real_dtype, same_strides
 SUPPORTED = "float32, bfloat16, float16, float64, complex64 or complex128"
 
 
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether its class decides what operations do, as those that wrap other tensors do."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
 def check_param(param: Tensor) -> None:
     """Raises RuntimeError or TypeError for a param that no backend could update."""
     if real_dtype(param.dtype) not in DTYPE_CODES:

@@ -19,8 +19,7 @@ from .layout import check_grad, check_hyperparameter, check_param, conform, conf
 from .scaling import Scaler, check_options
 from .shards import Groups, groups_of, is_sharded, local, reduce_over
 from .table import EMA_DECAY, Row, Rule, Scalars, Table
-from .watch import REBUILD
-from .watch import Watch as PythonWatch
+from .watch import REBUILD, watch_over
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -282,15 +281,9 @@ class FusedOptimizer(Averaging, Checkpoints):
                 row.state = self.state.get(row.param, {})
         if not self.rule.counted:
             self._steps.update(steps)
-        extension = backends.extension()
-        watch: Any = (PythonWatch if isinstance(extension, str) else extension.Watch)(
-            self.param_groups, self.state, self.rule.columns, self.rule.deciding, scalars.raw, scalars.lr
+        watch = watch_over(
+            self.param_groups, self.state, self.rule, scalars, pending, [table for table, _ in tables]
         )
-        for param in pending:
-            watch.add_pending(param)
-        for table, _ in tables:
-            for number, row in enumerate(table.rows_list):
-                watch.add_row(row.param, row.target, row.state, row.grad_dtype, table.grads, number)
         if watch.look() & REBUILD:
             raise RuntimeError(
                 "params, gradients or states changed while the step was being prepared; was another thread at them?"
