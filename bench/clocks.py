@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 import re
 import time
 from collections.abc import Callable
@@ -15,6 +14,9 @@ import torch
 from family import Pass
 from torch import Tensor
 from workload import Workload
+
+from fused_optim import modules
+from fused_optim.floor import floor_pass
 
 Step = Callable[[], Any]
 Times = dict[str, float]  # "ms" always; on a GPU also "device_ms", "host_us", and "graph_ms" where a graph was captured
@@ -103,9 +105,7 @@ def floor_step(workload: Workload) -> tuple[str, Step]:
         half = workload.bytes() // 2
         source, target = (torch.zeros(half, dtype=torch.uint8, device=workload.device) for _ in range(2))
         return "device-to-device copy of as many bytes", lambda: target.copy_(source)
-    try:
-        floor_pass = importlib.import_module("fused_optim._C").FloorPass
-    except (ImportError, AttributeError):
+    if modules.instruction_set() is None:
         return "separate torch passes over as many bytes", torch_floor(workload)
     passes = [floor_pass(*lanes(workload, walk)) for walk in workload.passes]
 
@@ -113,11 +113,13 @@ def floor_step(workload: Workload) -> tuple[str, Step]:
         for one in passes:
             one()
 
-    return "fused_optim._C.FloorPass over the same tensors" + (", one pass per walk" if len(passes) > 1 else ""), step
+    return "fused_optim.floor.floor_pass over the same tensors" + (
+        ", one pass per walk" if len(passes) > 1 else ""
+    ), step
 
 
 def lanes(workload: Workload, walk: Pass) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """The streams that a walk writes and those that it reads, as FloorPass wants them: a stream of a wider dtype than
+    """The streams that a walk writes and those that it reads, as floor_pass wants them: a stream of a wider dtype than
     the narrowest is cut into lists of tensors with as many bytes each."""
     width = min(workload.streams[name][0].dtype.itemsize for name in walk.read + walk.written)
 

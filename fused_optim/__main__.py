@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends, doctor, state_dicts, trial
+from . import __version__, backends, doctor, modules, state_dicts, trial
 from .shapes import MODELS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,14 +33,14 @@ def devices() -> str:
 
 
 def print_machine() -> None:
-    extension = backends.extension()
     facts = {
         "fused_optim": __version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'}, HIP {torch.version.hip or 'none'})",
         "triton": version_of("triton"),
         "devices": devices(),
-        "instruction set": "extension not built" if isinstance(extension, str) else extension.instruction_set(),
+        "instruction set": modules.instruction_set() or "C++ kernel not built",
+        "look at tensors": modules.look(),
         "threads": str(torch.get_num_threads()),
     }
     reasons = backends.available()

@@ -1,9 +1,9 @@
 """The backends: which there are, which work here, and how each takes a table.
 
 "triton"     GPUs; CPU tensors too when TRITON_INTERPRET=1 was set before the import of Triton
-"cuda"       NVIDIA GPUs, where the extension was built with nvcc; CPU tensors too when FUSED_OPTIM_CUDA_EMULATE=1 (the
-             kernel's body in a loop)
-"cpp"        CPU tensors, where the extension was built
+"cuda"       NVIDIA GPUs, where the CUDA module was built; CPU tensors too when FUSED_OPTIM_CUDA_EMULATE=1 (the kernel's
+             body in a loop)
+"cpp"        CPU tensors, where the modules for CPUs were built
 "reference"  plain PyTorch, any device; it waits for the device at every step
 "auto"       the first of these that works: on GPUs "triton", "cuda", "reference"; on CPUs "cpp", "reference". What is
              passed over is named in a warning, once, with the reason
@@ -12,10 +12,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,46 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import machine, reference
+from . import machine, modules, reference
 from .device import DeviceTable
-from .table import CHUNK, HYPER_WIDTH, RAW_WIDTH, ROW_WIDTH, Table
-
-REINSTALL = "build it anew beside this torch (in fused_optim's sources: pip install --no-build-isolation --no-deps .)"
-
-
-def _built_for() -> str | None:
-    """The torch version, "major.minor", whose headers the extension was compiled with. It reads tensors as these lay
-    them out, so the file is looked at before it is loaded."""
-    spec = importlib.util.find_spec("fused_optim._C")
-    if spec is None or spec.origin is None:
-        return None
-    found = re.search(rb"built for torch (\d+\.\d+)\.", Path(spec.origin).read_bytes())
-    return found[1].decode() if found else None
-
-
-@functools.cache
-def extension() -> ModuleType | str:
-    """The compiled module, or why there is none."""
-    built_for = _built_for()
-    if built_for not in (None, ".".join(torch.__version__.split(".")[:2])):
-        return f"the C++ extension was built for torch {built_for} and this is torch {torch.__version__}; {REINSTALL}"
-    try:
-        module = importlib.import_module("fused_optim._C")
-    except ImportError as error:
-        if isinstance(error, ModuleNotFoundError):
-            return "the C++ extension is not built (no C++ compiler when it was installed?)"
-        why = f"built for torch {built_for or 'unknown'}, does not load with torch {torch.__version__} ({error})"
-        return f"the C++ extension, {why}; {REINSTALL}"
-    if getattr(module, "LAYOUT", None) != (CHUNK, ROW_WIDTH, RAW_WIDTH, HYPER_WIDTH):
-        return f"the C++ extension is of another version than the Python files; {REINSTALL}"
-    return module
-
-
-def built() -> ModuleType:
-    module = extension()
-    if isinstance(module, str):
-        raise RuntimeError(module)
-    return module
+from .table import Table
 
 
 def interpreted() -> bool:
@@ -91,7 +51,7 @@ def _why_not_triton(device: torch.device | None) -> str | None:
 
 
 def _why_not_cuda(device: torch.device | None) -> str | None:
-    module = extension()
+    module = modules.load("_cuda_emulated" if emulated() else "_cuda")
     if isinstance(module, str):
         return module
     if emulated():
@@ -102,14 +62,11 @@ def _why_not_cuda(device: torch.device | None) -> str | None:
         return reason
     if torch.version.cuda is None:
         return "the CUDA kernel runs on NVIDIA GPUs, and this torch is built for ROCm; use Triton"
-    if not module.WITH_CUDA:
-        missing = machine.why_no_nvcc() or "nvcc was not there when it was installed"
-        return f"the extension was built without CUDA: {missing}; then {REINSTALL}"
     return None
 
 
 def _why_not_cpp(device: torch.device | None) -> str | None:
-    module = extension()
+    module = modules.cpu()
     if isinstance(module, str):
         return module
     if device is not None and device.type != "cpu":
@@ -145,10 +102,17 @@ def _arrays(table: Table) -> tuple[Tensor | None, ...]:
     return table.arrays if table.device.type == "cpu" else DeviceTable.of(table).arrays
 
 
-def _native(table: Table) -> Any:
-    if table.native is None:
-        table.native = built().Arrays(_arrays(table), table.elements, table.ema)
-    return table.native
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _call(table: Table, module: ModuleType, function: str, before: Sequence[Any], after: Sequence[Any]) -> None:
+    """The module's function of that name. before: what comes before the table's arrays; after: what comes after them,
+    tensors and None by their addresses."""
+    if table.native is None:  # they live as long as the table does
+        addresses = [_address(array) for array in _arrays(table)]
+        table.native = module.Arrays(addresses, table.desc.numel(), len(table.rows_list), table.elements, table.ema)
+    getattr(module, function)(*before, table.native, *after)
 
 
 def _triton(table: Table, function: str, args: Sequence[Any], *more: Any) -> None:
@@ -172,25 +136,26 @@ def _squares_triton(table: Table, out: Tensor) -> None:
     _triton(table, "launch_squares", (table.kinds,), out)
 
 
-def _cuda(table: Table, function: str, *args: Any) -> None:
+def _cuda(table: Table, function: str, before: Sequence[Any], *numbers: Tensor | None) -> None:
+    addresses = [_address(number) for number in numbers]
     if table.device.type == "cpu":
-        getattr(built(), f"{function}_cuda_emulated")(*args)
+        _call(table, modules.built(modules.load("_cuda_emulated")), function, before, addresses)
         return
     with torch.cuda.device(table.device):
         stream, index = torch.cuda.current_stream().cuda_stream, torch.cuda.current_device()
-        getattr(built(), f"{function}_cuda")(*args, stream, index)
+        _call(table, modules.built(modules.load("_cuda")), function, before, (*addresses, stream, index))
 
 
 def _step_cuda(table: Table, scaling: Scaling) -> None:
-    _cuda(table, "step", table.rule.name, _native(table), scaling.grad_scale, scaling.found_inf, scaling.squares)
+    _cuda(table, "step", (table.rule.name,), scaling.grad_scale, scaling.found_inf, scaling.squares)
 
 
 def _move_cuda(table: Table) -> None:
-    _cuda(table, "move", table.rule.name, _native(table))
+    _cuda(table, "move", (table.rule.name,))
 
 
 def _squares_cuda(table: Table, out: Tensor) -> None:
-    _cuda(table, "squares", _native(table), out)
+    _cuda(table, "squares", (), out)
 
 
 def _scale_triton(table: Table, squares: Tensor) -> None:
@@ -198,23 +163,28 @@ def _scale_triton(table: Table, squares: Tensor) -> None:
 
 
 def _scale_cuda(table: Table, squares: Tensor) -> None:
-    _cuda(table, "scale", _native(table), squares)
+    _cuda(table, "scale", (), squares)
+
+
+def _cpp(table: Table, function: str, before: Sequence[Any], *numbers: Tensor | None) -> None:
+    after = (*(_address(number) for number in numbers), torch.get_num_threads())
+    _call(table, modules.built(modules.cpu()), function, before, after)
 
 
 def _scale_cpp(table: Table, squares: Tensor) -> None:
-    built().scale_cpu(_native(table), squares)
+    _cpp(table, "scale", (), squares)
 
 
 def _step_cpp(table: Table, scaling: Scaling) -> None:
-    built().step_cpu(table.rule.name, _native(table), scaling.grad_scale, scaling.found_inf, scaling.squares)
+    _cpp(table, "step", (table.rule.name,), scaling.grad_scale, scaling.found_inf, scaling.squares)
 
 
 def _move_cpp(table: Table) -> None:
-    built().move_cpu(table.rule.name, _native(table))
+    _cpp(table, "move", (table.rule.name,))
 
 
 def _squares_cpp(table: Table, out: Tensor) -> None:
-    built().squares_cpu(_native(table), out)
+    _cpp(table, "squares", (), out)
 
 
 def _step_reference(table: Table, scaling: Scaling) -> None:

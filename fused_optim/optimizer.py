@@ -40,8 +40,7 @@ from .scaling import Scaler
 from .shards import Groups, groups_of, is_sharded, local, reduce_over
 from .table import EMA_DECAY, Row, Rule, Scalars, Table
 from .trial import choose
-from .watch import REBUILD
-from .watch import Watch as PythonWatch
+from .watch import REBUILD, watch_over
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -363,15 +362,8 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
         if not self.rule.counted:
             counted = {**self._steps, **steps}
             self._steps = {param: counted[param] for param, _, _ in members if param in counted}
-        extension = backends.extension()
-        watch: Any = (PythonWatch if isinstance(extension, str) else extension.Watch)(
-            self.param_groups, self.state, self.rule.columns, self.rule.deciding, scalars.raw, scalars.lr
-        )
-        for param in pending:
-            watch.add_pending(param)
-        for table, _ in tables:
-            for number, row in enumerate([] if table.is_meta else table.rows_list):
-                watch.add_row(row.param, row.target, row.state, row.grad_dtype, table.grads, number)
+        watched = [table for table, _ in tables if not table.is_meta]
+        watch = watch_over(self.param_groups, self.state, self.rule, scalars, pending, watched)
         if watch.look() & REBUILD:
             raise RuntimeError(
                 "params, gradients or states changed while the step was being prepared; was another thread at them?"

@@ -1,6 +1,5 @@
 // The CPU walker: one parallel region for the whole step, whatever the number of tensors, groups and dtypes.
-// setup.py compiles this file once per instruction set, with FUSED_ISA naming the namespace; simd.cpp chooses at run
-// time.
+// setup.py compiles this file once per instruction set, with FUSED_ISA naming the namespace.
 #include "step.h"
 
 #include "../prep.h"
