@@ -92,12 +92,5 @@ def why_not_compiled_by_triton() -> str | None:
     return None
 
 
-def why_no_nvcc() -> str | None:
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    if shutil.which("nvcc") or any(home and Path(home, "bin", "nvcc").is_file() for home in homes):
-        return None
-    return "there is no nvcc; install the CUDA toolkit and put nvcc on PATH, or name its folder in CUDA_HOME"
-
-
 if (_reason := why_not_torch()) is not None:  # before any other file uses what an older torch does not have
     raise ImportError(_reason)

@@ -16,15 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_optim import backends, device
+from fused_optim import backends, device, modules
 from fused_optim.backends import Backend, Scaling
 from fused_optim.device import DeviceTable
 from fused_optim.table import Table
 
 Work = Callable[[], object]
-built = pytest.mark.skipif(
-    isinstance(backends.extension(), str), reason="the emulated kernels are in the extension, which is not built"
-)
+MISSING = modules.load("_cuda_emulated")
+built = pytest.mark.skipif(isinstance(MISSING, str), reason=str(MISSING))
 
 
 class Stream:
@@ -128,8 +127,6 @@ class Runtime:
     def backend(self) -> Backend:
         def queued(run: Callable[..., None]) -> Callable[..., None]:
             def launch(table: Table, *args: Any) -> None:
-                # A kernel gets addresses: whatever the optimizer keeps alive, or does not, is its own affair.
-                backends._native(table)
                 self.launch(lambda: run(table, *args))
 
             return launch
