@@ -116,7 +116,7 @@ class Build(build_ext):
             ]
         emulated = [*common, *KERNEL_FLAGS, *sets.get("avx2", [])]
         jobs.append([*emulated, "-c", str(CSRC / "cuda/emulate.cpp"), "-o", str(out / "emulate.o")])
-        for name in ("simd", "floor"):
+        for name in ("simd", "threads", "floor"):
             jobs.append([*common, "-c", str(CSRC / f"cpu/{name}.cpp"), "-o", str(out / f"{name}.o")])
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             list(pool.map(self.call, jobs))

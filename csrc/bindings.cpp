@@ -5,6 +5,7 @@
 
 #include "cpu/floor.h"
 #include "cpu/simd.h"
+#include "cpu/threads.h"
 #include "cuda/step.h"
 #include "watch.h"
 
@@ -16,8 +17,9 @@ namespace {
 #define TEXT(x) TEXT_OF(x)
 [[gnu::used]] const char kBuiltFor[] = "built for torch " TEXT(TORCH_VERSION_MAJOR) "." TEXT(TORCH_VERSION_MINOR) ".";
 
-// Waking a second thread takes longer than a small step. A chunk costs some 64 elements before its first one.
-int threads_for(int64_t elements, int64_t chunks) { return elements + 64 * chunks < 32768 ? 1 : at::get_num_threads(); }
+int threads_for(int64_t elements, int64_t chunks) {
+  return fused_optim::threads_for(elements, chunks, at::get_num_threads());
+}
 
 // The arrays of one table, held for as long as their addresses are: made once, used at every step.
 struct Arrays {

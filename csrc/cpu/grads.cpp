@@ -87,7 +87,7 @@ double squares_in(const G* x, int count) {
 
 // The sum of the squares of one chunk's gradient.
 double squares_of(const Tables& t, int64_t desc) {
-  const int64_t row = (desc >> 8) & 0xffffff, begin = (desc >> 32) * kChunk;
+  const int64_t row = row_of(desc), begin = chunk_of(desc) * kChunk;
   const double* raw = t.raw + int64_t{t.group[row]} * kRawWidth;
   if (t.grads[row] == 0 || raw[kMaxNorm] == 0.0) return 0.0;
   const int64_t* columns = t.rows + row * kRowWidth;
@@ -126,7 +126,7 @@ void scale_block(float factor, Float16* grad, int count) {
 
 // One chunk's gradient becomes what clipping makes of it.
 void scale_chunk(const Tables& t, int64_t desc) {
-  const int64_t row = (desc >> 8) & 0xffffff, begin = (desc >> 32) * kChunk;
+  const int64_t row = row_of(desc), begin = chunk_of(desc) * kChunk;
   if (t.grads[row] == 0) return;
   const double factor = clip_coefficient(t.raw + int64_t{t.group[row]} * kRawWidth, *t.squares, 1.0);
   const int64_t* columns = t.rows + row * kRowWidth;
@@ -141,16 +141,18 @@ void scale_chunk(const Tables& t, int64_t desc) {
 }  // namespace
 
 double squares(const Tables& t, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, grain(t, threads))
-  for (int64_t i = 0; i < t.chunks; ++i) t.partials[i] = squares_of(t, t.desc[i]);
+  walk_chunks(t, threads, Order::kForward, [](const Tables& t, int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; ++i) t.partials[i] = squares_of(t, t.desc[i]);
+  });
   double total = 0.0;
   for (int64_t i = 0; i < t.chunks; ++i) total += t.partials[i];  // in this order, whatever the threads did
   return total;
 }
 
 void scale(const Tables& t, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, grain(t, threads))
-  for (int64_t i = 0; i < t.chunks; ++i) scale_chunk(t, t.desc[i]);
+  walk_chunks(t, threads, Order::kBackward, [](const Tables& t, int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; ++i) scale_chunk(t, t.desc[i]);
+  });
 }
 
 }  // namespace fused_optim::FUSED_ISA

@@ -5,7 +5,9 @@
 
 #include "../convert.h"
 #include "../dispatch.h"
+#include "../prep.h"
 #include "step.h"
+#include "threads.h"
 
 #ifndef FUSED_ISA
 #define FUSED_ISA baseline
@@ -83,9 +85,41 @@ struct Stream {
   }
 };
 
-// Small pieces taken as they come: a static split waits for the slower core as soon as one is shared.
-int grain(const Tables& t, int threads) {
-  return static_cast<int>(std::clamp<int64_t>(t.chunks / (int64_t{threads} * 64), 1, 4));
+int64_t row_of(int64_t desc) { return (desc >> 8) & 0xffffff; }
+int64_t chunk_of(int64_t desc) { return desc >> 32; }
+
+// Calls walk(t, first, end) for all chunks of the table, a few neighbours at a time, from all threads.
+template <class F>
+void walk_chunks(const Tables& t, int threads, Order order, const F& walk) {
+  const int64_t per_piece = chunks_per_piece(t.chunks, threads);
+  const auto work = [&](int64_t piece) { walk(t, piece * per_piece, std::min((piece + 1) * per_piece, t.chunks)); };
+  run_pieces((t.chunks + per_piece - 1) / per_piece, threads, order,
+             [](const void* context, int64_t piece) { (*static_cast<const decltype(work)*>(context))(piece); }, &work);
+}
+
+// The same, and before that open(row, memo) once for every row, by the thread that needs it: no other one waits. Only
+// rows that several pieces share are opened before all.
+template <class Open, class F>
+void walk_rows(const Tables& t, int threads, Order order, const Open& open, const F& walk) {
+  const int64_t per_piece = chunks_per_piece(t.chunks, threads);
+  const auto shared = [&](int64_t chunk) {  // whether the row of the chunk before goes on here
+    return chunk < t.chunks && row_of(t.desc[chunk - 1]) == row_of(t.desc[chunk]);
+  };
+  BiasCorrections memo{};
+  int64_t opened = -1;
+  for (int64_t chunk = per_piece; chunk < t.chunks; chunk += per_piece) {
+    if (shared(chunk) && row_of(t.desc[chunk]) != opened) open(opened = row_of(t.desc[chunk]), memo);
+  }
+  if (t.chunks == 0) {
+    for (int64_t row = 0; row < t.tensors; ++row) open(row, memo);
+  }
+  walk_chunks(t, threads, order, [&](const Tables&, int64_t first, int64_t end) {
+    BiasCorrections own = memo;
+    // Those that begin here, and those without elements before them.
+    const int64_t end_row = end == t.chunks ? t.tensors : row_of(t.desc[end - 1]) + !shared(end);
+    for (int64_t row = first == 0 ? 0 : row_of(t.desc[first - 1]) + 1; row < end_row; ++row) open(row, own);
+    walk(t, first, end);
+  });
 }
 
 }  // namespace
