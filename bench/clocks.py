@@ -6,8 +6,10 @@ import contextlib
 import ctypes
 import importlib
 import re
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,20 @@ class CudaClock:
         self.end.record()
         self.end.synchronize()
         return float(self.begin.elapsed_time(self.end))
+
+
+@contextlib.contextmanager
+def crowd(processes: int) -> Iterator[None]:
+    """So many other processes that are always busy."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        if others:
+            time.sleep(0.5)  # until they have started
+        yield
+    finally:
+        for process in others:
+            process.kill()
+            process.wait()
 
 
 def capture(step: Step) -> torch.cuda.CUDAGraph:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from against import worktree
 from environment import ROOT, commit, describe, git
 from report import markdown, number
 from triton.backends.compiler import GPUTarget
@@ -183,13 +184,8 @@ def counts_of(tree: Path) -> Counts:
 
 
 def counts_at(name: str) -> Counts:
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder, "tree")
-        run(["git", "-C", str(ROOT), "worktree", "add", "--quiet", "--detach", str(tree), name])
-        try:
-            return counts_of(tree)
-        finally:
-            run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)])
+    with worktree(name) as tree:
+        return counts_of(tree)
 
 
 def table(here: Counts, there: Counts, name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import statistics
 import sys
 import time
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from clocks import CpuClock, CudaClock, Step, capture, floor_step, trim
+from clocks import CpuClock, CudaClock, Step, capture, crowd, floor_step, trim
 from family import BASELINES
 from peers import PEERS, Peer, backend_of
 from shapes import CASES, elements
@@ -51,6 +52,12 @@ class Timed:
         first, _, third = statistics.quantiles(self.samples["ms"], n=4, method="inclusive")
         return first, third
 
+    def mean(self) -> float | None:
+        return statistics.fmean(self.samples["ms"]) if self.samples else None
+
+    def best(self) -> float | None:
+        return min(self.samples["ms"]) if self.samples else None
+
     def speed(self, other: Timed | None) -> float | None:
         """How many times faster than the other: the median over the rounds, each of which timed both within moments."""
         if other is None or not other.samples or not self.samples:
@@ -80,6 +87,8 @@ class Measured:
                     **asdict(timed),
                     "median_ms": median,
                     "quartiles_ms": [first, third],
+                    "mean_ms": timed.mean(),
+                    "min_ms": timed.best(),
                     f"speed_against_{self.baseline}": timed.speed(self.timed.get(self.baseline)),
                     "share_of_floor": timed.speed(self.timed[FLOOR]),
                     "gb_per_s": self.bytes / median / 1e6,
@@ -160,7 +169,8 @@ def measure(
     timed[FLOOR] = Timed(FLOOR)
     steps[FLOOR]()
     clock = CudaClock(device) if device.type == "cuda" else CpuClock(device)
-    take_turns(config, clock, steps, timed, rounds)
+    with crowd(len(os.sched_getaffinity(0)) - 1 if config.crowded else 0):
+        take_turns(config, clock, steps, timed, rounds)
     if isinstance(clock, CudaClock):
         for candidate in timed.values():
             candidate.host_us = candidate.median("host_us")
@@ -178,15 +188,14 @@ def measure(
 def take_turns(
     config: Config, clock: CpuClock | CudaClock, steps: dict[str, Step], timed: dict[str, Timed], rounds: int
 ) -> None:
-    """Every peer once per round, the first one in turn, so that nobody always follows the same neighbour."""
-    names = list(steps)
+    """Every peer once per round, in random order, so that nobody always follows the same neighbour."""
+    names, order = list(steps), random.Random(0)
     gc.collect()
     gc.disable()
     try:
         for turn in range(rounds):
             progress(f"{config}: round {turn + 1} of {rounds}")
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
+            for name in order.sample(names, len(names)):
                 timed[name].add(clock.time(steps[name], config.hot))
     finally:
         gc.enable()
