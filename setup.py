@@ -112,11 +112,11 @@ class Build(build_ext):
             kernel = [*common, *KERNEL_FLAGS, *flags, f"-DFUSED_ISA={isa}"]
             jobs += [
                 [*kernel, "-c", str(CSRC / f"cpu/{name}.cpp"), "-o", str(out / f"{name}_{isa}.o")]
-                for name in ("step", "grads")
+                for name in ("step", "grads", "floor")
             ]
         emulated = [*common, *KERNEL_FLAGS, *sets.get("avx2", [])]
         jobs.append([*emulated, "-c", str(CSRC / "cuda/emulate.cpp"), "-o", str(out / "emulate.o")])
-        for name in ("simd", "threads", "floor"):
+        for name in ("simd", "threads"):
             jobs.append([*common, "-c", str(CSRC / f"cpu/{name}.cpp"), "-o", str(out / f"{name}.o")])
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             list(pool.map(self.call, jobs))

@@ -30,10 +30,10 @@ GPU_COLUMNS = ["device ms", "graph ms"]
 METHOD = """\
 Peers take turns within each round, in random order, on the same memory, with random data; "x {baseline}" and "of floor"
 are medians over the rounds of the ratio within a round. GB/s counts each operand once per read and once per write, from
-the dtypes of the case, whatever a peer really moves. The floor is a pass with the bytes of a step and no arithmetic:
-{floor}. Unless it says hot, everything is flushed from the caches before each step. {host} Error is the largest
-deviation of the params from the optimizer in float64 after three steps, as a share of the tolerance that
-bench/workload.py states; a peer above 1 is not timed."""
+the dtypes of the case, whatever a peer really moves. The floor is the fastest of several passes with the bytes of a
+step and no arithmetic, which take part in the same rounds: {floor}. Unless it says hot, everything is flushed from the
+caches before each step. {host} Error is the largest deviation of the params from the optimizer in float64 after three
+steps, as a share of the tolerance that bench/workload.py states; a peer above 1 is not timed."""
 
 BASELINE = f"The baseline of each case is the first of {', '.join(BASELINES)} whose numbers are right."
 

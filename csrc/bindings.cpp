@@ -83,7 +83,9 @@ class FloorPass {
  public:
   using Streams = std::vector<std::vector<at::Tensor>>;
 
-  FloorPass(const Streams& written, const Streams& read) : held_(written) {
+  // threads: 0 for torch's. The pattern is floor.h's.
+  FloorPass(const Streams& written, const Streams& read, int64_t piece, int threads, int prefetch)
+      : held_(written), pattern_{piece, threads, prefetch} {
     TORCH_CHECK(1 <= written.size() && written.size() <= kFloorWritten && 1 <= read.size() && read.size() <= kFloorRead,
                 "a floor pass takes 1 to ", kFloorWritten, " written streams and 1 to ", kFloorRead,
                 " that are read, but got ", written.size(), " and ", read.size());
@@ -99,18 +101,21 @@ class FloorPass {
       }
       rows_.push_back(std::move(row));
     }
-    spans_ = floor_spans(rows_);
+    spans_ = floor_spans(rows_, piece);
   }
 
   void run() const {
     py::gil_scoped_release release;
-    floor_pass(spans_, written_, read_, at::get_num_threads());
+    FloorPattern pattern = pattern_;
+    if (pattern.threads == 0) pattern.threads = at::get_num_threads();
+    instruction_set().walker.floor(spans_, written_, read_, pattern);
   }
 
  private:
   Streams held_;
   std::vector<FloorRow> rows_;
   std::vector<FloorSpan> spans_;
+  FloorPattern pattern_;
   int written_, read_;
 };
 
@@ -187,7 +192,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
 
   py::class_<FloorPass>(m, "FloorPass")
-      .def(py::init<const FloorPass::Streams&, const FloorPass::Streams&>(), py::arg("written"), py::arg("read"))
+      .def(py::init<const FloorPass::Streams&, const FloorPass::Streams&, int64_t, int, int>(), py::arg("written"),
+           py::arg("read"), py::arg("piece") = 0, py::arg("threads") = 0, py::arg("prefetch") = 0)
       .def("__call__", &FloorPass::run);
 
   py::class_<Watch>(m, "Watch")

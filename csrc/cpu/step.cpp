@@ -281,6 +281,6 @@ bool move(const char* rule, const Tables& t, int threads) {
 
 }  // namespace
 
-const CpuWalker walker = {step, move, squares, scale};
+const CpuWalker walker = {step, move, squares, scale, floor_pass};
 
 }  // namespace fused_optim::FUSED_ISA
