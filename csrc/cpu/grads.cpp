@@ -3,10 +3,6 @@
 
 #include "../prep.h"
 
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
-
 namespace fused_optim::FUSED_ISA {
 namespace {
 
@@ -58,13 +54,12 @@ void add_squares(const BFloat16* x, double (&part)[kLanes]) {
 }
 
 #ifdef __F16C__
-// With the processor's own conversions, which the compiler does not think of: some eight times as fast as by bits.
 void add_squares(const Float16* x, double (&part)[kLanes]) {
   float sum[kLanes];
   for (int lane = 0; lane < kLanes; lane += 8) {
     __m256 eight = _mm256_setzero_ps();
     for (int i = lane; i < kLanes * kRun; i += kLanes) {
-      const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i)));
+      const __m256 wide = widen_eight(x + i);
       eight = _mm256_fmadd_ps(wide, wide, eight);
     }
     _mm256_storeu_ps(sum + lane, eight);
@@ -111,15 +106,10 @@ void scale_block(T factor, G* grad, int count) {
 }
 
 #ifdef __F16C__
-// As add_squares.
 void scale_block(float factor, Float16* grad, int count) {
   if (factor == 1.0f) return;
   int i = 0;
-  for (; i + 8 <= count; i += 8) {
-    auto* eight = reinterpret_cast<__m128i*>(grad + i);
-    const __m256 scaled = _mm256_mul_ps(_mm256_cvtph_ps(_mm_loadu_si128(eight)), _mm256_set1_ps(factor));
-    _mm_storeu_si128(eight, _mm256_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT));
-  }
+  for (; i + 8 <= count; i += 8) narrow_eight(_mm256_mul_ps(widen_eight(grad + i), _mm256_set1_ps(factor)), grad + i);
   scale_block<float, Float16>(factor, grad + i, count - i);
 }
 #endif

@@ -9,6 +9,10 @@
 #include "step.h"
 #include "threads.h"
 
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
 #ifndef FUSED_ISA
 #define FUSED_ISA baseline
 #endif
@@ -50,6 +54,43 @@ void visit_dtype(Dtype dtype, F&& f) {
   else f(Float16{});
 }
 
+template <class P>
+void widen_block(const P* in, int count, float* out) {
+  for (int i = 0; i < count; ++i) out[i] = widen(in[i]);
+}
+
+template <class P>
+void narrow_block(const float* in, int count, P* out) {
+  for (int i = 0; i < count; ++i) narrow(in[i], out[i]);
+}
+
+#ifdef __F16C__
+// With the processor's own conversions, which the compiler does not think of: some eight times as fast as by bits. They
+// keep the lower bits of a NaN; `narrow` does not.
+inline __m256 widen_eight(const Float16* in) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
+}
+
+inline void narrow_eight(__m256 in, Float16* out) {
+  const __m256 sign = _mm256_and_ps(in, _mm256_set1_ps(-0.0f));
+  const __m256 nan = _mm256_or_ps(sign, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)));
+  const __m256 plain = _mm256_blendv_ps(in, nan, _mm256_cmp_ps(in, in, _CMP_UNORD_Q));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(plain, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline void widen_block(const Float16* in, int count, float* out) {
+  const int whole = count - count % 8;
+  for (int i = 0; i < whole; i += 8) _mm256_storeu_ps(out + i, widen_eight(in + i));
+  widen_block<Float16>(in + whole, count - whole, out + whole);
+}
+
+inline void narrow_block(const float* in, int count, Float16* out) {
+  const int whole = count - count % 8;
+  for (int i = 0; i < whole; i += 8) narrow_eight(_mm256_loadu_ps(in + i), out + i);
+  narrow_block<Float16>(in + whole, count - whole, out + whole);
+}
+#endif
+
 // One tensor of a row: where it lies and what it holds.
 struct Stream {
   char* data;
@@ -72,16 +113,12 @@ struct Stream {
 
   // `count` elements as float32, in `scratch`; and back again.
   void load(int64_t element, int count, float* scratch) const {
-    visit_dtype(dtype, [&](auto type) {
-      const auto* in = reinterpret_cast<const decltype(type)*>(at(element));
-      for (int i = 0; i < count; ++i) scratch[i] = widen(in[i]);
-    });
+    visit_dtype(dtype,
+                [&](auto type) { widen_block(reinterpret_cast<const decltype(type)*>(at(element)), count, scratch); });
   }
   void store(int64_t element, int count, const float* scratch) const {
-    visit_dtype(dtype, [&](auto type) {
-      auto* out = reinterpret_cast<decltype(type)*>(at(element));
-      for (int i = 0; i < count; ++i) narrow(scratch[i], out[i]);
-    });
+    visit_dtype(dtype,
+                [&](auto type) { narrow_block(scratch, count, reinterpret_cast<decltype(type)*>(at(element))); });
   }
 };
 
