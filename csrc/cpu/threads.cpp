@@ -18,9 +18,8 @@ constexpr std::memory_order kRelaxed = std::memory_order_relaxed;
 class Shares {
  public:
   Shares(int64_t pieces, int threads, Order order)
-      : pieces_(pieces), size_((pieces + threads - 1) / threads), order_(order), shares_(threads) {
-    for (int64_t i = 0; i < threads; ++i)
-      shares_[i].left = pack(std::min(i * size_, pieces), std::min((i + 1) * size_, pieces));
+      : pieces_(pieces), threads_(threads), order_(order), shares_(threads) {
+    for (int64_t i = 0; i < threads; ++i) shares_[i].left = pack(begin_of(i), begin_of(i + 1));
   }
 
   // The next piece for that thread, -1 where all are taken.
@@ -61,11 +60,13 @@ class Shares {
   // Backward, each thread's first share is mirrored.
   int64_t place(int64_t piece) const {
     if (order_ == Order::kForward) return piece;
-    const int64_t begin = piece - piece % size_;
-    return begin + std::min(begin + size_, pieces_) - 1 - piece;
+    const int64_t share = ((piece + 1) * threads_ - 1) / pieces_;
+    return begin_of(share) + begin_of(share + 1) - 1 - piece;
   }
 
-  const int64_t pieces_, size_;
+  int64_t begin_of(int64_t share) const { return share * pieces_ / threads_; }
+
+  const int64_t pieces_, threads_;
   const Order order_;
   std::vector<Share> shares_;
 };
@@ -114,7 +115,7 @@ int threads_for(int64_t elements, int64_t chunks, int most) {
 }
 
 int64_t chunks_per_piece(int64_t chunks, int threads) {
-  return std::clamp<int64_t>(chunks / (int64_t{threads} * 8), 1, kPieceChunks);
+  return std::clamp<int64_t>(chunks / (int64_t{threads} * 32), 1, kPieceChunks);
 }
 
 void run_pieces(int64_t pieces, int threads, Order order, void (*work)(const void* context, int64_t piece),

@@ -47,9 +47,9 @@ void test_order() {
   Shares forward(10, 2, Order::kForward);
   check(forward.take(0) == 0 && forward.take(1) == 5 && forward.take(0) == 1, "shares are halves, walked in order");
   check(all_of(forward, 1) == std::vector<int64_t>({6, 7, 8, 9, 3, 4, 2}), "then the far half of the slowest one's");
-  Shares backward(10, 3, Order::kBackward);  // shares of 4, 4 and 2
-  check(backward.take(0) == 3 && backward.take(1) == 7 && backward.take(2) == 9, "backward: the last of each share");
-  check(backward.take(2) == 8 && backward.take(0) == 2, "and down from there");
+  Shares backward(10, 3, Order::kBackward);  // shares of 3, 3 and 4
+  check(backward.take(0) == 2 && backward.take(1) == 5 && backward.take(2) == 9, "backward: the last of each share");
+  check(backward.take(2) == 8 && backward.take(0) == 1, "and down from there");
 }
 
 // Seconds per pass of so many: what the policy does where a pass takes one thread `alone` seconds, and `waits(pass)` is
