@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import itertools
 import re
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +89,20 @@ class CudaClock:
         return float(self.begin.elapsed_time(self.end))
 
 
+@contextlib.contextmanager
+def crowd(processes: int) -> Iterator[None]:
+    """So many other processes that are always busy."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        if others:
+            time.sleep(0.5)  # until they have started
+        yield
+    finally:
+        for process in others:
+            process.kill()
+            process.wait()
+
+
 def capture(step: Step) -> torch.cuda.CUDAGraph:
     """A graph of one step, after the warm-up on a side stream that a capture wants."""
     side = torch.cuda.Stream()
@@ -99,23 +117,38 @@ def capture(step: Step) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def floor_step(workload: Workload) -> tuple[str, Step]:
-    """A pass that moves the bytes of a step without arithmetic, which is the ceiling of a step; first what it is."""
+PIECES = {"contiguous shares": 0, **{f"pieces of {kib} KiB": kib << 10 for kib in (16, 64, 256, 1024, 4096)}}
+PREFETCHES = (0, 512)  # bytes ahead
+
+
+def floor_steps(workload: Workload) -> dict[str, Step]:
+    """Passes that move the bytes of a step without arithmetic, by what they are. The fastest is a step's ceiling."""
     if workload.device.type == "cuda":
         half = workload.bytes() // 2
         source, target = (torch.zeros(half, dtype=torch.uint8, device=workload.device) for _ in range(2))
-        return "device-to-device copy of as many bytes", lambda: target.copy_(source)
+        return {"device-to-device copy of as many bytes": lambda: target.copy_(source)}
     if modules.instruction_set() is None:
-        return "separate torch passes over as many bytes", torch_floor(workload)
-    passes = [floor_pass(*lanes(workload, walk)) for walk in workload.passes]
+        return {"separate torch passes over as many bytes": torch_floor(workload)}
+    streams = [lanes(workload, walk) for walk in workload.passes]
+    steps: dict[str, Step] = {}
+    for threads, (text, piece), ahead in itertools.product({1, torch.get_num_threads()}, PIECES.items(), PREFETCHES):
+        if threads == 1 and piece:
+            continue  # one thread goes through everything in order anyway
+        passes = [floor_pass(*of_walk, piece=piece, threads=threads, prefetch=ahead) for of_walk in streams]
+        name = f"{threads} thread{'s' if threads > 1 else ''}, {text if threads > 1 else 'in order'}"
+        steps[name + (", prefetched" if ahead else "")] = functools.partial(run_all, passes)
+    return steps
 
-    def step() -> None:
-        for one in passes:
-            one()
 
-    return "fused_optim.floor.floor_pass over the same tensors" + (
-        ", one pass per walk" if len(passes) > 1 else ""
-    ), step
+def run_all(steps: list[Step]) -> None:
+    for step in steps:
+        step()
+
+
+def fastest(steps: dict[str, Step], clock: CpuClock, hot: bool, count: int, tries: int = 3) -> dict[str, Step]:
+    """So many of the steps: those with the shortest times of a few tries."""
+    times = {name: min(clock.time(step, hot)["ms"] for _ in range(tries)) for name, step in steps.items()}
+    return {name: steps[name] for name in sorted(steps, key=times.__getitem__)[:count]}
 
 
 def lanes(workload: Workload, walk: Pass) -> tuple[list[list[Tensor]], list[list[Tensor]]]:

@@ -4,25 +4,27 @@
 
 #include "floor.h"
 #include "step.h"
+#include "threads.h"
 
 namespace fused_optim {
 namespace {
 
 const CpuWalker& walker = FUSED_ISA::walker;
 
-// Waking a second thread takes longer than a small step. A chunk costs some 64 elements before its first one.
 int threads_for(const Arrays& arrays, int threads) {
-  return arrays.elements + 64 * arrays.tables.chunks < 32768 ? 1 : threads;
+  return fused_optim::threads_for(arrays.elements, arrays.tables.chunks, threads);
 }
 
 // The floor pass over given memory, ready to run. Streams are lists of as many addresses each; what lies at address t of
-// every stream has sizes[t] bytes.
+// every stream has sizes[t] bytes. piece and prefetch: of floor.h's pattern.
 class FloorPass {
  public:
   using Streams = std::vector<std::vector<int64_t>>;
 
-  FloorPass(const Streams& written, const Streams& read, const std::vector<int64_t>& sizes)
-      : written_(static_cast<int>(written.size())), read_(static_cast<int>(read.size())) {
+  FloorPass(const Streams& written, const Streams& read, const std::vector<int64_t>& sizes, int64_t piece, int prefetch)
+      : pattern_{piece, 1, prefetch},
+        written_(static_cast<int>(written.size())),
+        read_(static_cast<int>(read.size())) {
     if (written_ < 1 || written_ > kFloorWritten || read_ < 1 || read_ > kFloorRead)
       throw py::value_error("a floor pass takes 1 to " + std::to_string(kFloorWritten) + " written streams and 1 to " +
                             std::to_string(kFloorRead) + " that are read, but got " + std::to_string(written_) +
@@ -38,17 +40,20 @@ class FloorPass {
       }
       rows_.push_back(std::move(row));
     }
-    spans_ = floor_spans(rows_);
+    spans_ = floor_spans(rows_, piece);
   }
 
   void run(int threads) const {
     py::gil_scoped_release release;
-    floor_pass(spans_, written_, read_, threads);
+    FloorPattern pattern = pattern_;
+    pattern.threads = threads;
+    walker.floor(spans_, written_, read_, pattern);
   }
 
  private:
   std::vector<FloorRow> rows_;
   std::vector<FloorSpan> spans_;
+  FloorPattern pattern_;
   int written_, read_;
 };
 
@@ -82,8 +87,8 @@ PYBIND11_MODULE(FUSED_MODULE, m) {
   });
 
   py::class_<FloorPass>(m, "FloorPass", py::module_local())
-      .def(py::init<const FloorPass::Streams&, const FloorPass::Streams&, const std::vector<int64_t>&>(),
-           py::arg("written"), py::arg("read"), py::arg("sizes"))
+      .def(py::init<const FloorPass::Streams&, const FloorPass::Streams&, const std::vector<int64_t>&, int64_t, int>(),
+           py::arg("written"), py::arg("read"), py::arg("sizes"), py::arg("piece"), py::arg("prefetch"))
       .def("__call__", &FloorPass::run, py::arg("threads"));
 }
 
