@@ -124,14 +124,14 @@ FUSED_HD uint32_t f16_pair(float low, float high) {
 
 template <class T, int V>
 FUSED_HD void pack_up(const T (&x)[V], Dtype dtype, Pack<T, V>& pack) {
-  if (sizeof(T) == 8 || dtype == kFloat32) {
-    std::memcpy(pack.word, x, sizeof x);
-    return;
+  if constexpr (sizeof(T) == 4) {
+    if (dtype != kFloat32) {
+      for (int v = 0; v < V; v += 2)
+        pack.word[v / 2] = dtype == kBFloat16 ? bf16_pair(x[v], x[v + 1]) : f16_pair(x[v], x[v + 1]);
+      return;
+    }
   }
-  for (int v = 0; v < V; v += 2) {
-    const float low = static_cast<float>(x[v]), high = static_cast<float>(x[v + 1]);
-    pack.word[v / 2] = dtype == kBFloat16 ? bf16_pair(low, high) : f16_pair(low, high);
-  }
+  std::memcpy(pack.word, x, sizeof x);
 }
 
 template <class T, int V>
