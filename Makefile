@@ -44,7 +44,7 @@ asan: $(VENV)/built
 lint: $(VENV)/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files 'csrc/**' 'tests/cpp/*' 'bench/*.cpp')
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files 'csrc/**' 'tests/cpp/*' 'tests/ptx/native/*' 'bench/*.cpp')
 	$(PY) -m mypy
 
 bench: $(VENV)/built
