@@ -2,6 +2,7 @@
 # make test   everything from nothing: environment, build, all tests that need no GPU
 # make study  which optimizer trains best: searches, five seeds, tables and plots into bench/results/study/
 # make docs   the API reference, from the docstrings, into docs/api/
+# make compat TORCH="2.11.0 2.14.1"   the wheel, built with the present torch, tested with these; some 5 GB each
 # make gpu    on a CUDA machine whose python3 has torch: build, tests, sanitizer, benchmarks into bench/results/
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -17,7 +18,7 @@ NUMBERS := tests $(ONCE:%=--ignore=tests/test_%.py)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 API := fused_optim fused_optim.schedules fused_optim.decay fused_optim.groups fused_optim.lr_finder fused_optim.decoupled fused_optim.convert fused_optim.integrations
 
-.PHONY: demo test lint bench study docs gpu asan clean
+.PHONY: demo test lint bench study docs gpu asan compat clean
 
 demo: $(VENV)/built
 	$(PY) demo.py
@@ -32,6 +33,9 @@ test: $(VENV)/built
 # The extension built with the address sanitizer, under the tests that move memory about.
 asan: $(VENV)/built
 	PY=$(abspath $(PY)) bash tests/asan.sh
+
+compat: $(VENV)/built
+	PY=$(abspath $(PY)) JOBS=$(JOBS) bash tests/compat.sh $(TORCH)
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .
@@ -62,4 +66,4 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info fused_optim/*.so docs/api $(VENV)
+	rm -rf build dist *.egg-info fused_optim/*.so fused_optim/_build.json docs/api $(VENV)

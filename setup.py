@@ -66,7 +66,7 @@ def nvcc() -> str | None:
 
 
 def architectures(compiler: str) -> str:
-    """What stands for TORCH_CUDA_ARCH_LIST where it is not set: torch would build for the GPUs of this machine alone."""
+    """Stands for TORCH_CUDA_ARCH_LIST where it is not set: torch would build for the GPUs of this machine alone."""
     known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
     entries = [entry for entry in CUDA_ARCHITECTURES if f"compute_{entry.replace('.', '')}" in known]
     return ";".join(entries) + "+PTX"
@@ -168,6 +168,8 @@ def cuda_module() -> Extension:
 class Build(BASE):  # type: ignore[valid-type, misc]
     """Builds the modules side by side and each by itself, so that one that fails leaves the others; _build.json says
     which are missing, and why."""
+
+    extensions: list[Extension]
 
     def finalize_options(self) -> None:
         super().finalize_options()

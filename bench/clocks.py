@@ -113,7 +113,9 @@ def floor_step(workload: Workload) -> tuple[str, Step]:
         for one in passes:
             one()
 
-    return "fused_optim.floor.floor_pass over the same tensors" + (", one pass per walk" if len(passes) > 1 else ""), step
+    return "fused_optim.floor.floor_pass over the same tensors" + (
+        ", one pass per walk" if len(passes) > 1 else ""
+    ), step
 
 
 def lanes(workload: Workload, walk: Pass) -> tuple[list[list[Tensor]], list[list[Tensor]]]:

@@ -28,6 +28,7 @@ from . import modules, reference
 from .device import DeviceTable
 from .table import Table
 
+
 def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 

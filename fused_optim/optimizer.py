@@ -281,9 +281,7 @@ class FusedOptimizer(Averaging, Checkpoints):
                 row.state = self.state.get(row.param, {})
         if not self.rule.counted:
             self._steps.update(steps)
-        watch = watch_over(
-            self.param_groups, self.state, self.rule, scalars, pending, [table for table, _ in tables]
-        )
+        watch = watch_over(self.param_groups, self.state, self.rule, scalars, pending, [table for table, _ in tables])
         if watch.look() & REBUILD:
             raise RuntimeError(
                 "params, gradients or states changed while the step was being prepared; was another thread at them?"

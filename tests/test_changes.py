@@ -19,11 +19,10 @@ from cases import (
     quick,
     random_grads,
     set_grads,
-    train,
 )
 from compare import checked_step
 
-from fused_optim import FusedAdamW, backends
+from fused_optim import FusedAdamW
 
 SHAPES = [(5, 3), (), (40,), (9,)]
 

@@ -15,8 +15,8 @@ int threads_for(const Arrays& arrays, int threads) {
   return arrays.elements + 64 * arrays.tables.chunks < 32768 ? 1 : threads;
 }
 
-// The floor pass over given memory, ready to run. Streams are lists of as many addresses each; what lies at address t of
-// every stream has sizes[t] bytes.
+// The floor pass over given memory, ready to run. Streams are lists of as many addresses each; what lies at address t
+// of every stream has sizes[t] bytes.
 class FloorPass {
  public:
   using Streams = std::vector<std::vector<int64_t>>;
