@@ -9,6 +9,7 @@ FUSED_OPTIM_DEBUG=1    -O1 -g with the address sanitizer
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -25,10 +26,9 @@ from typing import Any
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-try:
-    from torch.utils import cpp_extension
-except (ImportError, OSError):  # pip has isolated the build, or torch lacks one of its libraries
-    cpp_extension = None
+cpp_extension: Any = None
+with contextlib.suppress(ImportError, OSError):  # pip has isolated the build, or torch lacks one of its libraries
+    from torch.utils import cpp_extension  # type: ignore[no-redef]
 
 PACKAGE = "fused_optim"
 ROOT = Path(__file__).resolve().parent
@@ -66,7 +66,7 @@ def nvcc() -> str | None:
 
 
 def architectures(compiler: str) -> str:
-    """What stands for TORCH_CUDA_ARCH_LIST where it is not set: torch would build for the GPUs of this machine alone."""
+    """Stands for TORCH_CUDA_ARCH_LIST where it is not set: torch would build for the GPUs of this machine alone."""
     known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
     entries = [entry for entry in CUDA_ARCHITECTURES if f"compute_{entry.replace('.', '')}" in known]
     return ";".join(entries) + "+PTX"
@@ -149,12 +149,16 @@ def why_not_cuda() -> str | None:
 def cuda_module() -> Extension:
     compiler = nvcc()
     assert cpp_extension is not None and compiler is not None
-    home = Path(compiler).resolve().parent.parent
     if cpp_extension.CUDA_HOME is None:  # a torch for CPUs does not look for it
         cpp_extension.CUDA_HOME = cpp_extension._find_cuda_home()
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(compiler)
-    # The runtime is linked statically, so that a module works with whatever CUDA a torch brings.
+    # The runtime is linked statically, so that a module works with whatever CUDA a torch brings. nvcc may be a script
+    # that calls another one, so it is asked where it lies.
+    plan = subprocess.run([compiler, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+    home = Path(top[1].strip() if top else compiler).resolve()
+    home = home if top else home.parent.parent
     folders = [str(path) for path in (home / "lib64", home / "lib", *home.glob("targets/*/lib")) if path.is_dir()]
     return module(
         "_cuda",
@@ -168,6 +172,8 @@ def cuda_module() -> Extension:
 class Build(BASE):  # type: ignore[valid-type, misc]
     """Builds the modules side by side and each by itself, so that one that fails leaves the others; _build.json says
     which are missing, and why."""
+
+    extensions: list[Extension]
 
     def finalize_options(self) -> None:
         super().finalize_options()

@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,16 @@ def family() -> str:
 TABLES = {"step-cpu": steps, "step-family": family}
 
 
+def between(table: str, marks: re.Match[str]) -> str:
+    return marks[1] + table + marks[2]
+
+
 def filled(text: str) -> str:
     """README's text with every table as the JSON has it."""
     for name, make in TABLES.items():
         pattern = rf"(<!-- {name}: by bench/readme.py -->\n).*?(\n<!-- end -->)"
         table = make()
-        text, count = re.subn(pattern, lambda found, table=table: found[1] + table + found[2], text, flags=re.DOTALL)
+        text, count = re.subn(pattern, partial(between, table), text, flags=re.DOTALL)
         if count != 1:
             raise ValueError(f"README.md must hold the marks of {name} once, but has them {count} times")
     return text

@@ -5,7 +5,7 @@ _cuda, _cuda_emulated                   those for NVIDIA GPUs, and the same kern
 _poll                                   the look at all tensors before each step, through DLPack
 None of these is linked to torch or compiled with its headers, so they work with every torch from 2.10 on, and all but
 _poll with older ones. One more may be there:
-_poll_aten                              the same look with torch's headers, some three times as fast, for one minor version
+_poll_aten                              the same look with torch's headers: faster, and for one minor version of torch
 """
 
 from __future__ import annotations
@@ -87,6 +87,8 @@ _TITLES = {f"_cpu_{name}": f"the C++ kernel for {name}" for name in INSTRUCTION_
     "_poll": "the compiled look at the tensors",
     "_poll_aten": "the look at the tensors with torch's headers",
 }
+
+NAMES = tuple(_TITLES)
 
 
 def instruction_sets() -> list[str]:

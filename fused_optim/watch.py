@@ -8,7 +8,6 @@ import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, compress
 from operator import attrgetter, eq, is_, is_not
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -54,7 +53,7 @@ def watch_over(
         return watch
 
     module = modules.poll()
-    if isinstance(module, ModuleType):
+    if not isinstance(module, str):
         with contextlib.suppress(BufferError):  # a tensor that DLPack knows nothing of, on the meta device, say
             return over(module.Watch)
     return over(Watch)
@@ -162,7 +161,7 @@ class Gradients:
 
     def __init__(self, memory: Tensor) -> None:
         self.memory = memory
-        self.slots = (ctypes.c_int64 * memory.numel()).from_address(memory.data_ptr())
+        self.slots: Any = (ctypes.c_int64 * memory.numel()).from_address(memory.data_ptr())
         self.params: list[Tensor] = []
         self.targets: list[Tensor] = []
         self.dtypes: list[torch.dtype] = []
@@ -204,6 +203,7 @@ class Gradients:
     def _usual(self, grads: list[Tensor | None]) -> list[int] | None:
         """Addresses, where all gradients are plain tensors that lie as their targets do; else None."""
         there = [grad for grad in grads if grad is not None]
+        asked: tuple[Callable[[Tensor], Any], ...] = (dtype_of, get_device, shape_of, self.how)
         expected: list[Iterable[Any]] = [self.dtypes, self.devices, self.shapes, self.layouts]
         if len(there) != len(grads):
             mask = [grad is not None for grad in grads]
@@ -213,7 +213,7 @@ class Gradients:
         if self.complex and any(map(is_conj, there)):
             return None
         try:
-            for ask, values in zip((dtype_of, get_device, shape_of, self.how), expected, strict=True):
+            for ask, values in zip(asked, expected, strict=True):
                 if not all(map(eq, map(ask, there), values)):
                     return None
             addresses = list(map(data_ptr, there))

@@ -20,11 +20,13 @@ def class_of(look: str) -> Any:
     return module.Watch if isinstance(module, ModuleType) else module
 
 
-def choose(monkeypatch: pytest.MonkeyPatch, look: str) -> Any:
-    """Has optimizers look by it until the test ends; the class that then looks."""
-    found = class_of(look)
-    if isinstance(found, str):
-        pytest.skip(found)
-    chosen = "the compiled looks are hidden from this test" if look == "python" else SimpleNamespace(Watch=found)
-    monkeypatch.setattr(modules, "poll", lambda: chosen)
-    return found
+def only(look: str) -> Any:
+    """What modules.poll() answers where there is no other look."""
+    return "the compiled looks are hidden from this test" if look == "python" else SimpleNamespace(Watch=class_of(look))
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, look: str) -> None:
+    """Has optimizers look by it until the test ends."""
+    if isinstance(reason := class_of(look), str):
+        pytest.skip(reason)
+    monkeypatch.setattr(modules, "poll", lambda: only(look))

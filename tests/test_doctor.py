@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fused_optim import backends, doctor
+from fused_optim import backends, doctor, modules
 from fused_optim.groups import no_decay
 from fused_optim.shapes import MODELS
 

@@ -1,29 +1,40 @@
-"""The looks at the tensors before each step, one test-suite for all: nothing that moves may be missed by any of them."""
+"""The looks at the tensors before each step, one suite for all: nothing that moves may be missed by any of them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from cases import AMSGRAD, BY_NAME, LAMB, Case, Target, build, make_params, random_grads, set_grads
 from compare import checked_step
-from looks import LOOKS, choose
+from looks import LOOKS, choose, class_of
 from test_changes import SHAPES, for_every_rule_and_change, test_changes_between_steps_are_noticed
 from test_changes import test_gradients_in_reused_memory as check_gradients_in_reused_memory
 from test_changes import test_params_in_reused_memory as check_params_in_reused_memory
 
 from fused_optim import FusedAdamW, FusedSGD, modules, watch
+from fused_optim import optimizer as optimizer_module
 
 REFERENCE = Target("reference", "cpu")
 
 
 @pytest.fixture
-def look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Its name; while the test runs, no other look is used."""
     choose(monkeypatch, request.param)
-    return str(request.param)
+    kinds = set()
+
+    def watched(*arguments: Any) -> Any:
+        made = watch.watch_over(*arguments)
+        kinds.add(type(made))
+        return made
+
+    monkeypatch.setattr(optimizer_module, "watch_over", watched)
+    yield str(request.param)
+    assert kinds == {class_of(request.param)}
 
 
 on_every_look = pytest.mark.parametrize("look", LOOKS, indirect=True)

@@ -15,8 +15,8 @@ int threads_for(const Arrays& arrays, int threads) {
   return fused_optim::threads_for(arrays.elements, arrays.tables.chunks, threads);
 }
 
-// The floor pass over given memory, ready to run. Streams are lists of as many addresses each; what lies at address t of
-// every stream has sizes[t] bytes. piece and prefetch: of floor.h's pattern.
+// The floor pass over given memory, ready to run. Streams are lists of as many addresses each; what lies at address t
+// of every stream has sizes[t] bytes. piece and prefetch: of floor.h's pattern.
 class FloorPass {
  public:
   using Streams = std::vector<std::vector<int64_t>>;

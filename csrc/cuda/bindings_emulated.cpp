@@ -1,6 +1,5 @@
 // The module of the CUDA kernels as the CPU runs them.
 #include "../bindings.h"
-
 #include "step.h"
 
 namespace fused_optim {
@@ -17,9 +16,8 @@ PYBIND11_MODULE(_cuda_emulated, m) {
         [](const std::string& rule, const Arrays& arrays) { launch_move_emulated(rule.c_str(), arrays.tables); });
   m.def("squares",
         [](const Arrays& arrays, int64_t out) { launch_squares_emulated(arrays.tables, pointer<double>(out)); });
-  m.def("scale", [](const Arrays& arrays, int64_t squares) {
-    launch_scale_emulated(with_scaling(arrays, 0, 0, squares));
-  });
+  m.def("scale",
+        [](const Arrays& arrays, int64_t squares) { launch_scale_emulated(with_scaling(arrays, 0, 0, squares)); });
 }
 
 }  // namespace fused_optim

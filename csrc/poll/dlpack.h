@@ -1,5 +1,5 @@
-// Tensors as DLPack describes them: what torch's exchange table gives, and no header of torch's. The layouts are those of
-// DLPack's specification, version 1 (https://dmlc.github.io/dlpack/latest/c_api.html).
+// Tensors as DLPack describes them: what torch's exchange table gives, and no header of torch's. The layouts are those
+// of DLPack's specification, version 1 (https://dmlc.github.io/dlpack/latest/c_api.html).
 #pragma once
 #include <pybind11/pybind11.h>
 

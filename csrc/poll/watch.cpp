@@ -44,7 +44,8 @@ void prefetch_tensor(const Hint& hint) {
 DlTensor described(py::handle tensor) {
   DlTensor seen;
   if (!describe(tensor.ptr(), seen))
-    throw py::buffer_error("torch cannot describe a tensor by DLPack: " + std::string(py::str(py::type::handle_of(tensor))));
+    throw py::buffer_error("torch cannot describe a tensor by DLPack: " +
+                           std::string(py::str(py::type::handle_of(tensor))));
   return seen;
 }
 

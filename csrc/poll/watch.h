@@ -26,18 +26,18 @@ struct Place {
 // One row of the table.
 struct WatchedRow {
   PyObject* param;
-  py::object target;  // the memory that the kernel updates: the param, or its dense copy where the param has holes
-  PyObject* state;    // optimizer.state[param]
-  uint64_t version;   // of that dict
+  py::object target;   // the memory that the kernel updates: the param, or its dense copy where the param has holes
+  PyObject* state;     // optimizer.state[param]
+  uint64_t version;    // of that dict
   int64_t* grad_slot;  // this row's place in a table's `grads`
   DlType grad_dtype;
   DlDevice device;
   int first_place;  // in `places_`: the param, then the tensors among its states
   int first_entry;  // in `entries_`: the values of `state`
   int places, entries;
-  int ndim;        // of param, target and gradient, or of their shards
-  size_t layout;   // in `layouts_`: shape and strides of the target
-  Hint grad;       // of the last gradient
+  int ndim;       // of param, target and gradient, or of their shards
+  size_t layout;  // in `layouts_`: shape and strides of the target
+  Hint grad;      // of the last gradient
   const void* state_keys;
   PyTypeObject* param_type;
   bool spread;      // the param is a DTensor

@@ -1,9 +1,10 @@
-// The module of the look with torch's headers. It reads tensors as the torch that it was compiled with lays them out, so
-// fused_optim/modules.py looks for these words in the file before it loads it.
+// The module of the look with torch's headers. It reads tensors as the torch that it was compiled with lays them out,
+// so fused_optim/modules.py looks for these words in the file before it loads it.
+#include "../../bindings.h"
+
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
-#include "../../bindings.h"
 #include "watch.h"
 
 namespace fused_optim {
