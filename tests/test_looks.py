@@ -281,3 +281,17 @@ def test_the_compiled_look_is_the_one_that_is_used() -> None:
     module = modules.poll()
     assert type(optimizer._watch) is (watch.Watch if isinstance(module, str) else module.Watch)
     assert modules.look() in ("compiled, through DLPack", "compiled with torch's headers") or isinstance(module, str)
+
+
+@on_every_look
+def test_params_whose_contents_are_swapped(look: str) -> None:
+    """As model.half() does with DTensors, and with all params where torch is told to. Torch refuses it where C++ holds a
+    reference to one of the tensors."""
+    params = make_params([(5, 3), (), (40,)])
+    optimizer = build(AMSGRAD, REFERENCE, params)
+    for step in range(3):
+        set_grads(params, random_grads(params, step))
+        checked_step(optimizer, AMSGRAD.rule, 3.0)
+        for p, other in zip(params[:2], make_params([(5, 3), ()], seed=step + 5), strict=True):
+            p.grad = None
+            torch.utils.swap_tensors(p, other)

@@ -59,38 +59,42 @@ Watch::Watch(py::list groups, py::dict state, const std::vector<ColumnSpec>& col
   for (const auto& item : state_) states_.push_back(py::reinterpret_borrow<py::object>(item.second));
 }
 
-void Watch::add_pending(py::object param) { pending_.push_back(unpack(param)); }
+void Watch::add_pending(py::object param) { pending_.push_back(std::move(param)); }
 
-void Watch::add_row(py::object param, at::Tensor target, py::dict state, at::ScalarType grad_dtype, at::Tensor grads,
+void Watch::add_row(py::object param, py::object target, py::dict state, at::ScalarType grad_dtype, at::Tensor grads,
                     int64_t number) {
   WatchedRow row{};
-  row.param = unpack(param);
-  row.target = std::move(target);
+  row.param = param.ptr();
+  row.target = target.ptr();
+  row.impl = unpack(param).unsafeGetTensorImpl();
   row.state = state.ptr();
   row.grad_slot = grads.mutable_data_ptr<int64_t>() + number;
   row.grad_dtype = grad_dtype;
   row.first_place = static_cast<int>(places_.size());
   row.first_entry = static_cast<int>(entries_.size());
   row.spread = is_spread(param);
-  add_place(param);
+  add_place(param, true);
   for (const auto& item : state) {
     alive_.push_back(py::reinterpret_borrow<py::object>(item.second));
     entries_.push_back(item.second.ptr());
-    if (THPVariable_Check(item.second.ptr())) add_place(item.second);
+    if (THPVariable_Check(item.second.ptr())) add_place(item.second, false);
   }
   row.places = static_cast<int>(places_.size()) - row.first_place;
   row.entries = static_cast<int>(entries_.size()) - row.first_entry;
   row.state_keys = reinterpret_cast<PyDictObject*>(row.state)->ma_keys;
-  row.autograd_meta = torch::autograd::impl::get_autograd_meta(row.param);
+  row.autograd_meta = torch::autograd::impl::get_autograd_meta(unpack(param));
+  alive_.push_back(std::move(param));
+  alive_.push_back(std::move(target));
   alive_.push_back(std::move(state));
   alive_tensors_.push_back(std::move(grads));
   rows_.push_back(std::move(row));
 }
 
-void Watch::add_place(py::handle object) {
+void Watch::add_place(py::handle object, bool of_param) {
   if (is_spread(object)) {
     shards_.push_back({py::reinterpret_borrow<py::object>(object), attribute(object.ptr(), name_of_shard())});
     object = shards_.back().shard;
+    of_param = false;
   }
   const at::Tensor& tensor = unpack(object);
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
@@ -102,7 +106,8 @@ void Watch::add_place(py::handle object) {
   }
   places_.push_back(
       {impl, storage, storage->data(), impl->storage_offset(), impl->numel(), tensor.scalar_type(), strides});
-  alive_tensors_.push_back(tensor);
+  // look_at_row asks whether a param is still the same tensor before it follows these addresses.
+  if (!of_param) alive_tensors_.push_back(tensor);
 }
 
 bool Watch::same(const Place& place) const {
@@ -118,8 +123,8 @@ int Watch::look() {
   held_.clear();
   held_.reserve(rows_.size());
   if (!groups_.look(answer)) return kRebuild;
-  for (const at::Tensor& param : pending_) {
-    if (param.grad().defined()) return kRebuild;
+  for (const py::object& param : pending_) {
+    if (unpack(param).grad().defined()) return kRebuild;
   }
   if (!look_at_state() || !look_at_shards()) return kRebuild;
   for (size_t ahead = 0; ahead < kAhead; ++ahead) prefetch(ahead);
@@ -134,6 +139,7 @@ int Watch::look() {
 void Watch::prefetch(size_t number) const {
   if (number >= rows_.size()) return;
   const WatchedRow& row = rows_[number];
+  __builtin_prefetch(row.param);
   for (int i = 0; i < row.places; ++i) {
     const Place& place = places_[row.first_place + i];
     prefetch_tensor(place.impl, place.storage);
@@ -166,6 +172,7 @@ bool Watch::look_at_shards() const {
 }
 
 bool Watch::look_at_row(WatchedRow& row) const {
+  if (unpack(row.param).unsafeGetTensorImpl() != row.impl) return false;
   if (!unchanged(row.state, row.version)) {
     row.version = version_of(row.state);
     PyObject *key, *value;
@@ -189,7 +196,7 @@ at::Tensor Watch::shard_of_grad(WatchedRow& row, const at::Tensor& grad) const {
   const py::object spec = attribute(whole.ptr(), name_of_spec());
   const py::object shard = attribute(whole.ptr(), name_of_shard());
   if (spec.ptr() == row.spec.ptr() && !wraps(unpack(shard))) return unpack(shard);
-  const auto param = py::reinterpret_steal<py::object>(THPVariable_Wrap(row.param));
+  const auto param = py::reinterpret_borrow<py::object>(row.param);
   const py::module_ shards = py::module_::import("fused_optim.shards");
   const py::object found = shards.attr("local_grad")(param, whole);
   if (found.ptr() == shard.ptr()) row.spec = spec;
@@ -197,7 +204,7 @@ at::Tensor Watch::shard_of_grad(WatchedRow& row, const at::Tensor& grad) const {
 }
 
 bool Watch::look_at_grad(WatchedRow& row, int& answer) {
-  const at::Tensor& param = row.param;
+  const at::Tensor &param = unpack(row.param), &target = unpack(row.target);
   const at::Tensor& whole = param.unsafeGetTensorImpl()->grad();
   int64_t address = 0;
   if (whole.defined()) {
@@ -205,11 +212,11 @@ bool Watch::look_at_grad(WatchedRow& row, int& answer) {
       return false;
     if (whole.layout() != at::kStrided || wraps(whole) != row.spread) return false;
     at::Tensor grad = row.spread ? shard_of_grad(row, whole) : whole;
-    if (plain(grad) && same_layout(grad, row.target)) {
+    if (plain(grad) && same_layout(grad, target)) {
       held_.push_back(std::move(grad));
     } else {
       c10::NoGradGuard no_grad;
-      at::Tensor copy = at::empty_strided(row.target.sizes(), row.target.strides(), grad.options());
+      at::Tensor copy = at::empty_strided(target.sizes(), target.strides(), grad.options());
       held_.push_back(copy.copy_(grad));
     }
     address = reinterpret_cast<int64_t>(held_.back().unsafeGetTensorImpl()->data());
@@ -230,7 +237,8 @@ void Watch::done() {
   held_.clear();
   for (const WatchedRow& row : rows_) {
     if (*row.grad_slot == 0) continue;
-    if (!row.param.is_inference()) row.param.unsafeGetTensorImpl()->bump_version();
+    const at::Tensor& param = unpack(row.param);
+    if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
   }
   for (const Shard& entry : shards_) {
     const at::Tensor& shard = unpack(entry.shard);

@@ -24,11 +24,14 @@ struct Place {
 
 // One row of the table.
 struct WatchedRow {
-  at::Tensor param;
-  at::Tensor target;   // the memory that the kernel updates: the param, or its dense copy where the param has holes
-  PyObject* state;     // optimizer.state[param]
-  uint64_t version;    // of that dict
-  int64_t* grad_slot;  // this row's place in a table's `grads`
+  // By their Python objects: torch swaps the contents of two tensors (model.half() of DTensors, for one) only where no
+  // C++ holds a reference to them.
+  PyObject* param;
+  PyObject* target;  // the memory that the kernel updates: the param, or its dense copy where the param has holes
+  const c10::TensorImpl* impl;  // of the param when the tables were built
+  PyObject* state;              // optimizer.state[param]
+  uint64_t version;             // of that dict
+  int64_t* grad_slot;           // this row's place in a table's `grads`
   at::ScalarType grad_dtype;
   int first_place;  // in `places_`: the param, then the tensors among its states
   int first_entry;  // in `entries_`: the values of `state`
@@ -58,7 +61,7 @@ class Watch {
   void add_pending(py::object param);
   // The row's place in `grads` (int64, host) gets the address of its gradient, of this dtype. Of DTensors it is the
   // shards that are looked at.
-  void add_row(py::object param, at::Tensor target, py::dict state, at::ScalarType grad_dtype, at::Tensor grads,
+  void add_row(py::object param, py::object target, py::dict state, at::ScalarType grad_dtype, at::Tensor grads,
                int64_t row);
 
   // Reads groups, params, states and gradients; writes raw, lr and the grad slots. Returns Answers, added up.
@@ -68,7 +71,7 @@ class Watch {
   void done();
 
  private:
-  void add_place(py::handle tensor);
+  void add_place(py::handle tensor, bool of_param);
   bool look_at_state();
   bool look_at_row(WatchedRow& row) const;
   bool same(const Place& place) const;
@@ -88,7 +91,7 @@ class Watch {
   std::vector<std::vector<int64_t>> strides_;
   std::vector<py::object> alive_;  // all that the raw pointers point to
   std::vector<at::Tensor> alive_tensors_;
-  std::vector<at::Tensor> pending_;
+  std::vector<py::object> pending_;
   std::vector<at::Tensor> held_;  // gradients in use, so that nobody frees them while the GIL is released
 };
 
