@@ -285,8 +285,7 @@ def test_the_compiled_look_is_the_one_that_is_used() -> None:
 
 @on_every_look
 def test_params_whose_contents_are_swapped(look: str) -> None:
-    """As model.half() does with DTensors, and with all params where torch is told to. Torch refuses it where C++ holds a
-    reference to one of the tensors."""
+    """As model.half() does with DTensors. torch refuses it where C++ holds a reference to one of the tensors."""
     params = make_params([(5, 3), (), (40,)])
     optimizer = build(AMSGRAD, REFERENCE, params)
     for step in range(3):
