@@ -22,9 +22,7 @@ class FloorPass {
   using Streams = std::vector<std::vector<int64_t>>;
 
   FloorPass(const Streams& written, const Streams& read, const std::vector<int64_t>& sizes, int64_t piece, int prefetch)
-      : pattern_{piece, 1, prefetch},
-        written_(static_cast<int>(written.size())),
-        read_(static_cast<int>(read.size())) {
+      : pattern_{piece, 1, prefetch}, written_(static_cast<int>(written.size())), read_(static_cast<int>(read.size())) {
     if (written_ < 1 || written_ > kFloorWritten || read_ < 1 || read_ > kFloorRead)
       throw py::value_error("a floor pass takes 1 to " + std::to_string(kFloorWritten) + " written streams and 1 to " +
                             std::to_string(kFloorRead) + " that are read, but got " + std::to_string(written_) +
