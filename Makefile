@@ -3,6 +3,7 @@
 # make test-ptx   the GPU kernels as they are compiled, run without a GPU by an interpreter: all tests that step on them
 # make study  which optimizer trains best: searches, five seeds, tables and plots into bench/results/study/
 # make docs   the API reference, from the docstrings, into docs/api/
+# make compat TORCH="2.11.0 2.14.1"   the wheel, built with the present torch, tested with these; some 5 GB each
 # make gpu    on a CUDA machine whose python3 has torch: build, tests, sanitizer, benchmarks into bench/results/; in parts
 #             by PARTS="build step" (see bench/gpu.sh)
 SHELL := /bin/bash
@@ -14,13 +15,13 @@ JOBS ?= 2
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -q -n $(JOBS)
 # The tests that go over every backend; the others would only repeat themselves.
-ONCE := cuda_compile triton_compile walkers compile packaging docs readme trainers lightning timm
+ONCE := cuda_compile triton_compile walkers compile packaging docs readme trainers lightning timm lifetimes
 NUMBERS := tests --ignore=tests/ptx $(ONCE:%=--ignore=tests/test_%.py)
 PTX := triton-ptx,cuda-ptx
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
-API := fused_optim fused_optim.schedules fused_optim.decay fused_optim.groups fused_optim.lr_finder fused_optim.decoupled fused_optim.convert fused_optim.integrations
+API := fused_optim fused_optim.clip fused_optim.schedules fused_optim.decay fused_optim.groups fused_optim.lr_finder fused_optim.decoupled fused_optim.convert fused_optim.integrations
 
-.PHONY: demo test test-ptx lint bench study docs gpu asan clean
+.PHONY: demo test test-ptx lint bench study docs gpu asan compat clean
 
 demo: $(VENV)/built
 	$(PY) demo.py
@@ -40,6 +41,9 @@ test-ptx: $(VENV)/built
 # The extension built with the address sanitizer, under the tests that move memory about.
 asan: $(VENV)/built
 	PY=$(abspath $(PY)) bash tests/asan.sh
+
+compat: $(VENV)/built
+	PY=$(abspath $(PY)) JOBS=$(JOBS) bash tests/compat.sh $(TORCH)
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .
@@ -70,4 +74,4 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info fused_optim/*.so docs/api $(VENV)
+	rm -rf build dist *.egg-info fused_optim/*.so fused_optim/_build.json docs/api $(VENV)

@@ -1,29 +1,43 @@
-"""Builds what this machine can: the C++ kernel where there is a C++ compiler, the CUDA kernel where nvcc and a CUDA
-torch are, nothing where there is neither.
+"""Builds the compiled modules: with torch's BuildExtension (ninja) where torch can be imported, else those for the CPU
+with setuptools alone.
 
-Environment: MAX_JOBS, CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST as torch's own builds read them.
-FUSED_OPTIM_CPP=0|1    leave the extension out (a pure Python wheel), or fail the installation when it cannot be built
-FUSED_OPTIM_CUDA=0|1   forbid or force the CUDA kernel
+Environment: MAX_JOBS, CC, CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST as torch's own builds read them.
+FUSED_OPTIM_CPP=0|1    no compiled module at all (a pure Python wheel), or fail where one for the CPU cannot be built
+FUSED_OPTIM_CUDA=0|1   leave the CUDA module out, or build it even where torch has no CUDA, and fail where that fails
 FUSED_OPTIM_DEBUG=1    -O1 -g with the address sanitizer
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
-import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-CSRC = Path("csrc")
+cpp_extension: Any = None
+with contextlib.suppress(ImportError, OSError):  # pip has isolated the build, or torch lacks one of its libraries
+    from torch.utils import cpp_extension  # type: ignore[no-redef]
+
+PACKAGE = "fused_optim"
+ROOT = Path(__file__).resolve().parent
+BASE: type[build_ext] = build_ext if cpp_extension is None else cpp_extension.BuildExtension
+
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
+# What Python was built with comes before these: no debug symbols, and signed overflow may be taken not to happen.
+COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-g0", "-O3", "-fno-wrapv", *WARNINGS]
+DEBUG_FLAGS = ["-g", "-O1", "-fsanitize=address", "-fno-omit-frame-pointer"]
 # No errno: else every square root is a call. No traps: else selects cannot be vectorised. No contraction: the rules
 # say where they fuse.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
@@ -44,124 +58,197 @@ def switch(name: str) -> bool | None:
 
 
 def nvcc() -> str | None:
+    """Found as torch finds it: in CUDA_HOME or CUDA_PATH, on the PATH, in /usr/local/cuda."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None) or shutil.which("nvcc")
+    if home:
+        return shutil.which("nvcc", path=os.path.join(home, "bin"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def gencode(compiler: str) -> list[str]:
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
-    entries = [entry for entry in wanted if entry]
-    if not entries:
-        known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
-        entries = [entry for entry in CUDA_ARCHITECTURES if f"compute_{entry.replace('.', '')}" in known]
-        entries[-1:] = [f"{entry}+PTX" for entry in entries[-1:]]
-    flags = []
-    for entry in entries:
-        number = entry.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if entry.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+def architectures(compiler: str) -> str:
+    """Stands for TORCH_CUDA_ARCH_LIST where it is not set: torch would build for the GPUs of this machine alone."""
+    known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    entries = [entry for entry in CUDA_ARCHITECTURES if f"compute_{entry.replace('.', '')}" in known]
+    return ";".join(entries) + "+PTX"
 
 
-class Build(build_ext):
-    """Compiles each file with its own flags, a few at a time, and links them into one module."""
+def version() -> str:
+    found = re.search(r'__version__ = "(.+)"', (ROOT / PACKAGE / "__init__.py").read_text())
+    assert found
+    return found[1]
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+
+
+def module(name: str, files: list[str], flags: list[str], **more: Any) -> Extension:
+    debug = DEBUG_FLAGS if switch("FUSED_OPTIM_DEBUG") else []
+    flags = [*COMMON_FLAGS, *debug, *flags]
+    return Extension(
+        f"{PACKAGE}.{name}",
+        files,
+        define_macros=[("FUSED_OPTIM_VERSION", f'"{version()}"')],
+        extra_compile_args={"cxx": flags, "nvcc": CUDA_FLAGS} if name == "_cuda" else flags,  # type: ignore[arg-type]
+        extra_link_args=[*debug, *(flag for flag in flags if flag == "-fopenmp")],
+        depends=[*sources("**/*.h", "**/*.cuh"), "setup.py", f"{PACKAGE}/__init__.py"],
+        language="c++",
+        **more,
+    )
+
+
+def cpu_modules() -> list[Extension]:
+    sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+    emulated = ["csrc/cuda/bindings_emulated.cpp", "csrc/cuda/emulate.cpp"]
+    made = [
+        module(
+            f"_cpu_{isa}",
+            sources("cpu/*.cpp"),
+            ["-fopenmp", *KERNEL_FLAGS, *flags, f"-DFUSED_ISA={isa}", f"-DFUSED_MODULE=_cpu_{isa}"],
+        )
+        for isa, flags in sets.items()
+    ]
+    made.append(module("_cuda_emulated", emulated, ["-UNDEBUG", *KERNEL_FLAGS, *sets.get("avx2", [])]))
+    made.append(module("_poll", sources("poll/*.cpp"), []))
+    if cpp_extension is not None:
+        made.append(aten_module())
+    return made
+
+
+def aten_module() -> Extension:
+    """The only one with torch's headers and libraries, in the C++ that this torch asks for. Others do without it."""
+    assert cpp_extension is not None
+    made = module("_poll_aten", ["csrc/poll/watch_groups.cpp", *sources("poll/aten/*.cpp")], [])
+    made.extra_compile_args = [flag for flag in made.extra_compile_args if not flag.startswith("-std")]
+    made.include_dirs = cpp_extension.include_paths()
+    made.library_dirs, made.libraries = cpp_extension.library_paths(), ["c10", "torch_cpu", "torch_python"]
+    return made
+
+
+def why_not_cuda() -> str | None:
+    """What speaks against building the CUDA module; None where nothing does."""
+    wanted = switch("FUSED_OPTIM_CUDA")
+    if wanted is False:
+        return "it was left out (FUSED_OPTIM_CUDA=0)"
+    if cpp_extension is None:
+        return (
+            "torch's build tools compile it, and this installation could not import torch; "
+            "pip install --no-build-isolation . builds beside the torch that is installed"
+        )
+    import torch
+
+    if torch.version.hip is not None:
+        return "it is for NVIDIA GPUs, and this torch is for AMD's"
+    if wanted is None and torch.version.cuda is None:
+        return "this torch is for CPUs; FUSED_OPTIM_CUDA=1 builds it all the same"
+    if nvcc() is None:
+        return "there is no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda; install the CUDA toolkit"
+    return None
+
+
+def cuda_module() -> Extension:
+    compiler = nvcc()
+    assert cpp_extension is not None and compiler is not None
+    if cpp_extension.CUDA_HOME is None:  # a torch for CPUs does not look for it
+        cpp_extension.CUDA_HOME = cpp_extension._find_cuda_home()
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(compiler)
+    # The runtime is linked statically, so that a module works with whatever CUDA a torch brings. nvcc may be a script
+    # that calls another one, so it is asked where it lies.
+    plan = subprocess.run([compiler, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+    home = Path(top[1].strip() if top else compiler).resolve()
+    home = home if top else home.parent.parent
+    folders = [str(path) for path in (home / "lib64", home / "lib", *home.glob("targets/*/lib")) if path.is_dir()]
+    return module(
+        "_cuda",
+        ["csrc/cuda/bindings.cpp", "csrc/cuda/step.cu"],
+        [],
+        libraries=["cudart_static", "dl", "rt", "pthread"],
+        library_dirs=folders,
+    )
+
+
+class Build(BASE):  # type: ignore[valid-type, misc]
+    """Builds the modules side by side and each by itself, so that one that fails leaves the others; _build.json says
+    which are missing, and why."""
+
+    extensions: list[Extension]
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if getattr(self, "editable_mode", False):  # setuptools' temporary folders would have all compiled again
+            kept = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
+            self.build_temp, self.build_lib = str(kept / "temp"), str(kept / "lib")
 
     def run(self) -> None:
+        self.into_sources = bool(self.inplace)  # which the base takes back while it builds
+        super().run()
+
+    def build_extensions(self) -> None:
         try:
-            super().run()
+            import pybind11
+        except ImportError:
+            sys.exit("fused_optim is built with the headers of pybind11, which is missing: pip install pybind11 ninja")
+        self.compiler.include_dirs.append(pybind11.get_include())
+
+        missing: dict[str, str] = {}
+        if (reason := why_not_cuda()) is not None:
+            if switch("FUSED_OPTIM_CUDA"):
+                raise RuntimeError(f"FUSED_OPTIM_CUDA=1, but the CUDA module cannot be built: {reason}")
+            missing["_cuda"] = reason
+        jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+        side_by_side = min(jobs, len(self.extensions))
+        os.environ["MAX_JOBS"] = str(jobs // side_by_side)  # of ninja, for each module
+        with ThreadPoolExecutor(side_by_side) as pool:
+            reasons = list(pool.map(self.build_alone, self.extensions))
+        built = []
+        for extension, reason in zip(self.extensions, reasons, strict=True):
+            if reason is None:
+                built.append(extension)
+            else:
+                missing[extension.name.rpartition(".")[2]] = reason
+        self.extensions = built
+        self.leave(missing, Path(self.build_lib, PACKAGE))
+        if self.into_sources:
+            self.leave(missing, ROOT / PACKAGE)
+
+    def build_alone(self, extension: Extension) -> str | None:
+        """Builds one module in a folder of its own; None, or why that failed."""
+        alone = copy.copy(self)
+        alone.compiler, alone.extensions = copy.copy(self.compiler), [extension]
+        alone.build_temp = os.path.join(self.build_temp, extension.name)
+        try:
+            compiler = (os.environ.get("CXX") or "c++").split()[0]
+            if shutil.which(compiler) is None:
+                raise RuntimeError(f"there is no C++ compiler ({compiler}) on this machine; install g++, or set CXX")
+            super(Build, alone).build_extensions()
         except Exception as error:  # an optimizer without its fast kernel still works, and says why
-            if switch("FUSED_OPTIM_CPP") or switch("FUSED_OPTIM_CUDA"):
+            if switch("FUSED_OPTIM_CUDA" if extension.name.endswith("_cuda") else "FUSED_OPTIM_CPP"):
                 raise
-            print(f"fused_optim: installing without the C++ extension, because {error}", file=sys.stderr)
-            for extension in self.extensions:  # one that an earlier build has left behind
-                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
-            self.extensions: list[Extension] = []
+            reason = " ".join(map(str, error.args)) or repr(error)
+            if "compil" in reason.lower() and "no C++ compiler" not in reason:
+                reason += "; pip install -v shows the compiler's output"
+            print(f"fused_optim: installing without {extension.name}: {reason}", file=sys.stderr, flush=True)
+            return reason
+        return None
 
-    def build_extension(self, extension: Extension) -> None:
-        import torch
-        from torch.utils.cpp_extension import include_paths, library_paths
+    def leave(self, missing: dict[str, str], folder: Path) -> None:
+        """Writes the record, and takes away what an earlier build has left behind."""
+        folder.mkdir(parents=True, exist_ok=True)
+        built = {Path(self.get_ext_filename(extension.name)).name for extension in self.extensions}
+        for file in folder.glob(f"_*{EXTENSION_SUFFIXES[0]}"):
+            if file.name not in built:
+                file.unlink()
+        record = {"version": version(), "missing": missing}
+        (folder / "_build.json").write_text(json.dumps(record, indent=1) + "\n")
 
-        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-        if compiler is None:
-            raise RuntimeError("there is no C++ compiler (g++) on this machine")
-        out = Path(self.build_temp)
-        out.mkdir(parents=True, exist_ok=True)
-        cuda = self.compile_cuda(out, torch.version.cuda is not None)
 
-        debug = bool(switch("FUSED_OPTIM_DEBUG"))
-        optimise = ["-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer"] if debug else ["-O3"]
-        common = [*compiler.split(), "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", *optimise, *WARNINGS]
-        abi = int(getattr(torch._C, "_GLIBCXX_USE_CXX11_ABI", True))
-        includes = [*include_paths(), sysconfig.get_paths()["include"]]
-        for_torch = [
-            *common,
-            "-std=c++20",
-            f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
-            *(f"-isystem{path}" for path in includes),
-        ]
-        if cuda:
-            for_torch.append("-DWITH_CUDA")
-        sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
-
-        jobs = [
-            [*for_torch, "-c", str(CSRC / f"{name}.cpp"), "-o", str(out / f"{name}.o")]
-            for name in ("watch", "watch_groups", "bindings")
-        ]
-        for isa, flags in sets.items():
-            kernel = [*common, *KERNEL_FLAGS, *flags, f"-DFUSED_ISA={isa}"]
-            jobs += [
-                [*kernel, "-c", str(CSRC / f"cpu/{name}.cpp"), "-o", str(out / f"{name}_{isa}.o")]
-                for name in ("step", "grads")
-            ]
-        emulated = [*common, *KERNEL_FLAGS, *sets.get("avx2", [])]
-        jobs.append([*emulated, "-c", str(CSRC / "cuda/emulate.cpp"), "-o", str(out / "emulate.o")])
-        for name in ("simd", "floor"):
-            jobs.append([*common, "-c", str(CSRC / f"cpu/{name}.cpp"), "-o", str(out / f"{name}.o")])
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            list(pool.map(self.call, jobs))
-
-        target = Path(self.get_ext_fullpath(extension.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        libraries = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch_python"]
-        objects = [command[-1] for command in jobs]
-        if cuda:  # nvcc knows where its runtime lies, and links it statically
-            linker = [cuda[0], "-shared", "-Xcompiler", ",".join(["-fopenmp", *optimise])]
-            self.call([*linker, *objects, cuda[1], *libraries, "-o", str(target)])
-        else:
-            self.call([*compiler.split(), "-shared", "-fopenmp", *optimise, *objects, *libraries, "-o", str(target)])
-
-    def compile_cuda(self, out: Path, torch_has_cuda: bool) -> tuple[str, str] | None:
-        """nvcc and the object that it made, where there shall be one. Fails only where it was asked for by name."""
-        wanted, compiler = switch("FUSED_OPTIM_CUDA"), nvcc()
-        if wanted is False or (wanted is None and not (compiler and torch_has_cuda)):
-            return None
-        if compiler is None:
-            raise RuntimeError("FUSED_OPTIM_CUDA=1, and there is no nvcc on the PATH or under CUDA_HOME")
-        made = str(out / "step_cuda.o")
-        try:
-            self.call([compiler, *CUDA_FLAGS, *gencode(compiler), "-c", str(CSRC / "cuda/step.cu"), "-o", made])
-        except RuntimeError as error:
-            if wanted:
-                raise
-            print(f"fused_optim: building without the CUDA kernel, because {error}", file=sys.stderr)
-            return None
-        return compiler, made
-
-    def call(self, command: list[str]) -> None:
-        print(" ".join(command), flush=True)
-        result = subprocess.run(command, capture_output=True, text=True)
-        print(result.stdout + result.stderr, end="", flush=True)
-        if result.returncode != 0:
-            raise RuntimeError(
-                f"`{command[0]}` failed with exit status {result.returncode}: {result.stderr.strip()[-2000:]}"
-            )
+def modules() -> list[Extension]:
+    if switch("FUSED_OPTIM_CPP") is False:
+        return []
+    return [*cpu_modules(), *([cuda_module()] if why_not_cuda() is None else [])]
 
 
 if __name__ == "__main__":
-    if int(setuptools.__version__.split(".")[0]) < 77:  # pip itself looks only where it isolates the build
-        sys.exit(
-            f"fused_optim is built by setuptools 77 or newer, not {setuptools.__version__}: pip install -U setuptools"
-        )
-    wanted = switch("FUSED_OPTIM_CPP") is not False
-    setup(ext_modules=[Extension("fused_optim._C", sources=[])] if wanted else [], cmdclass={"build_ext": Build})
+    setup(ext_modules=modules(), cmdclass={"build_ext": Build})

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
+import functools
+import itertools
 import re
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,9 @@ import torch
 from family import Pass
 from torch import Tensor
 from workload import Workload
+
+from fused_optim import modules
+from fused_optim.floor import floor_pass
 
 Step = Callable[[], Any]
 Times = dict[str, float]  # "ms" always; on a GPU also "device_ms", "host_us", and "graph_ms" where a graph was captured
@@ -83,6 +89,20 @@ class CudaClock:
         return float(self.begin.elapsed_time(self.end))
 
 
+@contextlib.contextmanager
+def crowd(processes: int) -> Iterator[None]:
+    """So many other processes that are always busy."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        if others:
+            time.sleep(0.5)  # until they have started
+        yield
+    finally:
+        for process in others:
+            process.kill()
+            process.wait()
+
+
 def capture(step: Step) -> torch.cuda.CUDAGraph:
     """A graph of one step, after the warm-up on a side stream that a capture wants."""
     side = torch.cuda.Stream()
@@ -97,27 +117,42 @@ def capture(step: Step) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def floor_step(workload: Workload) -> tuple[str, Step]:
-    """A pass that moves the bytes of a step without arithmetic, which is the ceiling of a step; first what it is."""
+PIECES = {"contiguous shares": 0, **{f"pieces of {kib} KiB": kib << 10 for kib in (16, 64, 256, 1024, 4096)}}
+PREFETCHES = (0, 512)  # bytes ahead
+
+
+def floor_steps(workload: Workload) -> dict[str, Step]:
+    """Passes that move the bytes of a step without arithmetic, by what they are. The fastest is a step's ceiling."""
     if workload.device.type == "cuda":
         half = workload.bytes() // 2
         source, target = (torch.zeros(half, dtype=torch.uint8, device=workload.device) for _ in range(2))
-        return "device-to-device copy of as many bytes", lambda: target.copy_(source)
-    try:
-        floor_pass = importlib.import_module("fused_optim._C").FloorPass
-    except (ImportError, AttributeError):
-        return "separate torch passes over as many bytes", torch_floor(workload)
-    passes = [floor_pass(*lanes(workload, walk)) for walk in workload.passes]
+        return {"device-to-device copy of as many bytes": lambda: target.copy_(source)}
+    if modules.instruction_set() is None:
+        return {"separate torch passes over as many bytes": torch_floor(workload)}
+    streams = [lanes(workload, walk) for walk in workload.passes]
+    steps: dict[str, Step] = {}
+    for threads, (text, piece), ahead in itertools.product({1, torch.get_num_threads()}, PIECES.items(), PREFETCHES):
+        if threads == 1 and piece:
+            continue  # one thread goes through everything in order anyway
+        passes = [floor_pass(*of_walk, piece=piece, threads=threads, prefetch=ahead) for of_walk in streams]
+        name = f"{threads} thread{'s' if threads > 1 else ''}, {text if threads > 1 else 'in order'}"
+        steps[name + (", prefetched" if ahead else "")] = functools.partial(run_all, passes)
+    return steps
 
-    def step() -> None:
-        for one in passes:
-            one()
 
-    return "fused_optim._C.FloorPass over the same tensors" + (", one pass per walk" if len(passes) > 1 else ""), step
+def run_all(steps: list[Step]) -> None:
+    for step in steps:
+        step()
+
+
+def fastest(steps: dict[str, Step], clock: CpuClock, hot: bool, count: int, tries: int = 3) -> dict[str, Step]:
+    """So many of the steps: those with the shortest times of a few tries."""
+    times = {name: min(clock.time(step, hot)["ms"] for _ in range(tries)) for name, step in steps.items()}
+    return {name: steps[name] for name in sorted(steps, key=times.__getitem__)[:count]}
 
 
 def lanes(workload: Workload, walk: Pass) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """The streams that a walk writes and those that it reads, as FloorPass wants them: a stream of a wider dtype than
+    """The streams that a walk writes and those that it reads, as floor_pass wants them: a stream of a wider dtype than
     the narrowest is cut into lists of tensors with as many bytes each."""
     width = min(workload.streams[name][0].dtype.itemsize for name in walk.read + walk.written)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from fused_optim import modules
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("qhoptim", "torch-optimi", "flashoptim", "torchao", "bitsandbytes", "apex")
@@ -55,14 +56,6 @@ def version(package: str) -> str | None:
         return None
 
 
-def instruction_set() -> str | None:
-    """Which one the C++ kernel chose, where it is built."""
-    try:
-        return str(importlib.import_module("fused_optim._C").instruction_set())
-    except (ImportError, AttributeError):
-        return None
-
-
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -82,7 +75,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
-        "instruction_set": instruction_set(),
+        "instruction_set": modules.instruction_set(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),

@@ -1,6 +1,7 @@
 """What does the host pay per tensor? The time of one step over T tensors of one element, fitted as a + b T.
 
     python bench/host.py --json host.json
+    python bench/host.py --looks --tensors 148,2000    the looks before a step side by side, in warm and in cold caches
 
 On a GPU the time is until step() returns, the device having been idle before; on a CPU it is the whole step, in which
 one element per tensor leaves nothing but the overhead.
@@ -9,19 +10,28 @@ one element per tensor leaves nothing but the overhead.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import random
+import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-from clocks import Step
+from clocks import CpuClock, Step
 from environment import describe
 from family import OPTIMIZERS
 from measure import host_times, progress, reason_of
 from peers import PEERS
 from report import markdown, number
 from workload import Config, Workload
+
+import fused_optim
+from fused_optim import modules, watch
 
 TENSORS = (1, 10, 148, 500, 2000, 20000)
 PEER_NAMES = ["torch-for", "torch-foreach", "torch-fused", "foreach", "ours"]
@@ -47,6 +57,59 @@ def measure(tensors: int, optimizer: str, names: list[str], device: torch.device
     return host_times(steps, f"{tensors:,} tensors", rounds)
 
 
+LOOKS: dict[str, Callable[[], Any]] = {
+    "with torch's headers": lambda: modules.load("_poll_aten"),
+    "through DLPack": lambda: modules.load("_poll"),
+    "in Python": lambda: watch,
+}
+
+
+def looking(tensors: int, module: Any) -> Any:
+    """What looks at the params, gradients and AdamW's states of so many tensors of 1,000 elements, by that module."""
+    params = [torch.nn.Parameter(torch.randn(1000)) for _ in range(tensors)]
+    for param in params:
+        param.grad = torch.randn(1000)
+    optimizer = fused_optim.FusedAdamW(params)
+    with mock.patch.object(modules, "poll", lambda: "Python's own" if module is watch else module):
+        optimizer.step()
+    assert type(optimizer._watch) is module.Watch
+    return optimizer._watch
+
+
+def measure_looks(tensors: int, cold: bool, rounds: int) -> dict[str, tuple[float, float, float]]:
+    """Of each look: median and least µs, and how many times the first one's in the same round; together with what comes
+    after the step (the gradients are let go, and version counters move on)."""
+    found = {name: module() for name, module in LOOKS.items()}
+    watches = {name: looking(tensors, module) for name, module in found.items() if not isinstance(module, str)}
+    clock, samples = CpuClock(torch.device("cpu")), dict[str, list[float]]((name, []) for name in watches)
+
+    def look_of(watched: Any) -> Callable[[], None]:
+        def look() -> None:
+            assert watched.look() == 0
+            watched.done()
+
+        return look
+
+    steps = {name: look_of(watched) for name, watched in watches.items()}
+    for _ in range(rounds):
+        for name in random.sample(list(steps), len(steps)):
+            steps[name]()
+            samples[name].append(1e3 * clock.time(steps[name], hot=not cold)["ms"])
+    first = next(iter(samples.values()))
+    ratios = {name: [b / a for a, b in zip(first, times, strict=True)] for name, times in samples.items()}
+    return {name: (statistics.median(x), min(x), statistics.median(ratios[name])) for name, x in samples.items()}
+
+
+def print_looks(counts: list[int], rounds: int) -> None:
+    rows = []
+    for count, cold in itertools.product(counts, (False, True)):
+        for name, (median, least, ratio) in measure_looks(count, cold, rounds).items():
+            caches = "cold" if cold else "warm"
+            rows.append([f"{count:,}", caches, name, number(median), number(least), f"{ratio:.2f}"])
+    header = ["tensors", "caches", "look", "median µs", "least µs", "times the first"]
+    print("A look before a step of AdamW, and what comes after the step:\n\n" + markdown(header, rows))
+
+
 def fit(medians: dict[int, float]) -> tuple[float, float]:
     """a (µs per step) and b (µs per tensor) of the line with the least squares of relative errors."""
     tensors, times = np.array(list(medians), dtype=float), np.array(list(medians.values()))
@@ -63,7 +126,11 @@ def main() -> int:
     parser.add_argument("--tensors", default=",".join(map(str, TENSORS)), help="how many, comma-separated")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--looks", action="store_true", help="time the looks alone, by all that are built here")
     options = parser.parse_args()
+    if options.looks:
+        print_looks([int(count) for count in options.tensors.split(",")], options.rounds)
+        return 0
     usual = [name for name in PEER_NAMES if options.optimizer in PEERS[name].builds]
     names = options.peers.split(",") if options.peers else usual
     if unknown := [name for name in names if name not in PEERS]:

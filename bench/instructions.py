@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from against import worktree
 from environment import ROOT, commit, describe, git
 from report import markdown, number
 from triton.backends.compiler import GPUTarget
@@ -140,7 +141,7 @@ def cpu_counts(tree: Path, folder: Path) -> Iterator[Count]:
     walker, program = instruction_set(), folder / "instructions"
     flags = ["-std=c++17", "-O3", "-fopenmp", *setup["KERNEL_FLAGS"], *setup["INSTRUCTION_SETS"][walker]]
     defined = [f"-DFUSED_ISA={walker}", f"-DWALKER={walker}", *["-DHAS_AVERAGE"] * has_average(tree)]
-    sources = [str(file) for file in (tree / "csrc/cpu").glob("*.cpp") if "FUSED_ISA" in file.read_text()]
+    sources = [str(file) for file in (tree / "csrc/cpu").glob("*.cpp") if file.stem != "simd"]  # that chooses a walker
     sources.append(str(ROOT / "bench/instructions.cpp"))
     run([os.environ.get("CXX", "g++"), *flags, *defined, f"-I{tree / 'csrc'}", *sources, "-o", str(program)])
 
@@ -183,13 +184,8 @@ def counts_of(tree: Path) -> Counts:
 
 
 def counts_at(name: str) -> Counts:
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder, "tree")
-        run(["git", "-C", str(ROOT), "worktree", "add", "--quiet", "--detach", str(tree), name])
-        try:
-            return counts_of(tree)
-        finally:
-            run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)])
+    with worktree(name) as tree:
+        return counts_of(tree)
 
 
 def table(here: Counts, there: Counts, name: str) -> str:

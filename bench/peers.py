@@ -103,12 +103,12 @@ def capturable(cls: Callable[..., torch.optim.Optimizer]) -> Build:
     return build
 
 
-def ours(backend: str) -> dict[str, Build]:
+def ours(backend: str, package: str = "fused_optim") -> dict[str, Build]:
     def build(groups: Groups, config: Config, device: torch.device, graph: bool) -> torch.optim.Optimizer:
         param_dtype, state_dtype = DTYPES[config.dtype]
         options: dict[str, Any] = {"max_grad_norm": None} if config.optimizer == "lamb" else {}
         options["state_dtype"] = None if state_dtype == param_dtype else state_dtype
-        return imported("fused_optim", config.spec.fused, backend=backend, **options)(groups, config, device, graph)
+        return imported(package, config.spec.fused, backend=backend, **options)(groups, config, device, graph)
 
     return dict.fromkeys(OPTIMIZERS, build)
 
@@ -208,6 +208,15 @@ PEERS = {
         Peer("torchao-8bit", {"adamw": imported("torchao.optim", "AdamW8bit")}, "torchao", GPU, "own", slack=QUANTISED),
     )
 }
+
+
+def add_ours_at(package: str) -> str:
+    """Another commit's package as one more peer; returns the peer's name."""
+    peer = Peer(
+        package.replace("fused_optim_at_", "ours-at-"), ours("auto", package), package, states="any", amsgrad=True
+    )
+    PEERS[peer.name] = peer
+    return peer.name
 
 
 def backend_of(optimizer: torch.optim.Optimizer, device: torch.device) -> str | None:

@@ -12,16 +12,28 @@ from peers import PEERS
 from suites import Goal, verdicts
 from workload import Config
 
-COLUMNS = ["case", "peer", "median ms", "quartiles", "x {baseline}", "GB/s", "of floor", "host µs", "error"]
+COLUMNS = [
+    "case",
+    "peer",
+    "median ms",
+    "quartiles",
+    "min",
+    "mean",
+    "x {baseline}",
+    "GB/s",
+    "of floor",
+    "host µs",
+    "error",
+]
 GPU_COLUMNS = ["device ms", "graph ms"]
 
 METHOD = """\
-Peers take turns within each round (A B A B), all on the same memory, with random data; "x {baseline}" and "of floor"
+Peers take turns within each round, in random order, on the same memory, with random data; "x {baseline}" and "of floor"
 are medians over the rounds of the ratio within a round. GB/s counts each operand once per read and once per write, from
-the dtypes of the case, whatever a peer really moves. The floor is a pass with the bytes of a step and no arithmetic:
-{floor}. Unless it says hot, everything is flushed from the caches before each step. {host} Error is the largest
-deviation of the params from the optimizer in float64 after three steps, as a share of the tolerance that
-bench/workload.py states; a peer above 1 is not timed."""
+the dtypes of the case, whatever a peer really moves. The floor is the fastest of several passes with the bytes of a
+step and no arithmetic, which take part in the same rounds: {floor}. Unless it says hot, everything is flushed from the
+caches before each step. {host} Error is the largest deviation of the params from the optimizer in float64 after three
+steps, as a share of the tolerance that bench/workload.py states; a peer above 1 is not timed."""
 
 BASELINE = f"The baseline of each case is the first of {', '.join(BASELINES)} whose numbers are right."
 
@@ -61,6 +73,8 @@ def row(measured: Measured, timed: Timed, gpu: bool) -> list[str]:
         name,
         number(median, 4),
         f"{number(first)} to {number(third)}",
+        number(timed.best()),
+        number(timed.mean()),
         number(timed.speed(measured.timed.get(measured.baseline))),
         number(measured.bytes / median / 1e6),
         number(timed.share_of(measured.timed[FLOOR])),
@@ -87,6 +101,22 @@ def table(results: list[Measured], gpu: bool) -> str:
     header = [column.format(baseline=column_name(results)) for column in COLUMNS] + (GPU_COLUMNS if gpu else [])
     rows = [row(measured, timed, gpu) for measured in results for timed in measured.timed.values()]
     return markdown(header, rows)
+
+
+def against_table(results: list[Measured], other: str) -> str:
+    """Ours beside another commit's: how many times as fast, by the rounds and by the best of each."""
+    header = ["case", f"{other}, median ms", "ours, median ms", "ours : other, by rounds", "by the minimum"]
+    rows = []
+    for measured in results:
+        theirs = measured.timed.get(other)
+        for name, timed in measured.timed.items():
+            best = timed.best(), theirs.best() if theirs else None
+            if theirs is None or name == other or not name.startswith("ours") or None in best:
+                continue
+            fastest = (best[1] or 0.0) / (best[0] or 1.0)
+            figures = [number(value) for value in (theirs.median(), timed.median(), timed.speed(theirs), fastest)]
+            rows.append([str(measured.config), *figures])
+    return markdown(header, rows) if rows else ""
 
 
 def reasons(results: list[Measured], impossible: dict[str, str]) -> str:

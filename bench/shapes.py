@@ -25,6 +25,7 @@ CASES: dict[str, Callable[[], list[Shape]]] = {
     "llama-1b": model("llama-1b"),
     "llama-8b-shard": lambda: shard(model("llama-8b")(), 8),
     "2000x1000": lambda: [(1000,)] * 2000,
+    "600x1000": lambda: [(1000,)] * 600,
     "1000x1024": lambda: [(1024,)] * 1000,
     "10000x64": lambda: [(64,)] * 10000,
     "465x1000": lambda: [(1000,)] * 465,

@@ -2,6 +2,7 @@
 
     python bench/step.py --case gpt2-124m,resnet50 --dtype float32,bf16
     python bench/step.py --optimizer lamb --case resnet50
+    python bench/step.py --case gpt2-124m --against HEAD~1   (another commit's kernels beside ours, in one process)
     python bench/step.py --suite cpu      (writes bench/results/<machine>/step-cpu.{json,md,png}; the other suites
                                           likewise: family on the CPU, gpu and gpu-family)
 
@@ -21,11 +22,12 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from against import package_at
 from environment import ROOT, describe, device_name, folder_name
 from family import AMSGRAD, BASELINES, OPTIMIZERS
 from measure import Measured, measure, measured_from, reason_of
-from peers import PEERS
-from report import document, goals_table, reasons, table, write_json, write_whole
+from peers import PEERS, add_ours_at
+from report import against_table, document, goals_table, reasons, table, write_json, write_whole
 from shapes import CASES
 from suites import SUITES, Goal, Suite
 from workload import DTYPES, Config
@@ -63,6 +65,8 @@ def arguments() -> argparse.Namespace:
         choices=PEERS,
         help=f"the peer that ratios are taken to: {usual}, the first that works, unless said",
     )
+    parser.add_argument("--against", metavar="COMMIT", help="build that commit too, and compare ours with it")
+    parser.add_argument("--crowded", action="store_true", help="beside a busy process for each core but one")
     parser.add_argument("--amsgrad", action="store_true")
     parser.set_defaults(hot=False)
     heat = parser.add_mutually_exclusive_group()
@@ -90,7 +94,7 @@ def chosen(options: argparse.Namespace) -> Suite:
         return SUITES[options.suite]
     grid = product(options.case, options.dtype, options.groups)
     goals = {
-        Config(case, dtype, groups, options.amsgrad, options.hot, options.optimizer): Goal()
+        Config(case, dtype, groups, options.amsgrad, options.hot, options.optimizer, options.crowded): Goal()
         for case, dtype, groups in grid
     }
     return Suite(options.device, SUITES["gpu" if options.device == "cuda" else "cpu"].peers, goals, graph=options.graph)
@@ -98,6 +102,14 @@ def chosen(options: argparse.Namespace) -> Suite:
 
 def main() -> int:
     options = arguments()
+    if options.against is None:
+        return compare(options, None)
+    with package_at(options.against) as package:
+        return compare(options, add_ours_at(package))
+
+
+def compare(options: argparse.Namespace, other: str | None) -> int:
+    """other: the peer that is ours of another commit."""
     suite = chosen(options)
     if suite.device == "cuda" and not torch.cuda.is_available():
         print("There is no GPU that torch can use on this machine, so nothing was measured.", file=sys.stderr)
@@ -112,7 +124,7 @@ def main() -> int:
     results, impossible = earlier(options, suite, device) if options.resume else ([], {})
     finished = {str(measured.config) for measured in results} | impossible.keys()
     for config in (config for config in suite.configs if str(config) not in finished):
-        peers = suite.peers_of(config, options.peers, options.baseline)
+        peers = suite.peers_of(config, options.peers, options.baseline) + ([other] if other else [])
         try:
             measured = measure(config, device, peers, options.baseline, options.rounds or suite.rounds, suite.graph)
         except Exception as error:  # the other cases are worth having all the same
@@ -123,6 +135,8 @@ def main() -> int:
             results.append(measured)
             print("\n" + table([measured], device.type == "cuda"), flush=True)
         write(options, suite, results, impossible, device)
+    if other and (text := against_table(results, other)):
+        print("\n" + text)
     if text := reasons(results, impossible):
         print("\nLeft out:\n" + text)
     if not results:

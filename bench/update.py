@@ -101,6 +101,7 @@ def ours(workload: Workload, feature: str) -> Step:
         max_grad_norm=MAX_NORM if "clip" in feature else None,
         skip_nonfinite="skip" in feature,
         ema_decay=EMA_DECAY if "ema" in feature else None,
+        ema_dtype=param_dtype if "ema" in feature else None,  # as in torch's composition
     )
     scale = torch.full((), SCALE, device=workload.device)
     found = torch.zeros((), device=workload.device)

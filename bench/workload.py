@@ -29,7 +29,7 @@ DTYPES = {
 @dataclass(frozen=True)
 class Config:
     """One row of the grid. groups: "one", "two" (decay and no decay), "each" (one per tensor). hot: no flushing.
-    optimizer: a key of family.OPTIMIZERS."""
+    optimizer: a key of family.OPTIMIZERS. crowded: a busy process for each core but one."""
 
     case: str
     dtype: str = "float32"
@@ -37,11 +37,12 @@ class Config:
     amsgrad: bool = False
     hot: bool = False
     optimizer: str = "adamw"
+    crowded: bool = False
 
     def __str__(self) -> str:
         case = self.case if self.optimizer == "adamw" else f"{self.optimizer} on {self.case}"
         groups = {"one": "", "two": "two groups", "each": "one group per tensor"}[self.groups]
-        options = [self.dtype, groups, "amsgrad" if self.amsgrad else "", "hot" if self.hot else ""]
+        options = [self.dtype, groups, *(name for name in ("amsgrad", "hot", "crowded") if getattr(self, name))]
         return ", ".join([case, *filter(None, options)])
 
     @property

@@ -45,7 +45,7 @@ constexpr int kEmaStream = 6;
 constexpr int64_t kEmaBegun = 1 << 28;  // beside them: the average is older than the table
 
 struct Tables {
-  const int64_t* desc;   // [chunks]  chunk << 32 | row << 8 | kind << 1 | slow
+  const int64_t* desc;   // [chunks]  chunk << 32 | row << 8 | kind << 1 | slow; rows in order, and of each its chunks
   const int64_t* rows;   // [tensors, kRowWidth]
   const int64_t* grads;  // [tensors]  address of the gradient, 0 where there is none: that tensor sits this step out
   const int64_t* lr;     // [groups]  address of a device lr tensor (lowest bit set: float64, else float32), 0: use raw

@@ -1,5 +1,6 @@
 """PyTorch optimizers whose whole step is one pass over memory and one launch."""
 
+from . import machine as machine  # first: it refuses a torch that is too old
 from .adam import FusedAdam, FusedAdamW
 from .clip import clip_grad_norm_
 from .lamb import FusedLAMB

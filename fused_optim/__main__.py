@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends, doctor, state_dicts
+from . import __version__, backends, doctor, modules, state_dicts, trial
 from .shapes import MODELS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,22 +33,26 @@ def devices() -> str:
 
 
 def print_machine() -> None:
-    extension = backends.extension()
     facts = {
         "fused_optim": __version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'}, HIP {torch.version.hip or 'none'})",
         "triton": version_of("triton"),
         "devices": devices(),
-        "instruction set": "extension not built" if isinstance(extension, str) else extension.instruction_set(),
+        "instruction set": modules.instruction_set() or "C++ kernel not built",
+        "look at tensors": modules.look(),
         "threads": str(torch.get_num_threads()),
     }
-    facts |= {f"backend {name}": reason or "ok" for name, reason in backends.available().items()}
+    reasons = backends.available()
+    if torch.cuda.is_available():  # say what a step would be told: compile and launch
+        reasons |= {name: trial.why_not(name, torch.device("cuda", 0)) for name in backends.ORDER["cuda"]}
+    facts |= {f"backend {name}": reason or "ok" for name, reason in reasons.items()}
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:{width}}  {value}")
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        print(f"{'auto on ' + kind:{width}}  {backends.pick('auto', torch.device(kind)).name}")
+        found = next((name for name in backends.ORDER[kind] if reasons[name] is None), "reference")
+        print(f"{'auto on ' + kind:{width}}  {found}")
 
 
 def in_bytes(count: int) -> str:

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .decoupled import Decoupled
 from .optimizer import FusedOptimizer
+from .options import Common, Decayed
 from .table import BETAS, EPS, Rule
 
 ADAM = Rule(
@@ -69,7 +71,7 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        **ours: Any,
+        **ours: Unpack[Common],
     ) -> None:
         super().__init__(
             params,
@@ -115,7 +117,7 @@ class FusedAdamW(Decoupled, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        **ours: Any,
+        **ours: Unpack[Decayed],
     ) -> None:
         super().__init__(
             params,

@@ -1,19 +1,18 @@
 """The backends: which there are, which work here, and how each takes a table.
 
 "triton"     GPUs; CPU tensors too when TRITON_INTERPRET=1 was set before the import of Triton
-"cuda"       NVIDIA GPUs, where the extension was built with nvcc; CPU tensors too when FUSED_OPTIM_CUDA_EMULATE=1 (the
-             kernel's body in a loop)
-"cpp"        CPU tensors, where the extension was built
+"cuda"       NVIDIA GPUs, where the CUDA module was built; CPU tensors too when FUSED_OPTIM_CUDA_EMULATE=1 (the kernel's
+             body in a loop)
+"cpp"        CPU tensors, where the modules for CPUs were built
 "reference"  plain PyTorch, any device; it waits for the device at every step
+"auto"       the first of these that works: on GPUs "triton", "cuda", "reference"; on CPUs "cpp", "reference". What is
+             passed over is named in a warning, once, with the reason
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,46 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import machine, modules, reference
 from .device import DeviceTable
-from .table import CHUNK, HYPER_WIDTH, RAW_WIDTH, ROW_WIDTH, Table
-
-REINSTALL = "build it anew beside this torch (in fused_optim's sources: pip install --no-build-isolation --no-deps .)"
-
-
-def _built_for() -> str | None:
-    """The torch version, "major.minor", whose headers the extension was compiled with. It reads tensors as these lay
-    them out, so the file is looked at before it is loaded."""
-    spec = importlib.util.find_spec("fused_optim._C")
-    if spec is None or spec.origin is None:
-        return None
-    found = re.search(rb"built for torch (\d+\.\d+)\.", Path(spec.origin).read_bytes())
-    return found[1].decode() if found else None
-
-
-@functools.cache
-def extension() -> ModuleType | str:
-    """The compiled module, or why there is none."""
-    built_for = _built_for()
-    if built_for not in (None, ".".join(torch.__version__.split(".")[:2])):
-        return f"the C++ extension was built for torch {built_for} and this is torch {torch.__version__}; {REINSTALL}"
-    try:
-        module = importlib.import_module("fused_optim._C")
-    except ImportError as error:
-        if isinstance(error, ModuleNotFoundError):
-            return "the C++ extension is not built (no C++ compiler when it was installed?)"
-        why = f"built for torch {built_for or 'unknown'}, does not load with torch {torch.__version__} ({error})"
-        return f"the C++ extension, {why}; {REINSTALL}"
-    if getattr(module, "LAYOUT", None) != (CHUNK, ROW_WIDTH, RAW_WIDTH, HYPER_WIDTH):
-        return f"the C++ extension is of another version than the Python files; {REINSTALL}"
-    return module
-
-
-def built() -> ModuleType:
-    module = extension()
-    if isinstance(module, str):
-        raise RuntimeError(module)
-    return module
+from .table import Table
 
 
 def interpreted() -> bool:
@@ -77,34 +39,34 @@ def emulated() -> bool:
 
 
 def _why_not_triton(device: torch.device | None) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if device is not None and device.type == "cpu" and not interpreted():
+    if (reason := machine.why_not_triton()) is not None:
+        return reason
+    if interpreted() and (device is None or device.type == "cpu"):
+        return None
+    if device is not None and device.type == "cpu":
         return "Triton runs CPU tensors only under TRITON_INTERPRET=1"
-    if device is not None and device.type not in ("cpu", "cuda"):
+    if device is not None and device.type != "cuda":
         return f"Triton kernels run on CUDA and ROCm devices, not on {device.type}"
-    if device is None and not (torch.cuda.is_available() or interpreted()):
-        return "there is no GPU that torch can use"
-    return None
+    return machine.why_no_gpu() or machine.why_not_compiled_by_triton()
 
 
 def _why_not_cuda(device: torch.device | None) -> str | None:
-    module = extension()
+    module = modules.load("_cuda_emulated" if emulated() else "_cuda")
     if isinstance(module, str):
         return module
     if emulated():
         return None if device is None or device.type == "cpu" else "FUSED_OPTIM_CUDA_EMULATE=1 is for CPU tensors"
-    if not module.WITH_CUDA:
-        return "the extension was built without CUDA (it needs nvcc and a CUDA build of torch, or FUSED_OPTIM_CUDA=1)"
     if device is not None and device.type != "cuda":
         return f"the CUDA kernel runs on CUDA devices, not on {device.type}"
-    if not torch.cuda.is_available() or torch.version.cuda is None:
-        return "there is no NVIDIA GPU that torch can use"
+    if (reason := machine.why_no_gpu()) is not None:
+        return reason
+    if torch.version.cuda is None:
+        return "the CUDA kernel runs on NVIDIA GPUs, and this torch is built for ROCm; use Triton"
     return None
 
 
 def _why_not_cpp(device: torch.device | None) -> str | None:
-    module = extension()
+    module = modules.cpu()
     if isinstance(module, str):
         return module
     if device is not None and device.type != "cpu":
@@ -140,10 +102,17 @@ def _arrays(table: Table) -> tuple[Tensor | None, ...]:
     return table.arrays if table.device.type == "cpu" else DeviceTable.of(table).arrays
 
 
-def _native(table: Table) -> Any:
-    if table.native is None:
-        table.native = built().Arrays(_arrays(table), table.elements, table.ema)
-    return table.native
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _call(table: Table, module: ModuleType, function: str, before: Sequence[Any], after: Sequence[Any]) -> None:
+    """The module's function of that name. before: what comes before the table's arrays; after: what comes after them,
+    tensors and None by their addresses."""
+    if table.native is None:  # they live as long as the table does
+        addresses = [_address(array) for array in _arrays(table)]
+        table.native = module.Arrays(addresses, table.desc.numel(), len(table.rows_list), table.elements, table.ema)
+    getattr(module, function)(*before, table.native, *after)
 
 
 def _triton(table: Table, function: str, args: Sequence[Any], *more: Any) -> None:
@@ -167,25 +136,26 @@ def _squares_triton(table: Table, out: Tensor) -> None:
     _triton(table, "launch_squares", (table.kinds,), out)
 
 
-def _cuda(table: Table, function: str, *args: Any) -> None:
+def _cuda(table: Table, function: str, before: Sequence[Any], *numbers: Tensor | None) -> None:
+    addresses = [_address(number) for number in numbers]
     if table.device.type == "cpu":
-        getattr(built(), f"{function}_cuda_emulated")(*args)
+        _call(table, modules.built(modules.load("_cuda_emulated")), function, before, addresses)
         return
     with torch.cuda.device(table.device):
         stream, index = torch.cuda.current_stream().cuda_stream, torch.cuda.current_device()
-        getattr(built(), f"{function}_cuda")(*args, stream, index)
+        _call(table, modules.built(modules.load("_cuda")), function, before, (*addresses, stream, index))
 
 
 def _step_cuda(table: Table, scaling: Scaling) -> None:
-    _cuda(table, "step", table.rule.name, _native(table), scaling.grad_scale, scaling.found_inf, scaling.squares)
+    _cuda(table, "step", (table.rule.name,), scaling.grad_scale, scaling.found_inf, scaling.squares)
 
 
 def _move_cuda(table: Table) -> None:
-    _cuda(table, "move", table.rule.name, _native(table))
+    _cuda(table, "move", (table.rule.name,))
 
 
 def _squares_cuda(table: Table, out: Tensor) -> None:
-    _cuda(table, "squares", _native(table), out)
+    _cuda(table, "squares", (), out)
 
 
 def _scale_triton(table: Table, squares: Tensor) -> None:
@@ -193,23 +163,28 @@ def _scale_triton(table: Table, squares: Tensor) -> None:
 
 
 def _scale_cuda(table: Table, squares: Tensor) -> None:
-    _cuda(table, "scale", _native(table), squares)
+    _cuda(table, "scale", (), squares)
+
+
+def _cpp(table: Table, function: str, before: Sequence[Any], *numbers: Tensor | None) -> None:
+    after = (*(_address(number) for number in numbers), torch.get_num_threads())
+    _call(table, modules.built(modules.cpu()), function, before, after)
 
 
 def _scale_cpp(table: Table, squares: Tensor) -> None:
-    built().scale_cpu(_native(table), squares)
+    _cpp(table, "scale", (), squares)
 
 
 def _step_cpp(table: Table, scaling: Scaling) -> None:
-    built().step_cpu(table.rule.name, _native(table), scaling.grad_scale, scaling.found_inf, scaling.squares)
+    _cpp(table, "step", (table.rule.name,), scaling.grad_scale, scaling.found_inf, scaling.squares)
 
 
 def _move_cpp(table: Table) -> None:
-    built().move_cpu(table.rule.name, _native(table))
+    _cpp(table, "move", (table.rule.name,))
 
 
 def _squares_cpp(table: Table, out: Tensor) -> None:
-    built().squares_cpu(_native(table), out)
+    _cpp(table, "squares", (), out)
 
 
 def _step_reference(table: Table, scaling: Scaling) -> None:
@@ -257,36 +232,51 @@ BACKENDS = {
 }
 
 
+# "auto" tries them in this order.
+ORDER = {"cuda": ("triton", "cuda"), "cpu": ("cpp",)}
+# Why a backend failed on a device although why_not had nothing against it (see trial.py).
+FAILED: dict[tuple[str, torch.device], str] = {}
+
+
 def available() -> dict[str, str | None]:
     """Every backend's name, with None where it works here, or the reason why not."""
     return {name: backend.why_not(None) for name, backend in BACKENDS.items()}
 
 
 @functools.cache
-def _warn_slow(device_type: str, reasons: str) -> None:
+def _warn(text: str) -> None:
+    """Once per text, at the line that called this package or torch."""
     inside = tuple(f"{Path(module).parent}{os.sep}" for module in (__file__, torch.__file__))
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
-    text = f"fused_optim steps {device_type} tensors in plain PyTorch, which is slow, because {reasons}."
     warnings.warn(text, stacklevel=level)
 
 
 def pick(name: str, device: torch.device) -> Backend:
-    """The backend called `name` for that device; "auto" takes the first that works.
+    """The backend called `name` for that device; "auto" takes the first that works, and warns where that is not the
+    first of all.
 
     Raises:
         ValueError: there is no backend of that name.
         RuntimeError: the named backend cannot run tensors of that device; says why.
     """
     if name == "auto":
-        order = ["triton", "cuda"] if device.type == "cuda" else ["cpp"]
-        reasons = {candidate: BACKENDS[candidate].why_not(device) for candidate in order}
-        for candidate, reason in reasons.items():
+        reasons: list[str] = []
+        for candidate in ORDER.get(device.type, ()):
+            reason = BACKENDS[candidate].why_not(device) or FAILED.get((candidate, device))
             if reason is None:
+                if reasons:
+                    because = "; ".join(reasons)
+                    _warn(
+                        f'fused_optim steps {device.type} tensors by backend="{candidate}", because {because}. '
+                        f'backend="{candidate}" chooses it without this warning.'
+                    )
                 return BACKENDS[candidate]
-        if device.type in ("cpu", "cuda"):
-            _warn_slow(device.type, "; ".join(f"{key}: {reason}" for key, reason in reasons.items()))
+            reasons.append(f"{candidate}: {reason}")
+        if reasons:
+            because = "; ".join(reasons)
+            _warn(f"fused_optim steps {device.type} tensors in plain PyTorch, which is slow, because {because}.")
         return BACKENDS["reference"]
     if name not in BACKENDS:
         raise ValueError(f'backend must be "auto" or one of {", ".join(BACKENDS)}, but got {name!r}')

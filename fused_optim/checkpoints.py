@@ -12,7 +12,7 @@ from .scaling import Scaler
 from .table import Rule
 
 # What copies and pickles hold besides torch's.
-KEPT = ("backend", "state_dtype", "max_grad_norm", "_scaler", "_ema", "_steps")
+KEPT = ("_backend", "_state_dtype", "_max_grad_norm", "_scaler", "_ema", "_steps")
 
 
 class _Uncast:
@@ -30,6 +30,7 @@ class Checkpoints(Optimizer):
 
     rule: ClassVar[Rule]
     _steps: dict[Tensor, Tensor]
+    _scaler: Scaler
 
     def _forget(self) -> None:
         raise NotImplementedError
@@ -47,9 +48,9 @@ class Checkpoints(Optimizer):
                     values.setdefault("step", torch.zeros(()))
         defaults = dict(state.get("defaults") or self.defaults)  # before torch's class puts options of its own in
         super().__setstate__(state)
-        self.__dict__.setdefault("backend", "auto")
-        self.__dict__.setdefault("state_dtype", None)
-        self.__dict__.setdefault("max_grad_norm", None)
+        self.__dict__.setdefault("_backend", "auto")
+        self.__dict__.setdefault("_state_dtype", None)
+        self.__dict__.setdefault("_max_grad_norm", None)
         self.__dict__.setdefault("_scaler", Scaler())
         self.__dict__.setdefault("_ema", None)
         self.__dict__.setdefault("_steps", {})
@@ -62,7 +63,7 @@ class Checkpoints(Optimizer):
         """Loads a checkpoint of this class, or of torch's class of the same rule.
 
         States keep the dtype that they were saved in, `step` may be a number or a tensor of any device, and options
-        that the saved groups lack keep this optimizer's values. Errors are torch's.
+        that the saved groups lack keep this optimizer's values. So does skipped_steps. Errors are torch's.
         """
 
         def protect(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
@@ -87,11 +88,13 @@ class Checkpoints(Optimizer):
         finally:
             handle.remove()
         self._steps.clear()
+        if "skipped_steps" in state_dict:
+            self._scaler.set_skipped(state_dict["skipped_steps"])
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. A state that no update has reached yet (each was skipped) is left out where torch would not have
-        made it."""
-        begun = [param for param, step in self._steps.items() if self.state.get(param)]
+        made it. With skip_nonfinite there is one key more, "skipped_steps", which torch's classes ignore."""
+        begun = [p for p, step in self._steps.items() if self.state.get(p) and step.device.type != "meta"]
         waiting = [param for param, step in zip(begun, self._counts(begun), strict=True) if step == 0]
 
         def leave_out(_: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
@@ -99,13 +102,13 @@ class Checkpoints(Optimizer):
             unreached = {index for index, param in enumerate(params) if any(param is other for other in waiting)}
             return {**packed, "state": {k: v for k, v in packed["state"].items() if k not in unreached}}
 
-        if not waiting:
-            return super().state_dict()
-        handle = self.register_state_dict_post_hook(leave_out, prepend=True)
+        handle = self.register_state_dict_post_hook(leave_out, prepend=True) if waiting else None
         try:
-            return super().state_dict()
+            saved = super().state_dict()
         finally:
-            handle.remove()
+            if handle is not None:
+                handle.remove()
+        return {**saved, "skipped_steps": self._scaler.skipped} if self._scaler.skip_nonfinite else saved
 
     def _counts(self, params: list[Tensor]) -> list[float]:
         return [float(count) for count in torch.stack([self._steps[p].cpu() for p in params])] if params else []

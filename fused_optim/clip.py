@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from .backends import pick
-from .device import DeviceTable
+from . import device as devices
 from .forks import heed_fork
 from .table import DTYPE_CODES, MAX_NORM, Row, Rule, Scalars, Table, is_dense, real_dtype
+from .trial import choose
 from .watch import GRADS_MOVED, RAW_CHANGED
+
+__all__ = ["clip_grad_norm_", "release_captured"]
 
 EPS = 1e-6  # torch adds it to the norm
 NO_RULE = Rule("clip", states=(), options=())
@@ -47,8 +49,8 @@ def clip_grad_norm_(
     torch's own function does the work for all that the kernels do not know: a norm_type other than 2, a max_norm that
     is not above 0, and lists with a gradient that is sparse, a tensor subclass (such as DTensor), not dense, of a dtype
     other than float32, bfloat16, float16, float64, complex64 and complex128, not on a CPU or a GPU, or that shares
-    memory with another one. So it does in the capture of a CUDA graph before which these gradients were never clipped,
-    and where torch.compile traces the call.
+    memory with another one. So it does where torch.compile traces the call, and in the capture of a CUDA graph, unless
+    such gradients were clipped outside of captures since the last call that was captured.
 
     Args:
         parameters: a tensor or several, whose `grad` is clipped; those with None are left out.
@@ -105,21 +107,23 @@ class Gradients:
     def __init__(
         self, grads: Sequence[Tensor], addresses: list[int], device: torch.device, backend: str, max_norm: float
     ) -> None:
-        self.backend = pick(backend, device)
         self.dtype = functools.reduce(torch.promote_types, {real_dtype(grad.dtype) for grad in grads})
         self.sizes = [grad.nbytes for grad in grads]
         self.max_norm = max_norm
         with torch.device("cpu"):
             rows = [self._row(grad) for grad in grads]
             self.table = Table(NO_RULE, device, rows, Scalars(1, EPS, max_norm), clips=True)
+        self.backend = choose(backend, self.table, steps=False)
+        if self.reads_tensors:
+            for row, grad in zip(rows, grads, strict=True):
+                row.param = grad.detach()
+                row.param.grad = grad
         self._write(addresses)
 
-    def _row(self, grad: Tensor) -> Row:
-        if self.reads_tensors:
-            param = grad.detach()
-            param.grad = grad
-        else:  # there is no param, and as many elements of nothing stand for it
-            param = torch.empty(grad.numel(), dtype=grad.dtype, device="meta")
+    @staticmethod
+    def _row(grad: Tensor) -> Row:
+        """There is no param, and as many elements of nothing stand for it."""
+        param = torch.empty(grad.numel(), dtype=grad.dtype, device="meta")
         return Row(
             param=param, shard=param, target=param, states=[], step=param, state={}, grad_dtype=grad.dtype, group=0
         )
@@ -132,7 +136,7 @@ class Gradients:
     @property
     def captured(self) -> bool:
         """Whether a CUDA graph will read the table at every replay."""
-        return isinstance(self.table.on_device, DeviceTable) and self.table.on_device.captured
+        return devices.was_captured(self.table)
 
     def _write(self, addresses: list[int]) -> None:
         self.addresses = addresses
@@ -153,7 +157,18 @@ class Gradients:
 # By stream, device, backend and layout, the one used last at the end. A call takes out what it uses, and puts it back
 # when it is done: no two threads write to one table, and no two streams, whose kernels may overlap, read one.
 _kept: dict[tuple[Any, ...], Gradients] = {}
-_captured: list[Gradients] = []  # never changed again, and never freed
+_captured: list[Gradients] = []  # never changed again, and freed by release_captured
+
+
+def release_captured() -> None:
+    """Frees what is kept for CUDA graphs in which clip_grad_norm_ was captured. Call it when none of these graphs will
+    be replayed again. It waits for the device.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+    devices.release([gradients.table for gradients in _captured])
+    _captured.clear()
 
 
 def _find(grads: Sequence[Tensor], backend: str, max_norm: float) -> list[tuple[Any, Gradients]] | None:

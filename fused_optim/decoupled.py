@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .optimizer import FusedOptimizer
+from .options import Convention
 
 CONVENTIONS = "torch", "paper", "normalized"
 
@@ -34,7 +35,7 @@ class Decoupled(FusedOptimizer):
     def __init__(
         self,
         *args: Any,
-        decay: str = "torch",
+        decay: Convention = "torch",
         lr_reference: float | None = None,
         decay_period: float | None = None,
         **kwargs: Any,
@@ -45,9 +46,14 @@ class Decoupled(FusedOptimizer):
             raise ValueError('lr_reference has no meaning with decay="torch"; leave it out, or use decay="paper"')
         if decay != "normalized" and decay_period is not None:
             raise ValueError('decay_period has a meaning only with decay="normalized"; leave it out, or say so')
-        self.decay = decay
+        self._decay = decay
         self._decay_options = {"lr_reference": lr_reference, "decay_period": decay_period}
         super().__init__(*args, **kwargs)
+
+    @property
+    def decay(self) -> Convention:
+        """The convention. It cannot be set, because the groups' options were made for it."""
+        return self._decay
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -59,14 +65,14 @@ class Decoupled(FusedOptimizer):
             raise
 
     def _complete(self, group: dict[str, Any]) -> None:
-        if self.decay == "torch":
+        if self._decay == "torch":
             return
         reference = group.get("lr_reference", self._decay_options["lr_reference"])
         reference = float(group["lr"] if reference is None else reference)
         if not reference >= 0:
             raise ValueError(f"lr_reference must be 0 or more, but got {reference}")
         group["lr_reference"] = reference
-        if self.decay == "normalized":
+        if self._decay == "normalized":
             period = group.get("decay_period", self._decay_options["decay_period"])
             if period is None or not period > 0:
                 raise ValueError(
@@ -76,9 +82,9 @@ class Decoupled(FusedOptimizer):
             group["decay_period"] = period
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "decay": self.decay, "_decay_options": self._decay_options}
+        return {**super().__getstate__(), "_decay": self._decay, "_decay_options": self._decay_options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("decay", "torch")
+        self.__dict__.setdefault("_decay", "torch")
         self.__dict__.setdefault("_decay_options", {"lr_reference": None, "decay_period": None})

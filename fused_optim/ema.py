@@ -3,7 +3,8 @@ the param, so that it costs no pass over memory of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from types import MappingProxyType
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .layout import conform, state_dtype_of
-from .shards import like, local
+from .scaling import Shared
+from .shards import is_same_memory, like, local
 from .table import EMA_DECAY, Row, Table
 from .watch import RAW_CHANGED
 
@@ -28,6 +30,12 @@ def check_decay(decay: Any) -> float:
     return float(decay)
 
 
+def check_dtype(dtype: Any) -> None:
+    """Raises ValueError for a dtype that averages cannot have."""
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"ema_dtype must be None, torch.float32, torch.bfloat16 or torch.float16, but got {dtype}")
+
+
 class WeightAverage:
     """The averages of one optimizer's params.
 
@@ -39,14 +47,21 @@ class WeightAverage:
     """
 
     def __init__(self, decay: Decay, dtype: torch.dtype | None = None) -> None:
-        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"ema_dtype must be None, torch.float32, torch.bfloat16 or torch.float16, but got {dtype}")
-        self.decay = decay
-        self.current = 0.0 if callable(decay) else check_decay(decay)
+        check_dtype(dtype)
+        self.set_decay(decay)
         self.dtype = dtype
         self.steps = 0
         self.tensors: dict[Tensor, Tensor] = {}
         self.lent = False
+
+    @property
+    def decay(self) -> Decay:
+        return self._decay.value
+
+    def set_decay(self, decay: Decay) -> None:
+        """Raises ValueError where it is no number from 0 to 1, and no function."""
+        self.current = 0.0 if callable(decay) else check_decay(decay)
+        self._decay = Shared(decay, "ema_decay")
 
     def __getstate__(self) -> dict[str, Any]:
         self.check_home("an optimizer cannot be copied or saved")
@@ -87,31 +102,58 @@ class WeightAverage:
         if old is not None:
             average = conform(param, {"average": old}, ["average"])["average"]
         else:
-            dtype = state_dtype_of(param, self.dtype)
+            # In 16 bits an average stands still where decay is near 1.
+            dtype = state_dtype_of(param, torch.float32 if self.dtype is None else self.dtype)
             average = like(param, torch.empty_like(row.shard, dtype=dtype, requires_grad=False).copy_(row.shard))
         row.ema = local(average)
         return average
+
+    def keep_only(self, params: Iterable[Tensor]) -> None:
+        """Drops the averages of all other params."""
+        self.tensors = {param: self.tensors[param] for param in params if param in self.tensors}
 
     @contextmanager
     def lend(self, params: Sequence[Tensor]) -> Iterator[None]:
         """Puts the averages in the place of the params, and these back."""
         self.check_home("ema_weights() cannot be called")
         self.lent = True
-        lent: list[tuple[Tensor, Tensor, Tensor]] = []
+        lent: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        converted = 0
         try:
             for param in params:
                 average = self.tensors.get(param)
                 if average is not None:
-                    lent.append((param, average, replace(param, average)))
+                    memory = local(param).detach()  # where the average is put, whatever the param becomes
+                    lent.append((param, memory, average, replace(param, average)))
             yield
         finally:
-            for param, average, own in lent:
-                replace(param, own, keep=own is average)
+            for param, memory, average, own in lent:
+                if is_same_memory(param, memory):
+                    replace(param, own, keep=own is average)
+                    continue
+                converted += 1
+                if own is average:
+                    local(average).copy_(memory)
             self.lent = False
+            if converted:
+                warnings.warn(
+                    f"{converted} params were converted or replaced inside of ema_weights(). They keep what they hold "
+                    "now, and the weights that they were trained to are gone. To train on, convert a copy of the "
+                    "model: copy.deepcopy(model)",
+                    stacklevel=5,  # past two context managers
+                )
 
-    def load(self, params: Sequence[Tensor], state: Mapping[str, Any]) -> None:
-        """Takes over what ema_state_dict gave, or raises ValueError where it is of other params."""
+    def load(self, params: Sequence[Tensor], names: Sequence[str | None], state: Mapping[str, Any]) -> None:
+        """Takes over what ema_state_dict gave, or AveragedModel's state_dict, or raises ValueError where it is of other
+        params. names: of the params, None where they have none."""
         self.check_home("load_ema_state_dict() cannot be called")
+        if "n_averaged" in state:
+            state = from_averaged_model(state, names)
+        if not {"steps", "averages"} <= state.keys():
+            raise ValueError(
+                "load_ema_state_dict() takes what ema_state_dict() or torch.optim.swa_utils.AveragedModel.state_dict() "
+                f"returned, but got a dict with the keys {list(state)[:5]}"
+            )
         for index, average in state["averages"].items():
             if index not in range(len(params)):
                 raise ValueError(
@@ -128,6 +170,28 @@ class WeightAverage:
             params[index]: conform(params[index], {"average": average.detach().clone()}, ["average"])["average"]
             for index, average in state["averages"].items()
         }
+
+
+def from_averaged_model(state: Mapping[str, Any], names: Sequence[str | None]) -> dict[str, Any]:
+    """What ema_state_dict would give, of the state_dict of a torch.optim.swa_utils.AveragedModel. Its averages have the
+    names that the params have in the model, after "module."; buffers are left out.
+
+    Raises:
+        ValueError: the optimizer does not know the names of its params, or none of them is in the state.
+    """
+    if None in names:
+        raise ValueError(
+            "the averages of an AveragedModel are found by the names of the params, and this optimizer does not know "
+            "them; make it with model.named_parameters() in place of model.parameters()"
+        )
+    steps = int(state["n_averaged"])
+    found = {index: state[f"module.{name}"] for index, name in enumerate(names) if f"module.{name}" in state}
+    if not found:
+        raise ValueError(
+            f"the AveragedModel has no average of the optimizer's params: it has {list(state)[1:4]}, and they are "
+            f"{list(names)[:3]}; load the averages of the same model"
+        )
+    return {"steps": steps, "averages": found if steps else {}}  # before its first update it holds no average
 
 
 def make_average(decay: Decay | None, dtype: torch.dtype | None) -> WeightAverage | None:
@@ -190,17 +254,23 @@ class Averaging(Optimizer):
         }
 
     def load_ema_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads what ema_state_dict gave. Averages keep the dtype that they were saved in; params without one in
+        """Loads what ema_state_dict gave, or the state_dict of a torch.optim.swa_utils.AveragedModel, where the
+        optimizer was made with named params. Averages keep the dtype that they were saved in; params without one in
         state_dict begin theirs anew.
 
         Raises:
             RuntimeError: the optimizer keeps no averages, or this is inside of ema_weights().
-            ValueError: the averages are of other params.
+            ValueError: the averages are of other params, or state_dict is none of the two.
         """
-        self._averages().load(self._all_params(), state_dict)
+        self._averages().load(self._all_params(), self._all_names(), state_dict)
 
     def _all_params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
+
+    def _all_names(self) -> list[str | None]:
+        """Of the params; None where they were given without names."""
+        groups = self.param_groups
+        return [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]
 
     def _averages(self) -> WeightAverage:
         if self._ema is None:

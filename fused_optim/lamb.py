@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .adam_like import AdamLike, check_trust_clip
-from .scaling import check_options
+from .options import WholeFlags, check_max_grad_norm
 from .table import BETAS, DECOUPLED, EPS, OWN, TRUST_ALWAYS, Rule
 
 
@@ -76,11 +77,11 @@ class FusedLAMB(AdamLike):
         use_nvlamb: bool = False,
         *,
         trust_clip: tuple[float, float] | None = None,
-        **options: Any,
+        **options: Unpack[WholeFlags],
     ) -> None:
         if amsgrad:
             raise RuntimeError("FusedLAMB does not support the AMSGrad variant.")
-        check_options(max_grad_norm, 2.0)
+        check_max_grad_norm(max_grad_norm)
         check_trust_clip(trust_clip)
         own = {
             "lr": lr,

@@ -16,6 +16,16 @@ from .table import DTYPE_CODES, Row, is_dense, real_dtype, same_strides
 SUPPORTED = "float32, bfloat16, float16, float64, complex64 or complex128"
 
 
+def may_get_grad(param: Tensor) -> bool:
+    """False for frozen params, which may be of any kind: no step touches them."""
+    return param.requires_grad or param.grad is not None
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether its class decides what operations do, as those that wrap other tensors do."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
 def check_param(param: Tensor) -> None:
     """Raises RuntimeError or TypeError for a param that no backend could update."""
     if real_dtype(param.dtype) not in DTYPE_CODES:

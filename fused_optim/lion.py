@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .adam_like import AdamLike
 from .decoupled import Decoupled
+from .options import DecayedFlags
 from .table import BETAS, Rule
 
 
@@ -33,7 +35,7 @@ class FusedLion(Decoupled, AdamLike):
         lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        **options: Any,
+        **options: Unpack[DecayedFlags],
     ) -> None:
         own = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "decoupled_weight_decay": True}
         super().__init__(params, own, **options)

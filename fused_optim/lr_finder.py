@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .ema import Averaging
+from .shards import is_same_memory, local
 
 MEMORY = 0.8  # weight of the past in the running average that tells divergence from one bad mini-batch
 
@@ -212,7 +213,7 @@ def put_back(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     if isinstance(optimizer, Averaging) and optimizer.ema is not None:
         averages = copy.deepcopy(optimizer.ema_state_dict())
     params = list(dict.fromkeys([*model.parameters(), *(param for group in groups for param in group["params"])]))
-    values = [(param, param.detach().clone(), param.grad) for param in params]
+    values = [(param, param.data, param.detach().clone(), param.grad) for param in params]
     buffers = [
         (module, name, buffer, None if buffer is None else buffer.clone())
         for module in model.modules()
@@ -226,7 +227,10 @@ def put_back(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for param, value, grad in values:
+            for param, data, value, grad in values:
+                if not is_same_memory(param, local(data)):  # it was converted meanwhile
+                    param.grad = None  # torch refuses new data for a param with a gradient of another dtype
+                    param.data = data
                 param.copy_(value)
                 param.grad = grad
             for module, name, buffer, value in buffers:

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .adam_like import AdamLike, check_nus
 from .decoupled import Decoupled
+from .options import CommonFlags, DecayedFlags
 from .table import BETAS, DECOUPLED, EPS, OWN, Rule
 
 
@@ -51,7 +53,7 @@ class FusedQHAdam(AdamLike):
         weight_decay: float = 0.0,
         decouple_weight_decay: bool = False,
         eps: float = 1e-8,
-        **options: Any,
+        **options: Unpack[CommonFlags],
     ) -> None:
         check_nus(nus)
         own = {"lr": lr, "betas": betas, "nus": nus, "weight_decay": weight_decay, "eps": eps}
@@ -113,6 +115,6 @@ class FusedQHAdamW(Decoupled, FusedQHAdam):
         nus: tuple[float, float] = (1.0, 1.0),
         weight_decay: float = 0.0,
         eps: float = 1e-8,
-        **options: Any,
+        **options: Unpack[DecayedFlags],
     ) -> None:
         super().__init__(params, lr, betas, nus, weight_decay, True, eps, **options)

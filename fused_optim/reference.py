@@ -139,6 +139,7 @@ def hyper_of(raw: list[float], row: Row) -> Hyper:
 
 
 def step_row(table: Table, row: Row, number: int, grad_scale: float, norm: float | None) -> None:
+    """norm: of all gradients that are clipped, after the division by grad_scale."""
     grad = row.grad
     table.hyper[number, SKIP] = grad is None
     if grad is None:
@@ -148,7 +149,7 @@ def step_row(table: Table, row: Row, number: int, grad_scale: float, norm: float
 
     param, grad = widen(row.target), widen(grad) / grad_scale
     if norm is not None and raw[MAX_NORM] > 0:
-        bound = raw[MAX_NORM] / (norm / grad_scale + raw[CLIP_EPS]) if norm + raw[CLIP_EPS] else math.inf
+        bound = raw[MAX_NORM] / (norm + raw[CLIP_EPS]) if norm + raw[CLIP_EPS] else math.inf
         grad = grad if bound >= 1 else grad * bound
     if raw[MAXIMIZE]:
         grad = -grad
@@ -210,11 +211,14 @@ def squares(table: Table, out: Tensor) -> None:
 
 @torch.no_grad()
 def step(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None, squares: Tensor | None) -> None:
+    if table.is_meta:
+        return
     if found_inf is not None and found_inf.item():
         table.hyper[:, SKIP] = 1.0
         return
     scale = 1.0 if grad_scale is None else float(grad_scale)
-    norm = None if squares is None else math.sqrt(float(squares))
+    # A tensor's division: a scale of 0 gives inf or NaN, as in the kernels, where Python's would raise.
+    norm = None if squares is None else float(squares.double().sqrt() / scale)
     for number, row in enumerate(table.rows_list):
         step_row(table, row, number, scale, norm)
 
@@ -232,7 +236,7 @@ def scale(table: Table, squares: Tensor) -> None:
 
 @torch.no_grad()
 def move(table: Table) -> None:
-    if table.trust is None or table.sums is None:
+    if table.trust is None or table.sums is None or table.is_meta:
         return
     for number, row in enumerate(table.rows_list):
         if table.hyper[number, SKIP]:

@@ -3,7 +3,9 @@ the norm of all gradients, skipping where they are not finite. All on the device
 
 from __future__ import annotations
 
+import ctypes
 import math
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,14 +18,6 @@ from .table import MAX_NORM, Table
 
 UNSCALED = Scaling()
 Tables = Sequence[tuple[Table, Backend]]
-
-
-def check_options(max_grad_norm: float | None, norm_type: float) -> None:
-    """Raises ValueError for bounds that bound nothing, and norms that nobody computes."""
-    if max_grad_norm is not None and not max_grad_norm >= 0.0:
-        raise ValueError(f"max_grad_norm must be 0 or more, or None for no clipping, but got {max_grad_norm}")
-    if norm_type not in (2, math.inf):
-        raise ValueError(f"norm_type must be 2 or inf, but got {norm_type}")
 
 
 def largest_square(table: Table) -> Tensor:
@@ -48,13 +42,25 @@ def _moved(number: Tensor, device: torch.device) -> Tensor:
 
 
 class Shared:
-    """Something that copies of its owner share, because it cannot be copied."""
+    """Something that copies of its owner share, because it cannot be copied. Pickling it may fail, with a sentence that
+    calls it `name`."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, name: str) -> None:
         self.value = value
+        self.name = name
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        try:
+            pickle.dumps(self.value)
+        except Exception as error:
+            raise pickle.PicklingError(
+                f"this optimizer cannot be pickled, because its {self.name}, {self.value!r}, cannot be ({error}); save "
+                f"state_dict() and ema_state_dict() instead, or use {self.name} that pickle can save"
+            ) from error
+        return type(self), (self.value, self.name)
 
 
 class Scaler:
@@ -65,7 +71,7 @@ class Scaler:
 
     def __init__(self, norm_type: float = 2.0, skip_nonfinite: bool = False, norm_group: Any = None) -> None:
         self.norm_type = norm_type
-        self._group = Shared(norm_group)
+        self._group = Shared(norm_group, "norm_group")
         self.skip_nonfinite = skip_nonfinite
         self.skipped = torch.zeros((), dtype=torch.int64, device="cpu")
         self._last: tuple[Tensor, Tensor | None] | None = None  # squares and scale of the last step
@@ -83,6 +89,10 @@ class Scaler:
         norm = squares.sqrt().reshape(())
         return (norm if scale is None else norm / scale).float()
 
+    def set_skipped(self, count: Any) -> None:
+        """In place, so that a captured graph counts on."""
+        self.skipped.copy_(torch.as_tensor(count))
+
     def looks_at(self, groups: Sequence[dict[str, Any]]) -> bool:
         return self.skip_nonfinite or self._clips(groups)
 
@@ -99,27 +109,30 @@ class Scaler:
     def __call__(self, tables: Tables, looks: bool, scales: Sequence[Any], found_inf: Tensor | None) -> list[Scaling]:
         """One Scaling per table. scales: numbers, one-element tensors or None; gradients are divided by all of them."""
         given = [scale for scale in scales if scale is not None]
+        real = [(table, backend) for table, backend in tables if not table.is_meta]
         waited_for = looks and self.norm_group is not None  # by other processes, whatever there is here
-        if not (tables or waited_for) or not (looks or given or found_inf is not None):
+        if not (real or waited_for) or not (looks or given or found_inf is not None):
             return [UNSCALED] * len(tables)
         with torch.no_grad():
-            home = tables[0][0].device if tables else device_for(self.norm_group)
+            home = real[0][0].device if real else device_for(self.norm_group)
             scale = self._product(given, home)
             if found_inf is not None:
                 found_inf = _moved(found_inf, home).float()
             squares = None
             if looks:
-                squares = self._squares(tables, home)
+                squares = self._squares(real, home)
                 # GradScaler changes its tensor in place, once the step is done.
                 self._last = squares, None if scale is None else scale.clone()
             if self.skip_nonfinite and squares is not None:
-                bad = (~squares.isfinite()).float()
+                bad = (~self._is_finite(squares, scale, real)).float()
                 found_inf = bad if found_inf is None else bad + found_inf
                 self.skipped = self.skipped.to(home)
                 self.skipped += (found_inf != 0).reshape(())  # in place, so that a captured graph counts on
             numbers = (scale, found_inf, squares)
             return [
-                Scaling(*(number if number is None else _moved(number, table.device) for number in numbers))
+                UNSCALED
+                if table.is_meta
+                else Scaling(*(number if number is None else _moved(number, table.device) for number in numbers))
                 for table, _ in tables
             ]
 
@@ -130,9 +143,22 @@ class Scaler:
             if isinstance(scale, Tensor):
                 factor = _moved(scale, home).float().reshape(())
             else:  # filled in on the device: a copy would have to wait, and no graph could capture it
-                factor = torch.full((), scale, dtype=torch.float32, device=home)
+                number = ctypes.c_float(scale).value  # inf where torch.full would refuse
+                factor = torch.full((), number, dtype=torch.float32, device=home)
             product = factor if product is None else product * factor
         return product
+
+    @staticmethod
+    def _is_finite(squares: Tensor, scale: Tensor | None, tables: Tables) -> Tensor:
+        """Whether rules see finite gradients. They multiply each one by 1 / scale, in their own precision: that factor
+        must be finite, not 0 (of a scale that is inf), and must not lift the norm out of the dtype's range."""
+        if scale is None:
+            return squares.isfinite()
+        wide = tables and all(table.is_wide for table, _ in tables)
+        dtype = torch.float64 if wide else torch.float32
+        factor = scale.double().reciprocal()
+        norm = squares.sqrt() * factor
+        return squares.isfinite() & norm.to(dtype).isfinite() & factor.to(dtype).isfinite() & (factor != 0)
 
     def _squares(self, tables: Tables, home: torch.device) -> Tensor:
         sums = self.norm_type == 2

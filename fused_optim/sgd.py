@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .decoupled import Decoupled
 from .optimizer import FusedOptimizer
+from .options import Common, Decayed
 from .table import BETAS, OWN, Rule
 
 SGD = Rule(
@@ -66,7 +68,7 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        **ours: Any,
+        **ours: Unpack[Common],
     ) -> None:
         super().__init__(
             params,
@@ -101,9 +103,26 @@ class FusedSGDW(Decoupled, FusedSGD):
         dampening: float = 0,
         weight_decay: float | Tensor = 1e-2,
         nesterov: bool = False,
-        **options: Any,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **ours: Unpack[Decayed],
     ) -> None:
-        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, **options)
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+            **ours,
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group({**param_group, "decoupled_weight_decay": True})

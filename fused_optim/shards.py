@@ -26,6 +26,13 @@ def local(tensor: Any) -> Any:
     return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
+def is_same_memory(tensor: Any, earlier: Tensor) -> bool:
+    """Whether a tensor still has the memory, dtype and layout of `earlier`, the detached shard that it held then."""
+    shard = local(tensor)
+    places = [(t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) for t in (shard, earlier)]
+    return places[0] == places[1]
+
+
 def like(param: Tensor, shard: Tensor) -> Tensor:
     """`shard` as a DTensor that is spread as param is; itself where param is a plain tensor."""
     if not is_sharded(param):

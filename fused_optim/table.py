@@ -188,7 +188,7 @@ class Table:
 
     desc: int64 [chunks], chunk << 32 | row << 8 | kind << 1 | slow. rows: int64 [rows, ROW_WIDTH]. grads: int64
         [rows], 0 without a gradient.
-    groups: process groups over whose members every tensor is spread.
+    clips: whether the norm of all gradients is taken. groups: process groups over whose members every tensor is spread.
     group: int32 [rows]. hyper: float64 [rows, HYPER_WIDTH] on the device, written by prep. kinds: signatures, by kind
         number.
     Where something is summed over whole tensors, else None: spans int64 [rows + 1], row r has the chunks spans[r] up to
@@ -208,6 +208,7 @@ class Table:
         self.rule = rule
         self.device = device
         self.rows_list = rows
+        self.clips = clips
         self.groups = groups
         self.scalars = scalars
         self.on_device: object = None  # device.DeviceTable, on GPUs
@@ -251,6 +252,16 @@ class Table:
             self.spans = torch.cat([torch.zeros(1, dtype=torch.int64), chunks.cumsum(0)])
             self.sums = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
             self.trust = torch.ones(len(rows), dtype=torch.float64, device=device)
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether its tensors have no memory, so that there is nothing to compute."""
+        return self.device.type == "meta"
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the arithmetic of all rows is float64."""
+        return all(kind[0] == DTYPE_CODES[torch.float64] for kind in self.kinds)
 
     @property
     def arrays(self) -> tuple[Tensor | None, ...]:

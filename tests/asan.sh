@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the extension with the address sanitizer into a folder of its own, and runs the tests of memory layouts and of changes between steps on it.
+# Builds the modules with the address sanitizer into a folder of their own, and runs the tests of memory layouts and of
+# changes between steps on them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 repo=$PWD
@@ -17,4 +18,4 @@ export ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$out/lib" FUSED_OPTIM_CUDA_EMULAT
 cd "$out"  # the checkout's own build must not be found first
 "$PY" -c 'import fused_optim, sys; assert fused_optim.__file__.startswith(sys.argv[1]), fused_optim.__file__' "$out"
 "$PY" -m pytest -q -c "$repo/pyproject.toml" --rootdir "$repo" -p no:cacheprovider \
-  "$repo/tests/test_layouts.py" "$repo/tests/test_changes.py" "$repo/tests/test_robust.py" -k "not fork and not import and not module"
+  "$repo/tests/test_layouts.py" "$repo/tests/test_changes.py" "$repo/tests/test_looks.py" "$repo/tests/test_robust.py" -k "not fork and not import and not module"

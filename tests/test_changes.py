@@ -19,11 +19,10 @@ from cases import (
     quick,
     random_grads,
     set_grads,
-    train,
 )
 from compare import checked_step
 
-from fused_optim import FusedAdamW, backends
+from fused_optim import FusedAdamW
 
 SHAPES = [(5, 3), (), (40,), (9,)]
 
@@ -186,56 +185,6 @@ def test_params_in_reused_memory(target: Target) -> None:
             set_grads(params, random_grads(params, step))
             checked_step(optimizer, AMSGRAD.rule, 3.0)
         del params, optimizer
-
-
-REFERENCE = Target("reference", "cpu")
-
-
-@pytest.fixture
-def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine without a C++ compiler: Python looks at the tensors before each step."""
-    monkeypatch.setattr(backends, "extension", lambda: "the C++ extension is hidden from this test")
-
-
-@pytest.mark.usefixtures("no_extension")
-@for_every_rule_and_change
-def test_changes_are_noticed_without_the_extension(case: Case, change: Change) -> None:
-    test_changes_between_steps_are_noticed(case, REFERENCE, change)
-
-
-@pytest.mark.usefixtures("no_extension")
-def test_without_the_extension() -> None:
-    """Late params, gradients in reused memory and of changing layout, a stale graph: all as with the extension."""
-    test_gradients_in_reused_memory(REFERENCE)
-    params = make_params(SHAPES)
-    optimizer = build(AMSGRAD, REFERENCE, params)
-    for step, present in enumerate(["1000", "0000", "0101", "1111"]):
-        grads = random_grads(params, step)
-        set_grads(params, [g if bit == "1" else None for g, bit in zip(grads, present, strict=True)])
-        checked_step(optimizer, AMSGRAD.rule, 3.0)
-    loss = (params[0] ** 2).sum()
-    optimizer.step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-@pytest.mark.parametrize("plain", [False, True])
-def test_what_decides_nothing_may_change_at_every_step(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrappers, timm's Lookahead among them, count in the param groups."""
-    if plain:
-        monkeypatch.setattr(backends, "extension", lambda: "not built")
-    optimizer = FusedAdamW(make_params(), backend="reference" if plain else "auto")
-    group = optimizer.param_groups[0]
-    group["lookahead_step"] = 0
-    train([optimizer], 1)
-    watch = optimizer._watch
-    for _ in range(3):
-        group["lookahead_step"] += 1
-        train([optimizer], 1)
-    assert optimizer._watch is watch
-    group["amsgrad"] = True
-    train([optimizer], 1)
-    assert optimizer._watch is not watch
 
 
 @on_every_target

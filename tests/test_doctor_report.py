@@ -178,7 +178,7 @@ def test_report_with_every_option(capsys: pytest.CaptureFixture[str], tmp_path: 
     )
     assert "Tensors under model of model.pt." in found
     assert found["groups"] == [str(len(PARAMS))]
-    assert found["moved per step"][1] == str(2 * 2 + 2 + 2 + 3 * 8 + 2 * 2)
+    assert found["moved per step"][1] == str(2 * 2 + 2 + 2 + 3 * 8 + 2 * 4)
     assert found["GPU, torch for CUDA 13"] == ["4", "has none"]
 
 

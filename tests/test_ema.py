@@ -29,10 +29,10 @@ from cases import (
     train,
 )
 from compare import assert_equal, checked_average, checked_averages, states
+from looks import LOOKS, choose
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fused_optim
-from fused_optim import backends
 
 # ---- numbers
 
@@ -71,11 +71,12 @@ def test_params_and_states_know_nothing_of_it(case: Case, target: Target) -> Non
 
 DTYPES: list[tuple[torch.dtype, dict[str, torch.dtype], torch.dtype]] = [
     (torch.float32, {"ema_dtype": torch.bfloat16}, torch.bfloat16),
-    (torch.bfloat16, {}, torch.bfloat16),
-    (torch.bfloat16, {"ema_dtype": torch.float32}, torch.float32),
-    (torch.bfloat16, {"state_dtype": torch.float32, "ema_dtype": torch.float32}, torch.float32),
-    (torch.bfloat16, {"state_dtype": torch.float32}, torch.bfloat16),
-    (torch.float16, {}, torch.float16),
+    (torch.bfloat16, {}, torch.float32),
+    (torch.bfloat16, {"ema_dtype": torch.bfloat16}, torch.bfloat16),
+    (torch.bfloat16, {"state_dtype": torch.float32}, torch.float32),
+    (torch.bfloat16, {"state_dtype": torch.float32, "ema_dtype": torch.bfloat16}, torch.bfloat16),
+    (torch.float16, {}, torch.float32),
+    (torch.float16, {"ema_dtype": torch.float16}, torch.float16),
     (torch.float16, {"ema_dtype": torch.float32}, torch.float32),
     (torch.float64, {"ema_dtype": torch.float32}, torch.float64),
     (torch.complex64, {"ema_dtype": torch.bfloat16}, torch.complex64),
@@ -248,8 +249,9 @@ def test_a_function_of_the_steps_so_far(case: Case, target: Target) -> None:
     assert asked == list(range(quick(target, 6, 3)))
 
 
-def test_a_function_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "extension", lambda: "there is none")
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_function_under_every_look(look: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, look)
     optimizer = make(REFERENCE, ema_decay=lambda steps: 0.5 if steps < 3 else 0.25)
     for number in range(5):
         set_grads(parameters(optimizer), random_grads(parameters(optimizer), number))

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from cases import copies, parameters
 from distributed import World, by_default_backend, in_every_world
+from looks import LOOKS, class_of, only
 from spread import (
     CLASSES,
     DTENSORS,
@@ -34,7 +35,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from fused_optim import FusedAdamW, backends
+from fused_optim import FusedAdamW, modules
 
 pytestmark = by_default_backend
 
@@ -298,18 +299,20 @@ def test_collectives_of_a_step(world: World, spread: Spread) -> None:
 
 
 @in_every_world
-def test_without_the_extension(world: World) -> None:
-    """Where nothing was compiled, Python looks at the tensors before each step."""
-    (net, part), alone = sharded(world), make_net(world.device)
-    with mock.patch.object(backends, "extension", return_value="not built"):
-        ours = build("adamw-amsgrad", net.parameters(), max_grad_norm=0.5, backend="reference")
-        theirs = build("adamw-amsgrad", alone.parameters(), max_grad_norm=0.5, backend="reference")
-        for step in range(3):
-            for model, optimizer, share in ((net, ours, part), (alone, theirs, (0, 1))):
-                optimizer.zero_grad()
-                backward(model, step, *share)
-                optimizer.step()
-    assert_same(ours, theirs)
+def test_under_every_look(world: World) -> None:
+    """Those that are here, one after the other."""
+    for look in (look for look in LOOKS if not isinstance(class_of(look), str)):
+        (net, part), alone = sharded(world), make_net(world.device)
+        with mock.patch.object(modules, "poll", return_value=only(look)):
+            ours = build("adamw-amsgrad", net.parameters(), max_grad_norm=0.5, backend="reference")
+            theirs = build("adamw-amsgrad", alone.parameters(), max_grad_norm=0.5, backend="reference")
+            for step in range(3):
+                for model, optimizer, share in ((net, ours, part), (alone, theirs, (0, 1))):
+                    optimizer.zero_grad()
+                    backward(model, step, *share)
+                    optimizer.step()
+        assert type(ours._watch) is class_of(look)
+        assert_same(ours, theirs)
 
 
 @in_every_world

@@ -1,8 +1,8 @@
-"""What strangers get: the sdist, the wheel made of it, its installation, and an extension of another torch."""
+"""What strangers get: the sdist, the wheel made of it, its installation, and compiled modules that do not fit."""
 
 from __future__ import annotations
 
-import importlib.machinery
+import json
 import os
 import re
 import shutil
@@ -12,18 +12,20 @@ import tarfile
 import zipfile
 from email.message import Message
 from email.parser import Parser
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from commands import ROOT, SETUP, run
+from commands import ROOT, run
 
 import fused_optim
-from fused_optim import backends
+from fused_optim import modules
 
 VERSION = fused_optim.__version__
-TORCH = ".".join(torch.__version__.split(".")[:2])
+FREE_OF_TORCH = [name for name in modules.NAMES if name != "_poll_aten"]
 BUILD_ENV = {"FUSED_OPTIM_CPP": "0", "PYTHONDONTWRITEBYTECODE": "", "PYTHONWARNINGS": "default"}
 
 
@@ -77,9 +79,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist: Path) -> None:
 
 INSTALLED = """
 import sys
-# An editable installation of the sources would lend its extension.
+# An editable installation of the sources would lend its modules.
 sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
-import importlib.metadata, importlib.util, warnings, torch, fused_optim
+import importlib.metadata, importlib.util, torch, fused_optim
 assert fused_optim.__file__.startswith({target!r}), fused_optim.__file__
 assert importlib.metadata.version("fused-optim") == fused_optim.__version__ == {version!r}
 assert importlib.util.find_spec("fused_optim.triton_kernels.step")
@@ -89,7 +91,7 @@ p.grad, q.grad = torch.ones(10), torch.ones(10)
 ours.step()
 theirs.step()
 torch.testing.assert_close(p, q)
-print(fused_optim.backends.extension())
+print(fused_optim.modules.cpu())
 """
 
 
@@ -99,31 +101,94 @@ def test_the_wheel_installs_and_works(dist: Path, tmp_path: Path) -> None:
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(tmp_path), wheel]
     )
     code = INSTALLED.format(target=str(tmp_path), version=VERSION)
-    assert "the C++ extension is not built" in python(code, tmp_path)
+    assert "a pure Python installation (FUSED_OPTIM_CPP=0)" in python(code, tmp_path)
 
 
-def python(code: str, path: Path) -> str:
-    """What the code prints, importing from that folder before all others."""
-    environment = {**os.environ, "PYTHONPATH": str(path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=path, env=environment, capture_output=True, text=True)
+def python(code: str, folder: Path, *more: Path) -> str:
+    """What the code prints, importing from that folder before all others, and from `more` after it."""
+    path = os.pathsep.join(map(str, [folder, *more]))
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-# ---- the extension and the torch that it was built for
+# ---- the compiled modules
 
 
-def test_the_extension_says_for_which_torch_it_was_built() -> None:
-    module = backends.extension()
+def file_of(name: str) -> Path:
+    module = modules.load(name)
     if not isinstance(module, ModuleType):
-        pytest.skip(f"there is no extension to look at: {module}")
-    assert f"built for torch {TORCH}.".encode() in Path(str(module.__file__)).read_bytes()
+        pytest.skip(f"there is no module to look at: {module}")
+    return Path(str(module.__file__))
 
 
-REFUSED = """
-import sys, warnings, torch, fused_optim
-from fused_optim import FusedAdamW, backends
-print(backends.extension())
+def needed(file: Path) -> set[str]:
+    """The libraries that an ELF file is linked to: the entries DT_NEEDED of its dynamic section."""
+    data = file.read_bytes()
+    assert data[:6] == b"\x7fELF\x02\x01", "64 bits, little end first"
+
+    def number(at: int, size: int = 8) -> int:
+        return int.from_bytes(data[at : at + size], "little")
+
+    headers, width, count = number(32), number(54, 2), number(56, 2)
+    segments = [headers + width * index for index in range(count)]
+    loads = [(number(at + 16), number(at + 8), number(at + 32)) for at in segments if number(at, 4) == 1]
+    (dynamic,) = (at for at in segments if number(at, 4) == 2)
+    begin, size = number(dynamic + 8), number(dynamic + 32)
+    entries = [(number(at), number(at + 8)) for at in range(begin, begin + size, 16)]
+    strings = next(value for tag, value in entries if tag == 5)
+    (table,) = (offset + strings - address for address, offset, bytes_ in loads if 0 <= strings - address < bytes_)
+    names = [table + value for tag, value in entries if tag == 1]
+    return {data[at : data.index(b"\0", at)].decode() for at in names}
+
+
+@pytest.mark.parametrize("name", FREE_OF_TORCH)
+def test_modules_are_linked_to_no_torch_and_no_python(name: str) -> None:
+    libraries = needed(file_of(name))
+    assert any(library.startswith("libc.so") for library in libraries), "or the file was not read aright"
+    assert not [library for library in libraries if re.match(r"lib(torch|c10|python|cudart|shm)", library)]
+
+
+def test_the_look_with_torchs_headers_is_linked_to_torch() -> None:
+    """So that the test above sees such a library where there is one."""
+    assert "libtorch_python.so" in needed(file_of("_poll_aten"))
+
+
+ONE_OPENMP = """
+import torch
+from fused_optim import FusedAdamW
+p = torch.nn.Parameter(torch.ones(1 << 20))
+p.grad = torch.ones_like(p)
+FusedAdamW([p], backend="cpp").step()
+torch.ones(1 << 20).add_(1)
+files = {line.split()[-1] for line in open("/proc/self/maps") if "/" in line}
+print([file for file in files if any(name in file for name in ("libgomp", "libomp", "libiomp"))])
+"""
+
+
+def test_a_process_has_one_openmp_runtime(tmp_path: Path) -> None:
+    """torch's own, whose threads the kernels use."""
+    file_of("_cpu_baseline")
+    (library,) = json.loads(python(ONE_OPENMP, tmp_path).replace("'", '"'))
+    assert Path(library).is_relative_to(Path(torch.__file__).parent.parent), library
+
+
+def copy_of_the_package(folder: Path) -> Path:
+    """The Python files, without anything compiled."""
+    package = folder / "fused_optim"
+    clutter = shutil.ignore_patterns("*.so", "__pycache__", "_build.json")
+    shutil.copytree(Path(fused_optim.__file__).parent, package, ignore=clutter)
+    return package
+
+
+FALLS_BACK = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+import warnings, torch, fused_optim
+from fused_optim import FusedAdamW, modules
+print(modules.cpu())
+print(modules.poll())
 p = torch.nn.Parameter(torch.ones(10))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -135,47 +200,176 @@ try:
     FusedAdamW([p], backend="cpp")
 except RuntimeError as error:
     print("refused", error)
-print("loaded", "fused_optim._C" in sys.modules)
+print("loaded", [name for name in modules.NAMES if f"fused_optim.{name}" in sys.modules])
 """
 
 
-@pytest.mark.parametrize(
-    ("built_for", "message"),
-    [
-        ("1.0", f"the C++ extension was built for torch 1.0 and this is torch {torch.__version__}; "),
-        (TORCH, f"the C++ extension, built for torch {TORCH}, does not load with torch {torch.__version__} ("),
-    ],
-    ids=["of-another-torch", "broken"],
-)
-def test_an_extension_that_does_not_fit_is_refused_unused(built_for: str, message: str, tmp_path: Path) -> None:
+def falls_back(folder: Path, *more: Path) -> tuple[str, str, str]:
+    """Why there are no kernels, why no compiled look, and which modules are loaded. The step works all the same."""
+    kernels, look, fell_back, refused, loaded = python(FALLS_BACK, folder, *more).splitlines()
+    assert fell_back.startswith("fell back True") and kernels in fell_back.replace("\\'", "'").replace('\\"', '"')
+    assert refused.startswith("refused") and kernels in refused
+    return kernels, look, loaded
+
+
+def test_broken_modules(tmp_path: Path) -> None:
+    package = copy_of_the_package(tmp_path)
+    for name in modules.NAMES:
+        (package / f"{name}{EXTENSION_SUFFIXES[0]}").write_bytes(b"\x7fELF")
+    kernels, look, loaded = falls_back(tmp_path)
+    assert re.match(r"the C\+\+ kernel for \w+ does not load \(.+\); install fused_optim again", kernels), kernels
+    assert look.startswith("the compiled look at the tensors does not load (")
+    assert loaded == "loaded []"
+
+
+def test_a_look_for_another_torch_is_not_even_loaded(tmp_path: Path) -> None:
     """The file holds nothing but the words that are looked for, so whoever loads it fails."""
-    package = tmp_path / "fused_optim"
-    shutil.copytree(Path(fused_optim.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    extension = package / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
-    extension.write_bytes(b"\x7fELF built for torch " + built_for.encode() + b".\0")
-    said, fell_back, refused, loaded = python(REFUSED, tmp_path).splitlines()
-    assert said.startswith(message)
-    assert "pip install --no-build-isolation --no-deps ." in said
-    assert fell_back.startswith("fell back True") and said in fell_back
-    assert refused.startswith("refused") and said in refused
-    assert loaded == "loaded False"
+    package = copy_of_the_package(tmp_path)
+    (package / f"_poll_aten{EXTENSION_SUFFIXES[0]}").write_bytes(b"\x7fELF built for torch 1.0.\0")
+    code = FALLS_BACK + 'print(modules.load("_poll_aten"))'
+    said = python(code, tmp_path).splitlines()[-1]
+    assert said.startswith("the look at the tensors with torch's headers was built for torch 1.0, and this is torch ")
+    assert "install fused_optim again" in said
 
 
-def test_no_stale_extension_is_shipped_where_the_build_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from setuptools import Distribution, Extension
+@pytest.mark.parametrize(
+    ("version", "layout", "message"),
+    [
+        (
+            "0.0.1",
+            "LAYOUT",
+            f"is of fused_optim 0.0.1, and the Python files are of {VERSION}; install fused_optim again",
+        ),
+        (VERSION, "(1, 2)", "and the Python files have different tables, (1, 2) and "),
+    ],
+    ids=["version", "layout"],
+)
+def test_modules_of_another_build(version: str, layout: str, message: str, tmp_path: Path) -> None:
+    package = copy_of_the_package(tmp_path)
+    text = f"from .modules import LAYOUT as OURS\nVERSION = {version!r}\nLAYOUT = {layout.replace('LAYOUT', 'OURS')}\n"
+    for name in modules.NAMES:
+        (package / f"{name}.py").write_text(text)
+    kernels, look, _ = falls_back(tmp_path)
+    assert message in kernels
+    assert message in look
 
-    for name in ("FUSED_OPTIM_CPP", "FUSED_OPTIM_CUDA"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
-    monkeypatch.chdir(ROOT)
-    build = SETUP["Build"](Distribution({"name": "x", "ext_modules": [Extension("fused_optim._C", sources=[])]}))
-    build.build_lib, build.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
-    build.ensure_finalized()
-    stale = Path(build.get_ext_fullpath("fused_optim._C"))
-    stale.parent.mkdir(parents=True)
-    stale.touch()
-    build.run()
-    assert "installing without the C++ extension" in capsys.readouterr().err
-    assert not stale.exists()
+
+def test_sources_that_hide_the_installed_package(tmp_path: Path) -> None:
+    """As in a checkout after `pip install .`: Python imports what lies in the folder it is started in."""
+    checkout, site = tmp_path / "checkout", tmp_path / "site"
+    package, installed = copy_of_the_package(checkout), copy_of_the_package(site)
+    for name in modules.NAMES:
+        (installed / f"{name}{EXTENSION_SUFFIXES[0]}").touch()
+    for said in falls_back(checkout, site)[:2]:
+        assert f"Python has imported the sources in {package}, where nothing is built, and not the installed " in said
+        assert f"package in {installed}; start it in another folder" in said
+
+
+def test_the_reason_why_a_module_was_not_built_is_kept(tmp_path: Path) -> None:
+    package = copy_of_the_package(tmp_path)
+    reasons = dict.fromkeys(modules.NAMES, "there is no C++ compiler (c++) on this machine")
+    (package / "_build.json").write_text(json.dumps({"version": VERSION, "missing": reasons}))
+    for said in falls_back(tmp_path)[:2]:
+        assert "is not built: there is no C++ compiler (c++) on this machine" in said
+
+
+# ---- building
+
+
+BUILD = """
+import json, sys
+from setuptools import Distribution
+sys.argv = ["setup.py"]
+import runpy
+made = runpy.run_path("setup.py", run_name="not main")
+distribution = Distribution({{"name": "fused_optim", "ext_modules": made["modules"](), "packages": ["fused_optim"]}})
+build = made["Build"](distribution)
+build.build_lib, build.build_temp = {lib!r}, {temp!r}
+build.ensure_finalized()
+build.run()
+"""
+
+
+def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What setup.py builds from a few small sources that stand in for the real ones, in seconds."""
+    source = tmp_path / "source"
+    if not source.exists():
+        (source / "fused_optim").mkdir(parents=True)
+        for name in ("setup.py", "fused_optim/__init__.py"):
+            shutil.copy(ROOT / name, source / name)
+        for path in (*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")):
+            (source / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, source / path.relative_to(ROOT))
+        for folder, module in (("cpu", "FUSED_MODULE"), ("poll", "_poll"), ("poll/aten", "_poll_aten"), ("cuda", "X")):
+            (source / "csrc" / folder).mkdir(parents=True, exist_ok=True)
+            files = {"bindings.cpp": module}
+            if folder == "cuda":
+                files = {"bindings_emulated.cpp": "_cuda_emulated", "bindings.cpp": "_cuda"}
+            for file, name in files.items():
+                (source / "csrc" / folder / file).write_text(TINY.format(name=name))
+        for file in ("cpu/step.cpp", "cuda/emulate.cpp", "cuda/step.cu", "poll/watch_groups.cpp"):
+            (source / "csrc" / file).write_text("int nothing() { return 0; }\n")
+    code = BUILD.format(lib=str(tmp_path / "lib"), temp=str(tmp_path / "temp"))
+    hidden = {"FUSED_OPTIM_CPP", "FUSED_OPTIM_CUDA", "CUDA_HOME", "CUDA_PATH", "CXX", "CC"}
+    inherited = {key: value for key, value in os.environ.items() if key not in hidden}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=source, env={**inherited, **environment}, capture_output=True, text=True
+    )
+
+
+TINY = """
+#include <Python.h>
+#define NAMED(x) PyInit_##x
+#define INIT(x) NAMED(x)
+extern "C" __attribute__((visibility("default"))) PyObject* INIT({name})() {{ return nullptr; }}
+"""
+
+
+def built(tmp_path: Path) -> dict[str, str]:
+    """The modules that are there, each as "", and those that are missing, each with the reason."""
+    folder = tmp_path / "lib/fused_optim"
+    there = {path.name.partition(".")[0]: "" for path in folder.glob("*.so")}
+    missing: dict[str, Any] = json.loads((folder / "_build.json").read_text())["missing"]
+    assert not there.keys() & missing.keys()
+    return there | missing
+
+
+def test_one_changed_file_compiles_one_file(tmp_path: Path) -> None:
+    assert shutil.which("ninja"), "ninja is among the requirements of the tests"
+    first = build(tmp_path)
+    assert first.returncode == 0, first.stdout + first.stderr
+    found = built(tmp_path)
+    assert {name for name, reason in found.items() if not reason} >= {"_poll", "_cpu_baseline", "_cuda_emulated"}
+    assert "FUSED_OPTIM_CUDA=1" in found["_cuda"] or torch.version.cuda
+    assert "no work to do" in (again := build(tmp_path).stdout) and " -c " not in again
+    (tmp_path / "source/csrc/poll/bindings.cpp").write_text(TINY.format(name="_poll") + "int more;\n")
+    compiled = re.findall(r" -c (\S+\.cpp) ", build(tmp_path).stdout)
+    assert [Path(path).name for path in compiled] == ["bindings.cpp"]
+
+
+def test_a_module_that_does_not_compile_leaves_the_others(tmp_path: Path) -> None:
+    """And takes away what an earlier build has left; asked for by name, it fails the installation."""
+    assert build(tmp_path).returncode == 0
+    (tmp_path / "source/csrc/poll/bindings.cpp").write_text("#error this does not compile\n")
+    done = build(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "installing without fused_optim._poll: Error compiling objects" in done.stderr
+    found = built(tmp_path)
+    assert "pip install -v shows the compiler's output" in found["_poll"]
+    assert found["_cpu_baseline"] == ""
+    assert build(tmp_path, FUSED_OPTIM_CPP="1").returncode != 0
+
+
+def test_no_compiler(tmp_path: Path) -> None:
+    assert build(tmp_path, CXX="/no/such/compiler").returncode == 0
+    found = built(tmp_path)
+    sentence = "there is no C++ compiler (/no/such/compiler) on this machine; install g++, or set CXX"
+    assert all(found[name] == sentence for name in ("_poll", "_cpu_baseline", "_cuda_emulated"))
+    asked = build(tmp_path, CXX="/no/such/compiler", FUSED_OPTIM_CPP="1")
+    assert asked.returncode != 0 and sentence in asked.stderr
+
+
+def test_no_nvcc(tmp_path: Path) -> None:
+    asked = build(tmp_path, FUSED_OPTIM_CUDA="1", CUDA_HOME="/no/such/folder")
+    assert asked.returncode != 0
+    assert "FUSED_OPTIM_CUDA=1, but the CUDA module cannot be built: there is no nvcc in CUDA_HOME" in asked.stderr

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 import torch
-from commands import ROOT
+from commands import ROOT, run
 from torch import Tensor, nn
 
 TEXT = (ROOT / "README.md").read_text()
@@ -40,3 +41,8 @@ def test_the_examples_run_and_their_optimizers_step() -> None:
         names["optimizer"].step()
         unmoved = [index for index, (p, q) in enumerate(zip(params, before, strict=True)) if torch.equal(p, q)]
         assert not unmoved, f"after the example in line {line} of README.md"
+
+
+def test_the_tables_are_those_of_the_committed_figures() -> None:
+    """`python bench/readme.py` writes them."""
+    run([sys.executable, "bench/readme.py", "--check"])

@@ -11,7 +11,7 @@ import torch
 from commands import ROOT, SETUP, run
 
 WALKERS = {
-    "cpu": ["tests/cpp/walk_cpu.cpp", "csrc/cpu/step.cpp", "csrc/cpu/grads.cpp"],
+    "cpu": ["tests/cpp/walk_cpu.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("step", "grads", "floor", "threads"))],
     "cuda-emulated": ["tests/cpp/walk_cuda.cpp", "csrc/cuda/emulate.cpp"],
 }
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -27,6 +27,16 @@ def test_walker_against_double_precision(walker: str, tmp_path: Path) -> None:
     run(["g++", "-std=c++17", "-O1", "-g", "-fopenmp", *sanitizers, *sources, "-o", driver])
     agreeing = re.search(r"(\d+) updates of single elements agree", run([driver, "0", "12"]))
     assert agreeing and int(agreeing.group(1)) > 500_000
+
+
+@needs_gxx
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_threads_share_the_pieces(sanitizer: str, tmp_path: Path) -> None:
+    """Each piece is taken once, in the order that is promised, whichever threads come late or never; and a pass whose
+    end had to be waited for is left to one thread, for a while. The thread sanitizer does not know OpenMP's regions."""
+    driver, flags = str(tmp_path / "threads"), ["-std=c++17", "-O1", "-g", "-fopenmp", f"-fsanitize={sanitizer}"]
+    run(["g++", *flags, "tests/cpp/threads.cpp", "-o", driver])
+    assert "every piece once" in run([driver, *(["without regions"] if sanitizer == "thread" else [])])
 
 
 @needs_gxx

@@ -212,7 +212,12 @@ def launch_scale(
 
 @cache
 def _neutral(device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.ones(1, device=device), torch.zeros(1, device=device)
+    """A 1 and a 0 that all optimizers of a device share. They are waited for, once: the next to read them may be on
+    another stream, which waits for nothing here."""
+    made = torch.ones(1, device=device), torch.zeros(1, device=device)
+    if device.type != "cpu":
+        torch.cuda.current_stream(device).synchronize()
+    return made
 
 
 def _float32_on(device: torch.device, tensor: Tensor) -> Tensor:

@@ -1,57 +1,65 @@
-#include "floor.h"
-
 #include <algorithm>
 #include <utility>
 
-namespace fused_optim {
+#include "grads.h"
+
+namespace fused_optim::FUSED_ISA {
 namespace {
 
-constexpr int64_t kSpan = 16384;  // bytes of each stream in one piece of work, as kChunk float32 elements
+constexpr int64_t kBlock = 1024;  // bytes of each stream between two prefetches, as in a step
 
 // `zero` is 0, which the compiler must not know.
 template <int W, int R>
-uint64_t pass(const FloorSpan& span, uint64_t zero) {
-  const int64_t words = std::min(kSpan, span.row->bytes - span.begin) / 8;
-  uint64_t* streams[W + R];
-  for (int s = 0; s < W + R; ++s) streams[s] = reinterpret_cast<uint64_t*>(span.row->streams[s] + span.begin);
+uint64_t pass(const FloorSpan& span, int prefetch, uint64_t zero) {
   uint64_t seen = 0;
+  for (int64_t begin = span.begin; begin < span.end; begin += kBlock) {
+    const int64_t bytes = std::min(kBlock, span.end - begin), words = bytes / 8;
+    uint64_t* streams[W + R];
+    for (int s = 0; s < W + R; ++s) {
+      char* const at = span.row->streams[s] + begin;
+      if (prefetch != 0) {
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + prefetch + byte);
+      }
+      streams[s] = reinterpret_cast<uint64_t*>(at);
+    }
 #pragma omp simd reduction(| : seen)
-  for (int64_t i = 0; i < words; ++i) {
-    for (int s = W; s < W + R; ++s) seen |= streams[s][i];
-    for (int s = 0; s < W; ++s) streams[s][i] |= zero;
+    for (int64_t i = 0; i < words; ++i) {
+      for (int s = W; s < W + R; ++s) seen |= streams[s][i];
+      for (int s = 0; s < W; ++s) streams[s][i] |= zero;
+    }
   }
   return seen;
 }
 
 template <int W, int R>
-void run(const std::vector<FloorSpan>& spans, int threads) {
+void run(const std::vector<FloorSpan>& spans, const FloorPattern& pattern) {
   static volatile uint64_t nothing = 0;
   const uint64_t zero = nothing;
   uint64_t seen = 0;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : seen)
-  for (size_t i = 0; i < spans.size(); ++i) seen |= pass<W, R>(spans[i], zero);
+  if (pattern.threads == 1) {
+    for (const FloorSpan& span : spans) seen |= pass<W, R>(span, pattern.prefetch, zero);
+  } else if (pattern.piece == 0) {
+#pragma omp parallel for num_threads(pattern.threads) schedule(static) reduction(| : seen)
+    for (size_t i = 0; i < spans.size(); ++i) seen |= pass<W, R>(spans[i], pattern.prefetch, zero);
+  } else {
+#pragma omp parallel for num_threads(pattern.threads) schedule(dynamic) reduction(| : seen)
+    for (size_t i = 0; i < spans.size(); ++i) seen |= pass<W, R>(spans[i], pattern.prefetch, zero);
+  }
   if (seen == 0x5eed) nothing = zero;
 }
 
 template <int... I>
-bool choose(int choice, const std::vector<FloorSpan>& spans, int threads, std::integer_sequence<int, I...>) {
-  return ((choice == I && (run<I / kFloorRead + 1, I % kFloorRead + 1>(spans, threads), true)) || ...);
+bool choose(int choice, const std::vector<FloorSpan>& spans, const FloorPattern& pattern,
+            std::integer_sequence<int, I...>) {
+  return ((choice == I && (run<I / kFloorRead + 1, I % kFloorRead + 1>(spans, pattern), true)) || ...);
 }
 
 }  // namespace
 
-std::vector<FloorSpan> floor_spans(const std::vector<FloorRow>& rows) {
-  std::vector<FloorSpan> spans;
-  for (const FloorRow& row : rows) {
-    for (int64_t begin = 0; begin < row.bytes; begin += kSpan) spans.push_back({&row, begin});
-  }
-  return spans;
-}
-
-bool floor_pass(const std::vector<FloorSpan>& spans, int written, int read, int threads) {
+bool floor_pass(const std::vector<FloorSpan>& spans, int written, int read, const FloorPattern& pattern) {
   if (written < 1 || read < 1 || read > kFloorRead) return false;
-  return choose((written - 1) * kFloorRead + read - 1, spans, threads,
+  return choose((written - 1) * kFloorRead + read - 1, spans, pattern,
                 std::make_integer_sequence<int, kFloorWritten * kFloorRead>{});
 }
 
-}  // namespace fused_optim
+}  // namespace fused_optim::FUSED_ISA

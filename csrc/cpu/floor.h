@@ -1,4 +1,4 @@
-// What the memory allows: the ceiling that benchmarks hold the step against.
+// What the memory allows: the passes that benchmarks hold the step against.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -13,16 +13,29 @@ struct FloorRow {
   int64_t bytes;
 };
 
-// What one turn takes.
+// What one turn takes: some bytes of each stream of a row.
 struct FloorSpan {
   const FloorRow* row;
-  int64_t begin;
+  int64_t begin, end;
 };
 
-std::vector<FloorSpan> floor_spans(const std::vector<FloorRow>& rows);
+// How a pass goes over memory. piece: bytes of each stream that a thread takes at a time, as they come; 0: each thread
+// has one contiguous share. prefetch: bytes ahead that are asked for, 0 for none.
+struct FloorPattern {
+  int64_t piece;
+  int threads;
+  int prefetch;
+};
 
-// A pass with the reads and writes of a step and no arithmetic, in one parallel region. False where there are none or
-// too many streams.
-bool floor_pass(const std::vector<FloorSpan>& spans, int written, int read, int threads);
+inline std::vector<FloorSpan> floor_spans(const std::vector<FloorRow>& rows, int64_t piece) {
+  constexpr int64_t kLeast = 16384;  // of which contiguous shares are made
+  if (piece == 0) piece = kLeast;
+  std::vector<FloorSpan> spans;
+  for (const FloorRow& row : rows) {
+    for (int64_t begin = 0; begin < row.bytes; begin += piece)
+      spans.push_back({&row, begin, begin + piece < row.bytes ? begin + piece : row.bytes});
+  }
+  return spans;
+}
 
 }  // namespace fused_optim

@@ -3,10 +3,6 @@
 
 #include "../prep.h"
 
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
-
 namespace fused_optim::FUSED_ISA {
 namespace {
 
@@ -58,13 +54,12 @@ void add_squares(const BFloat16* x, double (&part)[kLanes]) {
 }
 
 #ifdef __F16C__
-// With the processor's own conversions, which the compiler does not think of: some eight times as fast as by bits.
 void add_squares(const Float16* x, double (&part)[kLanes]) {
   float sum[kLanes];
   for (int lane = 0; lane < kLanes; lane += 8) {
     __m256 eight = _mm256_setzero_ps();
     for (int i = lane; i < kLanes * kRun; i += kLanes) {
-      const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i)));
+      const __m256 wide = widen_eight(x + i);
       eight = _mm256_fmadd_ps(wide, wide, eight);
     }
     _mm256_storeu_ps(sum + lane, eight);
@@ -87,7 +82,7 @@ double squares_in(const G* x, int count) {
 
 // The sum of the squares of one chunk's gradient.
 double squares_of(const Tables& t, int64_t desc) {
-  const int64_t row = (desc >> 8) & 0xffffff, begin = (desc >> 32) * kChunk;
+  const int64_t row = row_of(desc), begin = chunk_of(desc) * kChunk;
   const double* raw = t.raw + int64_t{t.group[row]} * kRawWidth;
   if (t.grads[row] == 0 || raw[kMaxNorm] == 0.0) return 0.0;
   const int64_t* columns = t.rows + row * kRowWidth;
@@ -111,22 +106,17 @@ void scale_block(T factor, G* grad, int count) {
 }
 
 #ifdef __F16C__
-// As add_squares.
 void scale_block(float factor, Float16* grad, int count) {
   if (factor == 1.0f) return;
   int i = 0;
-  for (; i + 8 <= count; i += 8) {
-    auto* eight = reinterpret_cast<__m128i*>(grad + i);
-    const __m256 scaled = _mm256_mul_ps(_mm256_cvtph_ps(_mm_loadu_si128(eight)), _mm256_set1_ps(factor));
-    _mm_storeu_si128(eight, _mm256_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT));
-  }
+  for (; i + 8 <= count; i += 8) narrow_eight(_mm256_mul_ps(widen_eight(grad + i), _mm256_set1_ps(factor)), grad + i);
   scale_block<float, Float16>(factor, grad + i, count - i);
 }
 #endif
 
 // One chunk's gradient becomes what clipping makes of it.
 void scale_chunk(const Tables& t, int64_t desc) {
-  const int64_t row = (desc >> 8) & 0xffffff, begin = (desc >> 32) * kChunk;
+  const int64_t row = row_of(desc), begin = chunk_of(desc) * kChunk;
   if (t.grads[row] == 0) return;
   const double factor = clip_coefficient(t.raw + int64_t{t.group[row]} * kRawWidth, *t.squares, 1.0);
   const int64_t* columns = t.rows + row * kRowWidth;
@@ -141,16 +131,18 @@ void scale_chunk(const Tables& t, int64_t desc) {
 }  // namespace
 
 double squares(const Tables& t, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, grain(t, threads))
-  for (int64_t i = 0; i < t.chunks; ++i) t.partials[i] = squares_of(t, t.desc[i]);
+  walk_chunks(t, threads, Order::kForward, [](const Tables& t, int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; ++i) t.partials[i] = squares_of(t, t.desc[i]);
+  });
   double total = 0.0;
   for (int64_t i = 0; i < t.chunks; ++i) total += t.partials[i];  // in this order, whatever the threads did
   return total;
 }
 
 void scale(const Tables& t, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, grain(t, threads))
-  for (int64_t i = 0; i < t.chunks; ++i) scale_chunk(t, t.desc[i]);
+  walk_chunks(t, threads, Order::kBackward, [](const Tables& t, int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; ++i) scale_chunk(t, t.desc[i]);
+  });
 }
 
 }  // namespace fused_optim::FUSED_ISA

@@ -1,4 +1,4 @@
-// The CPU walker's passes over gradients alone, one set per instruction set; step.h says what they do.
+// What the CPU walker has in other files, one set per instruction set; step.h says what they do.
 #pragma once
 #include "stream.h"
 
@@ -6,5 +6,6 @@ namespace fused_optim::FUSED_ISA {
 
 double squares(const Tables& t, int threads);
 void scale(const Tables& t, int threads);
+bool floor_pass(const std::vector<FloorSpan>& spans, int written, int read, const FloorPattern& pattern);
 
 }  // namespace fused_optim::FUSED_ISA

@@ -1,6 +1,5 @@
 // The CPU walker: one parallel region for the whole step, whatever the number of tensors, groups and dtypes.
-// setup.py compiles this file once per instruction set, with FUSED_ISA naming the namespace; simd.cpp chooses at run
-// time.
+// setup.py compiles this file once per instruction set, with FUSED_ISA naming the namespace.
 #include "step.h"
 
 #include "../prep.h"
@@ -37,11 +36,6 @@ struct Row {
 // rules; those with a trust ratio are walked by `advance` and, once the ratios are known, by `move`.
 enum class Pass { kUpdate, kAdvance, kMove };
 
-// Squares of params and updates, summed as far as the walk has come.
-struct Sums {
-  double param = 0.0, update = 0.0;
-};
-
 // The loop over elements that the compiler vectorises. P, G and A are what param, grad and states are stored as.
 template <Pass pass, class Rule, class T, int S, class P, class G, class A>
 void update_block(const Hyper<T>& hyper, P* param, const G* grad, A* const* states, int count) {
@@ -65,7 +59,7 @@ void update_block(const Hyper<T>& hyper, P* param, const G* grad, A* const* stat
 
 // Of states as they are stored: `move` will make its updates of these, and a float16 state may have become 0.
 template <class Rule, class T, int S, class P, class A>
-void measure_block(const Hyper<T>& hyper, const P* param, A* const* states, int count, Sums& sums) {
+void measure_block(const Hyper<T>& hyper, const P* param, A* const* states, int count, double* sums) {
   const Hyper<T> h = hyper;
   const A* state[S];
   for (int s = 0; s < S; ++s) state[s] = states[s];
@@ -79,8 +73,8 @@ void measure_block(const Hyper<T>& hyper, const P* param, A* const* states, int 
     param_sum += wide * wide;
     update_sum += update * update;
   }
-  sums.param += param_sum;
-  sums.update += update_sum;
+  sums[0] += param_sum;
+  sums[1] += update_sum;
 }
 
 // Two float32 numbers as such a pair.
@@ -131,11 +125,11 @@ void average_block(const Hyper<T>& hyper, const P* param, const Stream& ema, int
   else visit_dtype(ema.dtype, follow);
 }
 
-// The dtypes in which models are trained, straight from memory to memory.
+// The dtypes in which models are trained, straight from memory to memory. Where
+// they are asked for, `sums` gets the squares of params and of updates, summed over each chunk.
 template <Pass pass, class Rule, bool kAverages, class T, int S, class P, class G, class A>
-Sums update_direct(const Hyper<T>& h, const Row<S>& row, int64_t begin, int64_t end) {
+void update_direct(const Hyper<T>& h, const Row<S>& row, int64_t begin, int64_t end, double* sums) {
   constexpr int kBlock = kBlockBytes / sizeof(P);
-  Sums sums;
   for (int64_t element = begin; element < end; element += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - element));
     row.prefetch(element, count);
@@ -144,20 +138,19 @@ Sums update_direct(const Hyper<T>& h, const Row<S>& row, int64_t begin, int64_t 
     for (int s = 0; s < S; ++s) states[s] = reinterpret_cast<A*>(row.state(s).at(element));
     auto* param = reinterpret_cast<P*>(row.param.at(element));
     update_block<pass, Rule, T, S>(h, param, reinterpret_cast<const G*>(row.grad.at(element)), states, count);
-    if constexpr (pass == Pass::kAdvance) measure_block<Rule, T, S>(h, param, states, count, sums);
+    if constexpr (pass == Pass::kAdvance)
+      measure_block<Rule, T, S>(h, param, states, count, sums + 2 * ((element - begin) / kChunk));
     if constexpr (kAverages) average_block(h, param, row.ema(), element, count);
   }
-  return sums;
 }
 
 // Any other combination, by way of float32 copies of each block.
 template <Pass pass, class Rule, bool kAverages, int S>
-Sums update_copied(const Hyper<float>& h, const Row<S>& row, int64_t begin, int64_t end) {
+void update_copied(const Hyper<float>& h, const Row<S>& row, int64_t begin, int64_t end, double* sums) {
   constexpr int kBlock = kBlockBytes / sizeof(float);
   alignas(64) float param[kBlock], grad[kBlock], state[S > 0 ? S : 1][kBlock];
   float* states[S > 0 ? S : 1];
   for (int s = 0; s < S; ++s) states[s] = state[s];
-  Sums sums;
   for (int64_t element = begin; element < end; element += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - element));
     row.prefetch(element, count);
@@ -171,7 +164,7 @@ Sums update_copied(const Hyper<float>& h, const Row<S>& row, int64_t begin, int6
     }
     if constexpr (pass == Pass::kAdvance) {
       for (int s = 0; s < S; ++s) row.state(s).load(element, count, state[s]);
-      measure_block<Rule, float, S>(h, param, states, count, sums);
+      measure_block<Rule, float, S>(h, param, states, count, sums + 2 * ((element - begin) / kChunk));
     }
     if constexpr (kAverages) {
       visit_dtype(row.param.dtype, [&](auto type) {
@@ -179,7 +172,6 @@ Sums update_copied(const Hyper<float>& h, const Row<S>& row, int64_t begin, int6
       });
     }
   }
-  return sums;
 }
 
 // The scalars of a row. The second walk of a rule with a trust ratio takes the ratio with lr.
@@ -192,84 +184,78 @@ Hyper<T> hyper_of(const Tables& t, int64_t row) {
 }
 
 template <Pass pass, class Rule, bool kAverages, int S>
-Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk) {
-  const int64_t* columns = t.rows + row_number * kRowWidth;
-  const int64_t begin = chunk * kChunk, end = std::min(columns[kNumel], begin + kChunk);
-  const Row<S> row(columns, t.grads[row_number]);
+void update_row(const Tables& t, int64_t row_number, int64_t begin, int64_t end, double* sums) {
+  const Row<S> row(t.rows + row_number * kRowWidth, t.grads[row_number]);
   const Dtype param = row.param.dtype, grad = row.grad.dtype, states = S > 0 ? row.state(0).dtype : param;
   bool alike = true;
   for (int s = 1; s < S; ++s) alike &= row.state(s).dtype == states;
 
   if (param == kFloat64) {
     return update_direct<pass, Rule, kAverages, double, S, double, double, double>(
-        hyper_of<double, pass>(t, row_number), row, begin, end);
+        hyper_of<double, pass>(t, row_number), row, begin, end, sums);
   }
   const Hyper<float> h = hyper_of<float, pass>(t, row_number);
   if (alike && param == grad) {
     if (param == kFloat32 && states == kFloat32)
-      return update_direct<pass, Rule, kAverages, float, S, float, float, float>(h, row, begin, end);
+      return update_direct<pass, Rule, kAverages, float, S, float, float, float>(h, row, begin, end, sums);
     if (param == kBFloat16 && states == kBFloat16)
-      return update_direct<pass, Rule, kAverages, float, S, BFloat16, BFloat16, BFloat16>(h, row, begin, end);
+      return update_direct<pass, Rule, kAverages, float, S, BFloat16, BFloat16, BFloat16>(h, row, begin, end, sums);
     if (param == kBFloat16 && states == kFloat32)
-      return update_direct<pass, Rule, kAverages, float, S, BFloat16, BFloat16, float>(h, row, begin, end);
+      return update_direct<pass, Rule, kAverages, float, S, BFloat16, BFloat16, float>(h, row, begin, end, sums);
   }
-  return update_copied<pass, Rule, kAverages, S>(h, row, begin, end);
+  update_copied<pass, Rule, kAverages, S>(h, row, begin, end, sums);
 }
 
+// Neighbouring chunks of one row go in one: what is the same for the whole row is looked up once.
 template <Pass pass, class Rule, bool kAverages>
-Sums update(const Tables& t, int64_t desc) {
-  const int64_t row = (desc >> 8) & 0xffffff, chunk = desc >> 32;
-  Sums sums;
-  if (t.hyper[row * kHyperWidth + kSkip] != 0.0) return sums;
-  visit_states<Rule>(t.rows[row * kRowWidth + kSignature], [&](auto states) {
-    sums = update_chunk<pass, Rule, kAverages, decltype(states)::value>(t, row, chunk);
-  });
-  return sums;
+void update(const Tables& t, int64_t first, int64_t end) {
+  for (int64_t next; first < end; first = next) {
+    constexpr int64_t kNextChunk = int64_t{1} << 32;
+    for (next = first + 1; next < end && t.desc[next] == t.desc[next - 1] + kNextChunk;) ++next;
+    double* const sums = t.partials + 2 * first;
+    if constexpr (pass == Pass::kAdvance) std::fill(sums, t.partials + 2 * next, 0.0);
+    const int64_t row = row_of(t.desc[first]);
+    if (t.hyper[row * kHyperWidth + kSkip] != 0.0) continue;
+    const int64_t* columns = t.rows + row * kRowWidth;
+    const int64_t element = chunk_of(t.desc[first]) * kChunk;
+    const int64_t end_element = std::min(columns[kNumel], element + (next - first) * kChunk);
+    visit_states<Rule>(columns[kSignature], [&](auto states) {
+      update_row<pass, Rule, kAverages, decltype(states)::value>(t, row, element, end_element, sums);
+    });
+  }
 }
+
+// The norm of the gradients has just been taken: the last ones are still near.
+Order order_of_step(const Tables& t) { return t.squares ? Order::kBackward : Order::kForward; }
 
 template <class Rule, bool kAverages>
 void step_all(const Tables& t, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    BiasCorrections memo{};
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < t.tensors; ++row) prepare(t, row, memo);
-#pragma omp for schedule(dynamic, grain(t, threads))
-    for (int64_t i = 0; i < t.chunks; ++i) {
-      if constexpr (Rule::trust) {
-        const Sums sums = update<Pass::kAdvance, Rule, false>(t, t.desc[i]);
-        t.partials[2 * i] = sums.param;
-        t.partials[2 * i + 1] = sums.update;
-      } else {
-        update<Pass::kUpdate, Rule, kAverages>(t, t.desc[i]);
+  constexpr Pass pass = Rule::trust ? Pass::kAdvance : Pass::kUpdate;
+  walk_rows(
+      t, threads, order_of_step(t), [&](int64_t row, BiasCorrections& memo) { prepare(t, row, memo); },
+      update<pass, Rule, kAverages>);
+  if constexpr (Rule::trust) {
+    for (int64_t row = 0; row < t.tensors; ++row) {
+      double param = 0.0, update = 0.0;
+      for (int64_t i = t.spans[row]; i < t.spans[row + 1]; ++i) {
+        param += t.partials[2 * i];
+        update += t.partials[2 * i + 1];
       }
-    }
-    if constexpr (Rule::trust) {
-#pragma omp for schedule(static)
-      for (int64_t row = 0; row < t.tensors; ++row) {
-        Sums sums;
-        for (int64_t i = t.spans[row]; i < t.spans[row + 1]; ++i) {
-          sums.param += t.partials[2 * i];
-          sums.update += t.partials[2 * i + 1];
-        }
-        t.sums[2 * row] = sums.param;
-        t.sums[2 * row + 1] = sums.update;
-      }
+      t.sums[2 * row] = param;
+      t.sums[2 * row + 1] = update;
     }
   }
 }
 
 template <class Rule, bool kAverages>
 void move_all(const Tables& t, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < t.tensors; ++row) {
-      if (t.hyper[row * kHyperWidth + kSkip] == 0.0) t.trust[row] = trust_ratio(t, row);
-    }
-#pragma omp for schedule(dynamic, grain(t, threads))
-    for (int64_t i = 0; i < t.chunks; ++i) update<Pass::kMove, Rule, kAverages>(t, t.desc[i]);
-  }
+  // The last params and states of the first walk are still near.
+  walk_rows(
+      t, threads, Order::kBackward,
+      [&](int64_t row, BiasCorrections&) {
+        if (t.hyper[row * kHyperWidth + kSkip] == 0.0) t.trust[row] = trust_ratio(t, row);
+      },
+      update<Pass::kMove, Rule, kAverages>);
 }
 
 bool step(const char* rule, const Tables& t, int threads) {
@@ -294,6 +280,6 @@ bool move(const char* rule, const Tables& t, int threads) {
 
 }  // namespace
 
-const CpuWalker walker = {step, move, squares, scale};
+const CpuWalker walker = {step, move, squares, scale, floor_pass};
 
 }  // namespace fused_optim::FUSED_ISA

@@ -1,6 +1,9 @@
 // The CPU walker's entry points, one set per instruction set.
 #pragma once
+#include <vector>
+
 #include "../tables.h"
+#include "floor.h"
 
 namespace fused_optim {
 
@@ -15,6 +18,8 @@ struct CpuWalker {
   // Multiplies each gradient in place by what clips its group to its bound, with `t.squares` for the norm; leaves those
   // alone that stay as they are.
   void (*scale)(const Tables& t, int threads);
+  // A pass with the reads and writes of a step and no arithmetic. False where there are none or too many streams.
+  bool (*floor)(const std::vector<FloorSpan>& spans, int written, int read, const FloorPattern& pattern);
 };
 
 namespace baseline {

@@ -190,10 +190,10 @@ class Run {
       spans_.push_back(row(desc_.size()));
       for (int64_t chunk = 0; chunk * kChunk < p.numel; ++chunk)
         desc_.push_back(chunk << 32 | r << 8 | kind << 1 | slow);
-      if (rule_.trust) std::shuffle(desc_.begin() + spans_.back(), desc_.end(), random_);
+      if (rule_.trust && any_order) std::shuffle(desc_.begin() + spans_.back(), desc_.end(), random_);
     }
     spans_.push_back(row(desc_.size()));
-    if (!rule_.trust) std::shuffle(desc_.begin(), desc_.end(), random_);  // nobody asks for spans then
+    if (!rule_.trust && any_order) std::shuffle(desc_.begin(), desc_.end(), random_);  // nobody asks for spans then
     partials_.resize(2 * desc_.size());
     for (size_t i = 0; i < groups_.size(); ++i) {
       Group& g = groups_[i];

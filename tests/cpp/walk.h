@@ -2,6 +2,8 @@
 #pragma once
 #include "../../csrc/tables.h"
 
+extern const bool any_order;  // whether chunks may come in any
+
 int walk_step(const char* rule, const fused_optim::Tables& t);
 int walk_move(const char* rule, const fused_optim::Tables& t);
 double walk_squares(const fused_optim::Tables& t);

@@ -1,9 +1,11 @@
 #include "watch_groups.h"
 
-#include "tables.h"
+#include "../tables.h"
 
 namespace fused_optim {
 namespace {
+
+int64_t address_of(py::handle tensor) { return tensor.attr("data_ptr")().cast<int64_t>(); }
 
 void prefetch(const WatchedGroup& group) {
   __builtin_prefetch(group.group.ptr());
@@ -15,14 +17,19 @@ void prefetch(const WatchedGroup& group) {
 }  // namespace
 
 GroupWatch::GroupWatch(py::list groups, const std::vector<ColumnSpec>& columns,
-                       const std::vector<std::string>& deciding, at::Tensor raw, at::Tensor lr)
-    : groups_(std::move(groups)), raw_(std::move(raw)), lr_(std::move(lr)) {
+                       const std::vector<std::string>& deciding, py::object raw, py::object lr)
+    : groups_(std::move(groups)), raw_tensor_(std::move(raw)), lr_tensor_(std::move(lr)) {
+  const py::module_ torch = py::module_::import("torch");
+  tensor_class_ = torch.attr("Tensor");
+  float32_ = torch.attr("float32");
+  float64_ = torch.attr("float64");
+  raw_ = reinterpret_cast<double*>(address_of(raw_tensor_));
+  lr_ = reinterpret_cast<int64_t*>(address_of(lr_tensor_));
   for (const auto& [key, first, count, optional, is_switch] : columns)
     columns_.push_back({py::str(key), first, count, optional, is_switch});
   deciding_.push_back(py::str("params"));
   for (const std::string& key : deciding) deciding_.push_back(py::str(key));
-  const double* made = raw_.const_data_ptr<double>();
-  if (raw_.numel() != 0) defaults_.assign(made, made + kRawWidth);
+  if (groups_.size() != 0) defaults_.assign(raw_, raw_ + kRawWidth);
   for (py::handle handle : groups_) {
     WatchedGroup watched{py::reinterpret_borrow<py::object>(handle),
                          py::list(),
@@ -101,8 +108,8 @@ bool GroupWatch::look_at_group(size_t index, int& answer) {
 
 bool GroupWatch::read_hyperparameters(size_t index, int& answer) {
   WatchedGroup& watched = watched_groups_[index];
-  double* raw = raw_.mutable_data_ptr<double>() + index * kRawWidth;
-  int64_t* lr = lr_.mutable_data_ptr<int64_t>() + index;
+  double* raw = raw_ + index * kRawWidth;
+  int64_t* lr = lr_ + index;
   watched.volatile_values = false;
 
   auto set = [&](int column, double number) {
@@ -113,13 +120,15 @@ bool GroupWatch::read_hyperparameters(size_t index, int& answer) {
     return true;
   };
   auto put = [&](PyObject* value, int column) {
-    if (THPVariable_Check(value)) {
+    if (!PyFloat_CheckExact(value) && PyObject_IsInstance(value, tensor_class_.ptr()) == 1) {
       watched.volatile_values = true;
-      const at::Tensor& tensor = unpack(value);
-      if (!tensor.is_cpu()) {  // read where it lies, by prep: asking for its value would wait for the device
-        const bool wide = tensor.scalar_type() == at::kDouble;
-        if (column != kLr || !(wide || tensor.scalar_type() == at::kFloat)) return false;
-        const int64_t address = reinterpret_cast<int64_t>(tensor.unsafeGetTensorImpl()->data()) | (wide ? 1 : 0);
+      const py::handle tensor = value;
+      const py::object dtype = tensor.attr("dtype"), place = tensor.attr("device").attr("type");
+      // Read where it lies, by prep: asking for its value would wait for the device.
+      if (!place.equal(py::str("cpu"))) {
+        const bool wide = dtype.equal(float64_);
+        if (column != kLr || !(wide || dtype.equal(float32_))) return false;
+        const int64_t address = address_of(tensor) | (wide ? 1 : 0);
         if (*lr != address) answer |= kRawChanged;
         *lr = address;
         return true;

@@ -34,7 +34,7 @@ class GroupWatch {
   // tables look like, and have no column; what else is in a group may change as it likes. raw: float64 [groups,
   // kRawWidth], lr: int64 [groups], both host tensors written here.
   GroupWatch(py::list groups, const std::vector<ColumnSpec>& columns, const std::vector<std::string>& deciding,
-             at::Tensor raw, at::Tensor lr);
+             py::object raw, py::object lr);
 
   // Writes raw and lr, and says so in the answer where they have changed. False: new tables are due.
   bool look(int& answer);
@@ -48,7 +48,9 @@ class GroupWatch {
   std::vector<py::str> deciding_;
   std::vector<double> defaults_;  // a row of raw as it was made
   bool reading_first_ = true;
-  at::Tensor raw_, lr_;
+  py::object raw_tensor_, lr_tensor_, tensor_class_, float32_, float64_;
+  double* raw_;
+  int64_t* lr_;
   std::vector<WatchedGroup> watched_groups_;
   std::vector<py::object> items_, members_;
 };

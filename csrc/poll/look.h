@@ -1,8 +1,13 @@
 // What the looks at groups and at tensors share: their answers, and how they spare themselves cache misses.
 #pragma once
-#include <torch/csrc/autograd/python_variable.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
 
 namespace fused_optim {
+
+namespace py = pybind11;
 
 // What has moved; these add up. kRebuild: the tables are stale, nothing else is meant.
 enum Answer { kRebuild = 1, kGradsMoved = 2, kRawChanged = 4 };
@@ -14,8 +19,6 @@ constexpr size_t kAhead = 12;
 inline void prefetch_lines(const void* object, int lines) {
   for (int line = 0; line < lines; ++line) __builtin_prefetch(static_cast<const char*>(object) + 64 * line);
 }
-
-inline const at::Tensor& unpack(py::handle object) { return THPVariable_Unpack(object.ptr()); }
 
 // A number that changes whenever a dict does (PEP 509): one cache line to look at in place of ten. 0 where this Python
 // has none; the dicts are then compared entry by entry.

@@ -3,7 +3,7 @@
 #include <ATen/Functions.h>
 #include <c10/core/GradMode.h>
 
-#include "tables.h"
+#include "../../tables.h"
 
 namespace fused_optim {
 namespace {
@@ -54,7 +54,7 @@ void prefetch_tensor(const void* impl, const void* storage) {
 }  // namespace
 
 Watch::Watch(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns,
-             const std::vector<std::string>& deciding, at::Tensor raw, at::Tensor lr)
+             const std::vector<std::string>& deciding, py::object raw, py::object lr)
     : groups_(std::move(groups), columns, deciding, std::move(raw), std::move(lr)), state_(std::move(state)) {
   for (const auto& item : state_) states_.push_back(py::reinterpret_borrow<py::object>(item.second));
 }

@@ -1,0 +1,73 @@
+// What the modules of the kernels share: a table as Python hands it over, by addresses.
+#pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "tables.h"
+
+namespace fused_optim {
+
+namespace py = pybind11;
+
+// fused_optim/modules.py compares these with the Python files' own before it uses a module.
+inline void add_identity(py::module_& m) {
+  m.attr("VERSION") = FUSED_OPTIM_VERSION;
+  m.attr("LAYOUT") = py::make_tuple(kChunk, kRowWidth, kRawWidth, kHyperWidth);
+}
+
+template <class T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// One table: made once, used at every step. Whoever makes it keeps the memory alive.
+struct Arrays {
+  Tables tables;
+  int64_t elements;
+};
+
+inline Arrays make_arrays(const std::vector<int64_t>& x, int64_t chunks, int32_t tensors, int64_t elements, bool ema) {
+  if (x.size() != 11) throw py::value_error("a table has 11 arrays, but got " + std::to_string(x.size()));
+  Tables t{};
+  t.desc = pointer<const int64_t>(x[0]);
+  t.rows = pointer<const int64_t>(x[1]);
+  t.grads = pointer<const int64_t>(x[2]);
+  t.lr = pointer<const int64_t>(x[3]);
+  t.raw = pointer<const double>(x[4]);
+  t.group = pointer<const int32_t>(x[5]);
+  t.hyper = pointer<double>(x[6]);
+  t.spans = pointer<const int64_t>(x[7]);
+  t.partials = pointer<double>(x[8]);
+  t.sums = pointer<double>(x[9]);
+  t.trust = pointer<double>(x[10]);
+  t.chunks = chunks;
+  t.tensors = tensors;
+  t.ema = ema;
+  return {t, elements};
+}
+
+inline void add_arrays(py::module_& m) {
+  py::class_<Arrays>(m, "Arrays", py::module_local())
+      .def(py::init(&make_arrays), py::arg("addresses"), py::arg("chunks"), py::arg("tensors"), py::arg("elements"),
+           py::arg("ema"));
+}
+
+// What comes anew with each step: the address of one number each, in the memory of the table's device, or 0.
+inline Tables with_scaling(const Arrays& arrays, int64_t grad_scale, int64_t found_inf, int64_t squares) {
+  Tables t = arrays.tables;
+  t.grad_scale = pointer<const float>(grad_scale);
+  t.found_inf = pointer<const float>(found_inf);
+  t.squares = pointer<const double>(squares);
+  return t;
+}
+
+inline void require_rule(bool found, const std::string& rule) {
+  if (!found)
+    throw py::value_error("the compiled module has no rule \"" + rule +
+                          "\"; install fused_optim again (pip install .) so that it matches the Python files");
+}
+
+}  // namespace fused_optim

@@ -1,0 +1,95 @@
+// The module of the CPU walker, one per instruction set: setup.py compiles this folder once for each, with FUSED_ISA
+// naming the namespace and FUSED_MODULE the module.
+#include "../bindings.h"
+
+#include "floor.h"
+#include "step.h"
+#include "threads.h"
+
+namespace fused_optim {
+namespace {
+
+const CpuWalker& walker = FUSED_ISA::walker;
+
+int threads_for(const Arrays& arrays, int threads) {
+  return fused_optim::threads_for(arrays.elements, arrays.tables.chunks, threads);
+}
+
+// The floor pass over given memory, ready to run. Streams are lists of as many addresses each; what lies at address t
+// of every stream has sizes[t] bytes. piece and prefetch: of floor.h's pattern.
+class FloorPass {
+ public:
+  using Streams = std::vector<std::vector<int64_t>>;
+
+  FloorPass(const Streams& written, const Streams& read, const std::vector<int64_t>& sizes, int64_t piece, int prefetch)
+      : pattern_{piece, 1, prefetch},
+        written_(static_cast<int>(written.size())),
+        read_(static_cast<int>(read.size())) {
+    if (written_ < 1 || written_ > kFloorWritten || read_ < 1 || read_ > kFloorRead)
+      throw py::value_error("a floor pass takes 1 to " + std::to_string(kFloorWritten) + " written streams and 1 to " +
+                            std::to_string(kFloorRead) + " that are read, but got " + std::to_string(written_) +
+                            " and " + std::to_string(read_));
+    for (size_t t = 0; t < sizes.size(); ++t) {
+      FloorRow row{{}, sizes[t]};
+      for (const Streams* streams : {&written, &read}) {
+        for (const auto& stream : *streams) {
+          if (stream.size() != sizes.size())
+            throw py::value_error("every stream of a floor pass must have as many addresses as there are sizes");
+          row.streams.push_back(pointer<char>(stream[t]));
+        }
+      }
+      rows_.push_back(std::move(row));
+    }
+    spans_ = floor_spans(rows_, piece);
+  }
+
+  void run(int threads) const {
+    py::gil_scoped_release release;
+    FloorPattern pattern = pattern_;
+    pattern.threads = threads;
+    walker.floor(spans_, written_, read_, pattern);
+  }
+
+ private:
+  std::vector<FloorRow> rows_;
+  std::vector<FloorSpan> spans_;
+  FloorPattern pattern_;
+  int written_, read_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(FUSED_MODULE, m) {
+  add_identity(m);
+  add_arrays(m);
+
+  m.def("step", [](const std::string& rule, const Arrays& arrays, int64_t grad_scale, int64_t found_inf,
+                   int64_t squares, int threads) {
+    const Tables t = with_scaling(arrays, grad_scale, found_inf, squares);
+    bool found;
+    {
+      py::gil_scoped_release release;
+      found = walker.step(rule.c_str(), t, threads_for(arrays, threads));
+    }
+    require_rule(found, rule);
+  });
+  m.def("move", [](const std::string& rule, const Arrays& arrays, int threads) {
+    py::gil_scoped_release release;
+    walker.move(rule.c_str(), arrays.tables, threads_for(arrays, threads));
+  });
+  m.def("squares", [](const Arrays& arrays, int64_t out, int threads) {
+    py::gil_scoped_release release;
+    *pointer<double>(out) = walker.squares(arrays.tables, threads_for(arrays, threads));
+  });
+  m.def("scale", [](const Arrays& arrays, int64_t squares, int threads) {
+    py::gil_scoped_release release;
+    walker.scale(with_scaling(arrays, 0, 0, squares), threads_for(arrays, threads));
+  });
+
+  py::class_<FloorPass>(m, "FloorPass", py::module_local())
+      .def(py::init<const FloorPass::Streams&, const FloorPass::Streams&, const std::vector<int64_t>&, int64_t, int>(),
+           py::arg("written"), py::arg("read"), py::arg("sizes"), py::arg("piece"), py::arg("prefetch"))
+      .def("__call__", &FloorPass::run, py::arg("threads"));
+}
+
+}  // namespace fused_optim

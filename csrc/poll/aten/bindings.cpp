@@ -1,0 +1,30 @@
+// The module of the look with torch's headers. It reads tensors as the torch that it was compiled with lays them out,
+// so fused_optim/modules.py looks for these words in the file before it loads it.
+#include "../../bindings.h"
+
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include "watch.h"
+
+namespace fused_optim {
+namespace {
+
+#define TEXT_OF(x) #x
+#define TEXT(x) TEXT_OF(x)
+[[gnu::used]] const char kBuiltFor[] = "built for torch " TEXT(TORCH_VERSION_MAJOR) "." TEXT(TORCH_VERSION_MINOR) ".";
+
+}  // namespace
+
+PYBIND11_MODULE(_poll_aten, m) {
+  add_identity(m);
+  py::class_<Watch>(m, "Watch", py::module_local())
+      .def(py::init<py::list, py::dict, const std::vector<ColumnSpec>&, const std::vector<std::string>&, py::object,
+                    py::object>())
+      .def("add_pending", &Watch::add_pending)
+      .def("add_row", &Watch::add_row)
+      .def("look", &Watch::look)
+      .def("done", &Watch::done);
+}
+
+}  // namespace fused_optim

@@ -1,0 +1,19 @@
+// The module of the look before each step.
+#include "../bindings.h"
+
+#include "watch.h"
+
+namespace fused_optim {
+
+PYBIND11_MODULE(_poll, m) {
+  add_identity(m);
+  py::class_<Watch>(m, "Watch", py::module_local())
+      .def(py::init<py::list, py::dict, const std::vector<ColumnSpec>&, const std::vector<std::string>&, py::object,
+                    py::object>())
+      .def("add_pending", &Watch::add_pending)
+      .def("add_row", &Watch::add_row)
+      .def("look", &Watch::look)
+      .def("done", &Watch::done);
+}
+
+}  // namespace fused_optim

@@ -1,0 +1,83 @@
+// Tensors as DLPack describes them: what torch's exchange table gives, and no header of torch's. The layouts are those
+// of DLPack's specification, version 1 (https://dmlc.github.io/dlpack/latest/c_api.html).
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace fused_optim {
+
+namespace py = pybind11;
+
+struct DlDevice {
+  int32_t type, id;
+};
+
+struct DlType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+constexpr uint8_t kDlFloat = 2, kDlComplex = 5;
+constexpr int32_t kDlCpu = 1;
+
+inline bool operator==(DlType a, DlType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
+inline bool operator==(DlDevice a, DlDevice b) { return a.type == b.type && a.id == b.id; }
+
+struct DlTensor {
+  void* data;
+  DlDevice device;
+  int32_t ndim;
+  DlType dtype;
+  const int64_t *shape, *strides;
+  uint64_t byte_offset;
+
+  const void* address() const { return static_cast<const char*>(data) + byte_offset; }
+};
+
+struct DlHeader {
+  uint32_t major, minor;
+  const DlHeader* previous;
+};
+
+struct DlExchange {
+  DlHeader header;
+  void *allocate, *managed_from_object, *managed_to_object;
+  int (*describe)(void* object, DlTensor* out);  // 0, or -1 with a Python exception
+  void* current_stream;
+};
+
+// torch's table. Throws where this torch has none that is known here.
+const DlExchange& exchange();
+
+// False, without an exception, where torch cannot describe the tensor: it is sparse or on the meta device, say.
+inline bool describe(PyObject* tensor, DlTensor& out) {
+  static const auto function = exchange().describe;
+  if (function(tensor, &out) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+// What torch's own Python bindings call, looked up once: an attribute by its getter, and a method without arguments. A
+// look makes thousands of these calls, and finding the name again in each type costs as much as the call.
+class Getter {
+ public:
+  explicit Getter(const char* name);
+  // A new reference; throws Python's exception.
+  py::object operator()(PyObject* tensor) const;
+
+ private:
+  getter get_;
+  void* closure_;
+};
+
+class Question {
+ public:
+  explicit Question(const char* name);
+  bool operator()(PyObject* tensor) const;
+
+ private:
+  PyCFunction method_;
+};
+
+}  // namespace fused_optim

@@ -1,0 +1,163 @@
+"""A stand-in for the CUDA runtime where torch has no GPU: streams whose work waits, events, pinned buffers, captures.
+
+Device memory is host memory. What is launched is only queued, and runs when its stream is run; what is captured runs at
+every replay. The backend "standin" steps with the emulated CUDA kernels, over the arrays of a DeviceTable. As in CUDA,
+a capture may neither allocate pinned memory nor query an event.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_optim import backends, device, modules
+from fused_optim.backends import Backend, Scaling
+from fused_optim.device import DeviceTable
+from fused_optim.table import Table
+
+Work = Callable[[], object]
+MISSING = modules.load("_cuda_emulated")
+built = pytest.mark.skipif(isinstance(MISSING, str), reason=str(MISSING))
+
+
+class Stream:
+    def __init__(self, number: int) -> None:
+        self.cuda_stream = number
+        self.waiting: list[Work] = []
+        self.launched = self.done = 0
+
+    def launch(self, work: Work) -> None:
+        self.waiting.append(work)
+        self.launched += 1
+
+    def run(self) -> None:
+        """What is waiting, in order."""
+        while self.waiting:
+            self.waiting.pop(0)()
+            self.done += 1
+
+    synchronize = run
+
+
+class Graph:
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.work: list[Work] = []
+
+    def replay(self) -> None:
+        for work in self.work:
+            self.runtime.current.launch(work)
+
+
+class Event:
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.stream, self.position = runtime.current, 0
+
+    def record(self) -> None:
+        self.stream = self.runtime.current
+        self.position = self.stream.launched
+
+    def query(self) -> bool:
+        self.runtime.refuse_in_capture("cudaEventQuery")
+        return self.stream.done >= self.position
+
+
+class Runtime:
+    """recorded: (address, stream) of all that record_stream was told of. pinned: how many bytes were pinned."""
+
+    def __init__(self) -> None:
+        self.streams = [Stream(0)]
+        self.current = self.streams[0]
+        self.graph: Graph | None = None
+        self.recorded: set[tuple[int, int]] = set()
+        self.pinned = 0
+
+    def refuse_in_capture(self, what: str) -> None:
+        if self.graph is not None:
+            raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
+
+    def launch(self, work: Work) -> None:
+        if self.graph is None:
+            self.current.launch(work)
+        else:
+            self.graph.work.append(work)
+
+    def synchronize(self, _: object = None) -> None:
+        self.refuse_in_capture("cudaDeviceSynchronize")
+        for stream in self.streams:
+            stream.run()
+
+    def pin(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        self.refuse_in_capture("cudaHostAlloc")
+        made = torch.full(tuple(shape), -1, dtype=dtype)
+        self.pinned += made.nbytes
+        return made
+
+    @contextmanager
+    def on(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def new_stream(self) -> Stream:
+        self.streams.append(Stream(len(self.streams)))
+        return self.streams[-1]
+
+    @contextmanager
+    def capture(self) -> Iterator[Graph]:
+        """As torch.cuda.graph: on a stream of its own, and all that was launched before is done."""
+        self.synchronize()
+        graph = Graph(self)
+        with self.on(self.new_stream()):
+            self.graph = graph
+            try:
+                yield graph
+            finally:
+                self.graph = None
+
+    def backend(self) -> Backend:
+        def queued(run: Callable[..., None]) -> Callable[..., None]:
+            def launch(table: Table, *args: Any) -> None:
+                self.launch(lambda: run(table, *args))
+
+            return launch
+
+        return dataclasses.replace(
+            backends.BACKENDS["cuda"],
+            name="standin",
+            why_not=lambda _: None,
+            upload=lambda table, moved: DeviceTable.of(table).update(moved),
+            squares=queued(backends._squares_cuda),
+            step=queued(backends._step_cuda),
+            move=queued(backends._move_cuda),
+            scale=queued(backends._scale_cuda),
+        )
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    made = Runtime()
+    monkeypatch.setattr(device, "pinned", made.pin)
+    monkeypatch.setattr(device, "send", lambda source, target: made.launch(lambda: target.copy_(source)))
+    monkeypatch.setattr(device, "capturing", lambda: made.graph is not None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _=None: made.current)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: Event(made))
+    monkeypatch.setattr(torch.cuda, "synchronize", made.synchronize)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    record = lambda tensor, stream: made.recorded.add((tensor.data_ptr(), stream.cuda_stream))  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "record_stream", record)
+    monkeypatch.setattr(backends, "_arrays", lambda table: DeviceTable.of(table).arrays)
+    monkeypatch.setitem(backends.BACKENDS, "standin", made.backend())
+    return made
+
+
+__all__ = ["Event", "Graph", "Runtime", "Scaling", "Stream", "built", "runtime"]

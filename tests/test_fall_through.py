@@ -1,0 +1,444 @@
+"""Machines that lack something, each with a sentence that says what to do; backends that fail at their first launch;
+and steps that fail half way."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import subprocess
+import sys
+import sysconfig
+import types
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    ADAMW,
+    LAMB,
+    Case,
+    Target,
+    build,
+    for_every_class,
+    make_params,
+    on_every_target,
+    random_grads,
+    set_grads,
+)
+from commands import SETUP
+from compare import assert_equal
+from test_errors import SENTENCE, frozen
+
+from fused_optim import FusedAdamW, FusedLAMB, FusedOptimizer, backends, clip, clip_grad_norm_, machine, trial
+from fused_optim import __main__ as cli
+
+GPU = torch.device("cuda", 0)
+
+
+# ---- what the machine lacks
+
+
+@pytest.fixture
+def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine with a GPU and all that Triton needs, as far as anybody looks. Returns the only folder in PATH."""
+    for name in ("gcc", "clang", "nvcc"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("FUSED_OPTIM_CUDA_EMULATE", "0")
+    for variable in ("CC", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    (tmp_path / "Python.h").write_text("")
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "triton" else find(name))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.5.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    return tmp_path
+
+
+def reason(name: str = "triton") -> str | None:
+    return backends.BACKENDS[name].why_not(GPU)
+
+
+def test_nothing_is_missing(healthy: Path) -> None:
+    assert reason() is None
+    (healthy / "gcc").unlink()
+    assert reason() is None, "clang will do"
+
+
+@pytest.mark.parametrize(
+    ("version", "works"),
+    [("3.4.0", False), ("2.3.1+git", False), ("3.5.0", True), ("3.10.1", True), ("4.0", True), ("unknown", True)],
+)
+def test_triton_is_too_old(healthy: Path, monkeypatch: pytest.MonkeyPatch, version: str, works: bool) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    found = reason()
+    assert (found is None) == works
+    if found is not None:
+        assert f"Triton {version} is too old" in found and "pip install 'triton>=3.5'" in found
+
+
+def test_triton_has_several_names(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name != "pytorch-triton-rocm":
+            raise importlib.metadata.PackageNotFoundError
+        return "3.4.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert "Triton 3.4.0 is too old" in str(reason())
+
+
+def test_triton_is_missing(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'triton>=3.5'" in str(reason())
+
+
+def test_there_is_no_c_compiler(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (healthy / "gcc").unlink()
+    (healthy / "clang").unlink()
+    assert "install gcc or clang" in str(reason())
+    monkeypatch.setenv("CC", str(healthy / "nvcc"))
+    assert reason() is None
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "correct CC" in str(reason())
+
+
+def test_there_is_no_python_header(healthy: Path) -> None:
+    (healthy / "Python.h").unlink()
+    assert "python3-dev" in str(reason()) and str(healthy) in str(reason())
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+@pytest.mark.parametrize(
+    ("cuda", "hip", "words"),
+    [
+        (None, None, ("is a CPU build", "https://pytorch.org/get-started/locally")),
+        ("12.8", None, ("built for CUDA 12.8 but finds no GPU", "nvidia-smi", "CUDA_VISIBLE_DEVICES")),
+        (None, "6.4", ("built for ROCm 6.4 but finds no GPU", "rocm-smi", "HIP_VISIBLE_DEVICES")),
+    ],
+)
+def test_there_is_no_gpu(
+    healthy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    cuda: str | None,
+    hip: str | None,
+    words: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    for device in (None, GPU):
+        found = str(backends.BACKENDS[name].why_not(device))
+        assert "not built" in found or all(word in found for word in words)
+    assert all(word in str(machine.why_no_gpu()) for word in words)
+
+
+def test_there_is_no_nvcc(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The build says so, and its record is what a missing module is explained by."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "hip", None)
+    why_not_cuda = SETUP["why_not_cuda"]
+    assert why_not_cuda() is None
+    monkeypatch.setitem(SETUP["nvcc"].__globals__, "shutil", types.SimpleNamespace(which=lambda *_, **__: None))
+    assert "install the CUDA toolkit" in why_not_cuda()
+
+
+def test_torch_is_too_old() -> None:
+    code = "import torch, runpy; torch.__version__ = '2.7.1+cpu'; runpy.run_module('fused_optim', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: fused_optim needs torch 2.8 or newer, but this is torch 2.7.1")
+    assert "pip install --upgrade torch" in last
+
+
+LACKING: dict[str, Callable[[pytest.MonkeyPatch, Path], None]] = {
+    "compiler": lambda patch, path: [(path / name).unlink() for name in ("gcc", "clang")] and None,
+    "header": lambda patch, path: (path / "Python.h").unlink(),
+    "triton": lambda patch, path: patch.setattr(importlib.metadata, "version", lambda name: "3.4.0"),
+    "gpu": lambda patch, path: patch.setattr(torch.cuda, "is_available", lambda: False),
+    "nothing": lambda patch, path: None,
+}
+
+
+@pytest.mark.parametrize("lacking", LACKING)
+def test_report(
+    healthy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lacking: str
+) -> None:
+    """`python -m fused_optim`: a sentence for what is missing. With a GPU its kernels are tried, which fails here."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    if torch.backends.cuda.is_built():
+        pytest.skip("the stand-in for a GPU is a torch that has none")
+    LACKING[lacking](monkeypatch, healthy)
+    assert cli.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in lines if line.startswith("backend triton"))
+    words = {
+        "compiler": "install gcc or clang",
+        "header": "python3-dev",
+        "triton": "triton>=3.5",
+        "gpu": "finds no GPU",
+        "nothing": "its trial launch failed with AssertionError: Torch not compiled with CUDA enabled",
+    }
+    assert words[lacking] in line and SENTENCE.search(line)
+    assert [line.split()[-1] for line in lines if line.startswith("auto on cuda")] == ["reference"] * (lacking != "gpu")
+
+
+# ---- kernels that fail at their first launch
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """On CPU tensors "auto" tries broken backends first, as on GPUs Triton and CUDA. Returns what was called."""
+    called: list[str] = []
+
+    def fail(what: str) -> Callable[..., None]:
+        def failing(*_: Any) -> None:
+            called.append(what)
+            raise Broken(f"no luck with {what}\nin the second line")
+
+        return failing
+
+    for name in ("uploads", "steps"):
+        broken = dataclasses.replace(backends.BACKENDS["reference"], name=name)
+        change = (
+            {"upload": fail("an upload")} if name == "uploads" else {"step": fail("a kernel"), "scale": fail("one")}
+        )
+        monkeypatch.setitem(backends.BACKENDS, name, dataclasses.replace(broken, **change))
+    monkeypatch.setattr(backends, "ORDER", {"cpu": ("uploads", "steps")})
+    monkeypatch.setattr(backends, "FAILED", {})
+    monkeypatch.setattr(trial, "_passed", set())
+    monkeypatch.setattr(trial, "is_tried", lambda backend, device: backend.name != "reference")
+    monkeypatch.setattr(clip, "_kept", {})
+    backends._warn.cache_clear()
+    return called
+
+
+@for_every_class
+def test_auto_falls_through_before_anything_changes(case: Case, order: list[str]) -> None:
+    ours, theirs = make_params(), make_params()
+    optimizers = [
+        case.ours(params, backend=name, **case.kwargs) for params, name in ((ours, "auto"), (theirs, "reference"))
+    ]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(3):
+            for params, optimizer in zip((ours, theirs), optimizers, strict=True):
+                set_grads(params, random_grads(params, step))
+                optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert_equal(p, q)
+        assert_equal(optimizers[0].state[p], optimizers[1].state[q])
+    assert order == ["an upload", "a kernel"], "each is tried once"
+    texts = [str(warning.message) for warning in caught if "fused_optim" in str(warning.message)]
+    assert len(texts) == 2
+    assert (
+        'by backend="steps", because uploads: its trial launch failed with Broken: no luck with an upload in'
+        in texts[0]
+    )
+    assert "plain PyTorch" in texts[1] and "a kernel in the second line" in texts[1]
+    assert {warning.filename for warning in caught if str(warning.message) in texts} == {__file__}
+
+
+def test_the_next_optimizer_knows(order: list[str]) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            params = make_params()
+            set_grads(params, random_grads(params, 0))
+            FusedAdamW(params).step()
+    assert len(order) == 2 and len({str(warning.message) for warning in caught}) == len(caught)
+
+
+def test_a_named_backend_says_why_and_changes_nothing(order: list[str]) -> None:
+    params = make_params()
+    optimizer = FusedAdamW(params, backend="steps")
+    set_grads(params, random_grads(params, 0))
+    before = frozen(optimizer, params)
+    for _ in range(2):  # and it is tried again, for it might have been repaired
+        with pytest.raises(RuntimeError, match="no luck with a kernel in the second line") as error:
+            optimizer.step()
+        assert isinstance(error.value.__cause__, Broken)
+        assert_equal(frozen(optimizer, params), before)
+    assert order == ["a kernel"] * 2 and not backends.FAILED
+
+
+def test_lack_of_memory_is_no_fault_of_a_backend(order: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setitem(backends.BACKENDS, "uploads", dataclasses.replace(backends.BACKENDS["uploads"], upload=full))
+    params = make_params()
+    optimizer = FusedAdamW(params)
+    set_grads(params, random_grads(params, 0))
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    assert not backends.FAILED and not optimizer.state
+
+
+def test_clipping_falls_through_too(order: list[str]) -> None:
+    params = make_params([(5,), (7, 3)])
+    set_grads(params, random_grads(params, 0))
+    before = [param.grad.clone() for param in params if param.grad is not None]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        norm = clip_grad_norm_(params, 0.5)
+    assert "no luck with one" in str(caught[-1].message)
+    exact = torch.cat([grad.flatten() for grad in before]).norm()
+    torch.testing.assert_close(norm, exact)
+    for param, grad in zip(params, before, strict=True):
+        torch.testing.assert_close(param.grad, grad * 0.5 / (exact + 1e-6))
+    with pytest.raises(RuntimeError, match="no luck with one"):
+        clip_grad_norm_(params, 0.25, backend="steps")
+
+
+@on_every_target
+@for_every_class
+def test_a_trial_touches_nothing(case: Case, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of what its kernels pass over stays as it was, and so do the optimizer's own tensors."""
+    trials = []
+    make = trial._table_of
+    monkeypatch.setattr(trial, "_table_of", lambda *args: trials.append(make(*args)) or trials[-1])
+    monkeypatch.setattr(trial, "is_tried", lambda backend, device: True)
+    monkeypatch.setattr(trial, "_passed", set())
+    params = make_params([(3,), (5,)], device=target.device) + make_params([(2,)], torch.bfloat16, target.device)
+    options: dict[str, Any] = {"ema_decay": 0.5, "skip_nonfinite": True}
+    optimizer = build(case, target, params, **options)
+    set_grads(params, random_grads(params, 0))
+    optimizer.step()
+    assert {type(made) for made in trials} == {trial.Table}
+    for table in trials:
+        assert len(table.rows_list) == 2 and table.kinds == optimizer._tables[0][0].kinds
+        for row in table.rows_list:
+            assert all(bool((tensor == 0).all()) for tensor in (row.step, *row.tensors))
+    counts = {float(optimizer.state[param].get("step", 1.0)) for param in params}
+    assert counts == {1.0}
+    monkeypatch.setattr(clip, "_kept", {})
+    clip_grad_norm_(params, 1.0, backend=target.backend)
+    assert trials[-1].rule.name == "clip"
+    assert all(bool((tensor == 0).all()) for row in trials[-1].rows_list for tensor in row.tensors)
+
+
+OPTIONS: list[dict[str, Any]] = [{}, {"ema_decay": 0.5}, {"max_grad_norm": 1.0}, {"skip_nonfinite": True}]
+
+
+@for_every_class
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_trial_launches_all_that_steps_launch(
+    case: Case, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So no step is the first to compile a kernel."""
+    launch = pytest.importorskip("fused_optim.triton_kernels.launch")
+    started: list[Any] = []
+    monkeypatch.setattr(launch.Variant, "start", lambda variant, *_: started.append(variant))
+    launching = dataclasses.replace(backends.BACKENDS["triton"], why_not=lambda _: None)
+    monkeypatch.setitem(backends.BACKENDS, "triton", launching)
+    monkeypatch.setattr(trial, "is_tried", lambda backend, device: True)
+    monkeypatch.setattr(trial, "_passed", set())
+    params = make_params([(3,), (5000,)]) + make_params([(2,)], torch.bfloat16)
+    optimizer = case.ours(params, backend="triton", **{**case.kwargs, **options})
+    set_grads(params, random_grads(params, 0))
+    optimizer.step()
+    half = len(started) // 2
+    assert started[:half] == started[half:] and len(started) == 2 * half >= 4
+
+    started.clear()
+    monkeypatch.setattr(clip, "_kept", {})
+    clip_grad_norm_(params, 1.0, backend="triton")
+    half = len(started) // 2
+    assert started[:half] == started[half:] and len(started) == 2 * half >= 4
+
+
+# ---- steps that fail half way
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, target: Target, **functions: Any) -> None:
+    monkeypatch.setitem(
+        backends.BACKENDS, target.backend, dataclasses.replace(backends.BACKENDS[target.backend], **functions)
+    )
+
+
+def fail(*_: Any) -> None:
+    raise Broken("a reason")
+
+
+@on_every_target
+def test_an_error_between_the_walks_of_lamb_says_what_has_changed(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken(monkeypatch, target, move=fail)
+    params = make_params([(3,), (5,)], device=target.device)
+    before = [param.detach().clone() for param in params]
+    optimizer = build(LAMB, target, params)
+    set_grads(params, random_grads(params, 0))
+    with pytest.raises(RuntimeError, match="states and step counts updated, params not") as error:
+        optimizer.step()
+    assert isinstance(error.value.__cause__, Broken) and "Load a checkpoint" in str(error.value)
+    for param, old in zip(params, before, strict=True):
+        assert_equal(param.detach(), old)
+        assert float(optimizer.state[param]["step"]) == 1 and optimizer.state[param]["exp_avg"].any()
+
+
+@on_every_target
+def test_a_collective_that_fails_between_the_walks(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FusedOptimizer, "_sum_over_processes", fail)
+    params = make_params([(3,)], device=target.device)
+    optimizer = build(LAMB, target, params)
+    set_grads(params, random_grads(params, 0))
+    with pytest.raises(RuntimeError, match=f"{params[0].device}: states and step counts updated, params not"):
+        optimizer.step()
+
+
+def test_an_interrupt_between_the_walks_remains_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FusedOptimizer, "_sum_over_processes", interrupt)
+    params = make_params([(3,)])
+    optimizer = FusedLAMB(params)
+    set_grads(params, random_grads(params, 0))
+    with (
+        pytest.raises(KeyboardInterrupt),
+        pytest.warns(UserWarning, match="states and step counts updated, params not"),
+    ):
+        optimizer.step()
+
+
+@on_every_target
+@pytest.mark.parametrize("where", ["upload", "squares"])
+def test_an_error_before_the_walks_changes_nothing(target: Target, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next step goes on as if there had been none, with what has moved since."""
+    lists = [make_params([(3,), (5,)], device=target.device) for _ in range(2)]
+    options: dict[str, Any] = {"max_grad_norm": 1.0, "ema_decay": lambda step: 0.5 + 0.1 * step}
+    optimizers = [build(ADAMW, target, params, **options) for params in lists]
+    for step in range(3):
+        for params, optimizer in zip(lists, optimizers, strict=True):
+            set_grads(params, random_grads(params, step))
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
+            if step and optimizer is optimizers[0]:
+                before = frozen(optimizer, params)
+                with monkeypatch.context() as patch:
+                    works = backends.BACKENDS[target.backend]
+                    failing = dataclasses.replace(works, **{where: fail})
+                    patch.setitem(backends.BACKENDS, target.backend, failing)
+                    optimizer._tables = [(table, failing) for table, _ in optimizer._tables]
+                    with pytest.raises(Broken):
+                        optimizer.step()
+                assert_equal(frozen(optimizer, params), before)
+            optimizer.step()
+    for p, q in zip(*lists, strict=True):
+        assert_equal(p, q)
+        assert_equal(optimizers[0].state[p], optimizers[1].state[q])
+        assert_equal(optimizers[0].ema[p], optimizers[1].ema[q])

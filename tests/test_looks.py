@@ -1,0 +1,283 @@
+"""The looks at the tensors before each step, one suite for all: nothing that moves may be missed by any of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import AMSGRAD, BY_NAME, LAMB, Case, Target, build, make_params, random_grads, set_grads
+from compare import checked_step
+from looks import LOOKS, choose, class_of
+from test_changes import SHAPES, for_every_rule_and_change, test_changes_between_steps_are_noticed
+from test_changes import test_gradients_in_reused_memory as check_gradients_in_reused_memory
+from test_changes import test_params_in_reused_memory as check_params_in_reused_memory
+
+from fused_optim import FusedAdamW, FusedSGD, modules, watch
+from fused_optim import optimizer as optimizer_module
+
+REFERENCE = Target("reference", "cpu")
+
+
+@pytest.fixture
+def look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Its name; while the test runs, no other look is used."""
+    choose(monkeypatch, request.param)
+    kinds = set()
+
+    def watched(*arguments: Any) -> Any:
+        made = watch.watch_over(*arguments)
+        kinds.add(type(made))
+        return made
+
+    monkeypatch.setattr(optimizer_module, "watch_over", watched)
+    yield str(request.param)
+    assert kinds == {class_of(request.param)}
+
+
+on_every_look = pytest.mark.parametrize("look", LOOKS, indirect=True)
+
+
+@on_every_look
+@for_every_rule_and_change
+def test_changes_are_noticed(case: Case, change: Callable[..., None], look: str) -> None:
+    test_changes_between_steps_are_noticed(case, REFERENCE, change)
+
+
+@on_every_look
+def test_memory_that_is_used_again(look: str) -> None:
+    check_gradients_in_reused_memory(REFERENCE)
+    check_params_in_reused_memory(REFERENCE)
+
+
+@on_every_look
+def test_late_params_and_a_stale_graph(look: str) -> None:
+    params = make_params(SHAPES)
+    optimizer = build(AMSGRAD, REFERENCE, params)
+    for step, present in enumerate(["1000", "0000", "0101", "1111", "0110"]):
+        grads = random_grads(params, step)
+        set_grads(params, [g if bit == "1" else None for g, bit in zip(grads, present, strict=True)])
+        checked_step(optimizer, AMSGRAD.rule, 3.0)
+    loss = (params[1] ** 2).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    unstepped = (params[0] ** 2).sum()  # has no gradient, so its graph is as good as it was
+    optimizer.step()
+    unstepped.backward()
+
+
+Bits = Callable[[torch.Tensor], torch.Tensor]
+UNUSUAL: dict[str, Bits] = {
+    "neg": lambda g: torch._neg_view(-g),
+    "transposed": lambda g: g.t().contiguous().t() if g.dim() == 2 else g,
+    "strided": lambda g: torch.stack([g, g], dim=-1)[..., 0],
+    "expanded": lambda g: (
+        g.flatten()[:1].expand(g.numel()).reshape(g.shape) if g.numel() < 2 else g.mean().expand_as(g)
+    ),
+    "parameter": lambda g: torch.nn.Parameter(g, requires_grad=False),
+    "zero": lambda g: torch._efficientzerotensor(g.shape, dtype=g.dtype),
+}
+
+
+@on_every_look
+@pytest.mark.parametrize("kind", UNUSUAL)
+@pytest.mark.parametrize("steps", [(0,), (1,), (2,)], ids=str)
+def test_unusual_gradients(kind: str, steps: tuple[int, ...], look: str) -> None:
+    """From the first step on, and in between."""
+    params = make_params([(5, 3), (), (1,), (40,)])
+    optimizer = build(AMSGRAD, REFERENCE, params)
+    for step in range(3):
+        grads = random_grads(params, step)
+        set_grads(params, [UNUSUAL[kind](g) for g in grads] if step in steps else grads)
+        checked_step(optimizer, AMSGRAD.rule, 3.0)
+
+
+@on_every_look
+def test_the_sign_of_a_gradient_that_stays_where_it_is(look: str) -> None:
+    """The same memory and address, read with and without the bit that negates it."""
+    for shape in [(6,), (1,), (3, 2)]:
+        p, q = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
+        ours, theirs = FusedSGD([p], lr=0.1, backend="reference"), torch.optim.SGD([q], lr=0.1)
+        memory = torch.rand(shape)
+        for negated in (False, True, False, True, True, False):
+            p.grad = torch._neg_view(memory) if negated else memory
+            q.grad = -memory if negated else memory.clone()
+            ours.step()
+            theirs.step()
+            torch.testing.assert_close(p, q)
+            p.grad = None
+
+
+@on_every_look
+def test_conjugate_gradients(look: str) -> None:
+    p, q = (torch.nn.Parameter(torch.ones(4, dtype=torch.complex64)) for _ in range(2))
+    ours, theirs = FusedAdamW([p], backend="reference"), torch.optim.AdamW([q])
+    memory = torch.randn(4, dtype=torch.complex64)
+    for conjugate in (False, True, False, True):
+        p.grad = memory.conj() if conjugate else memory
+        q.grad = memory.conj().resolve_conj() if conjugate else memory.clone()
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(p, q)
+
+
+def reshape_param(p: torch.nn.Parameter, state: dict[str, Any]) -> None:
+    p.data = p.data.view(2, 6)
+    p.grad = torch.ones(2, 6)
+    for key, value in state.items():
+        if key != "step":
+            state[key] = value.view(2, 6)
+
+
+def transpose_param(p: torch.nn.Parameter, state: dict[str, Any]) -> None:
+    p.data = p.data.t()  # the same memory, another shape and order
+    p.grad = torch.ones(4, 3)
+    for key, value in state.items():
+        if key != "step":
+            state[key] = value.t().contiguous()
+
+
+def read_as_bfloat16(p: torch.nn.Parameter, state: dict[str, Any]) -> None:
+    p.data = p.data.view(torch.bfloat16)[:, :4]
+    p.grad = torch.ones(3, 4, dtype=torch.bfloat16)
+
+
+def move_step_data(p: torch.nn.Parameter, state: dict[str, Any]) -> None:
+    state["step"].data = state["step"].data + 3
+
+
+@on_every_look
+@pytest.mark.parametrize("change", [reshape_param, transpose_param, read_as_bfloat16, move_step_data])
+def test_changes_in_place(change: Callable[..., None], look: str) -> None:
+    params = make_params([(3, 4), (7,)])
+    optimizer = build(AMSGRAD, REFERENCE, params)
+    for step in range(2):
+        set_grads(params, random_grads(params, step))
+        checked_step(optimizer, AMSGRAD.rule, 3.0)
+    before = optimizer._watch
+    change(params[0], optimizer.state[params[0]])
+    checked_step(optimizer, AMSGRAD.rule, 3.0)
+    assert optimizer._watch is not before
+
+
+@on_every_look
+def test_params_that_change_groups_in_place(look: str) -> None:
+    """The last of one group becomes the first of the next, so that all params stand in the same order as before."""
+    params = make_params(SHAPES)
+    optimizer = FusedAdamW([{"params": params[:2]}, {"params": params[2:], "lr": 0.5}], backend="reference")
+    for step in range(2):
+        set_grads(params, random_grads(params, step))
+        checked_step(optimizer, BY_NAME["adamw"].rule, 3.0)
+    first, second = (group["params"] for group in optimizer.param_groups)
+    second.insert(0, first.pop())
+    checked_step(optimizer, BY_NAME["adamw"].rule, 3.0)
+
+
+@on_every_look
+def test_hyperparameters_of_every_kind(look: str) -> None:
+    params, others = make_params(SHAPES), make_params(SHAPES)
+    ours = FusedAdamW(params, lr=torch.tensor(0.1), betas=(0.9, 0.99), backend="reference")
+    theirs = torch.optim.AdamW(others, lr=torch.tensor(0.1), betas=(0.9, 0.99), foreach=False)
+    changes: list[dict[str, Any]] = [
+        {},
+        {"lr": 0.2},
+        {"lr": torch.tensor(0.3, dtype=torch.float64)},
+        {"betas": [0.8, 0.9]},
+        {"betas": (torch.tensor(0.7), torch.tensor(0.95)), "lr": 0.1},
+        {"weight_decay": 0.3, "eps": 1e-3},
+        {"maximize": True},
+    ]
+    for number, change in enumerate(changes):
+        grads = random_grads(params, number)
+        for optimizer, ps in ((ours, params), (theirs, others)):
+            set_grads(ps, [grad.clone() for grad in grads])
+            optimizer.param_groups[0].update(copy.deepcopy(change))
+            for value in optimizer.param_groups[0].values():
+                if isinstance(value, torch.Tensor):
+                    value.mul_(1.5)  # in place
+            if isinstance(change.get("betas"), list):
+                optimizer.param_groups[0]["betas"][0] = 0.85
+            if optimizer is theirs and isinstance(change.get("betas"), tuple):
+                optimizer.param_groups[0]["betas"] = tuple(float(beta) for beta in change["betas"])
+            optimizer.step()
+        torch.testing.assert_close(params, others, rtol=1e-5, atol=1e-6)
+
+
+@on_every_look
+def test_what_decides_nothing_may_change_at_every_step(look: str) -> None:
+    """Wrappers, timm's Lookahead among them, count in the param groups."""
+    params = make_params()
+    optimizer = FusedAdamW(params, backend="reference")
+    group = optimizer.param_groups[0]
+    group["lookahead_step"] = 0
+    set_grads(params, random_grads(params, 0))
+    optimizer.step()
+    before = optimizer._watch
+    for _ in range(3):
+        group["lookahead_step"] += 1
+        optimizer.step()
+    assert optimizer._watch is before
+    group["amsgrad"] = True
+    optimizer.step()
+    assert optimizer._watch is not before
+
+
+@on_every_look
+def test_gradients_are_let_go_after_the_step(look: str) -> None:
+    import weakref
+
+    params = make_params()
+    optimizer = build(LAMB, REFERENCE, params)
+    for step in range(3):
+        set_grads(params, random_grads(params, step))
+        seen = [weakref.ref(p.grad.untyped_storage()) for p in params if p.grad is not None]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not any(storage() is not None for storage in seen)
+
+
+class Wrapper(torch.Tensor):
+    """A class with its own operations, and no memory."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapper:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(f"{function} of a wrapper")
+
+
+@on_every_look
+def test_gradients_that_cannot_be_stepped(look: str) -> None:
+    """An error, and nothing has changed."""
+    params = make_params([(4,), (4,)])
+    optimizer = FusedAdamW(params, backend="reference")
+    set_grads(params, random_grads(params, 0))
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    grads = random_grads(params, 1)
+    for wrong in (grads[1].to_sparse(), Wrapper(grads[1])):
+        set_grads(params, grads)
+        params[1].grad = wrong
+        with pytest.raises(RuntimeError):
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    set_grads(params, grads)
+    checked_step(optimizer, BY_NAME["adamw"].rule, 3.0)
+
+
+def test_the_compiled_look_is_the_one_that_is_used() -> None:
+    """Unless this installation says why not."""
+    optimizer = FusedAdamW(make_params())
+    set_grads(optimizer.param_groups[0]["params"], random_grads(optimizer.param_groups[0]["params"], 0))
+    optimizer.step()
+    module = modules.poll()
+    assert type(optimizer._watch) is (watch.Watch if isinstance(module, str) else module.Watch)
+    assert modules.look() in ("compiled, through DLPack", "compiled with torch's headers") or isinstance(module, str)
