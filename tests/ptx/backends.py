@@ -51,22 +51,27 @@ def poison(table: Table, *names: str) -> None:
 
 
 def copied(table: Table) -> list[tuple[int, int]]:
-    """Where the copies lie that the extension has made of gradients in another layout than their params'. No Python
+    """Where the copies lie that the extension has made of gradients that the kernels cannot read as they are. No Python
     object holds them."""
     found = []
     for row, address in zip(table.rows_list, table.grads.tolist(), strict=True):
         grad = row.param.grad
         if address == 0 or type(grad) is not Tensor or grad.numel() == 0 or row.target.device.type != "cpu":
             continue
-        if grad.is_conj() or grad.is_neg() or not same_strides(grad, row.target):
+        views = grad.is_conj() or grad.is_neg() or grad._is_zerotensor()
+        if views or not same_strides(grad, row.target):
             found.append((address, address + grad.nbytes))
     return found
+
+
+def stand_in_driver() -> ctypes.CDLL:
+    return library("libcuda.c", "libcuda.so.1", ctypes.RTLD_GLOBAL)
 
 
 @cache
 def use_stand_in_driver() -> None:
     """From now on Triton compiles for a GPU that is not there, and launches on the stand-in."""
-    driver = library("libcuda.c", "libcuda.so.1", ctypes.RTLD_GLOBAL)
+    driver = stand_in_driver()
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver
