@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -108,11 +107,11 @@ TABLES = {"step-cpu": steps, "step-family": family}
 def filled(text: str) -> str:
     """README's text with every table as the JSON has it."""
     for name, make in TABLES.items():
-        pattern = rf"(<!-- {name}: by bench/readme.py -->\n).*?(\n<!-- end -->)"
-        table = make()
-        text, count = re.subn(pattern, lambda found, table=table: found[1] + table + found[2], text, flags=re.DOTALL)
-        if count != 1:
-            raise ValueError(f"README.md must hold the marks of {name} once, but has them {count} times")
+        begin, end = f"<!-- {name}: by bench/readme.py -->\n", "\n<!-- end -->"
+        if text.count(begin) != 1:
+            raise ValueError(f"README.md must hold {begin!r} once, but has it {text.count(begin)} times")
+        before, _, rest = text.partition(begin)
+        text = before + begin + make() + end + rest.partition(end)[2]
     return text
 
 
