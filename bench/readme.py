@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,18 +104,14 @@ def family() -> str:
 TABLES = {"step-cpu": steps, "step-family": family}
 
 
-def between(table: str, marks: re.Match[str]) -> str:
-    return marks[1] + table + marks[2]
-
-
 def filled(text: str) -> str:
     """README's text with every table as the JSON has it."""
     for name, make in TABLES.items():
-        pattern = rf"(<!-- {name}: by bench/readme.py -->\n).*?(\n<!-- end -->)"
-        table = make()
-        text, count = re.subn(pattern, partial(between, table), text, flags=re.DOTALL)
-        if count != 1:
-            raise ValueError(f"README.md must hold the marks of {name} once, but has them {count} times")
+        begin, end = f"<!-- {name}: by bench/readme.py -->\n", "\n<!-- end -->"
+        if text.count(begin) != 1:
+            raise ValueError(f"README.md must hold {begin!r} once, but has it {text.count(begin)} times")
+        before, _, rest = text.partition(begin)
+        text = before + begin + make() + end + rest.partition(end)[2]
     return text
 
 

@@ -74,36 +74,41 @@ class Shares {
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Whether the other threads are worth waiting for. Where another process keeps one of the cores busy, a thread begins
-// late by a time slice or two, thousands of times what it saves in a small pass, and OpenMP has a region end with the
-// last of its threads. So after a late end the caller goes alone until that has cost as much as the wait did; twice as
-// long when the next end is late again, and so on. Of the whole process; in seconds.
+// late by a time slice or two, many times what it saves in a small pass, and OpenMP has a region end with the last of
+// its threads. So after a late end the caller goes alone until that has cost as much as the wait did; twice as long
+// after the next one that is late, and so on. What was learnt so fades with ends in time. Of the whole process; in
+// seconds.
 class Lateness {
  public:
   bool alone(int64_t pieces, int threads) const {
-    return piece_.load(kRelaxed) * saved(pieces, threads) < wait_.load(kRelaxed);
+    return debt_.load(kRelaxed) > 0.0 && saved(pieces, threads) < waited_.load(kRelaxed);
   }
 
   void went_alone(int64_t pieces, int threads, double seconds) {
     piece_.store(seconds / static_cast<double>(pieces), kRelaxed);
-    wait_.store(wait_.load(kRelaxed) - piece_.load(kRelaxed) * saved(pieces, threads), kRelaxed);
+    debt_.store(debt_.load(kRelaxed) - saved(pieces, threads), kRelaxed);
   }
 
   // The caller has done `own` of the pieces in so many seconds, and waited for the others.
   void went_together(int64_t pieces, int threads, int64_t own, double seconds, double waited) {
     if (own > 0) piece_.store(seconds / static_cast<double>(own), kRelaxed);
-    const bool late = waited > piece_.load(kRelaxed) * saved(pieces, threads);
-    const double patience = late ? std::min(2.0 * patience_.load(kRelaxed), kMostPatience) : 0.5;
-    patience_.store(patience, kRelaxed);
-    wait_.store(late ? patience * waited : 0.0, kRelaxed);
+    const bool late = waited > saved(pieces, threads);
+    const double last = patience_.load(kRelaxed);
+    if (late) patience_.store(std::min(2.0 * last, kMostPatience), kRelaxed);
+    else if (debt_.load(kRelaxed) <= 0.0) patience_.store(std::max(0.9 * last, kLeastPatience), kRelaxed);
+    if (late) debt_.store(patience_.load(kRelaxed) * waited, kRelaxed);
+    waited_.store(waited, kRelaxed);
   }
 
  private:
-  static constexpr double kMostPatience = 16.0;
+  static constexpr double kLeastPatience = 0.5, kMostPatience = 16.0;
 
-  // By all threads together, in pieces.
-  static double saved(int64_t pieces, int threads) { return static_cast<double>(pieces) * (threads - 1) / threads; }
+  // By all threads together, going by what a piece took last.
+  double saved(int64_t pieces, int threads) const {
+    return piece_.load(kRelaxed) * static_cast<double>(pieces) * (threads - 1) / threads;
+  }
 
-  std::atomic<double> piece_{0.0}, wait_{0.0}, patience_{0.5};
+  std::atomic<double> piece_{0.0}, waited_{0.0}, debt_{0.0}, patience_{kLeastPatience};
 };
 
 Lateness lateness;
