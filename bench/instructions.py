@@ -140,7 +140,8 @@ def cpu_counts(tree: Path, folder: Path) -> Iterator[Count]:
     walker, program = instruction_set(), folder / "instructions"
     flags = ["-std=c++17", "-O3", "-fopenmp", *setup["KERNEL_FLAGS"], *setup["INSTRUCTION_SETS"][walker]]
     defined = [f"-DFUSED_ISA={walker}", f"-DWALKER={walker}", *["-DHAS_AVERAGE"] * has_average(tree)]
-    sources = [str(file) for file in (tree / "csrc/cpu").glob("*.cpp") if "FUSED_ISA" in file.read_text()]
+    kernels = [file for file in (tree / "csrc/cpu").glob("*.cpp") if file.name != "bindings.cpp"]
+    sources = [str(file) for file in kernels if "FUSED_ISA" in file.read_text()]
     sources.append(str(ROOT / "bench/instructions.cpp"))
     run([os.environ.get("CXX", "g++"), *flags, *defined, f"-I{tree / 'csrc'}", *sources, "-o", str(program)])
 
