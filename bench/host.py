@@ -10,6 +10,7 @@ one element per tensor leaves nothing but the overhead.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import random
@@ -91,10 +92,15 @@ def measure_looks(tensors: int, cold: bool, rounds: int) -> dict[str, tuple[floa
         return look
 
     steps = {name: look_of(watched) for name, watched in watches.items()}
-    for _ in range(rounds):
-        for name in random.sample(list(steps), len(steps)):
-            steps[name]()
-            samples[name].append(1e3 * clock.time(steps[name], hot=not cold)["ms"])
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name in random.sample(list(steps), len(steps)):
+                steps[name]()
+                samples[name].append(1e3 * clock.time(steps[name], hot=not cold)["ms"])
+    finally:
+        gc.enable()
     first = next(iter(samples.values()))
     ratios = {name: [b / a for a, b in zip(first, times, strict=True)] for name, times in samples.items()}
     return {name: (statistics.median(x), min(x), statistics.median(ratios[name])) for name, x in samples.items()}

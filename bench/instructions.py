@@ -141,7 +141,8 @@ def cpu_counts(tree: Path, folder: Path) -> Iterator[Count]:
     walker, program = instruction_set(), folder / "instructions"
     flags = ["-std=c++17", "-O3", "-fopenmp", *setup["KERNEL_FLAGS"], *setup["INSTRUCTION_SETS"][walker]]
     defined = [f"-DFUSED_ISA={walker}", f"-DWALKER={walker}", *["-DHAS_AVERAGE"] * has_average(tree)]
-    sources = [str(file) for file in (tree / "csrc/cpu").glob("*.cpp") if file.stem != "simd"]  # that chooses a walker
+    # Not what Python sees of them, and not what chooses an instruction set.
+    sources = [str(file) for file in (tree / "csrc/cpu").glob("*.cpp") if file.stem not in ("bindings", "simd")]
     sources.append(str(ROOT / "bench/instructions.cpp"))
     run([os.environ.get("CXX", "g++"), *flags, *defined, f"-I{tree / 'csrc'}", *sources, "-o", str(program)])
 
