@@ -5,28 +5,12 @@
 namespace fused_optim {
 namespace {
 
-// Interned once, and for ever: what a DTensor keeps its shard and its mesh and placements as.
-PyObject* name_of_shard() {
-  static PyObject* const name = PyUnicode_InternFromString("_local_tensor");
-  return name;
-}
-PyObject* name_of_spec() {
-  static PyObject* const name = PyUnicode_InternFromString("_spec");
-  return name;
-}
-
 // What the look leaves to Python: rare, and slow wherever it is written.
 py::object python(const char* module, const char* function) {
   return py::module_::import((std::string("fused_optim.") + module).c_str()).attr(function);
 }
 
 bool is_spread(py::handle tensor) { return python("shards", "is_sharded")(tensor).cast<bool>(); }
-
-py::object attribute(PyObject* object, PyObject* name) {
-  PyObject* value = PyObject_GetAttr(object, name);
-  if (value == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(value);
-}
 
 const void* address_of(const py::object& number) { return reinterpret_cast<const void*>(number.cast<uintptr_t>()); }
 
@@ -59,8 +43,7 @@ DlType type_of(const py::object& dtype) {
 
 Watch::Watch(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns,
              const std::vector<std::string>& deciding, py::object raw, py::object lr)
-    : groups_(std::move(groups), columns, deciding, std::move(raw), std::move(lr)), state_(std::move(state)) {
-  for (const auto& item : state_) states_.push_back(py::reinterpret_borrow<py::object>(item.second));
+    : groups_(std::move(groups), columns, deciding, std::move(raw), std::move(lr)), states_(std::move(state)) {
   const py::module_ torch = py::module_::import("torch");
   tensor_class_ = torch.attr("Tensor");
   parameter_class_ = torch.attr("nn").attr("Parameter");
@@ -73,11 +56,9 @@ void Watch::add_row(py::object param, py::object target, py::dict state, py::obj
                     int64_t number) {
   WatchedRow row{};
   row.param = param.ptr();
-  row.state = state.ptr();
   row.grad_slot = static_cast<int64_t*>(described(grads).data) + number;
   row.grad_dtype = type_of(grad_dtype);
   row.first_place = static_cast<int>(places_.size());
-  row.first_entry = static_cast<int>(entries_.size());
   row.param_type = Py_TYPE(param.ptr());
   row.spread = is_spread(param);
   const DlTensor seen = described(target);
@@ -87,15 +68,11 @@ void Watch::add_row(py::object param, py::object target, py::dict state, py::obj
   row.target = std::move(target);
   add_place(param);
   for (const auto& item : state) {
-    alive_.push_back(py::reinterpret_borrow<py::object>(item.second));
-    entries_.push_back(item.second.ptr());
     if (PyObject_IsInstance(item.second.ptr(), tensor_class_.ptr()) == 1) add_place(item.second);
   }
   row.places = static_cast<int>(places_.size()) - row.first_place;
-  row.entries = static_cast<int>(entries_.size()) - row.first_entry;
-  row.state_keys = reinterpret_cast<PyDictObject*>(row.state)->ma_keys;
   alive_.push_back(std::move(param));
-  alive_.push_back(std::move(state));
+  states_.add(std::move(state));
   alive_.push_back(std::move(grads));
   rows_.push_back(std::move(row));
   stepped_ = py::none();
@@ -116,8 +93,7 @@ size_t Watch::add_layout(const DlTensor& tensor, size_t guess) {
 
 void Watch::add_place(py::handle object) {
   if (is_spread(object)) {
-    shards_.push_back({py::reinterpret_borrow<py::object>(object), attribute(object.ptr(), name_of_shard())});
-    object = shards_.back().shard;
+    object = states_.add_shard(object);
   }
   const DlTensor seen = described(object);
   const size_t guess = places_.empty() ? 0 : places_.back().layout;
@@ -144,12 +120,12 @@ int Watch::look() {
   for (const py::object& param : pending_) {
     if (!grad_(param.ptr()).is_none()) return kRebuild;
   }
-  if (!look_at_state() || !look_at_shards()) return kRebuild;
+  if (!states_.look()) return kRebuild;
   for (size_t ahead = 0; ahead < kAhead; ++ahead) prefetch(ahead);
   for (size_t number = 0; number < rows_.size(); ++number) {
     prefetch(number + kAhead);
     WatchedRow& row = rows_[number];
-    if (!look_at_row(row) || !look_at_grad(row, answer)) return kRebuild;
+    if (!states_.look(number) || !look_at_places(row) || !look_at_grad(row, answer)) return kRebuild;
   }
   return answer;
 }
@@ -159,41 +135,10 @@ void Watch::prefetch(size_t number) const {
   const WatchedRow& row = rows_[number];
   for (int i = 0; i < row.places; ++i) prefetch_tensor(places_[row.first_place + i].hint);
   prefetch_tensor(row.grad);
-  __builtin_prefetch(row.state);
-  if (!kVersions) prefetch_lines(row.state_keys, 2);
+  states_.prefetch(number);
 }
 
-bool Watch::look_at_state() {
-  if (unchanged(state_.ptr(), state_version_)) return true;
-  const uint64_t version = version_of(state_.ptr());
-  PyObject *key, *value;
-  Py_ssize_t position = 0;
-  size_t entries = 0;
-  while (PyDict_Next(state_.ptr(), &position, &key, &value)) {
-    if (entries == states_.size() || states_[entries++].ptr() != value) return false;
-  }
-  state_version_ = version;
-  return entries == states_.size();
-}
-
-bool Watch::look_at_shards() const {
-  for (const Shard& entry : shards_) {
-    if (attribute(entry.whole.ptr(), name_of_shard()).ptr() != entry.shard.ptr()) return false;
-  }
-  return true;
-}
-
-bool Watch::look_at_row(WatchedRow& row) const {
-  if (!unchanged(row.state, row.version)) {
-    row.version = version_of(row.state);
-    PyObject *key, *value;
-    Py_ssize_t position = 0;
-    int entries = 0;
-    while (PyDict_Next(row.state, &position, &key, &value)) {
-      if (entries == row.entries || entries_[row.first_entry + entries++] != value) return false;
-    }
-    if (entries != row.entries) return false;
-  }
+bool Watch::look_at_places(const WatchedRow& row) const {
   for (int i = 0; i < row.places; ++i) {
     if (!same(places_[row.first_place + i])) return false;
   }
@@ -286,7 +231,7 @@ void Watch::done() {
     for (const WatchedRow& row : rows_) {
       if (*row.grad_slot != 0) add(row.param);
     }
-    for (const Shard& entry : shards_) add(entry.shard);
+    for (const Shard& entry : states_.shards()) add(entry.shard);
     stepped_ = params;
   }
   increment_version_(stepped_);

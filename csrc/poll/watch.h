@@ -5,6 +5,7 @@
 #include "dlpack.h"
 #include "look.h"
 #include "watch_groups.h"
+#include "watch_states.h"
 
 namespace fused_optim {
 
@@ -27,26 +28,17 @@ struct Place {
 struct WatchedRow {
   PyObject* param;
   py::object target;   // the memory that the kernel updates: the param, or its dense copy where the param has holes
-  PyObject* state;     // optimizer.state[param]
-  uint64_t version;    // of that dict
   int64_t* grad_slot;  // this row's place in a table's `grads`
   DlType grad_dtype;
   DlDevice device;
   int first_place;  // in `places_`: the param, then the tensors among its states
-  int first_entry;  // in `entries_`: the values of `state`
-  int places, entries;
+  int places;
   int ndim;       // of param, target and gradient, or of their shards
   size_t layout;  // in `layouts_`: shape and strides of the target
   Hint grad;      // of the last gradient
-  const void* state_keys;
   PyTypeObject* param_type;
   bool spread;      // the param is a DTensor
   py::object spec;  // of the last gradient that was spread as the param is
-};
-
-// A DTensor and the shard that it held when the tables were built.
-struct Shard {
-  py::object whole, shard;
 };
 
 class Watch {
@@ -71,24 +63,18 @@ class Watch {
  private:
   void add_place(py::handle tensor);
   size_t add_layout(const DlTensor& tensor, size_t guess);
-  bool look_at_state();
-  bool look_at_row(WatchedRow& row) const;
+  bool look_at_places(const WatchedRow& row) const;
   bool same(const Place& place) const;
   void prefetch(size_t row) const;
-  bool look_at_shards() const;
   bool look_at_grad(WatchedRow& row, int& answer);
   bool fits_target(const WatchedRow& row, const DlTensor& grad) const;
   bool plain(PyObject* tensor, const DlTensor& seen, bool known) const;
   py::object shard_of_grad(WatchedRow& row, py::object grad) const;
 
   GroupWatch groups_;
-  py::dict state_;
-  std::vector<py::object> states_;  // the values of optimizer.state, in order
-  uint64_t state_version_ = 0;
+  StateWatch states_;
   std::vector<WatchedRow> rows_;
   std::vector<Place> places_;
-  std::vector<Shard> shards_;
-  std::vector<PyObject*> entries_;
   std::vector<int64_t> layouts_;
   std::vector<py::object> alive_;  // all that the raw pointers point to
   std::vector<py::object> pending_;

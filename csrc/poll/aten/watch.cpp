@@ -10,25 +10,9 @@ namespace {
 
 bool wraps(const at::Tensor& tensor) { return tensor.key_set().has(c10::DispatchKey::Python); }
 
-// Interned once, and for ever: what a DTensor keeps its shard and its mesh and placements as.
-PyObject* name_of_shard() {
-  static PyObject* const name = PyUnicode_InternFromString("_local_tensor");
-  return name;
-}
-PyObject* name_of_spec() {
-  static PyObject* const name = PyUnicode_InternFromString("_spec");
-  return name;
-}
-
 // Whether it is a DTensor.
 bool is_spread(py::handle tensor) {
   return wraps(unpack(tensor)) && PyObject_HasAttr(tensor.ptr(), name_of_shard()) == 1;
-}
-
-py::object attribute(PyObject* object, PyObject* name) {
-  PyObject* value = PyObject_GetAttr(object, name);
-  if (value == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(value);
 }
 
 // Strides along dimensions of one element say nothing.
@@ -55,9 +39,7 @@ void prefetch_tensor(const void* impl, const void* storage) {
 
 Watch::Watch(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns,
              const std::vector<std::string>& deciding, py::object raw, py::object lr)
-    : groups_(std::move(groups), columns, deciding, std::move(raw), std::move(lr)), state_(std::move(state)) {
-  for (const auto& item : state_) states_.push_back(py::reinterpret_borrow<py::object>(item.second));
-}
+    : groups_(std::move(groups), columns, deciding, std::move(raw), std::move(lr)), states_(std::move(state)) {}
 
 void Watch::add_pending(py::object param) { pending_.push_back(std::move(param)); }
 
@@ -67,33 +49,26 @@ void Watch::add_row(py::object param, py::object target, py::dict state, at::Sca
   row.param = param.ptr();
   row.target = target.ptr();
   row.impl = unpack(param).unsafeGetTensorImpl();
-  row.state = state.ptr();
   row.grad_slot = grads.mutable_data_ptr<int64_t>() + number;
   row.grad_dtype = grad_dtype;
   row.first_place = static_cast<int>(places_.size());
-  row.first_entry = static_cast<int>(entries_.size());
   row.spread = is_spread(param);
   add_place(param, true);
   for (const auto& item : state) {
-    alive_.push_back(py::reinterpret_borrow<py::object>(item.second));
-    entries_.push_back(item.second.ptr());
     if (THPVariable_Check(item.second.ptr())) add_place(item.second, false);
   }
   row.places = static_cast<int>(places_.size()) - row.first_place;
-  row.entries = static_cast<int>(entries_.size()) - row.first_entry;
-  row.state_keys = reinterpret_cast<PyDictObject*>(row.state)->ma_keys;
   row.autograd_meta = torch::autograd::impl::get_autograd_meta(unpack(param));
   alive_.push_back(std::move(param));
   alive_.push_back(std::move(target));
-  alive_.push_back(std::move(state));
+  states_.add(std::move(state));
   alive_tensors_.push_back(std::move(grads));
   rows_.push_back(std::move(row));
 }
 
 void Watch::add_place(py::handle object, bool of_param) {
   if (is_spread(object)) {
-    shards_.push_back({py::reinterpret_borrow<py::object>(object), attribute(object.ptr(), name_of_shard())});
-    object = shards_.back().shard;
+    object = states_.add_shard(object);
     of_param = false;
   }
   const at::Tensor& tensor = unpack(object);
@@ -106,7 +81,7 @@ void Watch::add_place(py::handle object, bool of_param) {
   }
   places_.push_back(
       {impl, storage, storage->data(), impl->storage_offset(), impl->numel(), tensor.scalar_type(), strides});
-  // look_at_row asks whether a param is still the same tensor before it follows these addresses.
+  // look_at_places asks whether a param is still the same tensor before it follows these addresses.
   if (!of_param) alive_tensors_.push_back(tensor);
 }
 
@@ -126,12 +101,12 @@ int Watch::look() {
   for (const py::object& param : pending_) {
     if (unpack(param).grad().defined()) return kRebuild;
   }
-  if (!look_at_state() || !look_at_shards()) return kRebuild;
+  if (!states_.look()) return kRebuild;
   for (size_t ahead = 0; ahead < kAhead; ++ahead) prefetch(ahead);
   for (size_t number = 0; number < rows_.size(); ++number) {
     prefetch(number + kAhead);
     WatchedRow& row = rows_[number];
-    if (!look_at_row(row) || !look_at_grad(row, answer)) return kRebuild;
+    if (!states_.look(number) || !look_at_places(row) || !look_at_grad(row, answer)) return kRebuild;
   }
   return answer;
 }
@@ -146,43 +121,12 @@ void Watch::prefetch(size_t number) const {
   }
   prefetch_tensor(row.grad, row.grad_storage);
   __builtin_prefetch(reinterpret_cast<const char*>(row.grad) + 64);  // sizes
-  __builtin_prefetch(row.state);
+  states_.prefetch(number);
   __builtin_prefetch(row.autograd_meta);
-  if (!kVersions) prefetch_lines(row.state_keys, 2);
 }
 
-bool Watch::look_at_state() {
-  if (unchanged(state_.ptr(), state_version_)) return true;
-  const uint64_t version = version_of(state_.ptr());
-  PyObject *key, *value;
-  Py_ssize_t position = 0;
-  size_t entries = 0;
-  while (PyDict_Next(state_.ptr(), &position, &key, &value)) {
-    if (entries == states_.size() || states_[entries++].ptr() != value) return false;
-  }
-  state_version_ = version;
-  return entries == states_.size();
-}
-
-bool Watch::look_at_shards() const {
-  for (const Shard& entry : shards_) {
-    if (attribute(entry.whole.ptr(), name_of_shard()).ptr() != entry.shard.ptr()) return false;
-  }
-  return true;
-}
-
-bool Watch::look_at_row(WatchedRow& row) const {
+bool Watch::look_at_places(const WatchedRow& row) const {
   if (unpack(row.param).unsafeGetTensorImpl() != row.impl) return false;
-  if (!unchanged(row.state, row.version)) {
-    row.version = version_of(row.state);
-    PyObject *key, *value;
-    Py_ssize_t position = 0;
-    int entries = 0;
-    while (PyDict_Next(row.state, &position, &key, &value)) {
-      if (entries == row.entries || entries_[row.first_entry + entries++] != value) return false;
-    }
-    if (entries != row.entries) return false;
-  }
   for (int i = 0; i < row.places; ++i) {
     if (!same(places_[row.first_place + i])) return false;
   }
@@ -240,7 +184,7 @@ void Watch::done() {
     const at::Tensor& param = unpack(row.param);
     if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
   }
-  for (const Shard& entry : shards_) {
+  for (const Shard& entry : states_.shards()) {
     const at::Tensor& shard = unpack(entry.shard);
     if (!shard.is_inference()) shard.unsafeGetTensorImpl()->bump_version();
   }

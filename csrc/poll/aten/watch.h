@@ -6,6 +6,7 @@
 
 #include "../look.h"
 #include "../watch_groups.h"
+#include "../watch_states.h"
 
 namespace fused_optim {
 
@@ -29,26 +30,17 @@ struct WatchedRow {
   PyObject* param;
   PyObject* target;  // the memory that the kernel updates: the param, or its dense copy where the param has holes
   const c10::TensorImpl* impl;  // of the param when the tables were built
-  PyObject* state;              // optimizer.state[param]
-  uint64_t version;             // of that dict
   int64_t* grad_slot;           // this row's place in a table's `grads`
   at::ScalarType grad_dtype;
   int first_place;  // in `places_`: the param, then the tensors among its states
-  int first_entry;  // in `entries_`: the values of `state`
-  int places, entries;
+  int places;
   // Where the last look found things that no Place points to. Asked for some rows ahead and never read: a stale one
   // costs nothing, but one miss after the other would cost more than the whole step.
-  const void* state_keys;
   const void* autograd_meta;
   const c10::TensorImpl* grad;
   const c10::StorageImpl* grad_storage;
   bool spread;      // the param is a DTensor
   py::object spec;  // of the last gradient that was spread as the param is
-};
-
-// A DTensor and the shard that it held when the tables were built.
-struct Shard {
-  py::object whole, shard;
 };
 
 class Watch {
@@ -72,22 +64,16 @@ class Watch {
 
  private:
   void add_place(py::handle tensor, bool of_param);
-  bool look_at_state();
-  bool look_at_row(WatchedRow& row) const;
+  bool look_at_places(const WatchedRow& row) const;
   bool same(const Place& place) const;
   void prefetch(size_t row) const;
-  bool look_at_shards() const;
   bool look_at_grad(WatchedRow& row, int& answer);
   at::Tensor shard_of_grad(WatchedRow& row, const at::Tensor& grad) const;
 
   GroupWatch groups_;
-  py::dict state_;
-  std::vector<py::object> states_;  // the values of optimizer.state, in order
-  uint64_t state_version_ = 0;
+  StateWatch states_;
   std::vector<WatchedRow> rows_;
   std::vector<Place> places_;
-  std::vector<Shard> shards_;
-  std::vector<PyObject*> entries_;
   std::vector<std::vector<int64_t>> strides_;
   std::vector<py::object> alive_;  // all that the raw pointers point to
   std::vector<at::Tensor> alive_tensors_;
