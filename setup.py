@@ -78,6 +78,10 @@ def version() -> str:
     return found[1]
 
 
+def processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
 
@@ -197,7 +201,7 @@ class Build(BASE):  # type: ignore[valid-type, misc]
             if switch("FUSED_OPTIM_CUDA"):
                 raise RuntimeError(f"FUSED_OPTIM_CUDA=1, but the CUDA module cannot be built: {reason}")
             missing["_cuda"] = reason
-        jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+        jobs = int(os.environ.get("MAX_JOBS") or processors())
         side_by_side = min(jobs, len(self.extensions))
         os.environ["MAX_JOBS"] = str(jobs // side_by_side)  # of ninja, for each module
         with ThreadPoolExecutor(side_by_side) as pool:

@@ -106,13 +106,18 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _native(table: Table, module: ModuleType) -> Any:
+    """The table's arrays as the module takes them: by their addresses. The arrays live as long as the table does."""
+    if table.native is None:
+        addresses = [_address(array) for array in _arrays(table)]
+        table.native = module.Arrays(addresses, table.desc.numel(), len(table.rows_list), table.elements, table.ema)
+    return table.native
+
+
 def _call(table: Table, module: ModuleType, function: str, before: Sequence[Any], after: Sequence[Any]) -> None:
     """The module's function of that name. before: what comes before the table's arrays; after: what comes after them,
     tensors and None by their addresses."""
-    if table.native is None:  # they live as long as the table does
-        addresses = [_address(array) for array in _arrays(table)]
-        table.native = module.Arrays(addresses, table.desc.numel(), len(table.rows_list), table.elements, table.ema)
-    getattr(module, function)(*before, table.native, *after)
+    getattr(module, function)(*before, _native(table, module), *after)
 
 
 def _triton(table: Table, function: str, args: Sequence[Any], *more: Any) -> None:
@@ -253,6 +258,12 @@ def _warn(text: str) -> None:
     warnings.warn(text, stacklevel=level)
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError where there is no backend of that name."""
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f'backend must be "auto" or one of {", ".join(BACKENDS)}, but got {name!r}')
+
+
 def pick(name: str, device: torch.device) -> Backend:
     """The backend called `name` for that device; "auto" takes the first that works, and warns where that is not the
     first of all.
@@ -278,8 +289,7 @@ def pick(name: str, device: torch.device) -> Backend:
             because = "; ".join(reasons)
             _warn(f"fused_optim steps {device.type} tensors in plain PyTorch, which is slow, because {because}.")
         return BACKENDS["reference"]
-    if name not in BACKENDS:
-        raise ValueError(f'backend must be "auto" or one of {", ".join(BACKENDS)}, but got {name!r}')
+    check_name(name)
     if (reason := BACKENDS[name].why_not(device)) is not None:
         raise RuntimeError(f'backend="{name}" cannot step tensors on {device}: {reason}')
     return BACKENDS[name]

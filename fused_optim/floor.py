@@ -28,13 +28,19 @@ def floor_pass(
 
     Raises:
         RuntimeError: the C++ kernel is not built.
-        ValueError: there are too many streams, or two tensors at one place in their lists differ in size.
+        ValueError: piece, prefetch or threads is too small, there are too many streams, or two tensors at one place in
+            their lists differ in size.
     """
     module = modules.built(modules.cpu())
     sizes = [tensor.nbytes for tensor in read[0]] if read else []
     for stream in (*written, *read):
         if [tensor.nbytes for tensor in stream] != sizes:
             raise ValueError("the streams of a floor pass must hold tensors of the same sizes in bytes")
+    if piece < 0 or prefetch < 0 or (threads is not None and threads < 1):
+        raise ValueError(
+            "a floor pass takes piece and prefetch of 0 or more bytes and 1 thread or more, but got "
+            f"{piece}, {prefetch} and {threads}"
+        )
     held = written, read
     addresses = [[[tensor.data_ptr() for tensor in stream] for stream in streams] for streams in held]
     run = module.FloorPass(*addresses, sizes, piece, prefetch)

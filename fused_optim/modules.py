@@ -26,7 +26,7 @@ from .table import CHUNK, HYPER_WIDTH, RAW_WIDTH, ROW_WIDTH
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")  # from the narrowest on
 LAYOUT = (CHUNK, ROW_WIDTH, RAW_WIDTH, HYPER_WIDTH)
-REINSTALL = "install fused_optim again (in its sources: pip install --no-build-isolation .)"
+REINSTALL = "install fused_optim again (in its sources: pip install .)"
 TORCH = ".".join(torch.__version__.split(".")[:2])
 
 
@@ -108,7 +108,10 @@ def instruction_sets() -> list[str]:
 @functools.cache
 def cpu() -> ModuleType | str:
     """The kernels for the widest instruction set that this processor has and that is built, or why there are none."""
-    modules = [load(f"_cpu_{name}") for name in instruction_sets()]
+    try:
+        modules = [load(f"_cpu_{name}") for name in instruction_sets()]
+    except ValueError as error:
+        return str(error)
     return next((module for module in modules if isinstance(module, ModuleType)), modules[0])
 
 
@@ -124,8 +127,14 @@ def poll() -> ModuleType | str:
     if isinstance(fastest := load("_poll_aten"), ModuleType):
         return fastest
     module = load("_poll")
-    if isinstance(module, ModuleType) and not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+    if isinstance(module, str):
+        return module
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
         return f"the compiled look at the tensors needs torch 2.10 or newer, and this is torch {torch.__version__}"
+    try:
+        module.check()
+    except Exception as error:
+        return f"the compiled look at the tensors does not know torch {torch.__version__} ({error})"
     return module
 
 

@@ -96,6 +96,7 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
         **kwargs: Any,
     ) -> None:
         check_keywords(type(self), kwargs)
+        backends.check_name(backend)
         check_state_dtype(state_dtype)
         check_max_grad_norm(max_grad_norm)
         check_norm_type(norm_type)
@@ -109,7 +110,7 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
         super().__init__(*args, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        check_group(param_group, type(self).__name__)
+        check_group(param_group, self)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if self._max_grad_norm is not None:
@@ -177,15 +178,9 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
                 loss = closure()
 
         heed_fork()
-        watched = self._watched_state is self.state and self._watched_groups is self.param_groups
-        moved = self._watch.look() if watched else REBUILD
-        if moved & REBUILD:
-            with torch.device("cpu"):  # of the host's arrays, whatever torch.set_default_device says
-                self._rebuild()
-            moved = 0  # new tables go to their device whole, when they are first used
         averaged = 0 if self._ema is None else self._ema.steps
         try:
-            scalings = self._prepare(moved, grad_scale)
+            scalings = self._prepare(grad_scale)
         except BaseException:
             if self._ema is not None:
                 self._ema.steps = averaged
@@ -194,8 +189,14 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
         self._walk(scalings)
         return loss
 
-    def _prepare(self, moved: int, grad_scale: float | Tensor | None) -> list[backends.Scaling]:
+    def _prepare(self, grad_scale: float | Tensor | None) -> list[backends.Scaling]:
         """All that comes before the first change of a param or state."""
+        watched = self._watched_state is self.state and self._watched_groups is self.param_groups
+        moved = self._watch.look() if watched else REBUILD
+        if moved & REBUILD:
+            with torch.device("cpu"):  # of the host's arrays, whatever torch.set_default_device says
+                self._rebuild()
+            moved = 0  # new tables go to their device whole, when they are first used
         if self._ema is not None:
             moved |= self._ema.advance(self._tables)
         for table, backend in self._tables:

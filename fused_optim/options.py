@@ -94,13 +94,14 @@ def check_norm_type(norm_type: Any) -> None:
         raise ValueError(f"norm_type must be 2 or inf, but got {norm_type!r}")
 
 
-def check_group(group: Mapping[str, Any], name: str) -> None:
-    """Raises ValueError for a group with an option of the whole optimizer."""
+def check_group(group: Mapping[str, Any], optimizer: Options) -> None:
+    """Raises ValueError for a group with another value for an option of the whole optimizer. (ZeroRedundancyOptimizer
+    writes all options into its groups.)"""
     for key in OF_THE_WHOLE:
-        if key in group:
+        if key in group and group[key] != getattr(optimizer, key, OF_THE_WHOLE):
             raise ValueError(
                 f"a param group cannot have {key} of its own, because {key} is an option of the whole optimizer; take "
-                f"it out of the group and pass it to {name}(...)"
+                f"it out of the group and pass it to {type(optimizer).__name__}(...)"
             )
 
 
@@ -173,6 +174,7 @@ class Options(Optimizer):
 
     @backend.setter
     def backend(self, name: BackendName) -> None:
+        backends.check_name(name)
         for param in (param for group in self.param_groups for param in group["params"]):
             if may_get_grad(param):
                 backends.pick(name, local(param).device)

@@ -1,5 +1,5 @@
 """The look before each step: has anything moved since the tables were built? Compiled (csrc/poll) where that module is
-built and torch is new enough, else in Python: the same answers, some ten times slower."""
+built and torch is new enough, else in Python, which gives the same answers more slowly."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ END = object()
 
 def layout_of(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride()
+
+
+def bits_of(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_conj(), tensor.is_neg()
 
 
 def watch_over(
@@ -86,13 +90,17 @@ class Placements:
         self.then = [list(map(ask, tensors)) for ask in self.asked]
         self.strided = [tensor for tensor in tensors if not tensor.is_contiguous()]
         self.layouts = list(map(layout_of, self.strided))
+        self.complex = [tensor for tensor in tensors if tensor.is_complex()]
+        self.bits = list(map(bits_of, self.complex))
 
     asked: tuple[Callable[[Tensor], Any], ...] = (data_ptr, dtype_of, numel, is_contiguous)
 
     def unchanged(self) -> bool:
-        return all(
-            list(map(ask, self.tensors)) == then for ask, then in zip(self.asked, self.then, strict=True)
-        ) and all(map(eq, map(layout_of, self.strided), self.layouts))
+        return (
+            all(list(map(ask, self.tensors)) == then for ask, then in zip(self.asked, self.then, strict=True))
+            and all(map(eq, map(layout_of, self.strided), self.layouts))
+            and all(map(eq, map(bits_of, self.complex), self.bits))
+        )
 
 
 class Hyperparameters:

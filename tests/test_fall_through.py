@@ -417,7 +417,7 @@ def test_an_interrupt_between_the_walks_remains_one(monkeypatch: pytest.MonkeyPa
 
 
 @on_every_target
-@pytest.mark.parametrize("where", ["upload", "squares"])
+@pytest.mark.parametrize("where", ["look", "upload", "squares"])
 def test_an_error_before_the_walks_changes_nothing(target: Target, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the next step goes on as if there had been none, with what has moved since."""
     lists = [make_params([(3,), (5,)], device=target.device) for _ in range(2)]
@@ -431,9 +431,13 @@ def test_an_error_before_the_walks_changes_nothing(target: Target, where: str, m
                 before = frozen(optimizer, params)
                 with monkeypatch.context() as patch:
                     works = backends.BACKENDS[target.backend]
-                    failing = dataclasses.replace(works, **{where: fail})
-                    patch.setitem(backends.BACKENDS, target.backend, failing)
-                    optimizer._tables = [(table, failing) for table, _ in optimizer._tables]
+                    if where == "look":  # which has noticed what has moved by then
+                        look = optimizer._watch.look
+                        optimizer._watch = types.SimpleNamespace(look=lambda look=look: fail(look()))
+                    else:
+                        failing = dataclasses.replace(works, **{where: fail})
+                        patch.setitem(backends.BACKENDS, target.backend, failing)
+                        optimizer._tables = [(table, failing) for table, _ in optimizer._tables]
                     with pytest.raises(Broken):
                         optimizer.step()
                 assert_equal(frozen(optimizer, params), before)

@@ -112,6 +112,26 @@ def test_the_sign_of_a_gradient_that_stays_where_it_is(look: str) -> None:
 
 
 @on_every_look
+@pytest.mark.parametrize("keeps_the_object", [True, False])
+def test_the_sign_of_a_gradient_whose_python_object_was_seen(keeps_the_object: bool, look: str) -> None:
+    """Its data are replaced, or it is freed and the next one gets its address."""
+    p, q = (torch.nn.Parameter(torch.zeros(6)) for _ in range(2))
+    ours, theirs = FusedSGD([p], lr=0.1, backend="reference"), torch.optim.SGD([q], lr=0.1)
+    memory = torch.rand(6)
+    for negated in (False, True) * 3:
+        seen = torch._neg_view(memory) if negated else memory.detach()
+        if keeps_the_object and p.grad is not None:
+            p.grad.data = seen
+        else:
+            p.grad = None
+            p.grad = torch._neg_view(memory) if negated else memory.detach()
+        q.grad = -memory if negated else memory.clone()
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(p, q)
+
+
+@on_every_look
 def test_conjugate_gradients(look: str) -> None:
     p, q = (torch.nn.Parameter(torch.ones(4, dtype=torch.complex64)) for _ in range(2))
     ours, theirs = FusedAdamW([p], backend="reference"), torch.optim.AdamW([q])
@@ -294,3 +314,32 @@ def test_params_whose_contents_are_swapped(look: str) -> None:
         for p, other in zip(params[:2], make_params([(5, 3), ()], seed=step + 5), strict=True):
             p.grad = None
             torch.utils.swap_tensors(p, other)
+
+
+@on_every_look
+def test_params_that_become_conjugate_in_the_same_memory(look: str) -> None:
+    p, q = (torch.nn.Parameter(torch.tensor([1 + 2j, 3 - 1j])) for _ in range(2))
+    ours, theirs = FusedSGD([p], lr=0.5, backend="reference"), torch.optim.SGD([q], lr=0.5, foreach=False)
+    for _ in range(3):
+        for param, optimizer in ((p, ours), (q, theirs)):
+            param.grad = torch.tensor([1j, 2 + 1j])
+            optimizer.step()
+            param.data = param.data.conj()
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.skipif(class_of("dlpack") is None or isinstance(class_of("dlpack"), str), reason=str(class_of("dlpack")))
+def test_a_torch_that_the_look_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its exchange table may have changed: then Python looks, and says why."""
+
+    def check() -> None:
+        raise RuntimeError("another major version than 1")
+
+    poll = modules.load("_poll")
+    monkeypatch.setattr(modules, "load", lambda name: poll if name == "_poll" else "not built")
+    monkeypatch.setattr(poll, "check", check)
+    modules.poll.cache_clear()
+    try:
+        assert "does not know torch" in str(modules.poll()) and "another major version" in modules.look()
+    finally:
+        modules.poll.cache_clear()

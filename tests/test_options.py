@@ -163,6 +163,16 @@ def test_bad_values_change_nothing(name: str, value: Any, message: str) -> None:
     assert getattr(optimizer, name) == before
 
 
+def test_backends_that_nobody_knows() -> None:
+    """Where all params are frozen, too: none of them asks for a backend."""
+    frozen = [torch.nn.Parameter(torch.ones(3), requires_grad=False)]
+    with pytest.raises(ValueError, match='backend must be "auto" or one of'):
+        FusedAdamW(frozen, backend="fast")  # type: ignore[arg-type]
+    optimizer = FusedAdamW(frozen)
+    with pytest.raises(ValueError, match='backend must be "auto" or one of'):
+        optimizer.backend = "fast"  # type: ignore[assignment]
+
+
 def test_what_cannot_be_set() -> None:
     optimizer = FusedAdamW(make_params())
     for name, value in (("norm_group", None), ("decay", "paper"), ("last_grad_norm", 1.0), ("skipped_steps", 0)):
@@ -199,11 +209,11 @@ def test_options_of_another_class() -> None:
         {"ema_decay": 0.9},
         {"ema_dtype": torch.float32},
         {"skip_nonfinite": True},
-        {"norm_type": 2.0},
-        {"norm_group": None},
+        {"norm_type": math.inf},
+        {"norm_group": "all"},
         {"backend": "reference"},
         {"state_dtype": torch.float32},
-        {"decay": "paper"},
+        {"decay": "none"},
     ],
     ids=lambda option: next(iter(option)),
 )
@@ -217,6 +227,13 @@ def test_groups_have_no_options_of_the_whole(case: Case, option: dict[str, Any])
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 1
+    train([optimizer], 1)
+
+
+def test_groups_that_repeat_an_option_of_the_whole() -> None:
+    """As those of ZeroRedundancyOptimizer, which writes all options into its groups."""
+    options: dict[str, Any] = {"ema_decay": 0.9, "skip_nonfinite": True, "norm_group": None, "decay": "torch"}
+    optimizer = FusedAdamW([{"params": make_params(), **options}], **options)
     train([optimizer], 1)
 
 

@@ -12,6 +12,13 @@ void require_launched(int error, const std::string& rule) {
     throw std::runtime_error(std::string("the CUDA step could not be launched: ") + cuda_error_text(error));
 }
 
+// A launch waits where the device's queue is full.
+template <class F>
+int without_gil(F&& launch) {
+  py::gil_scoped_release release;
+  return launch();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -21,16 +28,22 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("step", [](const std::string& rule, const Arrays& arrays, int64_t grad_scale, int64_t found_inf,
                    int64_t squares, int64_t stream, int device) {
     const Tables t = with_scaling(arrays, grad_scale, found_inf, squares);
-    require_launched(launch_step_cuda(rule.c_str(), t, pointer<void>(stream), device), rule);
+    require_launched(without_gil([&] { return launch_step_cuda(rule.c_str(), t, pointer<void>(stream), device); }),
+                     rule);
   });
   m.def("move", [](const std::string& rule, const Arrays& arrays, int64_t stream, int device) {
-    require_launched(launch_move_cuda(rule.c_str(), arrays.tables, pointer<void>(stream), device), rule);
+    const auto launch = [&] { return launch_move_cuda(rule.c_str(), arrays.tables, pointer<void>(stream), device); };
+    require_launched(without_gil(launch), rule);
   });
   m.def("squares", [](const Arrays& arrays, int64_t out, int64_t stream, int device) {
-    require_launched(launch_squares_cuda(arrays.tables, pointer<double>(out), pointer<void>(stream), device), "");
+    const auto launch = [&] {
+      return launch_squares_cuda(arrays.tables, pointer<double>(out), pointer<void>(stream), device);
+    };
+    require_launched(without_gil(launch), "");
   });
   m.def("scale", [](const Arrays& arrays, int64_t squares, int64_t stream, int device) {
-    require_launched(launch_scale_cuda(with_scaling(arrays, 0, 0, squares), pointer<void>(stream), device), "");
+    const Tables t = with_scaling(arrays, 0, 0, squares);
+    require_launched(without_gil([&] { return launch_scale_cuda(t, pointer<void>(stream), device); }), "");
   });
 }
 

@@ -7,6 +7,13 @@ namespace fused_optim {
 
 PYBIND11_MODULE(_poll, m) {
   add_identity(m);
+  // Throws where this torch does not have what the look calls.
+  m.def("check", [] {
+    exchange();
+    Getter{"grad"};
+    Question{"is_conj"};
+    Question{"is_neg"};
+  });
   py::class_<Watch>(m, "Watch", py::module_local())
       .def(py::init<py::list, py::dict, const std::vector<ColumnSpec>&, const std::vector<std::string>&, py::object,
                     py::object>())

@@ -18,8 +18,7 @@ struct DlType {
   uint8_t code, bits;
   uint16_t lanes;
 };
-constexpr uint8_t kDlFloat = 2, kDlComplex = 5;
-constexpr int32_t kDlCpu = 1;
+constexpr uint8_t kDlComplex = 5;
 
 inline bool operator==(DlType a, DlType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
 inline bool operator==(DlDevice a, DlDevice b) { return a.type == b.type && a.id == b.id; }

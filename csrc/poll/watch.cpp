@@ -81,8 +81,9 @@ void Watch::add_row(py::object param, py::object target, py::dict state, py::obj
 // Where these sizes and strides stand; a tensor's states mostly have those of its param.
 size_t Watch::add_layout(const DlTensor& tensor, size_t guess) {
   const size_t bytes = tensor.ndim * sizeof(int64_t), end = guess + 2 * tensor.ndim;
-  if (end <= layouts_.size() && std::memcmp(&layouts_[guess], tensor.shape, bytes) == 0 &&
-      std::memcmp(&layouts_[guess + tensor.ndim], tensor.strides, bytes) == 0) {
+  if (tensor.ndim == 0) return 0;
+  if (end <= layouts_.size() && std::memcmp(layouts_.data() + guess, tensor.shape, bytes) == 0 &&
+      std::memcmp(layouts_.data() + guess + tensor.ndim, tensor.strides, bytes) == 0) {
     return guess;
   }
   const size_t made = layouts_.size();
@@ -97,13 +98,19 @@ void Watch::add_place(py::handle object) {
   }
   const DlTensor seen = described(object);
   const size_t guess = places_.empty() ? 0 : places_.back().layout;
-  places_.push_back({hint_of(object), seen.address(), seen.ndim, seen.dtype, add_layout(seen, guess)});
+  places_.push_back({hint_of(object), seen.address(), seen.ndim, seen.dtype, bits_of(object.ptr(), seen.dtype),
+                     add_layout(seen, guess)});
   alive_.push_back(py::reinterpret_borrow<py::object>(object));
+}
+
+int Watch::bits_of(PyObject* tensor, DlType dtype) const {
+  return dtype.code == kDlComplex ? is_conj_(tensor) + 2 * is_neg_(tensor) : 0;
 }
 
 bool Watch::same(const Place& place) const {
   DlTensor seen;
-  if (!describe(const_cast<PyObject*>(static_cast<const PyObject*>(place.hint.object)), seen)) return false;
+  PyObject* const object = const_cast<PyObject*>(static_cast<const PyObject*>(place.hint.object));
+  if (!describe(object, seen) || bits_of(object, seen.dtype) != place.bits) return false;
   if (seen.address() != place.data || seen.ndim != place.ndim || !(seen.dtype == place.dtype)) return false;
   const int64_t *shape = layouts_.data() + place.layout, *strides = shape + place.ndim;
   for (int d = 0; d < place.ndim; ++d) {
@@ -161,8 +168,8 @@ py::object Watch::shard_of_grad(WatchedRow& row, py::object grad) const {
 }
 
 // Whether the numbers in memory are the tensor's values.
-bool Watch::plain(PyObject* tensor, const DlTensor& seen, bool known) const {
-  if (seen.dtype.code == kDlComplex ? is_conj_(tensor) || is_neg_(tensor) : !known && is_neg_(tensor)) return false;
+bool Watch::plain(PyObject* tensor, const DlTensor& seen) const {
+  if ((seen.dtype.code == kDlComplex && is_conj_(tensor)) || is_neg_(tensor)) return false;
   if (seen.data != nullptr) return true;
   for (int d = 0; d < seen.ndim; ++d) {
     if (seen.shape[d] == 0) return true;
@@ -202,8 +209,7 @@ bool Watch::look_at_grad(WatchedRow& row, int& answer) {
     for (int d = 0; d < row.ndim; ++d) {
       if (seen.shape[d] != shape[d]) return false;
     }
-    const bool known = grad.ptr() == row.grad.object && reinterpret_cast<int64_t>(seen.address()) == *row.grad_slot;
-    if (!plain(grad.ptr(), seen, known) || !fits_target(row, seen)) {
+    if (!plain(grad.ptr(), seen) || !fits_target(row, seen)) {
       grad = python("watch", "laid_out_as")(grad, row.target);
       if (!describe(grad.ptr(), seen)) return false;
     }

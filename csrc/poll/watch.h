@@ -21,6 +21,7 @@ struct Place {
   const void* data;
   int ndim;
   DlType dtype;
+  int bits;       // of complex tensors: is_conj, is_neg
   size_t layout;  // in `layouts_`: shape, then strides
 };
 
@@ -68,7 +69,8 @@ class Watch {
   void prefetch(size_t row) const;
   bool look_at_grad(WatchedRow& row, int& answer);
   bool fits_target(const WatchedRow& row, const DlTensor& grad) const;
-  bool plain(PyObject* tensor, const DlTensor& seen, bool known) const;
+  bool plain(PyObject* tensor, const DlTensor& seen) const;
+  int bits_of(PyObject* tensor, DlType dtype) const;
   py::object shard_of_grad(WatchedRow& row, py::object grad) const;
 
   GroupWatch groups_;

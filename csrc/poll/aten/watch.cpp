@@ -79,15 +79,16 @@ void Watch::add_place(py::handle object, bool of_param) {
     strides = static_cast<int>(strides_.size());
     strides_.push_back(tensor.strides().vec());
   }
-  places_.push_back(
-      {impl, storage, storage->data(), impl->storage_offset(), impl->numel(), tensor.scalar_type(), strides});
+  places_.push_back({impl, storage, storage->data(), impl->storage_offset(), impl->numel(), tensor.scalar_type(),
+                     tensor.is_conj(), tensor.is_neg(), strides});
   // look_at_places asks whether a param is still the same tensor before it follows these addresses.
   if (!of_param) alive_tensors_.push_back(tensor);
 }
 
 bool Watch::same(const Place& place) const {
   const c10::TensorImpl& impl = *place.impl;
-  return impl.unsafe_storage().unsafeGetStorageImpl() == place.storage && place.storage->data() == place.data &&
+  return impl.is_conj() == place.conj && impl.is_neg() == place.neg &&
+         impl.unsafe_storage().unsafeGetStorageImpl() == place.storage && place.storage->data() == place.data &&
          impl.storage_offset() == place.offset && impl.numel() == place.numel &&
          c10::typeMetaToScalarType(impl.dtype()) == place.dtype && impl.is_contiguous() == (place.strides < 0) &&
          (place.strides < 0 || impl.strides().equals(strides_[place.strides]));

@@ -20,6 +20,7 @@ struct Place {
   int64_t offset;
   int64_t numel;
   at::ScalarType dtype;
+  bool conj, neg;
   int strides;  // where in `strides_`, -1 where contiguous: the flag then says all
 };
 
