@@ -38,7 +38,7 @@ test: $(VENV)/built
 test-ptx: $(VENV)/built
 	FUSED_OPTIM_TEST_BACKENDS=$(PTX) $(PYTEST) $(NUMBERS) -k "ptx or triton_kernels or triton_sums"
 
-# The extension built with the address sanitizer, under the tests that move memory about.
+# The modules built with the address sanitizer, under the tests that move memory about.
 asan: $(VENV)/built
 	PY=$(abspath $(PY)) bash tests/asan.sh
 

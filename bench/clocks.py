@@ -166,7 +166,7 @@ def lanes(workload: Workload, walk: Pass) -> tuple[list[list[Tensor]], list[list
 
 
 def torch_floor(workload: Workload) -> Step:
-    """Where the extension is not built: one torch operation per stream, on flat buffers of integers."""
+    """Where the modules for CPUs are not built: one torch operation per stream, on flat buffers of integers."""
     flat = {
         name: torch.zeros(sum(tensor.nbytes for tensor in stream) // 2, dtype=torch.int16)
         for name, stream in workload.streams.items()

@@ -4,7 +4,6 @@ what a step of an optimizer costs there."""
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import platform
 import sys
 from collections.abc import Sequence
@@ -13,17 +12,10 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends, doctor, modules, state_dicts, trial
+from . import __version__, backends, doctor, machine, modules, state_dicts, trial
 from .shapes import MODELS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def version_of(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def devices() -> str:
@@ -37,7 +29,7 @@ def print_machine() -> None:
         "fused_optim": __version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'}, HIP {torch.version.hip or 'none'})",
-        "triton": version_of("triton"),
+        "triton": machine.triton_version() or "not installed",
         "devices": devices(),
         "instruction set": modules.instruction_set() or "C++ kernel not built",
         "look at tensors": modules.look(),

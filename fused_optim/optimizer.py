@@ -78,7 +78,7 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
     """
 
     rule: ClassVar[Rule]
-    _uncompiled_step: ClassVar[Any] = None  # step() for graphs to break at
+    _uncompiled_step: ClassVar[Any] = None  # step() with torch.compile disabled: a graph breaks here
     _step_supports_amp_scaling = True  # GradScaler hands grad_scale and found_inf to step()
 
     @_disable_dynamo  # as torch's constructor: where a graph breaks in it, what was set before would be gone
@@ -159,7 +159,7 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
             RuntimeError: a gradient is sparse, or of another shape, dtype or device than its param allows. Nothing has
                 been changed then.
         """
-        if is_dynamo_compiling():  # it would compile anew for values of lr, and find nothing to make faster
+        if is_dynamo_compiling():  # tracing would recompile for each value of lr and gain nothing
             loss = None
             if closure is not None:
                 with torch.enable_grad():

@@ -212,7 +212,7 @@ class Table:
         self.groups = groups
         self.scalars = scalars
         self.on_device: object = None  # device.DeviceTable, on GPUs
-        self.native: object = None  # the extension's hold on the arrays
+        self.native: object = None  # the arrays as a compiled module takes them
         self.copies = [row for row in rows if row.target is not row.shard]
         self.ema = any(row.ema is not None for row in rows)
 

@@ -35,7 +35,7 @@ def sources(folder: str, *patterns: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a copy of the sources: the sdist, and a wheel without the extension that was built from the sdist."""
+    """Of a copy of the sources: the sdist, and a wheel without modules that was built from the sdist."""
     copy = tmp_path_factory.mktemp("sources") / "copy"
     clutter = shutil.ignore_patterns(".*", "build", "dist", "results", "api", "__pycache__", "*.egg-info", "*.so")
     shutil.copytree(ROOT, copy, ignore=clutter)

@@ -4,7 +4,7 @@
 
 namespace fused_optim {
 
-// 1 where a second thread costs more than it brings, else `most`. Nothing between: OpenMP ends the threads that a
+// Returns 1 where a second thread does not pay, else `most`. Nothing between: OpenMP ends the threads that a
 // smaller team leaves out, and the next operation of torch would have to start them anew.
 int threads_for(int64_t elements, int64_t chunks, int most);
 

@@ -5,7 +5,7 @@
 namespace fused_optim {
 namespace {
 
-// What the look leaves to Python: rare, and slow wherever it is written.
+// Rare cases are left to Python.
 py::object python(const char* module, const char* function) {
   return py::module_::import((std::string("fused_optim.") + module).c_str()).attr(function);
 }
@@ -153,7 +153,7 @@ bool Watch::look_at_places(const WatchedRow& row) const {
 }
 
 // The shard of a gradient that goes with the param's. Gradients come as DTensors made anew, but their specs are mostly
-// the same objects; a shard that is still on its way, or spread in another way, is a matter for Python.
+// the same objects. Python handles shards that are still being communicated or have other placements.
 py::object Watch::shard_of_grad(WatchedRow& row, py::object grad) const {
   const py::object spec = attribute(grad.ptr(), name_of_spec());
   const py::object shard = attribute(grad.ptr(), name_of_shard());

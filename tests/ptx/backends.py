@@ -51,7 +51,7 @@ def poison(table: Table, *names: str) -> None:
 
 
 def copied(table: Table) -> list[tuple[int, int]]:
-    """Where the copies lie that the extension has made of gradients that the kernels cannot read as they are. No Python
+    """Where the copies lie that the look has made of gradients that the kernels cannot read as they are. No Python
     object holds them."""
     found = []
     for row, address in zip(table.rows_list, table.grads.tolist(), strict=True):

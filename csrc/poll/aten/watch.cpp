@@ -135,7 +135,7 @@ bool Watch::look_at_places(const WatchedRow& row) const {
 }
 
 // The shard of a gradient that goes with the param's. Gradients come as DTensors made anew, but their specs are mostly
-// the same objects; a shard that is still on its way, or spread in another way, is a matter for Python.
+// the same objects. Python handles shards that are still being communicated or have other placements.
 at::Tensor Watch::shard_of_grad(WatchedRow& row, const at::Tensor& grad) const {
   const auto whole = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad));
   const py::object spec = attribute(whole.ptr(), name_of_spec());
