@@ -231,8 +231,9 @@ class Build(BASE):  # type: ignore[valid-type, misc]
             if switch("FUSED_OPTIM_CUDA" if extension.name.endswith("_cuda") else "FUSED_OPTIM_CPP"):
                 raise
             reason = " ".join(map(str, error.args)) or repr(error)
-            if "compil" in reason.lower() and "no C++ compiler" not in reason:
-                reason += "; pip install -v shows the compiler's output"
+            if "no C++ compiler" not in reason:
+                shown = reason if len(reason) < 200 else f"{reason[:200]} ..."
+                reason = f"its build failed ({shown}); pip install -v shows the compiler's output"
             print(f"fused_optim: installing without {extension.name}: {reason}", file=sys.stderr, flush=True)
             return reason
         return None

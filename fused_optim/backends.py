@@ -284,7 +284,7 @@ def pick(name: str, device: torch.device) -> Backend:
                         f'backend="{candidate}" chooses it without this warning.'
                     )
                 return BACKENDS[candidate]
-            reasons.append(f"{candidate}: {reason}")
+            reasons.append(f"{candidate}: {reason.rstrip('.')}")
         if reasons:
             because = "; ".join(reasons)
             _warn(f"fused_optim steps {device.type} tensors in plain PyTorch, which is slow, because {because}.")

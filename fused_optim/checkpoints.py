@@ -110,5 +110,10 @@ class Checkpoints(Optimizer):
                 handle.remove()
         return {**saved, "skipped_steps": self._scaler.skipped} if self._scaler.skip_nonfinite else saved
 
+    def _count_of(self, param: Tensor) -> float:
+        """How many updates a param has had. Waits for its device."""
+        count = self.state.get(param, {}).get("step", self._steps.get(param, 0.0))
+        return 0.0 if isinstance(count, Tensor) and count.is_meta else float(count)
+
     def _counts(self, params: list[Tensor]) -> list[float]:
         return [float(count) for count in torch.stack([self._steps[p].cpu() for p in params])] if params else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from .optimizer import FusedOptimizer
@@ -68,6 +69,12 @@ class Decoupled(FusedOptimizer):
         if self._decay == "torch":
             return
         reference = group.get("lr_reference", self._decay_options["lr_reference"])
+        if reference is None and float(group["lr"]) == 0.0:
+            warnings.warn(
+                f'decay="{self._decay}" measures the decay by lr / lr_reference, and lr_reference is the first lr, 0: '
+                "nothing will decay; pass lr_reference, the largest lr of the schedule, say",
+                stacklevel=2,
+            )
         reference = float(group["lr"] if reference is None else reference)
         if not reference >= 0:
             raise ValueError(f"lr_reference must be 0 or more, but got {reference}")

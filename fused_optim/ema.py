@@ -40,7 +40,8 @@ class WeightAverage:
     """The averages of one optimizer's params.
 
     current: the decay of the step that is under way. steps: how many were taken. tensors: the averages by param, laid
-    out as its states. lent: whether they are in the place of the params.
+    out as its states. unreached: params whose first update may not have come yet, because steps were skipped; it will
+        copy. lent: whether the averages are in the place of the params.
 
     Raises:
         ValueError: decay is no number from 0 to 1, or dtype none that the averages may have.
@@ -52,6 +53,7 @@ class WeightAverage:
         self.dtype = dtype
         self.steps = 0
         self.tensors: dict[Tensor, Tensor] = {}
+        self.unreached: set[Tensor] = set()
         self.lent = False
 
     @property
@@ -94,23 +96,27 @@ class WeightAverage:
         column.fill_(self.current)
         return RAW_CHANGED
 
-    def join(self, row: Row) -> Tensor:
+    def join(self, row: Row, ended: Tensor | None) -> Tensor:
         """Gives a row the average of its param, laid out as that is; where there is none yet, a copy. Returns it, and
-        does not keep it yet."""
+        does not keep it yet. ended: the count of the param's updates, where it begins anew."""
         param, old = row.param, self.tensors.get(row.param)
-        row.ema_begun = old is not None
+        if ended is not None and float(ended) > 0:
+            self.unreached.discard(param)
+        row.ema_begun = old is not None and param not in self.unreached
         if old is not None:
             average = conform(param, {"average": old}, ["average"])["average"]
         else:
             # In 16 bits an average stands still where decay is near 1.
             dtype = state_dtype_of(param, torch.float32 if self.dtype is None else self.dtype)
             average = like(param, torch.empty_like(row.shard, dtype=dtype, requires_grad=False).copy_(row.shard))
+            self.unreached.add(param)
         row.ema = local(average)
         return average
 
     def keep_only(self, params: Iterable[Tensor]) -> None:
         """Drops the averages of all other params."""
         self.tensors = {param: self.tensors[param] for param in params if param in self.tensors}
+        self.unreached &= self.tensors.keys()
 
     @contextmanager
     def lend(self, params: Sequence[Tensor]) -> Iterator[None]:
@@ -166,6 +172,7 @@ class WeightAverage:
                     f"{tuple(average.shape)}; load it into an optimizer of the same params in the same order"
                 )
         self.steps = int(state["steps"])
+        self.unreached = set()
         self.tensors = {
             params[index]: conform(params[index], {"average": average.detach().clone()}, ["average"])["average"]
             for index, average in state["averages"].items()
@@ -215,6 +222,8 @@ class Averaging(Optimizer):
 
     _ema: WeightAverage | None
 
+    _count_of: Callable[[Tensor], float]  # how many updates a param has had
+
     @property
     def ema(self) -> Mapping[Tensor, Tensor] | None:
         """The averages by param, of params that have had a gradient; to be read outside of ema_weights(). None without
@@ -241,13 +250,15 @@ class Averaging(Optimizer):
     def ema_state_dict(self) -> dict[str, Any]:
         """The averages, to be saved beside state_dict(), which remains torch's: {"steps": how many step() calls there
         were, "averages": tensors by the params' indices in state_dict()}. The tensors are the averages themselves.
+        Params whose updates have all been skipped have none.
 
         Raises:
             RuntimeError: the optimizer keeps no averages, or this is inside of ema_weights().
         """
         average = self._averages()
         average.check_home("ema_state_dict() cannot be called")
-        numbered = enumerate(self._all_params())
+        average.unreached = {param for param in average.unreached if not self._count_of(param)}
+        numbered = [(i, param) for i, param in enumerate(self._all_params()) if param not in average.unreached]
         return {
             "steps": average.steps,
             "averages": {index: average.tensors[param] for index, param in numbered if param in average.tensors},

@@ -26,6 +26,16 @@ def is_wrapper(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
+def check_memory(tensor: Any, who: str) -> None:
+    """Raises RuntimeError for elements that lie nowhere: kernels would end the process."""
+    shard = local(tensor)
+    if shard.numel() and shard.device.type != "meta" and not shard._is_zerotensor() and not shard.data_ptr():
+        raise RuntimeError(
+            f"{who} has {shard.numel()} elements and no memory (its storage was resized to 0 bytes, perhaps); "
+            "give it its memory back before the step"
+        )
+
+
 def check_param(param: Tensor) -> None:
     """Raises RuntimeError or TypeError for a param that no backend could update."""
     if real_dtype(param.dtype) not in DTYPE_CODES:
@@ -46,6 +56,8 @@ def check_param(param: Tensor) -> None:
             f"share memory (it was expanded), "
             "so it cannot be updated element by element; use param.clone()"
         )
+    if param.grad is not None:
+        check_memory(param, f"a param of shape {tuple(param.shape)}")
 
 
 def check_grad(optimizer: str, param: Tensor, grad: Tensor, name: str | None) -> None:
@@ -73,6 +85,8 @@ def check_grad(optimizer: str, param: Tensor, grad: Tensor, name: str | None) ->
             f"param is one of these), "
             f"but is {grad.dtype}; convert it"
         )
+    if not is_wrapper(local(grad)):
+        check_memory(grad, who)
 
 
 def check_hyperparameter(key: str, value: Any, count: int) -> Sequence[Any]:
@@ -141,6 +155,8 @@ def conform(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) -> dict
                 f'state "{name}" must have its param\'s shape, {tuple(param.shape)}, but has {tuple(old.shape)}'
             )
         old = spread_as(param, old, f'state "{name}"')
+        if param.grad is not None:
+            check_memory(old, f'state "{name}" of a param of shape {tuple(param.shape)}')
         shard, shard_of_param, dtype = local(old), local(param), allowed_dtype(param, old.dtype)
         laid_out = torch.empty_like(shard_of_param, device="meta")
         if (

@@ -139,8 +139,8 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps skip_nonfinite has skipped: int64 [], on the first param's device."""
-        return self._scaler.skipped
+        """How many steps skip_nonfinite has skipped: int64 [], on the first param's device. A new tensor each time."""
+        return self._scaler.skipped.clone()
 
     # ---- step
 
@@ -330,7 +330,7 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
             fresh[param].update(made)
             rows.append(make_row(param, fresh[param], wanted, steps[param], index))
             if self._ema is not None:
-                averages[param] = self._ema.join(rows[-1])
+                averages[param] = self._ema.join(rows[-1], self._steps.get(param) if made else None)
             if self.rule.counted:
                 fresh[param] = {"step": steps[param], **fresh[param]}
 

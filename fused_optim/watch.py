@@ -70,7 +70,10 @@ def laid_out_as(grad: Tensor, target: Tensor) -> Tensor:
 
 
 def dense_grad(grad: Tensor, target: Tensor) -> Tensor:
-    """The gradient in the memory layout of the tensor that it updates; itself where it has that layout already."""
+    """The gradient in the memory layout of the tensor that it updates; itself where it has that layout already, or no
+    memory."""
+    if grad.numel() and not grad._is_zerotensor() and not grad.data_ptr():
+        return grad
     if same_strides(grad, target) and not (grad.is_conj() or grad.is_neg() or grad._is_zerotensor()):
         return grad
     return laid_out_as(grad, target)
@@ -248,8 +251,11 @@ class Gradients:
             shard = local_grad(param, grad) if is_sharded(grad) else grad
             if shard.shape != target.shape or is_wrapper(shard):
                 return None
-            self.held.append(dense_grad(shard, target))
-            addresses.append(self.held[-1].data_ptr() or EMPTY)
+            held = dense_grad(shard, target)
+            if held.numel() and not held.data_ptr():
+                return None
+            self.held.append(held)
+            addresses.append(held.data_ptr() or EMPTY)
         return addresses
 
     def done(self) -> list[Tensor]:

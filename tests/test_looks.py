@@ -343,3 +343,43 @@ def test_a_torch_that_the_look_does_not_know(monkeypatch: pytest.MonkeyPatch) ->
         assert "does not know torch" in str(modules.poll()) and "another major version" in modules.look()
     finally:
         modules.poll.cache_clear()
+
+
+@on_every_look
+def test_nothing_to_step(look: str) -> None:
+    params = make_params([(5, 3), (40,)])
+    optimizer = build(AMSGRAD, REFERENCE, params, max_grad_norm=1.0, skip_nonfinite=True, ema_decay=0.9)
+    optimizer.step()
+    assert not optimizer.state
+    set_grads(params, random_grads(params, 0))
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.state.clear()
+    optimizer.step()
+    assert not optimizer.state
+    optimizer.param_groups.clear()
+    optimizer.step()
+
+
+@on_every_look
+@pytest.mark.parametrize("taken", [1, 2])
+@pytest.mark.parametrize("what", ["param", "grad", "exp_avg"])
+def test_tensors_without_memory_are_refused(what: str, taken: int, look: str) -> None:
+    """As sharding engines leave them: a kernel that reads them ends the process."""
+    params = make_params([(5, 3), (40,)])
+    optimizer = build(AMSGRAD, REFERENCE, params)
+    for step in range(2):
+        set_grads(params, random_grads(params, step))
+        if step < taken:
+            optimizer.step()
+    tensor = {"param": params[1], "grad": params[1].grad, "exp_avg": optimizer.state[params[1]]["exp_avg"]}[what]
+    assert tensor is not None
+    kept, size = tensor.detach().clone(), tensor.untyped_storage().nbytes()
+    tensor.untyped_storage().resize_(0)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"has 40 elements and no memory .* before the step"):
+            optimizer.step()
+    tensor.untyped_storage().resize_(size)
+    tensor.detach().copy_(kept)
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"].item() == taken + 1

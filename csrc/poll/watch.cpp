@@ -1,5 +1,7 @@
 #include "watch.h"
 
+#include <algorithm>
+
 #include "../tables.h"
 
 namespace fused_optim {
@@ -25,6 +27,10 @@ void prefetch_tensor(const Hint& hint) {
   __builtin_prefetch(static_cast<const char*>(hint.storage) + 16);
 }
 
+bool has_no_elements(const DlTensor& tensor) {
+  return std::find(tensor.shape, tensor.shape + tensor.ndim, 0) != tensor.shape + tensor.ndim;
+}
+
 DlTensor described(py::handle tensor) {
   DlTensor seen;
   if (!describe(tensor.ptr(), seen))
@@ -48,6 +54,7 @@ Watch::Watch(py::list groups, py::dict state, const std::vector<ColumnSpec>& col
   tensor_class_ = torch.attr("Tensor");
   parameter_class_ = torch.attr("nn").attr("Parameter");
   increment_version_ = torch.attr("autograd").attr("graph").attr("increment_version");
+  stepped_ = py::none();
 }
 
 void Watch::add_pending(py::object param) { pending_.push_back(std::move(param)); }
@@ -170,11 +177,7 @@ py::object Watch::shard_of_grad(WatchedRow& row, py::object grad) const {
 // Whether the numbers in memory are the tensor's values.
 bool Watch::plain(PyObject* tensor, const DlTensor& seen) const {
   if ((seen.dtype.code == kDlComplex && is_conj_(tensor)) || is_neg_(tensor)) return false;
-  if (seen.data != nullptr) return true;
-  for (int d = 0; d < seen.ndim; ++d) {
-    if (seen.shape[d] == 0) return true;
-  }
-  return false;  // a zero tensor of torch's, which has no memory
+  return seen.data != nullptr || has_no_elements(seen);  // else a zero tensor of torch's, which has no memory
 }
 
 // Whether its elements lie in memory as the target's. Strides along dimensions of one element say nothing, and none do
@@ -209,6 +212,7 @@ bool Watch::look_at_grad(WatchedRow& row, int& answer) {
     for (int d = 0; d < row.ndim; ++d) {
       if (seen.shape[d] != shape[d]) return false;
     }
+    if (seen.data == nullptr && !has_no_elements(seen) && !grad.attr("_is_zerotensor")().cast<bool>()) return false;
     if (!plain(grad.ptr(), seen) || !fits_target(row, seen)) {
       grad = python("watch", "laid_out_as")(grad, row.target);
       if (!describe(grad.ptr(), seen)) return false;

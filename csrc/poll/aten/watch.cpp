@@ -28,6 +28,12 @@ bool same_layout(const at::Tensor& a, const at::Tensor& b) {
 // Whether the numbers in memory are the tensor's values.
 bool plain(const at::Tensor& t) { return !t.is_conj() && !t.is_neg() && !t._is_zerotensor(); }
 
+// False of elements that lie nowhere; what torch calls a zero tensor needs no memory.
+bool has_memory(const at::Tensor& t) {
+  return t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl()->data() != nullptr || t.numel() == 0 ||
+         t._is_zerotensor();
+}
+
 void prefetch_tensor(const void* impl, const void* storage) {
   // Of a TensorImpl's three lines or four: the storage stands near its begin, numel, dtype and flags near its end.
   __builtin_prefetch(static_cast<const char*>(impl) + 16);
@@ -157,6 +163,7 @@ bool Watch::look_at_grad(WatchedRow& row, int& answer) {
       return false;
     if (whole.layout() != at::kStrided || wraps(whole) != row.spread) return false;
     at::Tensor grad = row.spread ? shard_of_grad(row, whole) : whole;
+    if (!has_memory(grad)) return false;
     if (plain(grad) && same_layout(grad, target)) {
       held_.push_back(std::move(grad));
     } else {
