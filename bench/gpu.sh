@@ -5,7 +5,7 @@
 #     bench/gpu.sh build step         these
 #     DRY=1 bench/gpu.sh step         without a GPU: as far as it goes on stand-ins
 #
-#   build       builds the package, says what is here, runs tests/test_gpu.py and the tests of the Triton kernels
+#   build       builds the package, says what is here, runs tests/test_gpu*.py and the tests of the Triton kernels
 #   step        AdamW in four cases, graph replay and host time among them
 #   grid        the grid of bench/results (bench/step.py --suite gpu)
 #   family      the other optimizers (--suite gpu-family)
@@ -52,7 +52,7 @@ has() { # has MODULE WHAT: whether Python has it; else says what is left out
 pytest_() { "$PYTHON" -m pytest -q -p no:cacheprovider "$@"; }
 
 part_build() {
-  dry "nothing is built; the Triton kernels run in the interpreter of PTX, and tests/test_gpu.py is skipped"
+  dry "nothing is built; the Triton kernels run in the interpreter of PTX, and tests/test_gpu*.py are skipped"
   if [ -z "$DRY" ]; then
     local cuda=1
     command -v "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" > /dev/null || {
@@ -65,9 +65,9 @@ part_build() {
   has pytest "its tests are left out" || return
   local by_hand=(tests/test_triton_kernels.py tests/test_triton_sums.py)
   if [ -n "$DRY" ]; then
-    run tests env FUSED_OPTIM_TEST_BACKENDS=triton-ptx "$PYTHON" -m pytest -q -s tests/test_gpu.py "${by_hand[@]}" -k "gpu or rules"
+    run tests env FUSED_OPTIM_TEST_BACKENDS=triton-ptx "$PYTHON" -m pytest -q -s tests/test_gpu.py tests/test_gpu_lifetimes.py "${by_hand[@]}" -k "gpu or rules"
   else
-    run tests pytest_ -s tests/test_gpu.py "${by_hand[@]}"
+    run tests pytest_ -s tests/test_gpu.py tests/test_gpu_lifetimes.py "${by_hand[@]}"
   fi
 }
 

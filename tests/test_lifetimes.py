@@ -1,5 +1,5 @@
 """What outlives a step on a GPU: pinned buffers, tables of captured graphs, memory that other streams use. On the
-stand-in for the runtime; tests/test_gpu.py has the same on a GPU."""
+stand-in for the runtime; tests/test_gpu_lifetimes.py has the same on a GPU."""
 
 from __future__ import annotations
 
