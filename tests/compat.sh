@@ -14,7 +14,7 @@ trap 'rm -rf "$out"' EXIT
 FUSED_OPTIM_CPP=1 "$PY" -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$out" .
 wheel=$(echo "$out"/*.whl)
 echo "== $(basename "$wheel"), built with torch $("$PY" -c 'import torch; print(torch.__version__)')"
-cp -r tests pyproject.toml "$out"  # the sources must not be imported in the wheel's place
+cp -r tests pyproject.toml setup.py "$out"  # the sources must not be imported in the wheel's place
 
 for version in "$@"; do
   env=$COMPAT/torch-$version
