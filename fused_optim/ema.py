@@ -30,10 +30,10 @@ def check_decay(decay: Any) -> float:
     return float(decay)
 
 
-def check_dtype(dtype: Any) -> None:
-    """Raises ValueError for a dtype that averages cannot have."""
+def check_dtype(dtype: Any, option: str = "ema_dtype") -> None:
+    """Raises ValueError for a dtype that averages and states cannot have."""
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"ema_dtype must be None, torch.float32, torch.bfloat16 or torch.float16, but got {dtype}")
+        raise ValueError(f"{option} must be None, torch.float32, torch.bfloat16 or torch.float16, but got {dtype}")
 
 
 class WeightAverage:

@@ -14,7 +14,7 @@ from torch.compiler import is_dynamo_compiling
 from . import backends
 from . import device as devices
 from .checkpoints import Checkpoints
-from .ema import Averaging, Decay, make_average
+from .ema import Averaging, Decay, check_dtype, make_average
 from .forks import heed_fork
 from .layout import (
     check_grad,
@@ -34,7 +34,6 @@ from .options import (
     check_keywords,
     check_max_grad_norm,
     check_norm_type,
-    check_state_dtype,
 )
 from .scaling import Scaler
 from .shards import Groups, groups_of, is_sharded, local, reduce_over
@@ -97,7 +96,7 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
     ) -> None:
         check_keywords(type(self), kwargs)
         backends.check_name(backend)
-        check_state_dtype(state_dtype)
+        check_dtype(state_dtype, "state_dtype")
         check_max_grad_norm(max_grad_norm)
         check_norm_type(norm_type)
         self._backend = backend

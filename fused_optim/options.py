@@ -79,11 +79,6 @@ OF_THE_WHOLE = (*Whole.__annotations__, "decay")
 # ---- checks
 
 
-def check_state_dtype(dtype: Any) -> None:
-    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"state_dtype must be None, torch.float32, torch.bfloat16 or torch.float16, but got {dtype}")
-
-
 def check_max_grad_norm(bound: Any) -> None:
     if bound is not None and not (isinstance(bound, Real | Tensor) and float(bound) >= 0.0):
         raise ValueError(f"max_grad_norm must be 0 or more, or None for no clipping, but got {bound!r}")
@@ -188,7 +183,7 @@ class Options(Optimizer):
 
     @state_dtype.setter
     def state_dtype(self, dtype: torch.dtype | None) -> None:
-        check_state_dtype(dtype)
+        check_dtype(dtype, "state_dtype")
         self._state_dtype = dtype
 
     @property
