@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .masters import LOW, MasterWeights
 from .scaling import Scaler
 from .table import Rule
 
 # What copies and pickles hold besides torch's.
-KEPT = ("_backend", "_state_dtype", "_max_grad_norm", "_scaler", "_ema", "_steps")
+KEPT = ("_backend", "_state_dtype", "_max_grad_norm", "_scaler", "_ema", "_masters", "_steps")
 
 
 class _Uncast:
@@ -31,11 +32,16 @@ class Checkpoints(Optimizer):
     rule: ClassVar[Rule]
     _steps: dict[Tensor, Tensor]
     _scaler: Scaler
+    _masters: MasterWeights
 
     def _forget(self) -> None:
         raise NotImplementedError
 
+    def _settle_masters(self) -> None:
+        raise NotImplementedError
+
     def __getstate__(self) -> dict[str, Any]:
+        self._settle_masters()
         ours = {key: self.__dict__[key] for key in KEPT}
         return {**super().__getstate__(), **ours}
 
@@ -53,6 +59,7 @@ class Checkpoints(Optimizer):
         self.__dict__.setdefault("_max_grad_norm", None)
         self.__dict__.setdefault("_scaler", Scaler())
         self.__dict__.setdefault("_ema", None)
+        self.__dict__.setdefault("_masters", MasterWeights(None))
         self.__dict__.setdefault("_steps", {})
         for group in self.param_groups:
             for key, value in defaults.items():
@@ -64,6 +71,9 @@ class Checkpoints(Optimizer):
 
         States keep the dtype that they were saved in, `step` may be a number or a tensor of any device, and options
         that the saved groups lack keep this optimizer's values. So does skipped_steps. Errors are torch's.
+
+        Lower halves of master weights are joined with what the params hold at the next step: load the model's weights
+        before or after, but before that step.
         """
 
         def protect(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
@@ -88,19 +98,30 @@ class Checkpoints(Optimizer):
         finally:
             handle.remove()
         self._steps.clear()
+        self._masters.seen.clear()
+        for param, values in self.state.items():
+            if LOW in values and not self._masters.covers(param):
+                del values[LOW]  # of another optimizer, or of a param that has every bit itself
         if "skipped_steps" in state_dict:
             self._scaler.set_skipped(state_dict["skipped_steps"])
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. A state that no update has reached yet (each was skipped) is left out where torch would not have
         made it. With skip_nonfinite there is one key more, "skipped_steps", which torch's classes ignore."""
+        self._settle_masters()
         begun = [p for p, step in self._steps.items() if self.state.get(p) and step.device.type != "meta"]
         waiting = [param for param, step in zip(begun, self._counts(begun), strict=True) if step == 0]
 
         def leave_out(_: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
             params = [param for group in self.param_groups for param in group["params"]]
             unreached = {index for index, param in enumerate(params) if any(param is other for other in waiting)}
-            return {**packed, "state": {k: v for k, v in packed["state"].items() if k not in unreached}}
+            kept = {}
+            for index, values in packed["state"].items():
+                if index not in unreached:
+                    kept[index] = values
+                elif LOW in values:
+                    kept[index] = {LOW: values[LOW]}
+            return {**packed, "state": kept}
 
         handle = self.register_state_dict_post_hook(leave_out, prepend=True) if waiting else None
         try:

@@ -223,6 +223,11 @@ class Averaging(Optimizer):
     _ema: WeightAverage | None
 
     _count_of: Callable[[Tensor], float]  # how many updates a param has had
+    _settle_masters: Callable[[], None]  # params are about to be lent: who else has written to them?
+
+    def _took_back(self) -> None:
+        """After params were lent."""
+        raise NotImplementedError
 
     @property
     def ema(self) -> Mapping[Tensor, Tensor] | None:
@@ -244,8 +249,13 @@ class Averaging(Optimizer):
         Raises:
             RuntimeError: the optimizer keeps no averages, or this is inside of another ema_weights().
         """
-        with self._averages().lend(self._all_params()):
-            yield
+        average = self._averages()
+        self._settle_masters()
+        try:
+            with average.lend(self._all_params()):
+                yield
+        finally:
+            self._took_back()
 
     def ema_state_dict(self) -> dict[str, Any]:
         """The averages, to be saved beside state_dict(), which remains torch's: {"steps": how many step() calls there

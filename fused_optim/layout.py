@@ -3,7 +3,7 @@ built."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,9 +138,11 @@ def conform_step(param: Tensor, step: Any) -> Tensor:
     return local(step).to(local(param).device, torch.float32).reshape(())
 
 
-def conform(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
+def conform(
+    param: Tensor, state: Mapping[str, Any], wanted: Sequence[str], only_dtype: torch.dtype | None = None
+) -> dict[str, Any]:
     """The states among `wanted` that are there: on the param's device, in its memory layout. The tensors themselves
-    where they fit.
+    where they fit. only_dtype: of all of them; None: those that a param's states may have.
 
     Raises:
         RuntimeError: a state has another shape than its param.
@@ -157,7 +159,7 @@ def conform(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) -> dict
         old = spread_as(param, old, f'state "{name}"')
         if param.grad is not None:
             check_memory(old, f'state "{name}" of a param of shape {tuple(param.shape)}')
-        shard, shard_of_param, dtype = local(old), local(param), allowed_dtype(param, old.dtype)
+        shard, shard_of_param, dtype = local(old), local(param), only_dtype or allowed_dtype(param, old.dtype)
         laid_out = torch.empty_like(shard_of_param, device="meta")
         if (
             shard.device == shard_of_param.device

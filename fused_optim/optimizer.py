@@ -35,6 +35,8 @@ from .options import (
     check_max_grad_norm,
     check_norm_type,
 )
+from .masters import LOW, Kind, Masters, MasterWeights
+from .masters import check_param as check_master
 from .scaling import Scaler
 from .shards import Groups, groups_of, is_sharded, local, reduce_over
 from .table import EMA_DECAY, Row, Rule, Scalars, Table
@@ -45,14 +47,17 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class FusedOptimizer(Options, Averaging, Checkpoints):
+class FusedOptimizer(Options, Averaging, Masters, Checkpoints):
     """Base of the fused optimizers; stands before a torch.optim class, or alone, among the bases of one.
 
     Args:
         backend: "auto", "triton", "cuda", "cpp" or "reference" (see fused_optim.backends). A named one that cannot run
             the params is an error.
         state_dtype: dtype of the states of real params narrower than float64, e.g. float32 averages for bfloat16
-            params; None: the param's own.
+            params; None: the param's own, and float32 where it has master weights.
+        master_weights: "exact": bfloat16 params are the upper halves of float32 weights, whose lower halves are in
+            state[param]["param_low"] (int16). Steps are those of float32 params, bit for bit; see master_params and
+            lower_params. float32 params need none and have none. None: no master weights.
         max_grad_norm: every step multiplies the gradients it sees by min(1, max_grad_norm / (norm + 1e-6)), with the
             norm of all gradients together after unscaling; p.grad itself is left alone. None or 0: off. Groups may
             have their own, and those with None are neither clipped nor part of the norm.
@@ -68,11 +73,12 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
             stands still where decay is near 1.
         All else goes to the torch.optim class.
 
-    All of these are attributes too. What is set there holds from the next step on; norm_group cannot be set.
+    All of these are attributes too. What is set there holds from the next step on; norm_group and
+    master_weights cannot be set.
 
     Raises:
-        ValueError: state_dtype, max_grad_norm, norm_type, ema_decay or ema_dtype is none of these.
-        TypeError: a keyword argument that the class does not have.
+        ValueError: state_dtype, master_weights, max_grad_norm, norm_type, ema_decay or ema_dtype is none of these.
+        TypeError: a keyword argument that the class does not have, or float16 params with master_weights.
         RuntimeError: the named backend cannot run here, or differentiable=True.
     """
 
@@ -86,6 +92,7 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
         *args: Any,
         backend: BackendName = "auto",
         state_dtype: torch.dtype | None = None,
+        master_weights: Kind | None = None,
         max_grad_norm: float | None = None,
         norm_type: float = 2.0,
         skip_nonfinite: bool = False,
@@ -104,6 +111,7 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
         self._max_grad_norm = max_grad_norm
         self._scaler = Scaler(norm_type, skip_nonfinite, norm_group)
         self._ema = make_average(ema_decay, ema_dtype)
+        self._masters = MasterWeights(master_weights)
         self._steps: dict[Tensor, Tensor] = {}  # of params whose rule keeps no `step` in its states
         self._forget()
         super().__init__(*args, **kwargs)
@@ -123,6 +131,7 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
             for param in group["params"]:
                 if may_get_grad(param):
                     check_param(param)
+                    check_master(param, self._masters.kind)
                     backends.pick(self._backend, local(param).device)
         except Exception:
             self.param_groups.pop()
@@ -280,6 +289,9 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
             )
         self._captured: list[Table] = self.__dict__.get("_captured", [])  # a graph goes on reading its tables
         self._captured += [table for table, _ in self.__dict__.get("_tables", ()) if devices.was_captured(table)]
+        if self.__dict__.get("_watch") is not None:
+            self._masters.remember_versions(self._guarded, self._watch.versions())
+        self._guarded: list[Tensor] = []  # params with lower halves, in the order in which the watch has them
         self._watch: Any = None
         self._watched_state: object = None
         self._watched_groups: object = None
@@ -300,6 +312,7 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
             "take one step before the capture",
         )
         self._forget()
+        self._settle_masters()
         members = [(param, index, group) for index, group in enumerate(self.param_groups) for param in group["params"]]
         for (param, _, _), name in zip(members, self._all_names(), strict=True):
             if param.grad is not None or self.state.get(param):
@@ -317,17 +330,22 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
         fresh: dict[Tensor, dict[str, Any]] = {}
         steps: dict[Tensor, Tensor] = {}
         averages: dict[Tensor, Tensor] = {}
+        masters = self._masters
         for param, index, group in members:
-            state = self.state.get(param, {})
+            kept = self.state.get(param, {})
+            state = {key: value for key, value in kept.items() if key != LOW}
             if param.grad is None and not state and param not in self._steps:
                 pending.append(param)
                 continue
             wanted = self.rule.states_of(group)
             fresh[param] = conform(param, state, wanted)
-            made = make_states(param, fresh[param], wanted, self._state_dtype)
+            own = torch.float32 if masters.covers(param) else None
+            made = make_states(param, fresh[param], wanted, self._state_dtype or own)
             steps[param] = conform_step(param, self._step_of(param, state, begun=not made))
             fresh[param].update(made)
             rows.append(make_row(param, fresh[param], wanted, steps[param], index))
+            if masters.covers(param):
+                fresh[param] |= masters.join(rows[-1], kept)
             if self._ema is not None:
                 averages[param] = self._ema.join(rows[-1], self._steps.get(param) if made else None)
             if self.rule.counted:
@@ -363,12 +381,17 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
             counted = {**self._steps, **steps}
             self._steps = {param: counted[param] for param, _, _ in members if param in counted}
         watched = [table for table, _ in tables if not table.is_meta]
+        masters.keep_only(param for param, _, _ in members)
+        masters.remember(row.param for row in rows if row.low is not None)
+        guarded = [row.param for row in rows if row.low is not None and not row.shard.is_inference()]
         watch = watch_over(self.param_groups, self.state, self.rule, scalars, pending, watched)
+        for param in guarded:
+            watch.add_guarded(local(param))
         if watch.look() & REBUILD:
             raise RuntimeError(
                 "params, gradients or states changed while the step was being prepared; was another thread at them?"
             )
-        self._watch, self._tables, self._looks = watch, tables, looks
+        self._watch, self._tables, self._looks, self._guarded = watch, tables, looks, guarded
         # Nothing watches params on meta: with one of them every step looks at all params anew.
         self._watched_state = None if any(table.is_meta for table, _ in tables) else self.state
         self._watched_groups = self.param_groups
@@ -380,6 +403,19 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
         if self.rule.counted:
             return state.get("step", 0.0)
         return self._steps.get(param, 1.0 if state else 0.0) if begun else 0.0
+
+    def _settle_masters(self) -> None:
+        """Finds the params that were written to by others than the last steps."""
+        if self._ema is not None and self._ema.lent:
+            return
+        if self._watch is not None:
+            self._masters.remember_versions(self._guarded, self._watch.versions())
+        self._masters.settle(self.state)
+
+    def _took_back(self) -> None:
+        if self._masters.seen:
+            self._forget()
+            self._masters.restored()
 
     def release_captured(self) -> None:
         """Frees what is kept for CUDA graphs in which steps of this optimizer were captured: tables, pinned buffers,

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from . import backends
 from .ema import Decay, WeightAverage, check_dtype
 from .layout import may_get_grad
+from .masters import Kind
 from .scaling import Scaler
 from .shards import local
 
@@ -32,6 +33,7 @@ class Whole(TypedDict, total=False):
 
     backend: BackendName
     state_dtype: torch.dtype | None
+    master_weights: Kind | None
     norm_type: float
     skip_nonfinite: bool
     norm_group: ProcessGroup | None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import formats
 from .table import (
     BETAS,
     CLIP_EPS,
@@ -123,6 +124,11 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def param_of(row: Row) -> Tensor:
+    """The param as the rule sees it: its master where it has one."""
+    return widen(row.target) if row.low is None else formats.join(row.target, row.low)
+
+
 def real_view(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
@@ -147,7 +153,7 @@ def step_row(table: Table, row: Row, number: int, grad_scale: float, norm: float
     raw = table.scalars.raw[row.group].tolist()
     row.step += 1
 
-    param, grad = widen(row.target), widen(grad) / grad_scale
+    param, grad = param_of(row), widen(grad) / grad_scale
     if norm is not None and raw[MAX_NORM] > 0:
         bound = raw[MAX_NORM] / (norm + raw[CLIP_EPS]) if norm + raw[CLIP_EPS] else math.inf
         grad = grad if bound >= 1 else grad * bound
@@ -168,12 +174,17 @@ def step_row(table: Table, row: Row, number: int, grad_scale: float, norm: float
 
 def write(table: Table, row: Row, param: Tensor) -> None:
     """Stores the new param, and takes the average of the weights along."""
-    real_view(row.target).copy_(param)
+    if row.low is None:
+        real_view(row.target).copy_(param)
+    else:
+        upper, lower = formats.split(param)
+        row.target.copy_(upper)
+        row.low.copy_(lower)
     if row.ema is None:
         return
     copies = row.step == 1 and not row.ema_begun
     weight = 1.0 if copies else 1.0 - float(table.scalars.raw[row.group, EMA_DECAY])
-    old, new = widen(row.ema), widen(row.target)
+    old, new = widen(row.ema), param_of(row)
     real_view(row.ema).copy_(new if weight == 1.0 else old - weight * old + weight * new)
 
 
@@ -182,7 +193,7 @@ def with_decay(table: Table, row: Row, update: Tensor) -> Tensor:
     raw = table.scalars.raw[row.group].tolist()
     if not (raw[WEIGHT_DECAY] and raw[DECOUPLED]):
         return update
-    param = widen(row.target)
+    param = param_of(row)
     return update + torch.where(param.isinf(), 0.0, decoupled_decay(raw, raw[LR], table.rule.trust) * param)
 
 
@@ -244,4 +255,4 @@ def move(table: Table) -> None:
         raw = table.scalars.raw[row.group].tolist()
         ratio = trust_ratio(raw, *table.sums[number].sqrt().tolist())
         table.trust[number] = ratio
-        write(table, row, widen(row.target) - raw[LR] * ratio * trusted_update(table, row))
+        write(table, row, param_of(row) - raw[LR] * ratio * trusted_update(table, row))

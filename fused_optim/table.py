@@ -97,7 +97,7 @@ class Row:
     """One tensor of a table. `shard` is the param, or of a DTensor what lies here; `target` is what the kernel updates:
     the shard, or a dense copy of one that has holes or is a conjugate view. `ema`: the average of its weights, in all
     rows of an optimizer or in none; older than the table where it has `ema_begun`, else the first update copies the
-    param into it."""
+    param into it. `low`: the lower halves of its master weights."""
 
     param: Tensor
     shard: Tensor
@@ -109,6 +109,7 @@ class Row:
     group: int
     ema: Tensor | None = None
     ema_begun: bool = False
+    low: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -11,6 +11,7 @@ PYBIND11_MODULE(_poll, m) {
   m.def("check", [] {
     exchange();
     Getter{"grad"};
+    Getter{"_version"};
     Question{"is_conj"};
     Question{"is_neg"};
   });
@@ -19,8 +20,10 @@ PYBIND11_MODULE(_poll, m) {
                     py::object>())
       .def("add_pending", &Watch::add_pending)
       .def("add_row", &Watch::add_row)
+      .def("add_guarded", &Watch::add_guarded)
       .def("look", &Watch::look)
-      .def("done", &Watch::done);
+      .def("done", &Watch::done)
+      .def("versions", &Watch::versions);
 }
 
 }  // namespace fused_optim

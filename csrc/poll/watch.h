@@ -55,11 +55,17 @@ class Watch {
   void add_row(py::object param, py::object target, py::dict state, py::object grad_dtype, py::object grads,
                int64_t row);
 
+  // A tensor that only steps may write to: once anyone else has, new tables are due.
+  void add_guarded(py::object tensor);
+
   // Reads groups, params, states and gradients; writes raw, lr and the grad slots. Returns Answers, added up.
   int look();
 
   // After a step: lets the gradients go, and tells autograd that the params have changed.
   void done();
+
+  // torch's count of the writes to each guarded tensor, as it was after the last step.
+  const std::vector<int64_t>& versions() const { return versions_; }
 
  private:
   void add_place(py::handle tensor);
@@ -72,6 +78,7 @@ class Watch {
   bool plain(PyObject* tensor, const DlTensor& seen) const;
   int bits_of(PyObject* tensor, DlType dtype) const;
   py::object shard_of_grad(WatchedRow& row, py::object grad) const;
+  int64_t version_of_tensor(const py::object& tensor) const;
 
   GroupWatch groups_;
   StateWatch states_;
@@ -80,9 +87,11 @@ class Watch {
   std::vector<int64_t> layouts_;
   std::vector<py::object> alive_;  // all that the raw pointers point to
   std::vector<py::object> pending_;
+  std::vector<py::object> guarded_;
+  std::vector<int64_t> versions_;  // of those
   std::vector<py::object> held_;  // gradients in use, so that nobody frees them while the GIL is released
   py::object stepped_;            // a list of the params that have gradients; None where it must be made anew
-  Getter grad_{"grad"};
+  Getter grad_{"grad"}, version_{"_version"};
   Question is_conj_{"is_conj"}, is_neg_{"is_neg"};
   py::object tensor_class_, parameter_class_, increment_version_;
 };

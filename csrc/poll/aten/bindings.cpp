@@ -23,8 +23,10 @@ PYBIND11_MODULE(_poll_aten, m) {
                     py::object>())
       .def("add_pending", &Watch::add_pending)
       .def("add_row", &Watch::add_row)
+      .def("add_guarded", &Watch::add_guarded)
       .def("look", &Watch::look)
-      .def("done", &Watch::done);
+      .def("done", &Watch::done)
+      .def("versions", &Watch::versions);
 }
 
 }  // namespace fused_optim

@@ -49,6 +49,11 @@ Watch::Watch(py::list groups, py::dict state, const std::vector<ColumnSpec>& col
 
 void Watch::add_pending(py::object param) { pending_.push_back(std::move(param)); }
 
+void Watch::add_guarded(py::object tensor) {
+  versions_.push_back(unpack(tensor)._version());
+  guarded_.push_back(std::move(tensor));
+}
+
 void Watch::add_row(py::object param, py::object target, py::dict state, at::ScalarType grad_dtype, at::Tensor grads,
                     int64_t number) {
   WatchedRow row{};
@@ -109,6 +114,9 @@ int Watch::look() {
     if (unpack(param).grad().defined()) return kRebuild;
   }
   if (!states_.look()) return kRebuild;
+  for (size_t i = 0; i < guarded_.size(); ++i) {
+    if (unpack(guarded_[i])._version() != versions_[i]) return kRebuild;
+  }
   for (size_t ahead = 0; ahead < kAhead; ++ahead) prefetch(ahead);
   for (size_t number = 0; number < rows_.size(); ++number) {
     prefetch(number + kAhead);
@@ -196,6 +204,7 @@ void Watch::done() {
     const at::Tensor& shard = unpack(entry.shard);
     if (!shard.is_inference()) shard.unsafeGetTensorImpl()->bump_version();
   }
+  for (size_t i = 0; i < guarded_.size(); ++i) versions_[i] = unpack(guarded_[i])._version();
 }
 
 }  // namespace fused_optim

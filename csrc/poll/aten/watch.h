@@ -57,11 +57,17 @@ class Watch {
   void add_row(py::object param, py::object target, py::dict state, at::ScalarType grad_dtype, at::Tensor grads,
                int64_t row);
 
+  // A tensor that only steps may write to: once anyone else has, new tables are due.
+  void add_guarded(py::object tensor);
+
   // Reads groups, params, states and gradients; writes raw, lr and the grad slots. Returns Answers, added up.
   int look();
 
   // After a step: lets the gradients go, and tells autograd that the params have changed.
   void done();
+
+  // torch's count of the writes to each guarded tensor, as it was after the last step.
+  const std::vector<int64_t>& versions() const { return versions_; }
 
  private:
   void add_place(py::handle tensor, bool of_param);
@@ -79,6 +85,8 @@ class Watch {
   std::vector<py::object> alive_;  // all that the raw pointers point to
   std::vector<at::Tensor> alive_tensors_;
   std::vector<py::object> pending_;
+  std::vector<py::object> guarded_;
+  std::vector<int64_t> versions_;  // of those
   std::vector<at::Tensor> held_;  // gradients in use, so that nobody frees them while the GIL is released
 };
 

@@ -1,0 +1,201 @@
+"""Master weights: bfloat16 params whose lower halves stand in the state, so that no update is lost."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import formats
+from .ema import WeightAverage
+from .layout import conform
+from .shards import is_sharded, like, local
+from .table import Row
+
+Kind = Literal["exact"]
+LOW = "param_low"  # key in optimizer.state[param]
+LOW_DTYPES: dict[str, torch.dtype] = {"exact": torch.int16}
+
+
+def check_kind(kind: Any) -> None:
+    """Raises ValueError for master weights that there are not."""
+    if kind is not None and kind not in get_args(Kind):
+        names = " or ".join(f'"{name}"' for name in get_args(Kind))
+        raise ValueError(f"master_weights must be None or {names}, but got {kind!r}")
+
+
+def check_param(param: Tensor, kind: Kind | None) -> None:
+    """Raises TypeError for a param that can have no such master weights but would need them."""
+    if kind is not None and param.dtype == torch.float16:
+        raise TypeError(
+            f'master_weights="{kind}" is for bfloat16 params, but got one of torch.float16, which is not the upper '
+            "half of a float32 number: its range is smaller. Convert the model to bfloat16, or use float32 params "
+            "with autocast"
+        )
+
+
+class MasterWeights:
+    """Which params of an optimizer have lower halves, and whether these still belong to what the params hold.
+
+    A lower half belongs to the bits that its param had after the last step. Everything else that writes to the param
+    makes it stale: torch counts writes (Tensor._version), and new memory has another address. Then the param alone is
+    the master: its lower half becomes 0.
+
+    kind: None where there are none. seen: version and address of the shard of each param that has a lower half, as they
+    were when both belonged together. A param that is not in it is taken as it is when it is first seen.
+    """
+
+    def __init__(self, kind: Kind | None) -> None:
+        check_kind(kind)
+        self.kind = kind
+        self.seen: dict[Tensor, tuple[int, int]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "seen": {}}
+
+    def covers(self, param: Tensor) -> bool:
+        return self.kind is not None and param.dtype == torch.bfloat16
+
+    def place(self, param: Tensor) -> tuple[int, int]:
+        shard = local(param)
+        return 0 if shard.is_inference() else shard._version, shard.data_ptr()
+
+    def remember(self, params: Iterable[Tensor]) -> None:
+        """Param and lower half belong together as they are now."""
+        self.seen.update({param: self.place(param) for param in params})
+
+    def remember_versions(self, params: Sequence[Tensor], versions: Sequence[int]) -> None:
+        """After steps: the versions that they have left."""
+        for param, version in zip(params, versions, strict=True):
+            self.seen[param] = version, self.seen[param][1]
+
+    def restored(self) -> None:
+        """Params hold their own bits again, after others were lent to them; not those that have other memory now."""
+        places = {param: self.place(param) for param in self.seen}
+        self.seen.update({param: place for param, place in places.items() if place[1] == self.seen[param][1]})
+
+    @torch.no_grad()
+    def settle(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Sets stale lower halves to 0."""
+        stale = [param for param, place in self.seen.items() if self.place(param) != place]
+        for param in stale:
+            low = state.get(param, {}).get(LOW)
+            if isinstance(low, Tensor):
+                local(low).zero_()
+        if stale:
+            warnings.warn(
+                f"{len(stale)} params have been written to, or have other memory, since the last step: their master "
+                "weights now start from the bfloat16 numbers that are there. This is right after loading weights into "
+                "the model. Where it happens at every step, no master weights remain",
+                stacklevel=4,
+            )
+            self.remember(stale)
+
+    def keep_only(self, params: Iterable[Tensor]) -> None:
+        """Forgets all other params."""
+        self.seen = {param: self.seen[param] for param in params if param in self.seen}
+
+    def join(self, row: Row, kept: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Gives a row its param's lower half, zeros where `kept`, its state, has none. Returns what the state is to
+        hold of it."""
+        old = kept.get(LOW)
+        if old is None:
+            low = like(row.param, torch.zeros_like(row.shard, dtype=torch.int16, requires_grad=False))
+        elif old.dtype != torch.int16:
+            raise RuntimeError(
+                f'state "{LOW}" must be torch.int16, but is {old.dtype}; load a checkpoint of this optimizer, without '
+                "a conversion between"
+            )
+        else:
+            low = conform(row.param, {LOW: old}, [LOW], torch.int16)[LOW]
+        row.low = local(low)
+        return {LOW: low}
+
+    def master(self, param: Tensor, state: Mapping[str, Any]) -> Tensor:
+        """A new float32 tensor; of params that are wider than that in their own dtype."""
+        low = state.get(LOW)
+        if isinstance(low, Tensor) and self.covers(param):
+            return like(param, formats.join(local(param).detach(), local(low)))
+        wide = param.dtype if param.dtype in (torch.float64, torch.complex64, torch.complex128) else torch.float32
+        return param.detach().to(wide, copy=True)
+
+
+class Masters(Optimizer):
+    """What an optimizer offers of its master weights."""
+
+    _masters: MasterWeights
+    _ema: WeightAverage | None
+    _forget: Callable[[], None]
+
+    @property
+    def master_weights(self) -> Kind | None:
+        """"exact": bfloat16 params have float32 master weights, whose lower halves are in state[param]["param_low"].
+        It cannot be set; lower_params() turns a float32 model into a bfloat16 one with master weights."""
+        return self._masters.kind
+
+    @torch.no_grad()
+    def master_params(self) -> list[Tensor]:
+        """The weights without loss: a new float32 tensor for each param, in the order of param_groups. Params without
+        a master are copied; float64 and complex ones keep their dtype.
+
+        Raises:
+            RuntimeError: this is inside of ema_weights().
+        """
+        if self._ema is not None:
+            self._ema.check_home("master_params() cannot be called")
+        self._settle_masters()
+        return [
+            self._masters.master(param, self.state.get(param, {}))
+            for group in self.param_groups
+            for param in group["params"]
+        ]
+
+    @torch.no_grad()
+    def lower_params(self, dtype: torch.dtype = torch.bfloat16, *, master_weights: Kind = "exact") -> None:
+        """Turns float32 params into bfloat16 ones in place, and keeps every bit: what bfloat16 lacks becomes their
+        master weights' lower half. States keep their dtype. Params of other dtypes stay as they are.
+
+        Raises:
+            ValueError: dtype is not torch.bfloat16, or there are no such master weights.
+            RuntimeError: a float32 param has a gradient, or is a DTensor, or this is inside of ema_weights(). Nothing
+                has been changed then.
+        """
+        if self._ema is not None:
+            self._ema.check_home("lower_params() cannot be called")
+        if dtype != torch.bfloat16:
+            raise ValueError(f"lower_params() makes bfloat16 params, but got {dtype}; pass torch.bfloat16")
+        if master_weights is None:
+            raise ValueError('lower_params() keeps master weights; pass master_weights="exact"')
+        check_kind(master_weights)
+        params = [param for group in self.param_groups for param in group["params"]]
+        for param in params:
+            check_param(param, master_weights)
+        lowered = [param for param in params if param.dtype == torch.float32]
+        for param in lowered:
+            if param.grad is not None:
+                raise RuntimeError(
+                    "lower_params() takes params without gradients, but one of shape "
+                    f"{tuple(param.shape)} has a gradient; call zero_grad() before it"
+                )
+            if is_sharded(param):
+                raise RuntimeError(
+                    f"lower_params() takes plain tensors, but a param of shape {tuple(param.shape)} is a DTensor; "
+                    "shard a bfloat16 model in its place, and make the optimizer with master_weights"
+                )
+        self._settle_masters()
+        self._masters.kind = master_weights
+        for param in lowered:
+            state = self.state[param]
+            upper, lower = formats.split(param)
+            fitting = torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(upper)
+            state[LOW] = torch.empty_like(fitting, dtype=lower.dtype).copy_(lower)
+            param.data = fitting
+        self._masters.remember(lowered)
+        self._forget()
+
+    def _settle_masters(self) -> None:
+        raise NotImplementedError
