@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT, run
-from fused_optim import formats
 from torch import Tensor
 from triton_tables import DEVICE, RUNS
+
+from fused_optim.engine import formats
 
 Array = Any
 NEAREST = 0x80000000

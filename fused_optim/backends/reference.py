@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import formats
-from .table import (
+from ..engine import formats
+from ..engine.table import (
     BETAS,
     CLIP_EPS,
     DECAY_PERIOD,

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import formats
+from .dtensor import is_sharded, like, local
 from .ema import WeightAverage
-from .layout import conform
-from .shards import is_sharded, like, local
 from .table import Row
+from .validation import conform
 
 Kind = Literal["exact"]
 LOW = "param_low"  # key in optimizer.state[param]
