@@ -11,13 +11,13 @@ from typing_extensions import Unpack
 from .decoupled import Decoupled
 from .optimizer import FusedOptimizer
 from .options import Common, Decayed
-from .table import BETAS, EPS, Rule
+from .table import Rule
 
 ADAM = Rule(
     name="adam",
     states=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     switched={"max_exp_avg_sq": "amsgrad"},
-    options=(("betas", BETAS, 2), ("eps", EPS, 1)),
+    options=(("betas", "beta1", 2), ("eps", "eps", 1)),
 )
 
 

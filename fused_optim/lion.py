@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from .adam_like import AdamLike
 from .decoupled import Decoupled
 from .options import DecayedFlags
-from .table import BETAS, Rule
+from .table import Rule
 
 
 class FusedLion(Decoupled, AdamLike):
@@ -27,7 +27,7 @@ class FusedLion(Decoupled, AdamLike):
     Source: Chen et al., arXiv:2302.06675, algorithm 2.
     """
 
-    rule = Rule(name="lion", states=("exp_avg",), counted=False, options=(("betas", BETAS, 2),))
+    rule = Rule(name="lion", states=("exp_avg",), counted=False, options=(("betas", "beta1", 2),))
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from .adam_like import AdamLike, check_nus
 from .decoupled import Decoupled
 from .options import CommonFlags, DecayedFlags
-from .table import BETAS, DECOUPLED, EPS, OWN, Rule
+from .table import Rule
 
 
 class FusedQHAdam(AdamLike):
@@ -41,7 +41,12 @@ class FusedQHAdam(AdamLike):
     rule = Rule(
         name="qhadam",
         states=("exp_avg", "exp_avg_sq"),
-        options=(("betas", BETAS, 2), ("nus", OWN, 2), ("eps", EPS, 1), ("decouple_weight_decay", DECOUPLED, 1)),
+        options=(
+            ("betas", "beta1", 2),
+            ("nus", "option_a", 2),
+            ("eps", "eps", 1),
+            ("decouple_weight_decay", "decoupled", 1),
+        ),
     )
 
     def __init__(

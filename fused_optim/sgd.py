@@ -11,14 +11,14 @@ from typing_extensions import Unpack
 from .decoupled import Decoupled
 from .optimizer import FusedOptimizer
 from .options import Common, Decayed
-from .table import BETAS, OWN, Rule
+from .table import Rule
 
 SGD = Rule(
     name="sgd",
     states=("momentum_buffer",),
     switched={"momentum_buffer": "momentum"},
     counted=False,
-    options=(("momentum", BETAS, 1), ("dampening", OWN, 1), ("nesterov", OWN + 1, 1)),
+    options=(("momentum", "beta1", 1), ("dampening", "option_a", 1), ("nesterov", "option_b", 1)),
 )
 
 
