@@ -19,8 +19,8 @@ from family import Pass
 from torch import Tensor
 from workload import Workload
 
-from fused_optim import modules
-from fused_optim.floor import bandwidth_probe
+from fused_optim.cost.bandwidth_probe import bandwidth_probe
+from fused_optim.engine import modules
 
 Step = Callable[[], Any]
 Times = dict[str, float]  # "ms" always; on a GPU also "device_ms", "host_us", and "graph_ms" where a graph was captured
@@ -152,8 +152,8 @@ def fastest(steps: dict[str, Step], clock: CpuClock, hot: bool, count: int, trie
 
 
 def lanes(workload: Workload, walk: Pass) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """The streams that a walk writes and those that it reads, as bandwidth_probe wants them: a stream of a wider dtype than
-    the narrowest is cut into lists of tensors with as many bytes each."""
+    """The streams that a walk writes and those that it reads, as bandwidth_probe wants them: a stream of a wider dtype
+    than the narrowest is cut into lists of tensors with as many bytes each."""
     width = min(workload.streams[name][0].dtype.itemsize for name in walk.read + walk.written)
 
     def cut(name: str) -> list[list[Tensor]]:

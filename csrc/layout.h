@@ -1,4 +1,4 @@
-// Made by csrc/make_layout.py from fused_optim/columns.py; a test fails where it is not current. Do not edit it.
+// Made by csrc/make_layout.py from fused_optim/engine/layout.py; a test fails where it is not current. Do not edit it.
 // clang-format off
 #pragma once
 #include <cstdint>
@@ -16,8 +16,8 @@ constexpr int kAlignment = 16;  // bytes of the widest access
 constexpr int kMaxStates = 3;  // of one tensor
 constexpr int64_t kEmpty = 16;  // in `grads`: stands for the address of a gradient without elements, which is null
 constexpr int kSignatureFieldBits = 4;  // of a code in a packed signature
-constexpr int kAbsent = 15;  // the code of a stream that a tensor does not have; it also ends the list of states
-constexpr int64_t kEmaBegun = 268435456;  // flag beside the codes: the average is older than the table
+constexpr int kAbsent = 15;
+constexpr int64_t kEmaBegun = 268435456;
 constexpr int kEntryUnalignedBits = 1;  // set where a tensor that is written does not begin at a multiple of ALIGNMENT
 constexpr int kEntrySignatureBits = 7;  // number of the tensor's dtype signature, in the order of Table.dtype_signatures
 constexpr int kEntryRowBits = 24;
@@ -242,7 +242,9 @@ constexpr LayoutEntry kLayout[] = {
 
 // Entries of chunk_table.
 FUSED_HD constexpr int64_t chunk_of(int64_t entry) { return entry >> kEntryChunkShift; }
-FUSED_HD constexpr int64_t row_of(int64_t entry) { return (entry >> kEntryRowShift) & ((int64_t{1} << kEntryRowBits) - 1); }
+FUSED_HD constexpr int64_t row_of(int64_t entry) {
+  return (entry >> kEntryRowShift) & ((int64_t{1} << kEntryRowBits) - 1);
+}
 FUSED_HD constexpr bool is_unaligned(int64_t entry) { return (entry & kEntryUnalignedBits) != 0; }
 FUSED_HD constexpr int64_t chunk_entry(int64_t chunk, int64_t row, int64_t signature, bool unaligned) {
   return chunk << kEntryChunkShift | row << kEntryRowShift | signature << kEntrySignatureShift | int64_t{unaligned};

@@ -1,4 +1,4 @@
-"""Writes csrc/layout.h from fused_optim/columns.py:
+"""Writes csrc/layout.h from fused_optim/engine/layout.py:
 
 python csrc/make_layout.py
 """
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SOURCE = HERE.parent / "fused_optim" / "columns.py"
+SOURCE = HERE.parent / "fused_optim/engine/layout.py"
 HEADER = HERE / "layout.h"
 
 TOP = """\
-// Made by csrc/make_layout.py from fused_optim/columns.py; a test fails where it is not current. Do not edit it.
+// Made by csrc/make_layout.py from fused_optim/engine/layout.py; a test fails where it is not current. Do not edit it.
 // clang-format off
 #pragma once
 #include <cstdint>
@@ -32,7 +32,9 @@ namespace fused_optim {
 BOTTOM = """\
 // Entries of chunk_table.
 FUSED_HD constexpr int64_t chunk_of(int64_t entry) { return entry >> kEntryChunkShift; }
-FUSED_HD constexpr int64_t row_of(int64_t entry) { return (entry >> kEntryRowShift) & ((int64_t{1} << kEntryRowBits) - 1); }
+FUSED_HD constexpr int64_t row_of(int64_t entry) {
+  return (entry >> kEntryRowShift) & ((int64_t{1} << kEntryRowBits) - 1);
+}
 FUSED_HD constexpr bool is_unaligned(int64_t entry) { return (entry & kEntryUnalignedBits) != 0; }
 FUSED_HD constexpr int64_t chunk_entry(int64_t chunk, int64_t row, int64_t signature, bool unaligned) {
   return chunk << kEntryChunkShift | row << kEntryRowShift | signature << kEntrySignatureShift | int64_t{unaligned};

@@ -7,7 +7,7 @@
 namespace fused_optim {
 
 struct Tables {
-  // As fused_optim/columns.py describes them (TableArrays).
+  // As fused_optim/engine/layout.py describes them (TableArrays).
   const int64_t* chunk_table;
   const int64_t* rows;
   const int64_t* grads;

@@ -1,6 +1,6 @@
 // Formats on the GPU: the only loads and stores of values. A thread takes 16 bytes at a time of every stream: `load`
 // and `store` move the words of V elements, `unpack` and `pack_up` make values of them; `load_one` and `store_one` do
-// both for one element. A new format needs a branch in each pair, and its bytes in fused_optim/columns.py.
+// both for one element. A new format needs a branch in each pair, and its bytes in fused_optim/engine/layout.py.
 #pragma once
 #include <cassert>
 

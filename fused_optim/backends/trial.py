@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from . import backends
-from .backends import Backend, Scaling
-from .table import DTYPE_CODES, Row, Rule, HostHparams, Table
+from .. import backends
+from ..engine.table import DTYPE_CODES, HostHparams, Row, Rule, Table
+from . import Backend, Scaling
 
 _passed: set[tuple[Any, ...]] = set()
 
@@ -87,7 +87,7 @@ def run_trial(backend: Backend, table: Table, steps: bool) -> None:
 
 
 def without_gradients(table: Table) -> Table:
-    """A table of the same dtype signatures in the same order, each with one tensor of one element that has no gradient."""
+    """A table of the same dtype signatures in the same order, each of one tensor of one element without gradient."""
     return _table_of(table.rule, table.device, table.dtype_signatures, table.clips, table.ema)
 
 
@@ -95,7 +95,9 @@ def adamw_table(device: torch.device) -> Table:
     return _table_of(Rule("adam", ("exp_avg", "exp_avg_sq"), ()), device, ((0, 0, 0, 0),), False, False)
 
 
-def _table_of(rule: Rule, device: torch.device, signatures: tuple[tuple[int, ...], ...], clips: bool, ema: bool) -> Table:
+def _table_of(
+    rule: Rule, device: torch.device, signatures: tuple[tuple[int, ...], ...], clips: bool, ema: bool
+) -> Table:
     dtypes = {code: dtype for dtype, code in DTYPE_CODES.items()}
     rows = []
     for param_code, grad_code, *codes in signatures:

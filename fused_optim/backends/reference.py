@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .columns import GroupHparams, TensorScalars, column
+from ..engine.layout import GroupHparams, TensorScalars, column
+from ..engine.table import Row, Table
 from .formats import load, real_view, store
-from .table import Row, Table
 
 SKIP = column(TensorScalars, "skip")
 

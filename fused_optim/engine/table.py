@@ -1,4 +1,4 @@
-"""The table: everything that describes one step of one device, as plain arrays that a walker reads. columns.py says
+"""The table: everything that describes one step of one device, as plain arrays that a walker reads. layout.py says
 what their columns are."""
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .columns import (
+from .dtensor import local_grad
+from .layout import (
     ALIGNMENT,
     CHUNK,
     MAX_SIGNATURES,
@@ -23,7 +24,6 @@ from .columns import (
     column,
     packed_signature,
 )
-from .shards import local_grad
 
 DTYPE_CODES = {getattr(torch, format.name.lower()): format for format in Format}
 REAL_DTYPES = {torch.complex64: torch.float32, torch.complex128: torch.float64}
@@ -178,7 +178,8 @@ class HostHparams:
 
 
 class Table:
-    """The host arrays of one device's rows: those of TableArrays. `tensor_scalars` and what is summed lie on the device.
+    """The arrays of one device's rows (see TableArrays), on the host; but `tensor_scalars` and what is summed lie on
+    the device.
 
     clips: whether the norm of all gradients is taken. process_groups: those over whose members every tensor is spread.
     dtype_signatures: by the numbers that chunk_table has.
@@ -237,7 +238,9 @@ class Table:
         self.sums: Tensor | None = None
         self.trust: Tensor | None = None
         if rule.trust or clips:
-            self.partials = torch.zeros(self.chunk_table.numel(), 2 if rule.trust else 1, dtype=torch.float64, device=device)
+            self.partials = torch.zeros(
+                self.chunk_table.numel(), 2 if rule.trust else 1, dtype=torch.float64, device=device
+            )
             self.squares = torch.zeros(1, dtype=torch.float64, device=device)
         if rule.trust:
             self.row_offsets = torch.cat([torch.zeros(1, dtype=torch.int64), chunks.cumsum(0)])

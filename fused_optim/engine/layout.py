@@ -102,7 +102,7 @@ class TableArrays(NamedTuple):
 
 class Format(IntEnum):
     """How a stream stores one value per element. A format has a code and its bytes here, and one load and one store per
-    language, in csrc/cpu/formats.h, csrc/cuda/formats.cuh, triton_kernels/formats.py and formats.py."""
+    language, in csrc/cpu/formats.h, csrc/cuda/formats.cuh, triton_kernels/formats.py and backends/formats.py."""
 
     FLOAT32 = 0
     BFLOAT16 = 1
@@ -112,7 +112,9 @@ class Format(IntEnum):
 
 FORMAT_BYTES = {Format.FLOAT32: 4, Format.BFLOAT16: 2, Format.FLOAT16: 2, Format.FLOAT64: 8}
 SIGNATURE_FIELD_BITS = 4  # of a code in a packed signature
-ABSENT = 2**SIGNATURE_FIELD_BITS - 1  # the code of a stream that a tensor does not have; it also ends the list of states
+ABSENT = (
+    2**SIGNATURE_FIELD_BITS - 1
+)  # the code of a stream that a tensor does not have; it also ends the list of states
 
 
 class Stream(IntEnum):
@@ -124,7 +126,9 @@ class Stream(IntEnum):
     EMA = STATE0 + MAX_STATES + 1
 
 
-EMA_BEGUN = 1 << SIGNATURE_FIELD_BITS * (int(Stream.EMA) + 1)  # flag beside the codes: the average is older than the table
+EMA_BEGUN = 1 << SIGNATURE_FIELD_BITS * (
+    int(Stream.EMA) + 1
+)  # flag beside the codes: the average is older than the table
 
 
 def packed_signature(signature: tuple[int, ...], ema: bool, begun: bool = False) -> int:
@@ -153,6 +157,7 @@ def chunk_entry(chunk: Any, row: Any, signature: Any, unaligned: Any) -> Any:
 
 
 # ---- all of it, by name
+
 
 def column(fields: type[NamedTuple], name: str) -> int:
     """The number of a column, for a row's NamedTuple and the name of a field."""

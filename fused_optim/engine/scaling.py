@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Backend, Scaling
-from .shards import device_for, is_sharded, largest_over, reduce_over
+from ..backends import Backend, Scaling
+from .dtensor import device_for, is_sharded, largest_over, reduce_over
 from .table import Table
 
 UNSCALED = Scaling()
@@ -97,7 +97,7 @@ class Scaler:
         return self.skip_nonfinite or self._clips(groups)
 
     def bound_without_key(self, groups: Sequence[dict[str, Any]]) -> float:
-        """What stands for max_grad_norm in a group that has none, see columns.py."""
+        """What stands for max_grad_norm in a group that has none, see layout.py."""
         if not self.skip_nonfinite:
             return 0.0
         return -1.0 if self._clips(groups) else math.inf

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from . import modules
-from .layout import check_hyperparameter, is_wrapper
-from .shards import is_sharded, local, local_grad
-from .columns import EMPTY
+from .dtensor import is_sharded, local, local_grad
+from .layout import EMPTY
 from .table import HostHparams, Rule, Table, same_strides
+from .validation import check_hyperparameter, is_wrapper
 
 REBUILD, GRADS_MOVED, RAW_CHANGED = 1, 2, 4
 
