@@ -64,7 +64,7 @@ int main(int, char** arguments) {
   std::vector<float> steps(tensors);
   std::vector<int64_t> desc, spans, grads, rows(tensors * kRowWidth), lr(1);
   std::vector<int32_t> group(tensors);
-  std::vector<double> hyper(tensors * kHyperWidth), raw(kRawWidth), trust(tensors, 1.0), sums(2 * tensors);
+  std::vector<double> hyper(tensors * kScalarWidth), raw(kGroupWidth), trust(tensors, 1.0), sums(2 * tensors);
   const auto new_tensor = [&] {
     void* memory = std::aligned_alloc(64, chunks * kChunk * 8 + 64);
     std::fill_n(static_cast<char*>(memory), chunks * kChunk * 8, '\0');
@@ -72,16 +72,16 @@ int main(int, char** arguments) {
   };
   for (int64_t row = 0; row < tensors; ++row) {
     int64_t* columns = &rows[row * kRowWidth];
-    columns[kNumel] = chunks * kChunk, columns[kParam] = new_tensor();
-    columns[kStep] = reinterpret_cast<int64_t>(&steps[row]);
+    columns[kRowNumel] = chunks * kChunk, columns[kRowParam] = new_tensor();
+    columns[kRowStep] = reinterpret_cast<int64_t>(&steps[row]);
     for (int stream = 0; stream < 6; ++stream) {
       const bool present = stream < static_cast<int>(dtypes.size());
-      columns[kSignature] |= (present ? dtypes[stream] : int64_t{kAbsent}) << (4 * stream);
-      if (present && stream >= 2) columns[kFirstState + stream - 2] = new_tensor();
+      columns[kRowDtypeSignature] |= (present ? dtypes[stream] : int64_t{kAbsent}) << (4 * stream);
+      if (present && stream >= 2) columns[kRowState0 + stream - 2] = new_tensor();
     }
 #ifdef HAS_AVERAGE
-    columns[kSignature] |= (averages ? int64_t{kFloat32} : int64_t{kAbsent}) << (4 * kEmaStream);
-    if (averages) columns[kEma] = new_tensor();
+    columns[kRowDtypeSignature] |= (averages ? int64_t{kFloat32} : int64_t{kAbsent}) << (4 * kStreamEma);
+    if (averages) columns[kRowEma] = new_tensor();
 #endif
     grads.push_back(new_tensor());
     spans.push_back(static_cast<int64_t>(desc.size()));
@@ -89,15 +89,15 @@ int main(int, char** arguments) {
   }
   spans.push_back(static_cast<int64_t>(desc.size()));
   std::vector<double> partials(2 * desc.size() + 1);
-  raw[kLr] = 1e-3, raw[kBeta1] = 0.9, raw[kBeta2] = 0.999, raw[kEps] = 1e-8;
-  raw[kWeightDecay] = 0.01, raw[kDecoupled] = 1, raw[kLrReference] = 1, raw[kDecayPeriod] = 1;
-  raw[kTrustHigh] = INFINITY, raw[kMaxNorm] = clips ? 1 : 0;
+  raw[kGroupLr] = 1e-3, raw[kGroupBeta1] = 0.9, raw[kGroupBeta2] = 0.999, raw[kGroupEps] = 1e-8;
+  raw[kGroupWeightDecay] = 0.01, raw[kGroupDecoupled] = 1, raw[kGroupLrReference] = 1, raw[kGroupDecayPeriod] = 1;
+  raw[kGroupTrustHigh] = INFINITY, raw[kGroupMaxNorm] = clips ? 1 : 0;
 
   const float scale = 4, found = 0;
   const double squares = 9;
   Tables t{};
-  t.desc = desc.data(), t.rows = rows.data(), t.grads = grads.data(), t.lr = lr.data(), t.raw = raw.data();
-  t.group = group.data(), t.hyper = hyper.data(), t.spans = spans.data(), t.partials = partials.data();
+  t.chunk_table = desc.data(), t.rows = rows.data(), t.grads = grads.data(), t.lr = lr.data(), t.group_hparams = raw.data();
+  t.group_index = group.data(), t.tensor_scalars = hyper.data(), t.row_offsets = spans.data(), t.partials = partials.data();
   t.sums = sums.data(), t.trust = trust.data(), t.chunks = static_cast<int64_t>(desc.size()), t.tensors = tensors;
   if (clips) t.grad_scale = &scale, t.found_inf = &found, t.squares = &squares;
 #ifdef HAS_AVERAGE
@@ -105,5 +105,5 @@ int main(int, char** arguments) {
 #endif
   if (!WALKER::walker.step(rule, t, 1)) fail("no such rule");
   std::printf("%lld ", count_instructions([&] { WALKER::walker.step(rule, t, 1); }));
-  std::printf("%lld\n", count_instructions([&] { WALKER::walker.move(rule, t, 1); }));
+  std::printf("%lld\n", count_instructions([&] { WALKER::walker.apply_update(rule, t, 1); }));
 }

@@ -109,7 +109,7 @@ def triton_counts(tree: Path, folder: Path) -> Iterator[Count]:
     for clips in (False, True):
         yield Kernel("triton", "", "prep", "", "clipping" * clips), count(launch.prep_variant(clips, False))
     for rule, name, dtypes, kind in kinds(tree):
-        walks = {"advance": launch.step_variant, "move": launch.move_variant}
+        walks = {"advance": launch.step_variant, "move": launch.apply_update_variant}
         for walk, variant in walks.items() if rule.trust else [("update", launch.step_variant)]:
             off = (False,) if has_average(tree) else ()  # the argument came with the average
             yield Kernel("triton", name, walk, dtypes, ""), count(variant(rule.name, (kind,), *off))

@@ -22,7 +22,7 @@ from fused_optim.triton_kernels.launch import (
     TRUST,
     Kinds,
     Variant,
-    move_variant,
+    apply_update_variant,
     prep_variant,
     scale_variant,
     squares_variant,
@@ -94,7 +94,7 @@ def averaging_walks() -> dict[str, Walk]:
             named[f"{rule} {name} averaged"] = Walk(variant, (kind,), slice(0, None), divides=divides)
     for name, kind in AVERAGED["qhadam"].items():
         streams = ((kind[0], *kind[2:]),)
-        variant = move_variant("lamb", (kind,), True)
+        variant = apply_update_variant("lamb", (kind,), True)
         named[f"move {name} averaged"] = Walk(variant, streams, (0, len(kind) - 2), divides=True)
     return named
 
@@ -114,7 +114,7 @@ def walks() -> dict[str, Walk]:
             named[f"{rule}{states} {name}"] = Walk(variant, kinds, written, sums, rule in ("qhadam", "lamb"))
             if rule == "lamb":
                 streams = ((param, *[state] * states),)
-                named[f"move {name}"] = Walk(move_variant(rule, kinds, False), streams, slice(0, 1), divides=True)
+                named[f"move {name}"] = Walk(apply_update_variant(rule, kinds, False), streams, slice(0, 1), divides=True)
     for name in ("f32", "bf16", "f64", "mixed"):
         streams = tuple((kind[1],) for kind in TABLES[name])
         named[f"squares {name}"] = Walk(squares_variant(TABLES[name]), streams, slice(0, 0), sums=1)
@@ -284,7 +284,7 @@ LAUNCHED = {
         "step": step_variant("lamb", F32_KINDS, False),
         "spans": SPANS,
         "trust": TRUST,
-        "move": move_variant("lamb", F32_KINDS, False),
+        "move": apply_update_variant("lamb", F32_KINDS, False),
         "scale": scale_variant(F32_KINDS),
     },
 }
@@ -317,7 +317,7 @@ def take_step(rule: str, tensors: int = 40, offset: int = 0, values: float = 0.0
         launching.launch_squares(F32_KINDS, arrays, squares)
         launching.launch_scale(F32_KINDS, arrays, squares)
     launching.launch(rule, F32_KINDS, arrays, None, array(torch.float32, 1), squares)
-    launching.launch_move(rule, F32_KINDS, arrays)
+    launching.launch_apply_update(rule, F32_KINDS, arrays)
 
 
 @pytest.mark.parametrize("rule", LAUNCHED)

@@ -61,7 +61,7 @@ def test_groups_differ() -> None:
     groups = [Group(lr=10.0**-i, beta1=0.02 * i, weight_decay=0.01 * i, decoupled=i % 2 == 0) for i in range(40)]
     rows = [Row(i, KINDS["f32"], group=i) for i in range(40)]
     for row in rows:
-        row.step += row.group % 7
+        row.step += row.group_index % 7
     Table(rows, groups).check_step()
 
 
@@ -139,7 +139,7 @@ def test_prep_is_exact() -> None:
         correction1, correction2 = 1.0 - power(group.beta1, step), 1.0 - power(group.beta2, step)
         expected += [group.lr / correction1, 1.0 / math.sqrt(correction2), -scale if group.maximize else scale]
         expected += [0.0 if group.decoupled else group.weight_decay, decay, 0.0, float(step == 1)]
-        assert table.hyper[number].tolist() == [*expected, 1.0 - group.a, 1.0 - group.b, 1.0 / correction1]
+        assert table.tensor_scalars[number].tolist() == [*expected, 1.0 - group.a, 1.0 - group.b, 1.0 / correction1]
 
 
 AVERAGED = {

@@ -10,7 +10,7 @@ from typing import Any
 import oracle
 import ptx.backends
 import torch
-from fused_optim.triton_kernels.launch import Arrays, launch, launch_move, launch_scale, launch_squares
+from fused_optim.triton_kernels.launch import Arrays, launch, launch_apply_update, launch_scale, launch_squares
 from ptx.launched import LAUNCHES
 from torch import Tensor
 
@@ -201,7 +201,7 @@ class Table:
             integers([row.grad_address and self.start(row.views[1], row.grad_address) for row in self.rows]),
             integers([lr_address(group) for group in self.groups]),
             torch.tensor([group.raw() for group in self.groups], dtype=torch.float64, device=DEVICE),
-            torch.tensor([row.group for row in self.rows], dtype=torch.int32, device=DEVICE),
+            torch.tensor([row.group_index for row in self.rows], dtype=torch.int32, device=DEVICE),
             self.hyper,
             integers(spans) if trusts or self.clips else None,
             partials if trusts or self.clips else None,
@@ -216,7 +216,7 @@ class Table:
                 launch_squares(self.kinds, arrays, self.squares)
             squares = self.squares if self.clips else None
             launch(self.rule, self.kinds, arrays, self.grad_scale, self.found_inf, squares, self.ema)
-            launch_move(self.rule, self.kinds, arrays, self.ema)
+            launch_apply_update(self.rule, self.kinds, arrays, self.ema)
 
     def scale_gradients(self) -> None:
         arrays = self.arrays()
@@ -239,14 +239,14 @@ class Table:
                 assert torch.equal(kept, now)
             expected = before[number]
             if number not in skipped:
-                expected = self.expected(row, expected, steps[number], self.groups[row.group], norm)
+                expected = self.expected(row, expected, steps[number], self.groups[row.group_index], norm)
             assert row.step.item() == steps[number] + (number not in skipped)
             for view, wanted in zip(row.views, expected, strict=True):
                 assert_rounded(view, wanted)
 
     def norm(self) -> float:
         """Of all gradients together that are clipped, before they are divided by grad_scale."""
-        clipped = [row for row in self.rows if row.grad_address and self.groups[row.group].max_norm]
+        clipped = [row for row in self.rows if row.grad_address and self.groups[row.group_index].max_norm]
         return math.sqrt(sum(row.views[1].double().square().sum().item() for row in clipped))
 
     def expected(self, row: Row, tensors: Sequence[Tensor], step: float, group: Group, norm: float) -> list[Tensor]:

@@ -119,7 +119,7 @@ def step_variant(rule: str, kinds: Kinds, ema: bool) -> Variant:
 
 
 @cache
-def move_variant(rule: str, kinds: Kinds, ema: bool) -> Variant:
+def apply_update_variant(rule: str, kinds: Kinds, ema: bool) -> Variant:
     """The second walk, which needs no gradient."""
     packed = tuple(pack_kind((param, *states)) for param, _, *states in kinds)
     constants = {"PASS": step.move, "RULE": None, "DIRECTION": RULES[rule].direction, "KINDS": packed, "EMA": ema}
@@ -171,7 +171,7 @@ def launch(
         SPANS.start(device, tensors, x.spans, partials, x.sums)
 
 
-def launch_move(
+def launch_apply_update(
     rule: str,
     kinds: Kinds,
     x: Arrays,
@@ -184,7 +184,7 @@ def launch_move(
         return
     TRUST.start(device, -(-tensors // PREP_TENSORS.value), x.raw, x.group, x.hyper, x.sums, x.trust, tensors)
     if chunks:
-        move_variant(rule, kinds, ema).start(device, chunks, x.desc, x.rows, None, x.hyper, None, x.trust)
+        apply_update_variant(rule, kinds, ema).start(device, chunks, x.desc, x.rows, None, x.hyper, None, x.trust)
 
 
 def launch_squares(

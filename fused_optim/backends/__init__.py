@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..engine import machine, modules
+from ..engine.layout import TableArrays
 from ..engine.table import Table
 from . import reference
 from .device_tables import DeviceTable
@@ -99,7 +100,7 @@ def _nothing_to_upload(table: Table, moved: int) -> None:
     pass
 
 
-def _arrays(table: Table) -> tuple[Tensor | None, ...]:
+def _arrays(table: Table) -> TableArrays:
     return table.arrays if table.device.type == "cpu" else DeviceTable.of(table).arrays
 
 
@@ -111,7 +112,9 @@ def _native(table: Table, module: ModuleType) -> Any:
     """The table's arrays as the module takes them: by their addresses. The arrays live as long as the table does."""
     if table.native is None:
         addresses = [_address(array) for array in _arrays(table)]
-        table.native = module.Arrays(addresses, table.desc.numel(), len(table.rows_list), table.elements, table.ema)
+        table.native = module.Arrays(
+            addresses, table.chunk_table.numel(), len(table.rows_list), table.elements, table.ema
+        )
     return table.native
 
 
@@ -126,20 +129,20 @@ def _triton(table: Table, function: str, args: Sequence[Any], *more: Any) -> Non
     from ..triton_kernels import launch
 
     with nullcontext() if table.device.type == "cpu" else torch.cuda.device(table.device):
-        getattr(launch, function)(*args, launch.Arrays(*_arrays(table)), *more)
+        getattr(launch, function)(*args, _arrays(table), *more)
 
 
 def _step_triton(table: Table, scaling: Scaling) -> None:
     numbers = scaling.grad_scale, scaling.found_inf, scaling.squares
-    _triton(table, "launch", (table.rule.name, table.kinds), *numbers, table.ema)
+    _triton(table, "launch", (table.rule.name, table.dtype_signatures), *numbers, table.ema)
 
 
-def _move_triton(table: Table) -> None:
-    _triton(table, "launch_move", (table.rule.name, table.kinds), table.ema)
+def _apply_update_triton(table: Table) -> None:
+    _triton(table, "launch_apply_update", (table.rule.name, table.dtype_signatures), table.ema)
 
 
 def _squares_triton(table: Table, out: Tensor) -> None:
-    _triton(table, "launch_squares", (table.kinds,), out)
+    _triton(table, "launch_squares", (table.dtype_signatures,), out)
 
 
 def _cuda(table: Table, function: str, before: Sequence[Any], *numbers: Tensor | None) -> None:
@@ -156,8 +159,8 @@ def _step_cuda(table: Table, scaling: Scaling) -> None:
     _cuda(table, "step", (table.rule.name,), scaling.grad_scale, scaling.found_inf, scaling.squares)
 
 
-def _move_cuda(table: Table) -> None:
-    _cuda(table, "move", (table.rule.name,))
+def _apply_update_cuda(table: Table) -> None:
+    _cuda(table, "apply_update", (table.rule.name,))
 
 
 def _squares_cuda(table: Table, out: Tensor) -> None:
@@ -165,7 +168,7 @@ def _squares_cuda(table: Table, out: Tensor) -> None:
 
 
 def _scale_triton(table: Table, squares: Tensor) -> None:
-    _triton(table, "launch_scale", (table.kinds,), squares)
+    _triton(table, "launch_scale", (table.dtype_signatures,), squares)
 
 
 def _scale_cuda(table: Table, squares: Tensor) -> None:
@@ -185,8 +188,8 @@ def _step_cpp(table: Table, scaling: Scaling) -> None:
     _cpp(table, "step", (table.rule.name,), scaling.grad_scale, scaling.found_inf, scaling.squares)
 
 
-def _move_cpp(table: Table) -> None:
-    _cpp(table, "move", (table.rule.name,))
+def _apply_update_cpp(table: Table) -> None:
+    _cpp(table, "apply_update", (table.rule.name,))
 
 
 def _squares_cpp(table: Table, out: Tensor) -> None:
@@ -205,7 +208,7 @@ class Backend:
     upload(table, moved): brings over what has changed since the last step (see watch).
     squares(table, out): writes the sum of the squares of all gradients that are clipped; float64, one element.
     step(table, scaling): the whole step of one device; of a rule with a trust ratio the first walk.
-    move(table): its second walk.
+    apply_update(table): its second walk.
     scale(table, squares): multiplies every gradient in place by what clips its group to its bound, given the sum of the
         squares; leaves those alone that stay as they are.
     """
@@ -215,23 +218,23 @@ class Backend:
     upload: Callable[[Table, int], None]
     squares: Callable[[Table, Tensor], None]
     step: Callable[[Table, Scaling], None]
-    move: Callable[[Table], None]
+    apply_update: Callable[[Table], None]
     scale: Callable[[Table, Tensor], None]
 
 
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("triton", _why_not_triton, _upload, _squares_triton, _step_triton, _move_triton, _scale_triton),
-        Backend("cuda", _why_not_cuda, _upload, _squares_cuda, _step_cuda, _move_cuda, _scale_cuda),
-        Backend("cpp", _why_not_cpp, _nothing_to_upload, _squares_cpp, _step_cpp, _move_cpp, _scale_cpp),
+        Backend("triton", _why_not_triton, _upload, _squares_triton, _step_triton, _apply_update_triton, _scale_triton),
+        Backend("cuda", _why_not_cuda, _upload, _squares_cuda, _step_cuda, _apply_update_cuda, _scale_cuda),
+        Backend("cpp", _why_not_cpp, _nothing_to_upload, _squares_cpp, _step_cpp, _apply_update_cpp, _scale_cpp),
         Backend(
             "reference",
             _why_not_reference,
             _nothing_to_upload,
             reference.squares,
             _step_reference,
-            reference.move,
+            reference.apply_update,
             reference.scale,
         ),
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..engine.changes import GRADS_MOVED, RAW_CHANGED
-from ..engine.table import Scalars, Table
+from ..engine.table import HostHparams, Table
 
 # Pinned buffers that are made at once, and how many must be left for captures, which can make none.
 SLAB, SPARES = 32, 16
@@ -93,7 +93,7 @@ def sent_once(host: Tensor, device: torch.device) -> Tensor:
 
 
 class DeviceTable:
-    """The device's copies of desc, rows, grads, lr, raw, group and spans.
+    """The device's copies of the host's arrays.
 
     captured: whether a CUDA graph writes here at every replay.
 
@@ -107,15 +107,21 @@ class DeviceTable:
         self.captured = False
         self.streams = {torch.cuda.current_stream(table.device).cuda_stream}
         self.grads = Upload(table.grads, table.device)
-        self.scalars = Upload(table.scalars.buffer, table.device)
+        self.hparams = Upload(table.hparams.buffer, table.device)
         self.grads()
-        self.scalars()
+        self.hparams()
 
-        raw, lr = Scalars.split(self.scalars.on_device)
-        desc, rows, group = (sent_once(host, table.device) for host in (table.desc, table.rows, table.group))
-        spans = None if table.spans is None else sent_once(table.spans, table.device)
-        sums = (spans, table.partials, table.sums, table.trust)
-        self.arrays = (desc, rows, self.grads.on_device, lr, raw, group, table.hyper, *sums)
+        group_hparams, lr = HostHparams.split(self.hparams.on_device)
+        host = table.arrays
+        self.arrays = host._replace(
+            chunk_table=sent_once(host.chunk_table, table.device),
+            rows=sent_once(host.rows, table.device),
+            grads=self.grads.on_device,
+            lr=lr,
+            group_hparams=group_hparams,
+            group_index=sent_once(host.group_index, table.device),
+            row_offsets=None if host.row_offsets is None else sent_once(host.row_offsets, table.device),
+        )
 
     @staticmethod
     def of(table: Table) -> DeviceTable:
@@ -136,7 +142,7 @@ class DeviceTable:
         if moved & GRADS_MOVED:
             self.grads()
         if moved & RAW_CHANGED:
-            self.scalars()
+            self.hparams()
 
     def _keep_until_done(self, stream: torch.cuda.Stream) -> None:
         """Tells the allocator that this stream uses what was allocated on another one. Else a new table could get the
@@ -151,10 +157,10 @@ class DeviceTable:
     def release(self) -> None:
         """No graph writes here any longer: what the last replay has left is replaced by what the host has."""
         self.grads.release()
-        self.scalars.release()
+        self.hparams.release()
         self.captured = False
         self.grads()
-        self.scalars()
+        self.hparams()
 
 
 def was_captured(table: Table) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import backends
-from ..engine.table import DTYPE_CODES, Row, Rule, Scalars, Table
+from ..engine.table import DTYPE_CODES, HostHparams, Row, Rule, Table
 from . import Backend, Scaling
 
 _passed: set[tuple[Any, ...]] = set()
@@ -28,7 +28,7 @@ def choose(name: str, table: Table, steps: bool = True) -> Backend:
         backend = backends.pick(name, table.device)
         if not is_tried(backend, table.device):
             return backend
-        key = (backend.name, table.device, table.rule.name, table.kinds, table.clips, table.ema, steps)
+        key = (backend.name, table.device, table.rule.name, table.dtype_signatures, table.clips, table.ema, steps)
         if key in _passed:
             return backend
         try:
@@ -79,7 +79,7 @@ def run_trial(backend: Backend, table: Table, steps: bool) -> None:
     if steps:
         backend.step(trial, Scaling(squares=trial.squares if trial.clips else None))
         if trial.rule.trust:
-            backend.move(trial)
+            backend.apply_update(trial)
     else:
         backend.scale(trial, trial.squares)
     if trial.device.type == "cuda":
@@ -87,21 +87,23 @@ def run_trial(backend: Backend, table: Table, steps: bool) -> None:
 
 
 def without_gradients(table: Table) -> Table:
-    """A table of the same kinds in the same order, each with one tensor of one element that has no gradient."""
-    return _table_of(table.rule, table.device, table.kinds, table.clips, table.ema)
+    """A table of the same dtype signatures in the same order, each of one tensor of one element without gradient."""
+    return _table_of(table.rule, table.device, table.dtype_signatures, table.clips, table.ema)
 
 
 def adamw_table(device: torch.device) -> Table:
     return _table_of(Rule("adam", ("exp_avg", "exp_avg_sq"), ()), device, ((0, 0, 0, 0),), False, False)
 
 
-def _table_of(rule: Rule, device: torch.device, kinds: tuple[tuple[int, ...], ...], clips: bool, ema: bool) -> Table:
+def _table_of(
+    rule: Rule, device: torch.device, signatures: tuple[tuple[int, ...], ...], clips: bool, ema: bool
+) -> Table:
     dtypes = {code: dtype for dtype, code in DTYPE_CODES.items()}
     rows = []
-    for param_code, grad_code, *codes in kinds:
+    for param_code, grad_code, *codes in signatures:
         param, *others = (torch.zeros(1, dtype=dtypes[code], device=device) for code in (param_code, *codes))
         average = others.pop() if ema else None
         step = torch.zeros((), device=device)
         rows.append(Row(param, param, param, others, step, {}, dtypes[grad_code], 0, average))
     with torch.device("cpu"):
-        return Table(rule, device, rows, Scalars(1, rule.clip_eps, 1.0), clips)
+        return Table(rule, device, rows, HostHparams(1, rule.clip_eps, 1.0), clips)

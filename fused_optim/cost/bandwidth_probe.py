@@ -1,4 +1,4 @@
-"""The floor pass: what the memory allows, which benchmarks and cost estimates hold a step against."""
+"""The bandwidth probe: what the memory allows. Benchmarks and cost estimates compare a step with it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..engine import modules
 
 
-def floor_pass(
+def bandwidth_probe(
     written: Sequence[Sequence[Tensor]],
     read: Sequence[Sequence[Tensor]],
     piece: int = 0,
@@ -35,15 +35,15 @@ def floor_pass(
     sizes = [tensor.nbytes for tensor in read[0]] if read else []
     for stream in (*written, *read):
         if [tensor.nbytes for tensor in stream] != sizes:
-            raise ValueError("the streams of a floor pass must hold tensors of the same sizes in bytes")
+            raise ValueError("the streams of a bandwidth probe must hold tensors of the same sizes in bytes")
     if piece < 0 or prefetch < 0 or (threads is not None and threads < 1):
         raise ValueError(
-            "a floor pass takes piece and prefetch of 0 or more bytes and 1 thread or more, but got "
+            "a bandwidth probe takes piece and prefetch of 0 or more bytes and 1 thread or more, but got "
             f"{piece}, {prefetch} and {threads}"
         )
     held = written, read
     addresses = [[[tensor.data_ptr() for tensor in stream] for stream in streams] for streams in held]
-    run = module.FloorPass(*addresses, sizes, piece, prefetch)
+    run = module.BandwidthProbe(*addresses, sizes, piece, prefetch)
 
     def step() -> None:
         assert held  # the tensors live as long as their addresses are used

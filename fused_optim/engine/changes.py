@@ -15,7 +15,8 @@ from torch import Tensor
 
 from . import modules
 from .dtensor import is_sharded, local, local_grad
-from .table import EMPTY, Rule, Scalars, Table, same_strides
+from .layout import EMPTY
+from .table import HostHparams, Rule, Table, same_strides
 from .validation import check_hyperparameter, is_wrapper
 
 REBUILD, GRADS_MOVED, RAW_CHANGED = 1, 2, 4
@@ -41,14 +42,14 @@ def watch_over(
     groups: list[dict[str, Any]],
     state: dict[Tensor, dict[str, Any]],
     rule: Rule,
-    scalars: Scalars,
+    hparams: HostHparams,
     pending: Sequence[Tensor],
     tables: Sequence[Table],
 ) -> Any:
     """What looks at all that tables were built from. `pending`: params that have had no gradient yet."""
 
     def over(kind: Any) -> Any:
-        watch = kind(groups, state, rule.columns, rule.deciding, scalars.raw, scalars.lr)
+        watch = kind(groups, state, rule.columns, rule.deciding, hparams.group_hparams, hparams.lr)
         for param in pending:
             watch.add_pending(param)
         for table in tables:
@@ -107,7 +108,7 @@ class Placements:
 
 
 class Hyperparameters:
-    """The columns of `raw` and `lr` that the options of the param groups fill."""
+    """The columns of `group_hparams` and `lr` that the options of the param groups fill."""
 
     def __init__(
         self,

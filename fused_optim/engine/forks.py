@@ -18,9 +18,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_remember)
 
 
-def heed_fork() -> None:
-    """To be called before each walk. A child has none of its parent's OpenMP threads: torch, whose thread count the C++
-    walker follows too, would wait for them for ever."""
+def reset_threads_after_fork() -> None:
+    """To be called before each walk. OpenMP threads do not survive a fork, so the child uses one thread, in torch's own
+    operations and in the C++ backend, which follows torch's thread count."""
     global _in_child
     if _in_child:
         torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from . import formats
 from .dtensor import is_sharded, like, local
 from .ema import WeightAverage
 from .table import Row
-from .validation import conform
+from .validation import match_layout
 
 Kind = Literal["exact"]
 LOW = "param_low"  # key in optimizer.state[param]
@@ -111,7 +111,7 @@ class MasterWeights:
                 "a conversion between"
             )
         else:
-            low = conform(row.param, {LOW: old}, [LOW], torch.int16)[LOW]
+            low = match_layout(row.param, {LOW: old}, [LOW], torch.int16)[LOW]
         row.low = local(low)
         return {LOW: low}
 

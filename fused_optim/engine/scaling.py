@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends import Backend, Scaling
 from .dtensor import device_for, is_sharded, largest_over, reduce_over
-from .table import MAX_NORM, Table
+from .table import Table
 
 UNSCALED = Scaling()
 Tables = Sequence[tuple[Table, Backend]]
@@ -23,8 +23,8 @@ Tables = Sequence[tuple[Table, Backend]]
 def largest_square(table: Table) -> Tensor:
     """The square of the largest magnitude among the gradients that are clipped: float64 [1]. NaN where one of those
     that are only looked at is not finite."""
-    bounds = table.scalars.raw[:, MAX_NORM].tolist()
-    rows = [(row.grad, bounds[row.group]) for row in table.rows_list]
+    bounds = table.hparams.column("max_norm").tolist()
+    rows = [(row.grad, bounds[row.group_index]) for row in table.rows_list]
     found = [torch.zeros((), dtype=torch.float64, device=table.device)]
     for counts in (True, False):
         grads = [grad for grad, bound in rows if grad is not None and bound and (bound > 0) == counts]
@@ -97,7 +97,7 @@ class Scaler:
         return self.skip_nonfinite or self._clips(groups)
 
     def bound_without_key(self, groups: Sequence[dict[str, Any]]) -> float:
-        """What stands for max_grad_norm in a group that has none, see csrc/tables.h."""
+        """What stands for max_grad_norm in a group that has none, see layout.py."""
         if not self.skip_nonfinite:
             return 0.0
         return -1.0 if self._clips(groups) else math.inf
@@ -168,7 +168,7 @@ class Scaler:
             if sums:
                 backend.squares(table, table.squares)
             squares.append(table.squares if sums else largest_square(table))
-        squares = over(squares, [table.groups for table, _ in tables])
+        squares = over(squares, [table.process_groups for table, _ in tables])
         if self.norm_group is not None:
             spread = [is_sharded(table.rows_list[0].param) for table, _ in tables]
             plain = [square for square, it_is in zip(squares, spread, strict=True) if not it_is]

@@ -18,19 +18,19 @@ from ..engine.changes import REBUILD, watch_over
 from ..engine.checkpoints import Checkpoints
 from ..engine.dtensor import Groups, groups_of, is_sharded, local, reduce_over
 from ..engine.ema import Averaging, Decay, check_dtype, make_average
-from ..engine.forks import heed_fork
+from ..engine.forks import reset_threads_after_fork
 from ..engine.masters import LOW, Kind, Masters, MasterWeights
 from ..engine.masters import check_param as check_master
 from ..engine.scaling import Scaler
-from ..engine.table import EMA_DECAY, Row, Rule, Scalars, Table
+from ..engine.table import HostHparams, Row, Rule, Table
 from ..engine.validation import (
     check_grad,
     check_hyperparameter,
     check_param,
-    conform,
-    conform_step,
     make_row,
     make_states,
+    match_layout,
+    match_step,
     may_get_grad,
 )
 from .options import (
@@ -185,7 +185,7 @@ class FusedOptimizer(Options, Averaging, Masters, Checkpoints):
             with torch.enable_grad():
                 loss = closure()
 
-        heed_fork()
+        reset_threads_after_fork()
         averaged = 0 if self._ema is None else self._ema.steps
         try:
             scalings = self._prepare(grad_scale)
@@ -232,7 +232,7 @@ class FusedOptimizer(Options, Averaging, Masters, Checkpoints):
             if self.rule.trust:
                 self._sum_over_processes()
                 for number, (table, backend) in enumerate(self._tables):
-                    backend.move(table)
+                    backend.apply_update(table)
                     self._finish(table, fates, number)
         except BaseException as error:
             found = "; ".join(f"{table.device}: {fate}" for (table, _), fate in zip(self._tables, fates, strict=True))
@@ -268,8 +268,8 @@ class FusedOptimizer(Options, Averaging, Masters, Checkpoints):
     def _sum_over_processes(self) -> None:
         """The squares that trust ratios are made of, where tensors are spread over processes."""
         for table, _ in self._tables:
-            if table.groups and table.sums is not None:
-                (total,) = reduce_over([table.sums], [table.groups])
+            if table.process_groups and table.sums is not None:
+                (total,) = reduce_over([table.sums], [table.process_groups])
                 table.sums.copy_(total)
 
     def _check_capture(self) -> None:
@@ -338,10 +338,10 @@ class FusedOptimizer(Options, Averaging, Masters, Checkpoints):
                 pending.append(param)
                 continue
             wanted = self.rule.states_of(group)
-            fresh[param] = conform(param, state, wanted)
+            fresh[param] = match_layout(param, state, wanted)
             own = torch.float32 if masters.covers(param) else None
             made = make_states(param, fresh[param], wanted, self._state_dtype or own)
-            steps[param] = conform_step(param, self._step_of(param, state, begun=not made))
+            steps[param] = match_step(param, self._step_of(param, state, begun=not made))
             fresh[param].update(made)
             rows.append(make_row(param, fresh[param], wanted, steps[param], index))
             if masters.covers(param):
@@ -352,9 +352,9 @@ class FusedOptimizer(Options, Averaging, Masters, Checkpoints):
                 fresh[param] = {"step": steps[param], **fresh[param]}
 
         max_norm = self._scaler.bound_without_key(self.param_groups)
-        scalars = Scalars(len(self.param_groups), self.rule.clip_eps, max_norm)
+        hparams = HostHparams(len(self.param_groups), self.rule.clip_eps, max_norm)
         if self._ema is not None:
-            scalars.raw[:, EMA_DECAY] = self._ema.current
+            hparams.column("ema_decay").fill_(self._ema.current)
         looks = self._scaler.looks_at(self.param_groups)
         sums = looks or self.rule.trust  # then those that are summed over the same processes have a table of their own
         by_place: dict[tuple[torch.device, bool, Groups], list[Row]] = {}
@@ -363,7 +363,7 @@ class FusedOptimizer(Options, Averaging, Masters, Checkpoints):
             alone = self._scaler.norm_group is not None and is_sharded(row.param)
             by_place.setdefault((row.shard.device, alone, groups), []).append(row)
         made_tables = [
-            Table(self.rule, device, members_, scalars, looks, groups)
+            Table(self.rule, device, members_, hparams, looks, groups)
             for (device, _, groups), members_ in by_place.items()
         ]
         tables = [(table, choose(self._backend, table)) for table in made_tables]
@@ -384,7 +384,7 @@ class FusedOptimizer(Options, Averaging, Masters, Checkpoints):
         masters.keep_only(param for param, _, _ in members)
         masters.remember(row.param for row in rows if row.low is not None)
         guarded = [row.param for row in rows if row.low is not None and not row.shard.is_inference()]
-        watch = watch_over(self.param_groups, self.state, self.rule, scalars, pending, watched)
+        watch = watch_over(self.param_groups, self.state, self.rule, hparams, pending, watched)
         for param in guarded:
             watch.add_guarded(local(param))
         if watch.look() & REBUILD:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..engine.table import BETAS, DECOUPLED, EPS, OWN, Rule
+from ..engine.table import Rule
 from .adam_like import AdamLike, check_nus
 from .decoupled import Decoupled
 from .options import CommonFlags, DecayedFlags
@@ -41,7 +41,12 @@ class FusedQHAdam(AdamLike):
     rule = Rule(
         name="qhadam",
         states=("exp_avg", "exp_avg_sq"),
-        options=(("betas", BETAS, 2), ("nus", OWN, 2), ("eps", EPS, 1), ("decouple_weight_decay", DECOUPLED, 1)),
+        options=(
+            ("betas", "beta1", 2),
+            ("nus", "option_a", 2),
+            ("eps", "eps", 1),
+            ("decouple_weight_decay", "decoupled", 1),
+        ),
     )
 
     def __init__(

@@ -161,7 +161,7 @@ ARRAYS = ("desc", "rows", "grads", "lr", "raw", "group", "hyper", "spans", "part
 def tables(table: Table, **numbers: Tensor | None) -> Any:
     arrays = dict(zip(ARRAYS, table.arrays, strict=True)) | numbers
     made = tables_type()(**{key: None if x is None else x.data_ptr() for key, x in arrays.items()})
-    made.chunks, made.tensors, made.ema = table.desc.numel(), table.rows.size(0), table.ema
+    made.chunks, made.tensors, made.ema = table.chunk_table.numel(), table.rows.size(0), table.ema
     return made
 
 

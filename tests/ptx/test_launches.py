@@ -171,7 +171,7 @@ KERNELS: dict[str, list[tuple[str, str, int]]] = {  # name, blocks and threads
 def test_nvcc_launches(name: str) -> None:
     optimizer = train(name, "cuda-ptx", steps=2)
     ((table, _),) = optimizer._tables
-    blocks = {"one": 1, "tensors": len(SIZES), "rows": 1, "chunks": table.desc.numel()}
+    blocks = {"one": 1, "tensors": len(SIZES), "rows": 1, "chunks": table.chunk_table.numel()}
     step = LAUNCHES.record[len(LAUNCHES.record) // 2 :]
     assert len(step) == len(KERNELS[name])
     for launch, (kernel, count, threads) in zip(step, KERNELS[name], strict=True):
@@ -183,7 +183,7 @@ def test_nvcc_launches(name: str) -> None:
         expected = tables(table)
         for field in ("desc", "rows", "grads", "lr", "raw", "group", "hyper", "spans", "partials", "sums", "trust"):
             assert getattr(sent, field) == getattr(expected, field), field
-        assert (sent.chunks, sent.tensors, sent.ema) == (table.desc.numel(), len(SIZES), table.ema)
+        assert (sent.chunks, sent.tensors, sent.ema) == (table.chunk_table.numel(), len(SIZES), table.ema)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -209,11 +209,11 @@ def test_nothing_is_left_from_the_step_before(name: str, monkeypatch: pytest.Mon
     optimizer.step()
     before = param.detach().clone()
     ((table, _),) = optimizer._tables
-    assert before.isfinite().all() and table.hyper.isfinite().all()
+    assert before.isfinite().all() and table.tensor_scalars.isfinite().all()
     real = LAUNCHES.run
     monkeypatch.setattr(LAUNCHES, "run", lambda ptx, kernel, *args: 0 if "prep" in kernel else real(ptx, kernel, *args))
     optimizer.step()
-    assert table.hyper.isnan().all() and torch.equal(param, before)
+    assert table.tensor_scalars.isnan().all() and torch.equal(param, before)
 
 
 @pytest.mark.parametrize("name", NAMES)
