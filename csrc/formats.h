@@ -3,6 +3,7 @@
 // selects in place of branches, so that the compiler vectorises loops over it and every backend stores the same bits.
 #pragma once
 #include "rules.h"
+#include "tables.h"
 
 namespace fused_optim {
 
@@ -25,6 +26,22 @@ constexpr uint32_t kNearest = 0x80000000u;                  // the threshold tha
 
 FUSED_HD uint32_t threshold(Dither dither, uint32_t index, uint32_t step) {
   return index * dither.element + step * dither.step;
+}
+
+// The thresholds of one stream in one step, from an element on.
+struct Thresholds {
+  uint32_t first, element;
+
+  FUSED_HD uint32_t operator[](int i) const { return first + static_cast<uint32_t>(i) * element; }
+};
+
+// Of a row whose step has been counted. begin: of its elements the one that gets threshold 0.
+FUSED_HD Thresholds thresholds_of(const int64_t* row, int stream, int64_t begin) {
+  const Dither dither = stream == kStreamParam || stream == kStreamEma ? kDitherParam
+                        : stream == kStreamState0                      ? kDitherAverage
+                                                                       : kDitherSquare;
+  const uint32_t step = static_cast<uint32_t>(*reinterpret_cast<const float*>(row[kRowStep]));
+  return {threshold(dither, static_cast<uint32_t>(row[kRowFirstElement] + begin), step), dither.element};
 }
 
 // bfloat16, rounded at a threshold. Finite values stay finite, infinity stays infinity, NaN becomes quiet.

@@ -4,6 +4,7 @@
 // instruction set has its own, in the namespace that FUSED_ISA names.
 #pragma once
 #include "../convert.h"
+#include "../formats.h"
 #include "../tables.h"
 
 #ifdef __F16C__
@@ -43,16 +44,13 @@ using Pair = uint32_t __attribute__((may_alias, aligned(2)));
 FUSED_HD float even(uint32_t pair) { return bits_float(pair << 16); }
 FUSED_HD float odd(uint32_t pair) { return bits_float(pair & 0xffff0000u); }
 
-// Calls f with a value of the type that a format stores. Not for float64, whose arithmetic is float64 too.
+// Calls f with a value of the type that a format stores. Not for float64, whose arithmetic is float64 too, and not for
+// packed formats.
 template <class F>
 void visit_format(Format format, F&& f) {
   if (format == kFloat32) f(float{});
   else if (format == kBfloat16) f(BFloat16{});
   else f(Float16{});
-}
-
-constexpr int bytes_of(Format format) {
-  return format == kFloat64 ? kBytesFloat64 : format == kFloat32 ? kBytesFloat32 : kBytesFloat16;
 }
 
 template <class P>
@@ -92,6 +90,19 @@ inline void narrow_block(const float* in, int count, Float16* out) {
 }
 #endif
 
+// One loop each for packed formats, which the compiler vectorises.
+template <class F>
+FUSED_HD void decode_block(int count, float* out, F&& value) {
+#pragma omp simd
+  for (int i = 0; i < count; ++i) out[i] = value(i);
+}
+
+template <class Code, class F>
+FUSED_HD void encode_block(int count, Code* out, F&& code) {
+#pragma omp simd
+  for (int i = 0; i < count; ++i) out[i] = code(i);
+}
+
 // One stream of a row: where it lies and how it stores its values. A format with a second array finds its address in
 // the row, too (kRowParamLow).
 struct Stream {
@@ -111,12 +122,14 @@ struct Stream {
     for (int byte = 0; byte < size; byte += 64) __builtin_prefetch(ahead + byte);
   }
 
-  // `count` elements as float32, in `scratch`; and back again.
-  void load(int64_t element, int count, float* scratch) const {
+  // `count` elements as float32, in `scratch`; and back again. square: exp_avg_sq as it is stored, for anchored8.
+  void load(int64_t element, int count, float* scratch, const float* square = nullptr) const {
+    if (is_packed(format)) return load_packed(element, count, scratch, square);
     visit_format(format,
                  [&](auto type) { widen_block(reinterpret_cast<const decltype(type)*>(at(element)), count, scratch); });
   }
-  void store(int64_t element, int count, const float* scratch) const {
+  void store(int64_t element, int count, const float* scratch, const float* square = nullptr) const {
+    if (is_packed(format)) return store_packed(element, count, scratch, square);
     visit_format(format,
                  [&](auto type) { narrow_block(scratch, count, reinterpret_cast<decltype(type)*>(at(element))); });
   }
@@ -125,7 +138,61 @@ struct Stream {
   Stream(const int64_t* row, int64_t address, int stream)
       : data(reinterpret_cast<char*>(address)),
         format(format_of(row[kRowDtypeSignature], stream)),
-        bytes(bytes_of(format)) {}
+        bytes(bytes_of(format)),
+        row_(row),
+        stream_(stream) {}
+
+  template <class Code>
+  Code* codes(int64_t element) const {
+    return reinterpret_cast<Code*>(at(element));
+  }
+  template <class Code>
+  Code* low_codes(int64_t element) const {
+    return reinterpret_cast<Code*>(row_[kRowParamLow]) + element;
+  }
+
+  void load_packed(int64_t element, int count, float* out, const float* square) const {
+    const int exponent = static_cast<int>(row_[kRowAnchor]);
+    if (format == kBfloat16Dithered) {
+      widen_block(codes<BFloat16>(element), count, out);
+    } else if (format == kSplit16) {
+      decode_block(count, out, [upper = codes<uint16_t>(element), lower = low_codes<int16_t>(element)](int i) {
+        return join_halves(upper[i], lower[i]);
+      });
+    } else if (format == kSplit8) {
+      decode_block(count, out, [upper = codes<uint16_t>(element), lower = low_codes<int8_t>(element)](int i) {
+        return join_quarter(upper[i], lower[i]);
+      });
+    } else if (format == kE8m8) {
+      decode_block(count, out, [code = codes<uint16_t>(element)](int i) { return decode_e8m8(code[i]); });
+    } else {
+      decode_block(count, out, [code = codes<uint8_t>(element), square, exponent](int i) {
+        return decode_anchored8(code[i], square[i], exponent);
+      });
+    }
+  }
+
+  void store_packed(int64_t element, int count, const float* in, const float* square) const {
+    const int exponent = static_cast<int>(row_[kRowAnchor]);
+    const Thresholds at = thresholds_of(row_, stream_, element);
+    if (format == kBfloat16Dithered) {
+      encode_block(count, codes<uint16_t>(element), [=](int i) { return encode_bf16(in[i], at[i]); });
+    } else if (format == kSplit16) {
+      encode_block(count, codes<uint16_t>(element), [=](int i) { return upper_half(in[i]); });
+      encode_block(count, low_codes<int16_t>(element), [=](int i) { return lower_half(in[i]); });
+    } else if (format == kSplit8) {
+      encode_block(count, codes<uint16_t>(element), [=](int i) { return upper_half(in[i]); });
+      encode_block(count, low_codes<int8_t>(element), [=](int i) { return lower_quarter(in[i], at[i]); });
+    } else if (format == kE8m8) {
+      encode_block(count, codes<uint16_t>(element), [=](int i) { return encode_e8m8(in[i], at[i]); });
+    } else {
+      encode_block(count, codes<uint8_t>(element),
+                   [=](int i) { return encode_anchored8(in[i], square[i], exponent, at[i]); });
+    }
+  }
+
+  const int64_t* row_;
+  int stream_;
 };
 
 }  // namespace

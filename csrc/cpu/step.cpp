@@ -21,6 +21,18 @@ struct Row {
   Stream state(int s) const { return Stream(row_, kStreamState0 + s); }
   Stream ema() const { return Stream(row_, kStreamEma); }  // where there is one
 
+  // All states from memory and back again. An exp_avg in anchored8 is read and written with the exp_avg_sq beside it as
+  // that is stored, which leaves `states` changed.
+  void load_states(int64_t element, int count, float* const* states) const {
+    for (int s = S - 1; s >= 0; --s) state(s).load(element, count, states[s], S > 1 ? states[S > 1] : nullptr);
+  }
+  void store_states(int64_t element, int count, float* const* states) const {
+    for (int s = S - 1; s >= 0; --s) {
+      state(s).store(element, count, states[s], S > 1 ? states[S > 1] : nullptr);
+      if (s == 1 && state(0).format == kAnchored8) state(1).load(element, count, states[1]);
+    }
+  }
+
   void prefetch(int64_t element, int count) const {
     param.prefetch(element, count);
     grad.prefetch(element, count);
@@ -112,15 +124,18 @@ void update_block(const TensorScalars<T>& h, BFloat16* param, const BFloat16* gr
   update_block<pass, Rule, T, S, BFloat16, BFloat16, BFloat16>(h, param + count - 1, grad + count - 1, last, 1);
 }
 
+template <class T, class P, class E>
+void follow_block(const TensorScalars<T>& scalars, const P* param, E* average, int count) {
+  const TensorScalars<T> h = scalars;
+#pragma omp simd
+  for (int i = 0; i < count; ++i) narrow(averaged<T>(h, widen(average[i]), widen(param[i])), average[i]);
+}
+
 // The averages of a block's weights follow its params, which are what is stored by now and still near.
 template <class T, class P>
-void average_block(const TensorScalars<T>& scalars, const P* param, const Stream& ema, int64_t element, int count) {
+void average_block(const TensorScalars<T>& h, const P* param, const Stream& ema, int64_t element, int count) {
   const auto follow = [&](auto type) {
-    const TensorScalars<T> h = scalars;
-    const P* p = param;
-    auto* average = reinterpret_cast<decltype(type)*>(ema.at(element));
-#pragma omp simd
-    for (int i = 0; i < count; ++i) narrow(averaged<T>(h, widen(average[i]), widen(p[i])), average[i]);
+    follow_block(h, param, reinterpret_cast<decltype(type)*>(ema.at(element)), count);
   };
   if constexpr (sizeof(T) == 8) follow(double{});
   else visit_format(ema.format, follow);
@@ -157,20 +172,19 @@ void update_copied(const TensorScalars<float>& h, const Row<S>& row, int64_t beg
     row.prefetch(element, count);
     row.param.load(element, count, param);
     if (pass != Pass::kApplyUpdate) row.grad.load(element, count, grad);
-    for (int s = 0; s < S; ++s) row.state(s).load(element, count, state[s]);
+    row.load_states(element, count, states);
     update_block<pass, Rule, float, S>(h, param, grad, states, count);
     if (pass != Pass::kUpdateMoments) row.param.store(element, count, param);
-    if (pass != Pass::kApplyUpdate) {
-      for (int s = 0; s < S; ++s) row.state(s).store(element, count, state[s]);
-    }
+    if (pass != Pass::kApplyUpdate) row.store_states(element, count, states);
     if constexpr (pass == Pass::kUpdateMoments) {
-      for (int s = 0; s < S; ++s) row.state(s).load(element, count, state[s]);
+      row.load_states(element, count, states);
       measure_block<Rule, float, S>(h, param, states, count, sums + 2 * ((element - begin) / kChunk));
     }
     if constexpr (kAverages) {
-      visit_format(row.param.format, [&](auto type) {
-        average_block(h, reinterpret_cast<const decltype(type)*>(row.param.at(element)), row.ema(), element, count);
-      });
+      row.param.load(element, count, param);
+      row.ema().load(element, count, grad);
+      follow_block(h, param, grad, count);
+      row.ema().store(element, count, grad);
     }
   }
 }
@@ -190,6 +204,7 @@ void update_row(const Tables& t, int64_t row_number, int64_t begin, int64_t end,
   const Format param = row.param.format, grad = row.grad.format, states = S > 0 ? row.state(0).format : param;
   bool alike = true;
   for (int s = 1; s < S; ++s) alike &= row.state(s).format == states;
+  if constexpr (kAverages) alike &= !is_packed(row.ema().format);
 
   if (param == kFloat64) {
     return update_direct<pass, Rule, kAverages, double, S, double, double, double>(

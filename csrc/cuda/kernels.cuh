@@ -94,8 +94,13 @@ FUSED_HD void measure_element(const TensorScalars<T>& h, T param, T grad, const 
   }
 }
 
-// One thread's share of one chunk.
-template <Pass pass, class Rule, bool kAverages, class T, int S>
+// Of packed streams exp_avg comes after exp_avg_sq, which it may be stored relative to.
+constexpr int in_order(bool packed, int i, int count) {
+  return packed && i >= kStreamState0 ? count - 1 - (i - kStreamState0) : i;
+}
+
+// One thread's share of one chunk. X: Stream or PackedStream.
+template <Pass pass, class Rule, bool kAverages, class T, int S, class X = Stream>
 FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, bool unaligned, int thread) {
   constexpr int kAverage = kStreamState0 + S, kStreams = kAverage + kAverages, kPart = kAccess / sizeof(T);
   constexpr int V = kVector<T, kStreams - (pass == Pass::kApplyUpdate)>;
@@ -104,7 +109,9 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
   const int64_t signature = row[kRowDtypeSignature], grad = t.grads[row_number];
   const int64_t begin = chunk * kChunk, left = row[kRowNumel] - begin;
   const int count = left < kChunk ? static_cast<int>(left) : kChunk;
-  Stream stream[kStreams];
+  constexpr bool kPacked = std::is_same_v<X, PackedStream>;
+  constexpr int kSquare = kPacked && S > 1 ? kStreamState0 + 1 : kStreamParam;  // exp_avg_sq, where there is one
+  X stream[kStreams];
   bool all_float32 = true;
   for (int i = 0; i < kStreams; ++i) {
     if (!reads(pass, i)) continue;
@@ -112,7 +119,7 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
     const int64_t address = i == kStreamGrad ? grad : row[address_column(place)];
     // With double all are float64. Saying so spares registers, which are short with an average.
     const Format format = kAverages && sizeof(T) == 8 ? kFloat64 : format_of(signature, place);
-    stream[i] = Stream(address, format, begin);
+    stream[i] = X(row, address, format, place, begin);
     all_float32 = all_float32 && stream[i].format == kFloat32;
   }
   // `unaligned` speaks of param, states and average.
@@ -132,8 +139,9 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
     for (int i = 0; i < kStreams; ++i) {
       if (reads(pass, i)) load(stream[i], first, gap, pack[i]);
     }
-    for (int i = 0; i < kStreams; ++i) {
-      if (reads(pass, i)) unpack(pack[i], stream[i].format, x[i]);
+    for (int k = 0; k < kStreams; ++k) {
+      const int i = k < kAverage ? in_order(kPacked, k, kAverage) : k;
+      if (reads(pass, i)) unpack(stream[i], pack[i], x[kSquare], x[i]);
     }
     for (int v = 0; v < V; ++v) {
       T state[S > 0 ? S : 1];
@@ -141,15 +149,17 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
       update_element<pass, Rule, T, S>(h, x[kStreamParam][v], x[kStreamGrad][v], state);
       for (int s = 0; s < S; ++s) x[kStreamState0 + s][v] = state[s];
     }
-    for (int i = 0; i < kAverage; ++i) {
+    for (int k = 0; k < kAverage; ++k) {
+      const int i = in_order(kPacked, k, kAverage);
       if (!writes(pass, i)) continue;
-      pack_up(x[i], stream[i].format, pack[i]);
+      pack_up(stream[i], x[i], first, x[kSquare], pack[i]);
       store(stream[i], first, gap, pack[i]);
-      if (sums_up(pass) || (kAverages && i == kStreamParam)) unpack(pack[i], stream[i].format, x[i]);
+      if (sums_up(pass) || (kAverages && i == kStreamParam) || (kPacked && S > 1 && i == kSquare))
+        unpack(stream[i], pack[i], x[kSquare], x[i]);
     }
     if constexpr (kAverages) {
       for (int v = 0; v < V; ++v) x[kAverage][v] = averaged(h, x[kAverage][v], x[kStreamParam][v]);
-      pack_up(x[kAverage], stream[kAverage].format, pack[kAverage]);
+      pack_up(stream[kAverage], x[kAverage], first, x[kSquare], pack[kAverage]);
       store(stream[kAverage], first, gap, pack[kAverage]);
     }
     for (int v = 0; v < V; ++v) {
@@ -161,19 +171,22 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
 
   for (int element = vectored + thread; element < count; element += kThreads) {
     T x[kStreams], state[S > 0 ? S : 1];
-    for (int i = 0; i < kStreams; ++i) {
-      if (reads(pass, i)) x[i] = load_one<T>(stream[i], element);
+    for (int k = 0; k < kStreams; ++k) {
+      const int i = k < kAverage ? in_order(kPacked, k, kAverage) : k;
+      if (reads(pass, i)) x[i] = load_one<T>(stream[i], element, x[kSquare]);
     }
     for (int s = 0; s < S; ++s) state[s] = x[kStreamState0 + s];
     update_element<pass, Rule, T, S>(h, x[kStreamParam], x[kStreamGrad], state);
     for (int s = 0; s < S; ++s) x[kStreamState0 + s] = state[s];
-    for (int i = 0; i < kAverage; ++i) {
+    for (int k = 0; k < kAverage; ++k) {
+      const int i = in_order(kPacked, k, kAverage);
       if (!writes(pass, i)) continue;
-      store_one(stream[i], element, x[i]);
-      if (sums_up(pass) || (kAverages && i == kStreamParam)) x[i] = load_one<T>(stream[i], element);
+      store_one(stream[i], element, x[i], x[kSquare]);
+      if (sums_up(pass) || (kAverages && i == kStreamParam) || (kPacked && S > 1 && i == kSquare))
+        x[i] = load_one<T>(stream[i], element, x[kSquare]);
     }
     if constexpr (kAverages) {
-      store_one(stream[kAverage], element, averaged(h, x[kAverage], x[kStreamParam]));
+      store_one(stream[kAverage], element, averaged(h, x[kAverage], x[kStreamParam]), x[kSquare]);
     }
     for (int s = 0; s < S; ++s) state[s] = x[kStreamState0 + s];
     measure_element<pass, Rule, T, S>(h, x[kStreamParam], x[kStreamGrad], state, sums);
@@ -216,8 +229,11 @@ __device__ void add_up(X (&part)[kCount], F&& take) {
 }
 
 // Five blocks on a multiprocessor: 640 threads await 64 bytes or more each. The registers of more would have to spill.
-template <Pass pass, class Rule, bool kAverages>
-__global__ void __launch_bounds__(kThreads, 5) step_kernel(Tables t) {
+constexpr int blocks_at_once(bool packed) { return packed ? 4 : 5; }
+
+// X: Stream, or PackedStream where a stream of the table has a packed format.
+template <Pass pass, class Rule, bool kAverages, class X>
+__global__ void __launch_bounds__(kThreads, blocks_at_once(std::is_same_v<X, PackedStream>)) step_kernel(Tables t) {
   const int64_t entry = t.chunk_table[blockIdx.x], row = row_of(entry), chunk = chunk_of(entry);
   if (skipped(t, row)) return;
   const int64_t signature = t.rows[row * kRowWidth + kRowDtypeSignature];
@@ -227,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, 5) step_kernel(Tables t) {
       constexpr int S = decltype(states)::value;
       sums = format_of(signature, kStreamParam) == kFloat64
                  ? update_chunk<pass, Rule, kAverages, double, S>(t, row, chunk, is_unaligned(entry), thread)
-                 : update_chunk<pass, Rule, kAverages, float, S>(t, row, chunk, is_unaligned(entry), thread);
+                 : update_chunk<pass, Rule, kAverages, float, S, X>(t, row, chunk, is_unaligned(entry), thread);
     });
     return sums;
   };
@@ -291,16 +307,24 @@ __global__ void __launch_bounds__(kTotalThreads) total_kernel(Tables t, double* 
 
 inline int64_t row_blocks(const Tables& t) { return (t.tensors + kRowThreads - 1) / kRowThreads; }
 
+using Kernel = void (*)(Tables);
+
+// The kernel for the formats that the table has.
+template <Pass pass, class Rule, bool kAverages>
+Kernel of_formats(const Tables& t) {
+  return t.packed ? step_kernel<pass, Rule, kAverages, PackedStream> : step_kernel<pass, Rule, kAverages, Stream>;
+}
+
 // The kernels of each entry point, in order: launch(kernel, blocks, threads, arguments...) runs one, if it has a block.
 template <class Rule, class Launch>
 void launch_step(const Tables& t, Launch&& launch) {
   launch(prep_kernel<Rule>, row_blocks(t), kRowThreads, t);
   if constexpr (Rule::trust) {
-    launch(step_kernel<Pass::kUpdateMoments, Rule, false>, t.chunks, kThreads, t);
+    launch(of_formats<Pass::kUpdateMoments, Rule, false>(t), t.chunks, kThreads, t);
     launch(sum_kernel, t.tensors, kThreads, t);
   } else {
-    launch(t.ema ? step_kernel<Pass::kUpdate, Rule, true> : step_kernel<Pass::kUpdate, Rule, false>, t.chunks, kThreads,
-           t);
+    launch(t.ema ? of_formats<Pass::kUpdate, Rule, true>(t) : of_formats<Pass::kUpdate, Rule, false>(t), t.chunks,
+           kThreads, t);
   }
 }
 
@@ -308,8 +332,8 @@ template <class Rule, class Launch>
 void launch_apply_update(const Tables& t, Launch&& launch) {
   if constexpr (Rule::trust) {
     launch(trust_kernel, row_blocks(t), kRowThreads, t);
-    launch(t.ema ? step_kernel<Pass::kApplyUpdate, Rule, true> : step_kernel<Pass::kApplyUpdate, Rule, false>, t.chunks,
-           kThreads, t);
+    launch(t.ema ? of_formats<Pass::kApplyUpdate, Rule, true>(t) : of_formats<Pass::kApplyUpdate, Rule, false>(t),
+           t.chunks, kThreads, t);
   }
 }
 
