@@ -10,6 +10,13 @@
 
 namespace fused_optim {
 
+// Left to itself nvcc keeps long loops, and puts the arrays that they index into memory.
+#ifdef __CUDACC__
+#define FUSED_UNROLL _Pragma("unroll")
+#else
+#define FUSED_UNROLL
+#endif
+
 constexpr int kAccess = kAlignment;  // bytes, the widest load and store
 
 // Elements that a thread takes at once of each of so many streams. Eight fill a 16-byte access of every dtype; of more
@@ -260,15 +267,19 @@ FUSED_HD void unpack(const PackedStream& stream, const Pack<float, V>& pack, con
   const uint32_t *word = pack.word, *low = pack.word + V / 2;
   switch (stream.format) {
     case kSplit16:
+      FUSED_UNROLL
       for (int v = 0; v < V; ++v) x[v] = join_halves(half_of(word, v), static_cast<int16_t>(half_of(low, v)));
       break;
     case kSplit8:
+      FUSED_UNROLL
       for (int v = 0; v < V; ++v) x[v] = join_quarter(half_of(word, v), static_cast<int8_t>(byte_of(low, v)));
       break;
     case kE8m8:
+      FUSED_UNROLL
       for (int v = 0; v < V; ++v) x[v] = decode_e8m8(half_of(word, v));
       break;
     case kAnchored8:
+      FUSED_UNROLL
       for (int v = 0; v < V; ++v) x[v] = decode_anchored8(byte_of(word, v), square[v], stream.exponent);
       break;
     default:
@@ -283,24 +294,29 @@ FUSED_HD void pack_up(const PackedStream& stream, const float (&x)[V], int first
   const Thresholds at = stream.thresholds;
   switch (stream.format) {
     case kBfloat16Dithered:
+      FUSED_UNROLL
       for (int v = 0; v < V; ++v) put_half(word, v, encode_bf16(x[v], at[first + v]));
       break;
     case kSplit16:
+      FUSED_UNROLL
       for (int v = 0; v < V; ++v) {
         put_half(word, v, upper_half(x[v]));
         put_half(low, v, static_cast<uint16_t>(lower_half(x[v])));
       }
       break;
     case kSplit8:
+      FUSED_UNROLL
       for (int v = 0; v < V; ++v) {
         put_half(word, v, upper_half(x[v]));
         put_byte(low, v, static_cast<uint8_t>(lower_quarter(x[v], at[first + v])));
       }
       break;
     case kE8m8:
+      FUSED_UNROLL
       for (int v = 0; v < V; ++v) put_half(word, v, encode_e8m8(x[v], at[first + v]));
       break;
     case kAnchored8:
+      FUSED_UNROLL
       for (int v = 0; v < V; ++v) put_byte(word, v, encode_anchored8(x[v], square[v], stream.exponent, at[first + v]));
       break;
     default:

@@ -136,9 +136,11 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
     Pack<T, V> pack[kStreams];
     T x[kStreams][V];
     // All loads before the first use of any.
+    FUSED_UNROLL
     for (int i = 0; i < kStreams; ++i) {
       if (reads(pass, i)) load(stream[i], first, gap, pack[i]);
     }
+    FUSED_UNROLL
     for (int k = 0; k < kStreams; ++k) {
       const int i = k < kAverage ? in_order(kPacked, k, kAverage) : k;
       if (reads(pass, i)) unpack(stream[i], pack[i], x[kSquare], x[i]);
@@ -149,6 +151,7 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
       update_element<pass, Rule, T, S>(h, x[kStreamParam][v], x[kStreamGrad][v], state);
       for (int s = 0; s < S; ++s) x[kStreamState0 + s][v] = state[s];
     }
+    FUSED_UNROLL
     for (int k = 0; k < kAverage; ++k) {
       const int i = in_order(kPacked, k, kAverage);
       if (!writes(pass, i)) continue;
@@ -171,6 +174,7 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
 
   for (int element = vectored + thread; element < count; element += kThreads) {
     T x[kStreams], state[S > 0 ? S : 1];
+    FUSED_UNROLL
     for (int k = 0; k < kStreams; ++k) {
       const int i = k < kAverage ? in_order(kPacked, k, kAverage) : k;
       if (reads(pass, i)) x[i] = load_one<T>(stream[i], element, x[kSquare]);
@@ -178,6 +182,7 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
     for (int s = 0; s < S; ++s) state[s] = x[kStreamState0 + s];
     update_element<pass, Rule, T, S>(h, x[kStreamParam], x[kStreamGrad], state);
     for (int s = 0; s < S; ++s) x[kStreamState0 + s] = state[s];
+    FUSED_UNROLL
     for (int k = 0; k < kAverage; ++k) {
       const int i = in_order(kPacked, k, kAverage);
       if (!writes(pass, i)) continue;

@@ -113,7 +113,7 @@ def _native(table: Table, module: ModuleType) -> Any:
     if table.native is None:
         addresses = [_address(array) for array in _arrays(table)]
         table.native = module.Arrays(
-            addresses, table.chunk_table.numel(), len(table.rows_list), table.elements, table.ema
+            addresses, table.chunk_table.numel(), len(table.rows_list), table.elements, table.ema, table.packed
         )
     return table.native
 
