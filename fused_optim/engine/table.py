@@ -25,7 +25,7 @@ from .layout import (
     packed_signature,
 )
 
-DTYPE_CODES = {getattr(torch, format.name.lower()): format for format in Format}
+DTYPE_CODES: dict[torch.dtype, int] = {getattr(torch, format.name.lower()): format for format in Format}
 REAL_DTYPES = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 # A group's option, the first column of GroupHparams that it fills, and how many: a tuple fills several.

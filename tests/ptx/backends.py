@@ -4,7 +4,7 @@ run by the interpreter as they are compiled for a GPU.
 "triton-ptx": the library's launch.py, Triton's compiler, cache and launcher over a stand-in driver.
 "cuda-ptx": csrc/cuda/step.cu as nvcc compiles it, host code included, over a stand-in runtime.
 
-Before every pass what a step leaves for itself (`hyper`, sums) is overwritten with NaN: none of it may come from the
+Before every pass what a step leaves for itself (`tensor_scalars`, sums) is overwritten with NaN: none of it may come from the
 step before.
 """
 
@@ -138,8 +138,8 @@ def triton_ptx() -> Backend:
         name="triton-ptx",
         why_not=why_not("gcc"),
         squares=through(real.squares, "partials"),
-        step=through(real.step, "hyper", "partials", "sums"),
-        move=through(real.move, "partials"),
+        step=through(real.step, "tensor_scalars", "partials", "sums"),
+        apply_update=through(real.apply_update, "partials"),
         scale=through(real.scale, "partials"),
     )
 
@@ -155,11 +155,8 @@ def tables_type() -> type[ctypes.Structure]:
     return type("Tables", (ctypes.Structure,), {"_fields_": fields})
 
 
-ARRAYS = ("desc", "rows", "grads", "lr", "raw", "group", "hyper", "spans", "partials", "sums", "trust")
-
-
 def tables(table: Table, **numbers: Tensor | None) -> Any:
-    arrays = dict(zip(ARRAYS, table.arrays, strict=True)) | numbers
+    arrays = table.arrays._asdict() | numbers
     made = tables_type()(**{key: None if x is None else x.data_ptr() for key, x in arrays.items()})
     made.chunks, made.tensors, made.ema = table.chunk_table.numel(), table.rows.size(0), table.ema
     return made
@@ -190,7 +187,7 @@ def host_code() -> dict[str, Any]:
     table, pointer, number, text = ctypes.POINTER(tables_type()), ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
     signatures = {
         "step": ("PKcRKNS_6TablesEPvi", text, table, pointer, number),
-        "move": ("PKcRKNS_6TablesEPvi", text, table, pointer, number),
+        "apply_update": ("PKcRKNS_6TablesEPvi", text, table, pointer, number),
         "squares": ("RKNS_6TablesEPdPvi", table, pointer, pointer, number),
         "scale": ("RKNS_6TablesEPvi", table, pointer, number),
     }
@@ -210,14 +207,14 @@ def call(name: str, table: Table, *args: Any) -> None:
 
 
 def step_cuda(table: Table, scaling: Scaling) -> None:
-    poison(table, "hyper", "partials", "sums")
+    poison(table, "tensor_scalars", "partials", "sums")
     numbers = {"grad_scale": scaling.grad_scale, "found_inf": scaling.found_inf, "squares": scaling.squares}
     call("step", table, table.rule.name.encode(), tables(table, **numbers))
 
 
-def move_cuda(table: Table) -> None:
+def apply_update_cuda(table: Table) -> None:
     poison(table, "partials")
-    call("move", table, table.rule.name.encode(), tables(table))
+    call("apply_update", table, table.rule.name.encode(), tables(table))
 
 
 def squares_cuda(table: Table, out: Tensor) -> None:
@@ -237,7 +234,7 @@ def cuda_ptx() -> Backend:
         backends.BACKENDS["cuda"].upload,
         squares_cuda,
         step_cuda,
-        move_cuda,
+        apply_update_cuda,
         scale_cuda,
     )
 

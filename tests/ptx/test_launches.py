@@ -17,6 +17,7 @@ from fused_optim.triton_kernels.launch import Variant
 from torch import Tensor
 
 from fused_optim import FusedAdamW, FusedLAMB, FusedLion, FusedQHAdam, FusedSGD, backends, clip_grad_norm_
+from fused_optim.engine.layout import CHUNK, RowFields, TableArrays, column
 from ptx.backends import NAMES, STREAM, cuda_ptx, tables, tables_type, triton_ptx, why_not
 from ptx.launched import LAUNCHES, Launch
 from ptx.toolchain import missing
@@ -181,7 +182,7 @@ def test_nvcc_launches(name: str) -> None:
         assert size == len(bytes(tables_type()()))
         sent = tables_type().from_buffer_copy(launch.parameters[offset : offset + size])
         expected = tables(table)
-        for field in ("desc", "rows", "grads", "lr", "raw", "group", "hyper", "spans", "partials", "sums", "trust"):
+        for field in TableArrays._fields:
             assert getattr(sent, field) == getattr(expected, field), field
         assert (sent.chunks, sent.tensors, sent.ema) == (table.chunk_table.numel(), len(SIZES), table.ema)
 
@@ -224,7 +225,7 @@ def test_what_fails_in_a_kernel_is_raised(name: str) -> None:
     param.grad = torch.ones(10)
     optimizer.step()
     ((table, _),) = optimizer._tables
-    table.rows[0, 0] += 4096  # elements
+    table.rows[0, column(RowFields, "numel")] += CHUNK
     with pytest.raises(RuntimeError, match=r"outside of every tensor: .*ld"):
         optimizer.step()
 
