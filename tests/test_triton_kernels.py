@@ -141,7 +141,9 @@ def test_prep_is_exact(rule: str) -> None:
 
     one_cycle = Group(lr=0.3, beta1=0.95, beta2=0.9999, weight_decay=0.1, decoupled=True, option_a=0.3, option_b=0.999)
     clipped = Group(maximize=True, weight_decay=0.2, max_norm=0.01, option_a=0.0, option_b=0.0)
-    normalized = Group(weight_decay=0.2, decoupled=True, lr_reference=0.07, decay_period=390.0, option_a=1.0, option_b=0)
+    normalized = Group(
+        weight_decay=0.2, decoupled=True, lr_reference=0.07, decay_period=390.0, option_a=1.0, option_b=0
+    )
     groups = [one_cycle, clipped, normalized]
     steps = [1, 2, 3, 10, 999, 123457, 2**24] * 5
     states = {"sgd": 1, "lion": 1}.get(rule, 2)

@@ -145,7 +145,9 @@ def test_norms_are_of_the_states_as_they_are_stored() -> None:
     for state in states:
         state.zero_()
     before = param.double()
-    Table([row], [Group(lr=0.1, option_a=1.0, option_b=1.0, eps=1e-6, decoupled=True, weight_decay=0.01)], "lamb").launch()
+    Table(
+        [row], [Group(lr=0.1, option_a=1.0, option_b=1.0, eps=1e-6, decoupled=True, weight_decay=0.01)], "lamb"
+    ).launch()
     assert not row.views[3].any()
     assert (param.double() - before).norm().item() == pytest.approx(0.1 * before.norm().item(), rel=1e-2)
 

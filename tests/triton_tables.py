@@ -222,7 +222,7 @@ class Table:
             grads=integers([row.grad_address and self.start(row.views[1], row.grad_address) for row in self.rows]),
             lr=integers([lr_address(group) for group in self.groups]),
             group_hparams=torch.tensor([group.hparams() for group in self.groups], dtype=torch.float64, device=DEVICE),
-            group_index=torch.tensor([row.group for row in self.rows], dtype=torch.int32, device=DEVICE),
+            group_index=torch.tensor([row.group_index for row in self.rows], dtype=torch.int32, device=DEVICE),
             tensor_scalars=self.tensor_scalars,
             row_offsets=integers(offsets) if sums else None,
             partials=partials if sums else None,

@@ -202,8 +202,6 @@ class Table:
         self.clips = clips
         self.process_groups = process_groups
         self.hparams = hparams
-        self.on_device: object = None  # device.DeviceTable, on GPUs
-        self.native: object = None  # the arrays as a compiled module takes them
         self.copies = [row for row in rows if row.target is not row.shard]
         self.ema = any(row.ema is not None for row in rows)
 
@@ -235,12 +233,13 @@ class Table:
 
         self.row_offsets: Tensor | None = None
         self.partials: Tensor | None = None
+        self.squares: Tensor | None = None
         self.sums: Tensor | None = None
         self.trust: Tensor | None = None
         if rule.trust or clips:
-            self.partials = torch.zeros(
-                self.chunk_table.numel(), 2 if rule.trust else 1, dtype=torch.float64, device=device
-            )
+            shape = self.chunk_table.numel(), 2 if rule.trust else 1
+            self.partials = torch.zeros(shape, dtype=torch.float64, device=device)
+        if clips:
             self.squares = torch.zeros(1, dtype=torch.float64, device=device)
         if rule.trust:
             self.row_offsets = torch.cat([torch.zeros(1, dtype=torch.int64), chunks.cumsum(0)])
