@@ -114,7 +114,9 @@ def walks() -> dict[str, Walk]:
             named[f"{rule}{states} {name}"] = Walk(variant, kinds, written, sums, rule in ("qhadam", "lamb"))
             if rule == "lamb":
                 streams = ((param, *[state] * states),)
-                named[f"move {name}"] = Walk(apply_update_variant(rule, kinds, False), streams, slice(0, 1), divides=True)
+                named[f"move {name}"] = Walk(
+                    apply_update_variant(rule, kinds, False), streams, slice(0, 1), divides=True
+                )
     for name in ("f32", "bf16", "f64", "mixed"):
         streams = tuple((kind[1],) for kind in TABLES[name])
         named[f"squares {name}"] = Walk(squares_variant(TABLES[name]), streams, slice(0, 0), sums=1)

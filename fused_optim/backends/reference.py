@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..engine.backend import Backend, Scaling
 from ..engine.layout import GroupHparams, TensorScalars, column
 from ..engine.table import Row, Table
-from .formats import load, load_param, real_view, store, store_param
+from .formats import load, real_view, store
 
 SKIP = column(TensorScalars, "skip")
 
@@ -193,7 +194,7 @@ def step_row(table: Table, row: Row, number: int, grad_scale: float, norm: float
 
 def write(row: Row, h: TensorScalars, param: Tensor) -> None:
     """Stores the new param, and updates the average of the weights with it."""
-    store_param(row, param)
+    store(row.target, param)
     if row.ema is not None:
         old, new = load(row.ema), load_param(row)
         store(row.ema, new if h.ema_weight == 1 else old - h.ema_weight * old + h.ema_weight * new)
@@ -221,50 +222,56 @@ def trust_ratio(group: GroupHparams, param: float, update: float) -> float:
     return min(max(ratio, group.trust_low), group.trust_high)
 
 
-@torch.no_grad()
-def squares(table: Table, out: Tensor) -> None:
-    out.zero_()
-    for row in table.rows_list:
-        bound = table.hparams.of(row.group_index).max_norm
-        grad = row.grad
-        if grad is not None and bound:
-            out += load(grad).double().square().sum() * (bound > 0)
+class Reference(Backend):
+    name = "reference"
+    reads_tensors = True
 
+    @staticmethod
+    def why_not(device: torch.device | None) -> str | None:
+        return None
 
-@torch.no_grad()
-def step(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None, squares: Tensor | None) -> None:
-    if table.is_meta:
-        return
-    if found_inf is not None and found_inf.item():
-        table.tensor_scalars[:, SKIP] = 1.0
-        return
-    scale = 1.0 if grad_scale is None else float(grad_scale)
-    # A tensor's division: a scale of 0 gives inf or NaN, as in the kernels, where Python's would raise.
-    norm = None if squares is None else float(squares.double().sqrt() / scale)
-    for number, row in enumerate(table.rows_list):
-        step_row(table, row, number, scale, norm)
+    @torch.no_grad()
+    def sum_squares(self, out: Tensor) -> None:
+        out.zero_()
+        for row in self.table.rows_list:
+            bound = self.table.hparams.of(row.group_index).max_norm
+            grad = row.grad
+            if grad is not None and bound:
+                out += load(grad).double().square().sum() * (bound > 0)
 
+    @torch.no_grad()
+    def step(self, scaling: Scaling) -> None:
+        table = self.table
+        if table.is_meta:
+            return
+        if scaling.found_inf is not None and scaling.found_inf.item():
+            table.tensor_scalars[:, SKIP] = 1.0
+            return
+        scale = 1.0 if scaling.grad_scale is None else float(scaling.grad_scale)
+        # A tensor's division: a scale of 0 gives inf or NaN, as in the kernels, where Python's would raise.
+        norm = None if scaling.squares is None else float(scaling.squares.double().sqrt() / scale)
+        for number, row in enumerate(table.rows_list):
+            step_row(table, row, number, scale, norm)
 
-@torch.no_grad()
-def scale(table: Table, squares: Tensor) -> None:
-    norm = math.sqrt(float(squares))
-    for row in table.rows_list:
-        grad, group = row.grad, table.hparams.of(row.group_index)
-        bound = quotient(group.max_norm, norm + group.clip_eps)
-        if grad is None or not group.max_norm > 0 or bound >= 1:
-            continue
-        real_view(grad.conj() if grad.is_conj() else grad).mul_(bound)
+    @torch.no_grad()
+    def apply_update(self) -> None:
+        table = self.table
+        if table.trust is None or table.sums is None or table.is_meta:
+            return
+        for number, row in enumerate(table.rows_list):
+            if table.tensor_scalars[number, SKIP]:
+                continue
+            h, group = scalars_of(table, row), table.hparams.of(row.group_index)
+            ratio = trust_ratio(group, *table.sums[number].sqrt().tolist())
+            table.trust[number] = ratio
+            write(row, h, load_param(row) - h.lr * ratio * trusted_update(table, row, h))
 
-
-@torch.no_grad()
-def apply_update(table: Table) -> None:
-    """The second walk of a rule with a trust ratio."""
-    if table.trust is None or table.sums is None or table.is_meta:
-        return
-    for number, row in enumerate(table.rows_list):
-        if table.tensor_scalars[number, SKIP]:
-            continue
-        h, group = scalars_of(table, row), table.hparams.of(row.group_index)
-        ratio = trust_ratio(group, *table.sums[number].sqrt().tolist())
-        table.trust[number] = ratio
-        write(row, h, load_param(row) - h.lr * ratio * trusted_update(table, row, h))
+    @torch.no_grad()
+    def scale_grads(self, squares: Tensor) -> None:
+        norm = math.sqrt(float(squares))
+        for row in self.table.rows_list:
+            grad, group = row.grad, self.table.hparams.of(row.group_index)
+            bound = quotient(group.max_norm, norm + group.clip_eps)
+            if grad is None or not group.max_norm > 0 or bound >= 1:
+                continue
+            real_view(grad.conj() if grad.is_conj() else grad).mul_(bound)

@@ -177,12 +177,13 @@ def chunk_entry(chunk: Any, row: Any, signature: Any, unaligned: Any) -> Any:
 # ---- all of it, by name
 
 
-def column(fields: type[NamedTuple], name: str) -> int:
+def column(fields: Any, name: str) -> int:
     """The number of a column, for a row's NamedTuple and the name of a field."""
-    return fields._fields.index(name)
+    names: tuple[str, ...] = fields._fields
+    return names.index(name)
 
 
-STRUCTS = {"ROW": RowFields, "GROUP": GroupHparams, "SCALAR": TensorScalars, "ARRAY": TableArrays}
+STRUCTS: dict[str, Any] = {"ROW": RowFields, "GROUP": GroupHparams, "SCALAR": TensorScalars, "ARRAY": TableArrays}
 
 
 def _layout() -> dict[str, int]:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from . import formats
 from .dtensor import is_sharded, like, local
-from .ema import WeightAverage
+from .states import match_layout
 from .table import Row
-from .validation import match_layout
 
 Kind = Literal["exact"]
 LOW = "param_low"  # key in optimizer.state[param]
-LOW_DTYPES: dict[str, torch.dtype] = {"exact": torch.int16}
 
 
 def check_kind(kind: Any) -> None:
@@ -68,6 +65,12 @@ class MasterWeights:
         """Param and lower half belong together as they are now."""
         self.seen.update({param: self.place(param) for param in params})
 
+    def guard(self, rows: Sequence[Row]) -> list[Tensor]:
+        """Remembers the params of new rows that have lower halves, and returns those whose writes torch counts."""
+        params = [row.param for row in rows if row.low is not None]
+        self.remember(params)
+        return [param for param in params if not local(param).is_inference()]
+
     def remember_versions(self, params: Sequence[Tensor], versions: Sequence[int]) -> None:
         """After steps: the versions that they have left."""
         for param, version in zip(params, versions, strict=True):
@@ -99,9 +102,19 @@ class MasterWeights:
         """Forgets all other params."""
         self.seen = {param: self.seen[param] for param in params if param in self.seen}
 
+    def state_dtype(self, param: Tensor) -> torch.dtype | None:
+        """Of new states, where it is not the param's own."""
+        return torch.float32 if self.covers(param) else None
+
     def join(self, row: Row, kept: Mapping[str, Any]) -> dict[str, Tensor]:
         """Gives a row its param's lower half, zeros where `kept`, its state, has none. Returns what the state is to
-        hold of it."""
+        hold of it: nothing where the param has no master.
+
+        Raises:
+            RuntimeError: the lower half that is there has another dtype.
+        """
+        if not self.covers(row.param):
+            return {}
         old = kept.get(LOW)
         if old is None:
             low = like(row.param, torch.zeros_like(row.shard, dtype=torch.int16, requires_grad=False))
@@ -123,79 +136,28 @@ class MasterWeights:
         wide = param.dtype if param.dtype in (torch.float64, torch.complex64, torch.complex128) else torch.float32
         return param.detach().to(wide, copy=True)
 
-
-class Masters(Optimizer):
-    """What an optimizer offers of its master weights."""
-
-    _masters: MasterWeights
-    _ema: WeightAverage | None
-    _forget: Callable[[], None]
-
-    @property
-    def master_weights(self) -> Kind | None:
-        """"exact": bfloat16 params have float32 master weights, whose lower halves are in state[param]["param_low"].
-        It cannot be set; lower_params() turns a float32 model into a bfloat16 one with master weights."""
-        return self._masters.kind
-
     @torch.no_grad()
-    def master_params(self) -> list[Tensor]:
-        """The weights without loss: a new float32 tensor for each param, in the order of param_groups. Params without
-        a master are copied; float64 and complex ones keep their dtype.
+    def lower(self, params: Sequence[Tensor], state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+        """Turns float32 params into bfloat16 ones in place, and keeps the rest of their bits in `state`.
 
         Raises:
-            RuntimeError: this is inside of ema_weights().
+            RuntimeError: a float32 param has a gradient, or is a DTensor. Nothing has been changed then.
         """
-        if self._ema is not None:
-            self._ema.check_home("master_params() cannot be called")
-        self._settle_masters()
-        return [
-            self._masters.master(param, self.state.get(param, {}))
-            for group in self.param_groups
-            for param in group["params"]
-        ]
-
-    @torch.no_grad()
-    def lower_params(self, dtype: torch.dtype = torch.bfloat16, *, master_weights: Kind = "exact") -> None:
-        """Turns float32 params into bfloat16 ones in place, and keeps every bit: what bfloat16 lacks becomes their
-        master weights' lower half. States keep their dtype. Params of other dtypes stay as they are.
-
-        Raises:
-            ValueError: dtype is not torch.bfloat16, or there are no such master weights.
-            RuntimeError: a float32 param has a gradient, or is a DTensor, or this is inside of ema_weights(). Nothing
-                has been changed then.
-        """
-        if self._ema is not None:
-            self._ema.check_home("lower_params() cannot be called")
-        if dtype != torch.bfloat16:
-            raise ValueError(f"lower_params() makes bfloat16 params, but got {dtype}; pass torch.bfloat16")
-        if master_weights is None:
-            raise ValueError('lower_params() keeps master weights; pass master_weights="exact"')
-        check_kind(master_weights)
-        params = [param for group in self.param_groups for param in group["params"]]
-        for param in params:
-            check_param(param, master_weights)
         lowered = [param for param in params if param.dtype == torch.float32]
         for param in lowered:
             if param.grad is not None:
                 raise RuntimeError(
-                    "lower_params() takes params without gradients, but one of shape "
-                    f"{tuple(param.shape)} has a gradient; call zero_grad() before it"
+                    f"lower_params() takes params without gradients, but one of shape {tuple(param.shape)} has a "
+                    "gradient; call zero_grad() before it"
                 )
             if is_sharded(param):
                 raise RuntimeError(
                     f"lower_params() takes plain tensors, but a param of shape {tuple(param.shape)} is a DTensor; "
                     "shard a bfloat16 model in its place, and make the optimizer with master_weights"
                 )
-        self._settle_masters()
-        self._masters.kind = master_weights
         for param in lowered:
-            state = self.state[param]
             upper, lower = formats.split(param)
-            fitting = torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(upper)
-            state[LOW] = torch.empty_like(fitting, dtype=lower.dtype).copy_(lower)
+            fitting = torch.empty_like(param, dtype=torch.bfloat16, requires_grad=False).copy_(upper)
+            state[param][LOW] = torch.empty_like(fitting, dtype=lower.dtype).copy_(lower)
             param.data = fitting
-        self._masters.remember(lowered)
-        self._forget()
-
-    def _settle_masters(self) -> None:
-        raise NotImplementedError
+        self.remember(lowered)

@@ -25,7 +25,12 @@ from .layout import (
     packed_signature,
 )
 
-DTYPE_CODES = {getattr(torch, format.name.lower()): format for format in Format}
+DTYPE_CODES: dict[torch.dtype, Format] = {
+    torch.float32: Format.FLOAT32,
+    torch.bfloat16: Format.BFLOAT16,
+    torch.float16: Format.FLOAT16,
+    torch.float64: Format.FLOAT64,
+}
 REAL_DTYPES = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 # A group's option, the first column of GroupHparams that it fills, and how many: a tuple fills several.
@@ -206,8 +211,6 @@ class Table:
         self.clips = clips
         self.process_groups = process_groups
         self.hparams = hparams
-        self.on_device: object = None  # device.DeviceTable, on GPUs
-        self.native: object = None  # the arrays as a compiled module takes them
         self.copies = [row for row in rows if row.target is not row.shard]
         self.ema = any(row.ema is not None for row in rows)
 
@@ -240,12 +243,13 @@ class Table:
 
         self.row_offsets: Tensor | None = None
         self.partials: Tensor | None = None
+        self.squares: Tensor | None = None
         self.sums: Tensor | None = None
         self.trust: Tensor | None = None
         if rule.trust or clips:
-            self.partials = torch.zeros(
-                self.chunk_table.numel(), 2 if rule.trust else 1, dtype=torch.float64, device=device
-            )
+            shape = self.chunk_table.numel(), 2 if rule.trust else 1
+            self.partials = torch.zeros(shape, dtype=torch.float64, device=device)
+        if clips:
             self.squares = torch.zeros(1, dtype=torch.float64, device=device)
         if rule.trust:
             self.row_offsets = torch.cat([torch.zeros(1, dtype=torch.int64), chunks.cumsum(0)])

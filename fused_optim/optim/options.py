@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from .. import backends
 from ..engine.dtensor import local
 from ..engine.ema import Decay, WeightAverage, check_dtype
-from ..engine.masters import Kind
+from ..engine.masters import Kind, MasterWeights
 from ..engine.scaling import Scaler
 from ..engine.validation import may_get_grad
 
@@ -53,25 +53,6 @@ class Decayed(Common, total=False):
     decay: Convention
     lr_reference: float | None
     decay_period: float | None
-
-
-class Flags(TypedDict, total=False):
-    """torch's options that classes without a counterpart in torch take."""
-
-    maximize: bool
-    capturable: bool
-
-
-class WholeFlags(Whole, Flags, total=False):
-    pass
-
-
-class CommonFlags(Common, Flags, total=False):
-    pass
-
-
-class DecayedFlags(Decayed, Flags, total=False):
-    pass
 
 
 # A group cannot have its own.
@@ -160,6 +141,7 @@ class Options(Optimizer):
     _max_grad_norm: float | None
     _scaler: Scaler
     _ema: WeightAverage | None
+    _masters: MasterWeights
 
     def _forget(self) -> None:
         raise NotImplementedError
@@ -187,6 +169,12 @@ class Options(Optimizer):
     def state_dtype(self, dtype: torch.dtype | None) -> None:
         check_dtype(dtype, "state_dtype")
         self._state_dtype = dtype
+
+    @property
+    def master_weights(self) -> Kind | None:
+        """Which master weights bfloat16 params have. It cannot be set; lower_params() turns a float32 model into a
+        bfloat16 one with master weights."""
+        return self._masters.kind
 
     @property
     def max_grad_norm(self) -> float | None:

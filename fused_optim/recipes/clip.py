@@ -91,7 +91,7 @@ def clip_grad_norm_(
     dtype = functools.reduce(torch.promote_types, [gradients.dtype for _, gradients in found])
     norm = squares.sqrt().to(dtype).reshape(())
     for key, gradients in found:
-        gradients.backend.scale(gradients.table, squares.to(gradients.table.device))
+        gradients.bound.scale_grads(squares.to(gradients.table.device))
         _keep(key, gradients)
     torch.autograd.graph.increment_version(grads)
     return norm
@@ -113,8 +113,8 @@ class Gradients:
         with torch.device("cpu"):
             rows = [self._row(grad) for grad in grads]
             self.table = Table(NO_RULE, device, rows, HostHparams(1, EPS, max_norm), clips=True)
-        self.backend = choose(backend, self.table, steps=False)
-        if self.reads_tensors:
+        self.bound = choose(backend, self.table, steps=False)
+        if self.bound.reads_tensors:
             for row, grad in zip(rows, grads, strict=True):
                 row.param = grad.detach()
                 row.param.grad = grad
@@ -135,30 +135,20 @@ class Gradients:
             group_index=0,
         )
 
-    @property
-    def reads_tensors(self) -> bool:
-        """Whether the backend takes gradients from the rows, as tensors, which must not be kept then."""
-        return self.backend.name == "reference"
-
-    @property
-    def captured(self) -> bool:
-        """Whether a CUDA graph will read the table at every replay."""
-        return devices.was_captured(self.table)
-
     def _write(self, addresses: list[int]) -> None:
         self.addresses = addresses
         self.table.grads.copy_(torch.frombuffer(array("q", addresses), dtype=torch.int64))
 
     def update(self, addresses: list[int], max_norm: float) -> None:
-        moved = 0
+        changes = 0
         if addresses != self.addresses:
             self._write(addresses)
-            moved |= GRADS_MOVED
+            changes |= GRADS_MOVED
         if max_norm != self.max_norm:
             self.table.hparams.column("max_norm").fill_(max_norm)
             self.max_norm = max_norm
-            moved |= RAW_CHANGED
-        self.backend.upload(self.table, moved)
+            changes |= RAW_CHANGED
+        self.bound.upload(changes)
 
 
 # By stream, device, backend and layout, the one used last at the end. A call takes out what it uses, and puts it back
@@ -174,7 +164,7 @@ def release_captured() -> None:
     Raises:
         RuntimeError: a CUDA graph is being captured.
     """
-    devices.release([gradients.table for gradients in _captured])
+    devices.release([gradients.bound for gradients in _captured])
     _captured.clear()
 
 
@@ -225,9 +215,9 @@ def _overlap(addresses: Sequence[int], sizes: Sequence[int]) -> bool:
 
 
 def _keep(key: tuple[Any, ...], gradients: Gradients) -> None:
-    if gradients.captured:
+    if gradients.bound.captured:
         _captured.append(gradients)
-    elif not gradients.reads_tensors:
+    elif not gradients.bound.reads_tensors:  # which must not be kept
         _kept[key] = gradients
         for oldest in list(_kept)[:-MOST_KEPT]:
             _kept.pop(oldest, None)
@@ -235,7 +225,10 @@ def _keep(key: tuple[Any, ...], gradients: Gradients) -> None:
 
 def _sum_of_squares(tables: Sequence[Gradients]) -> Tensor:
     """Of all of them: float64 [1], on the first one's device."""
+    found = []
     for gradients in tables:
-        gradients.backend.squares(gradients.table, gradients.table.squares)
-    first, *others = (gradients.table.squares for gradients in tables)
+        assert gradients.table.squares is not None
+        gradients.bound.sum_squares(gradients.table.squares)
+        found.append(gradients.table.squares)
+    first, *others = found
     return functools.reduce(lambda total, other: total + other.to(total.device), others, first)
