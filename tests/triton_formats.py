@@ -3,7 +3,7 @@
 import torch
 import triton
 import triton.language as tl
-from fused_optim.triton_kernels import formats
+from fused_optim.triton_kernels import packed as formats
 from torch import Tensor
 
 BLOCK = 16384

@@ -218,12 +218,12 @@ FUSED_HD void pack_up(const Stream& stream, const T (&x)[V], int /*first*/, cons
 }
 
 template <class T>
-FUSED_HD T load_one(const Stream& stream, int element, T /*square*/) {
+FUSED_HD T load_one(const Stream& stream, int element, const T& /*square*/) {
   return load_one<T>(stream, element);
 }
 
 template <class T>
-FUSED_HD void store_one(const Stream& stream, int element, T x, T /*square*/) {
+FUSED_HD void store_one(const Stream& stream, int element, T x, const T& /*square*/) {
   store_one<T>(stream, element, x);
 }
 
@@ -325,7 +325,7 @@ FUSED_HD void pack_up(const PackedStream& stream, const float (&x)[V], int first
 }
 
 template <class T>
-FUSED_HD float load_one(const PackedStream& stream, int element, float square) {
+FUSED_HD float load_one(const PackedStream& stream, int element, const float& square) {
   const char *from = stream.at(element), *low = stream.low_at(element);
   const auto half = [&] { return *reinterpret_cast<const uint16_t*>(from); };
   switch (stream.format) {
@@ -344,7 +344,7 @@ FUSED_HD float load_one(const PackedStream& stream, int element, float square) {
   }
 }
 
-FUSED_HD void store_one(const PackedStream& stream, int element, float x, float square) {
+FUSED_HD void store_one(const PackedStream& stream, int element, float x, const float& square) {
   char *to = stream.at(element), *low = stream.low_at(element);
   const uint32_t at = stream.thresholds[element];
   switch (stream.format) {

@@ -174,6 +174,7 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
 
   for (int element = vectored + thread; element < count; element += kThreads) {
     T x[kStreams], state[S > 0 ? S : 1];
+    if constexpr (kPacked) x[kSquare] = 0;
     FUSED_UNROLL
     for (int k = 0; k < kStreams; ++k) {
       const int i = k < kAverage ? in_order(kPacked, k, kAverage) : k;
