@@ -17,6 +17,7 @@ from .packed import (
     PARAM,
     SQUARE,
     decode_anchored8,
+    decode_bf16,
     decode_e8m8,
     encode_anchored8,
     encode_bf16,
@@ -93,7 +94,8 @@ def stream_dtype(signature: int, stream: int) -> tl.dtype:
 
 @triton.constexpr_function
 def fill_of(signature: int, stream: int) -> float:
-    return FILL.get(format_of(signature, stream), 1)
+    code = format_of(signature, stream)
+    return FILL[code] if code in FILL else 1
 
 
 @triton.constexpr_function
@@ -104,7 +106,8 @@ def is_packed(signature: int) -> bool:
 @triton.constexpr_function
 def low_dtype(signature: int) -> tl.dtype | None:
     """Of the second array of the param, which is the first stream."""
-    return LOW_DTYPES.get(format_of(signature, 0))
+    code = format_of(signature, 0)
+    return LOW_DTYPES[code] if code in LOW_DTYPES else None
 
 
 @triton.constexpr_function
@@ -161,7 +164,7 @@ def decode(
 ) -> tl.tensor:
     """The values of one stream; of ANCHORED8 still the codes."""
     if FORMAT == DITHERED:
-        return join_halves(code, 0)
+        return decode_bf16(code)
     elif FORMAT == SPLIT16:
         return join_halves(code, load_codes(packing.low, mask, 0))
     elif FORMAT == SPLIT8:
@@ -203,19 +206,21 @@ def narrow(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def store_one(
-    pointer: tl.tensor,
+    pointers: tl.tuple,
+    stream: tl.constexpr,
     value: tl.tensor,
     square: tl.tensor | None,
     packing: Packing | None,
     mask: tl.tensor | None,
-    FORMAT: tl.constexpr,
+    SIGNATURE: tl.constexpr,
     WHICH: tl.constexpr,
 ) -> tl.tensor:
     """What one stream becomes. Returns it as it will be read again. square: exp_avg_sq as it is stored, for ANCHORED8.
     WHICH: the sequence of thresholds."""
+    FORMAT: tl.constexpr = format_of(SIGNATURE, stream)
     if FORMAT == DITHERED:
         code = encode_bf16(value, threshold(WHICH, packing.index, packing.step))
-        stored = join_halves(code, 0)
+        stored = decode_bf16(code)
     elif FORMAT == SPLIT16:
         code = upper_half(value)
         tl.store(packing.low, lower_half(value), mask=mask)
@@ -231,9 +236,9 @@ def store_one(
         code = encode_anchored8(value, square, packing.exponent, threshold(WHICH, packing.index, packing.step))
         stored = decode_anchored8(code, square, packing.exponent)
     else:
-        code = narrow(value, pointer.dtype.element_ty)
+        code = narrow(value, stream_dtype(SIGNATURE, stream))
         stored = code.to(value.dtype)
-    tl.store(pointer, code, mask=mask)
+    tl.store(pointers[stream], code, mask=mask)
     return stored
 
 
@@ -247,7 +252,13 @@ def store(
     SIGNATURE: tl.constexpr,
 ) -> tl.tensor:
     """What the param or the average of the weights becomes. Returns it as it will be read again."""
-    return store_one(pointers[stream], value, None, packing, mask, format_of(SIGNATURE, stream), PARAM)
+    return store_one(pointers, stream, value, None, packing, mask, SIGNATURE, PARAM)
+
+
+@triton.constexpr_function
+def sequence_of(state: int) -> int:
+    """Of the thresholds of a state, by its place in the rule."""
+    return AVERAGE.value if state == 0 else SQUARE.value
 
 
 @triton.jit
@@ -263,12 +274,10 @@ def store_states(
     stored: tl.tuple = ()
     if anchored_stream(SIGNATURE) == first:
         for i in tl.static_range(1, len(values)):
-            FORMAT: tl.constexpr = format_of(SIGNATURE, first + i)
-            stored += (store_one(pointers[first + i], values[i], None, packing, mask, FORMAT, SQUARE),)
-        return (store_one(pointers[first], values[0], stored[0], packing, mask, ANCHORED8, AVERAGE),) + stored
+            stored += (store_one(pointers, first + i, values[i], None, packing, mask, SIGNATURE, SQUARE),)
+        exp_avg = store_one(pointers, first, values[0], stored[0], packing, mask, SIGNATURE, AVERAGE)
+        return (exp_avg,) + stored  # noqa: RUF005: Triton compiles no *stored
     else:
         for i in tl.static_range(len(values)):
-            FORMAT: tl.constexpr = format_of(SIGNATURE, first + i)
-            WHICH: tl.constexpr = AVERAGE if i == 0 else SQUARE
-            stored += (store_one(pointers[first + i], values[i], None, packing, mask, FORMAT, WHICH),)
+            stored += (store_one(pointers, first + i, values[i], None, packing, mask, SIGNATURE, sequence_of(i)),)
         return stored

@@ -37,6 +37,11 @@ def encode_bf16(x: tl.tensor, at: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def decode_bf16(code: tl.tensor) -> tl.tensor:
+    return float_of(code.to(tl.uint32) << 16)
+
+
+@triton.jit
 def upper_half(master: tl.tensor) -> tl.tensor:
     """uint16: the bits of the bfloat16 param that goes with a master weight."""
     bits = bits_of(master)
