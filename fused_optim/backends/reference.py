@@ -13,7 +13,7 @@ from torch import Tensor
 from ..engine.backend import Backend, Scaling
 from ..engine.layout import GroupHparams, TensorScalars, column
 from ..engine.table import Row, Table
-from .formats import load, real_view, store
+from .formats import load, load_param, real_view, store, store_param
 
 SKIP = column(TensorScalars, "skip")
 
@@ -194,7 +194,7 @@ def step_row(table: Table, row: Row, number: int, grad_scale: float, norm: float
 
 def write(row: Row, h: TensorScalars, param: Tensor) -> None:
     """Stores the new param, and updates the average of the weights with it."""
-    store(row.target, param)
+    store_param(row, param)
     if row.ema is not None:
         old, new = load(row.ema), load_param(row)
         store(row.ema, new if h.ema_weight == 1 else old - h.ema_weight * old + h.ema_weight * new)
