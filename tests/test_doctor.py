@@ -222,7 +222,7 @@ def test_launches_are_those_of_the_launcher(
     optimizer = doctor.prepare(model, name, **options)
     (bound,) = optimizer._tables
     table = bound.table
-    arrays, squares = launch.Arrays(*table.arrays), None
+    arrays, squares = table.arrays, None
     if optimizer._looks:
         squares = torch.empty(1, dtype=torch.float64, device="meta")
         launch.launch_squares(table.dtype_signatures, arrays, squares)

@@ -240,13 +240,18 @@ def test_a_look_for_another_torch_is_not_even_loaded(tmp_path: Path) -> None:
             "LAYOUT",
             f"is of fused_optim 0.0.1, and the Python files are of {VERSION}; install fused_optim again",
         ),
-        (VERSION, "(1, 2)", "and the Python files have different tables, (1, 2) and "),
+        (
+            VERSION,
+            "LAYOUT | {'CHUNK': 8192}",
+            "was built for another layout of the tables (CHUNK is 8192 there and 4096 here); install fused_optim again",
+        ),
     ],
     ids=["version", "layout"],
 )
 def test_modules_of_another_build(version: str, layout: str, message: str, tmp_path: Path) -> None:
     package = copy_of_the_package(tmp_path)
-    text = f"from .modules import LAYOUT as OURS\nVERSION = {version!r}\nLAYOUT = {layout.replace('LAYOUT', 'OURS')}\n"
+    theirs = layout.replace("LAYOUT", "OURS")
+    text = f"from .engine.layout import LAYOUT as OURS\nVERSION = {version!r}\nLAYOUT = {theirs}\n"
     for name in modules.NAMES:
         (package / f"{name}.py").write_text(text)
     kernels, look, _ = falls_back(tmp_path)
