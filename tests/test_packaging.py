@@ -91,7 +91,7 @@ p.grad, q.grad = torch.ones(10), torch.ones(10)
 ours.step()
 theirs.step()
 torch.testing.assert_close(p, q)
-print(fused_optim.modules.cpu())
+print(fused_optim.engine.modules.cpu())
 """
 
 
@@ -186,7 +186,8 @@ FALLS_BACK = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
 import warnings, torch, fused_optim
-from fused_optim import FusedAdamW, modules
+from fused_optim import FusedAdamW
+from fused_optim.engine import modules
 print(modules.cpu())
 print(modules.poll())
 p = torch.nn.Parameter(torch.ones(10))
