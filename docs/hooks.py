@@ -32,10 +32,10 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return OUTSIDE.sub(r"](\1\2", markdown).replace("README.md)", "index.md)")
 
 
-def on_page_content(page: str, **_: Any) -> str:
+def on_page_content(content: str, **_: Any) -> str:
     r"""Replaces formulas, \(...\) and \[...\] in the HTML of a page, by MathML, which browsers render by themselves."""
 
     def mathml(found: re.Match[str]) -> str:
         return convert(html.unescape(found[2]).strip(), display="inline" if found[1] == "span" else "block")
 
-    return FORMULA.sub(mathml, page)
+    return FORMULA.sub(mathml, content)
