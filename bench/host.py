@@ -32,7 +32,8 @@ from report import markdown, number
 from workload import Config, Workload
 
 import fused_optim
-from fused_optim import modules, watch
+from fused_optim.engine import changes as watch
+from fused_optim.engine import modules
 
 TENSORS = (1, 10, 148, 500, 2000, 20000)
 PEER_NAMES = ["torch-for", "torch-foreach", "torch-fused", "foreach", "ours"]

@@ -1,4 +1,4 @@
-// The table: everything that describes one step, as plain arrays. Mirrors fused_optim/table.py; read by the CPU and the
+// The table: everything that describes one step, as plain arrays. Mirrors fused_optim/engine/table.py; read by the CPU and the
 // CUDA walker.
 #pragma once
 #include <cstdint>

@@ -16,10 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_optim import backends, device, modules
+from fused_optim import backends
 from fused_optim.backends import Backend, Scaling
-from fused_optim.device import DeviceTable
-from fused_optim.table import Table
+from fused_optim.backends import device_tables as device
+from fused_optim.backends.device_tables import DeviceTable
+from fused_optim.engine import modules
+from fused_optim.engine.table import Table
 
 Work = Callable[[], object]
 MISSING = modules.load("_cuda_emulated")

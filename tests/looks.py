@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from fused_optim import modules, watch
+from fused_optim.engine import changes as watch
+from fused_optim.engine import modules
 
 LOOKS = ("aten", "dlpack", "python")
 

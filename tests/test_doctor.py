@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fused_optim import backends, doctor, modules
+from fused_optim import backends
+from fused_optim.cost import step_cost as doctor
+from fused_optim.cost.shapes import MODELS
+from fused_optim.engine import modules
 from fused_optim.groups import no_decay
-from fused_optim.shapes import MODELS
 
 CUDA_13, CUDA_12 = doctor.TORCH_LAUNCHES
 ON_MOMENTUM = {"momentum": 0.9}

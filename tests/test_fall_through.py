@@ -25,7 +25,9 @@ from cases import (
 from compare import assert_equal
 from test_errors import frozen
 
-from fused_optim import FusedAdamW, FusedLAMB, FusedOptimizer, backends, clip, clip_grad_norm_, trial
+from fused_optim import FusedAdamW, FusedLAMB, FusedOptimizer, backends, clip_grad_norm_
+from fused_optim.backends import trial
+from fused_optim.recipes import clip
 
 GPU = torch.device("cuda", 0)
 

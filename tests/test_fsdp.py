@@ -35,7 +35,8 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from fused_optim import FusedAdamW, modules
+from fused_optim import FusedAdamW
+from fused_optim.engine import modules
 
 pytestmark = by_default_backend
 

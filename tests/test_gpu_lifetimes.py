@@ -11,7 +11,8 @@ import torch
 from gpu import for_the_family, needs_gpu, on_gpu_backends, params, require, set_grads
 from torch import Tensor
 
-from fused_optim import FusedAdamW, FusedLAMB, FusedSGD, backends, clip_grad_norm_, trial
+from fused_optim import FusedAdamW, FusedLAMB, FusedSGD, backends, clip_grad_norm_
+from fused_optim.backends import trial
 
 pytestmark = needs_gpu
 

@@ -12,8 +12,10 @@ import torch
 from gpu_standin import Runtime, built, runtime
 from torch import Tensor
 
-from fused_optim import FusedAdamW, FusedLAMB, FusedSGD, clip, device
-from fused_optim.device import DeviceTable
+from fused_optim import FusedAdamW, FusedLAMB, FusedSGD
+from fused_optim.backends import device_tables as device
+from fused_optim.backends.device_tables import DeviceTable
+from fused_optim.recipes import clip
 
 pytestmark = built
 __all__ = ["runtime"]  # a fixture

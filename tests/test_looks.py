@@ -15,8 +15,10 @@ from test_changes import SHAPES, for_every_rule_and_change, test_changes_between
 from test_changes import test_gradients_in_reused_memory as check_gradients_in_reused_memory
 from test_changes import test_params_in_reused_memory as check_params_in_reused_memory
 
-from fused_optim import FusedAdamW, FusedSGD, modules, watch
-from fused_optim import optimizer as optimizer_module
+from fused_optim import FusedAdamW, FusedSGD
+from fused_optim.engine import changes as watch
+from fused_optim.engine import modules
+from fused_optim.optim import base as optimizer_module
 
 REFERENCE = Target("reference", "cpu")
 

@@ -22,7 +22,7 @@ import torch
 from commands import ROOT, run
 
 import fused_optim
-from fused_optim import modules
+from fused_optim.engine import modules
 
 VERSION = fused_optim.__version__
 FREE_OF_TORCH = [name for name in modules.NAMES if name != "_poll_aten"]

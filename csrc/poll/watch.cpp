@@ -9,10 +9,10 @@ namespace {
 
 // Rare cases are left to Python.
 py::object python(const char* module, const char* function) {
-  return py::module_::import((std::string("fused_optim.") + module).c_str()).attr(function);
+  return py::module_::import((std::string("fused_optim.engine.") + module).c_str()).attr(function);
 }
 
-bool is_spread(py::handle tensor) { return python("shards", "is_sharded")(tensor).cast<bool>(); }
+bool is_spread(py::handle tensor) { return python("dtensor", "is_sharded")(tensor).cast<bool>(); }
 
 const void* address_of(const py::object& number) { return reinterpret_cast<const void*>(number.cast<uintptr_t>()); }
 
@@ -169,7 +169,7 @@ py::object Watch::shard_of_grad(WatchedRow& row, py::object grad) const {
   for (const char* name : {"shape", "dtype", "device"}) {
     if (!grad.attr(name).equal(whole.attr(name))) return py::none();
   }
-  const py::object found = python("shards", "local_grad")(whole, grad);
+  const py::object found = python("dtensor", "local_grad")(whole, grad);
   if (found.ptr() == shard.ptr()) row.spec = spec;
   return found;
 }
@@ -204,7 +204,7 @@ bool Watch::look_at_grad(WatchedRow& row, int& answer) {
       const bool spread = type == row.param_type ? row.spread : is_spread(grad);
       if (spread != row.spread) return false;
       if (row.spread) grad = shard_of_grad(row, std::move(grad));
-      else if (python("layout", "is_wrapper")(grad).cast<bool>()) return false;
+      else if (python("validation", "is_wrapper")(grad).cast<bool>()) return false;
     }
     if (grad.is_none() || !describe(grad.ptr(), seen)) return false;
     if (!(seen.dtype == row.grad_dtype) || !(seen.device == row.device) || seen.ndim != row.ndim) return false;
@@ -214,7 +214,7 @@ bool Watch::look_at_grad(WatchedRow& row, int& answer) {
     }
     if (seen.data == nullptr && !has_no_elements(seen) && !grad.attr("_is_zerotensor")().cast<bool>()) return false;
     if (!plain(grad.ptr(), seen) || !fits_target(row, seen)) {
-      grad = python("watch", "laid_out_as")(grad, row.target);
+      grad = python("changes", "laid_out_as")(grad, row.target);
       if (!describe(grad.ptr(), seen)) return false;
     }
     address = reinterpret_cast<int64_t>(seen.address());

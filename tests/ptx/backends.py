@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fused_optim import backends
 from fused_optim.backends import Backend, Scaling
-from fused_optim.table import Table, same_strides
+from fused_optim.engine.table import Table, same_strides
 
 from .launched import LAUNCHES
 from .toolchain import ARCH, compiled_step, library, missing

@@ -1,5 +1,5 @@
 // The module of the look with torch's headers. It reads tensors as the torch that it was compiled with lays them out,
-// so fused_optim/modules.py looks for these words in the file before it loads it.
+// so fused_optim/engine/modules.py looks for these words in the file before it loads it.
 #include "../../bindings.h"
 
 #include <torch/csrc/utils/pybind.h>

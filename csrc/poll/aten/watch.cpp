@@ -148,7 +148,7 @@ at::Tensor Watch::shard_of_grad(WatchedRow& row, const at::Tensor& grad) const {
   const py::object shard = attribute(whole.ptr(), name_of_shard());
   if (spec.ptr() == row.spec.ptr() && !wraps(unpack(shard))) return unpack(shard);
   const auto param = py::reinterpret_borrow<py::object>(row.param);
-  const py::module_ shards = py::module_::import("fused_optim.shards");
+  const py::module_ shards = py::module_::import("fused_optim.engine.dtensor");
   const py::object found = shards.attr("local_grad")(param, whole);
   if (found.ptr() == shard.ptr()) row.spec = spec;
   return unpack(found);

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..engine.table import BETAS, Rule
 from .adam_like import AdamLike
 from .decoupled import Decoupled
 from .options import DecayedFlags
-from .table import BETAS, Rule
 
 
 class FusedLion(Decoupled, AdamLike):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from . import modules
-from .layout import check_hyperparameter, is_wrapper
-from .shards import is_sharded, local, local_grad
+from .dtensor import is_sharded, local, local_grad
 from .table import EMPTY, Rule, Scalars, Table, same_strides
+from .validation import check_hyperparameter, is_wrapper
 
 REBUILD, GRADS_MOVED, RAW_CHANGED = 1, 2, 4
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shards import local_grad
+from .dtensor import local_grad
 
 CHUNK = 4096  # elements of one tensor that one program handles
 ROW_WIDTH = 8  # numel, param, step, signature, states, average of the weights

@@ -19,11 +19,11 @@ from torch.nn import Parameter
 
 import fused_optim
 
-from . import modules
-from .floor import floor_pass
-from .optimizer import FusedOptimizer
+from ..engine import modules
+from ..engine.table import Row
+from ..optim.base import FusedOptimizer
+from .bandwidth_probe import floor_pass
 from .shapes import Shapes
-from .table import Row
 
 OPTIMIZERS: dict[str, Callable[..., FusedOptimizer]] = {
     name.removeprefix("Fused").lower(): getattr(fused_optim, name)

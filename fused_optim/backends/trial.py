@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from . import backends
-from .backends import Backend, Scaling
-from .table import DTYPE_CODES, Row, Rule, Scalars, Table
+from .. import backends
+from ..engine.table import DTYPE_CODES, Row, Rule, Scalars, Table
+from . import Backend, Scaling
 
 _passed: set[tuple[Any, ...]] = set()
 

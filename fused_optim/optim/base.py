@@ -11,12 +11,17 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 
-from . import backends
-from . import device as devices
-from .checkpoints import Checkpoints
-from .ema import Averaging, Decay, check_dtype, make_average
-from .forks import heed_fork
-from .layout import (
+from .. import backends
+from ..backends import device_tables as devices
+from ..backends.trial import choose
+from ..engine.changes import REBUILD, watch_over
+from ..engine.checkpoints import Checkpoints
+from ..engine.dtensor import Groups, groups_of, is_sharded, local, reduce_over
+from ..engine.ema import Averaging, Decay, check_dtype, make_average
+from ..engine.forks import heed_fork
+from ..engine.scaling import Scaler
+from ..engine.table import EMA_DECAY, Row, Rule, Scalars, Table
+from ..engine.validation import (
     check_grad,
     check_hyperparameter,
     check_param,
@@ -35,11 +40,6 @@ from .options import (
     check_max_grad_norm,
     check_norm_type,
 )
-from .scaling import Scaler
-from .shards import Groups, groups_of, is_sharded, local, reduce_over
-from .table import EMA_DECAY, Row, Rule, Scalars, Table
-from .trial import choose
-from .watch import REBUILD, watch_over
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

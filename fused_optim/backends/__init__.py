@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import machine, modules, reference
-from .device import DeviceTable
-from .table import Table
+from ..engine import machine, modules
+from ..engine.table import Table
+from . import reference
+from .device_tables import DeviceTable
 
 
 def interpreted() -> bool:
@@ -122,7 +123,7 @@ def _call(table: Table, module: ModuleType, function: str, before: Sequence[Any]
 
 def _triton(table: Table, function: str, args: Sequence[Any], *more: Any) -> None:
     """launch's function of that name. args: what comes before the table's arrays; more: what comes after them."""
-    from .triton_kernels import launch
+    from ..triton_kernels import launch
 
     with nullcontext() if table.device.type == "cpu" else torch.cuda.device(table.device):
         getattr(launch, function)(*args, launch.Arrays(*_arrays(table)), *more)
@@ -251,7 +252,8 @@ def available() -> dict[str, str | None]:
 @functools.cache
 def _warn(text: str) -> None:
     """Once per text, at the line that called this package or torch."""
-    inside = tuple(f"{Path(module).parent}{os.sep}" for module in (__file__, torch.__file__))
+    packages = Path(__file__).parents[1], Path(torch.__file__).parent
+    inside = tuple(f"{package}{os.sep}" for package in packages)
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1

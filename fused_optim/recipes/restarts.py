@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .adam import FusedAdamW
+from ..optim.adam import FusedAdamW
+from ..optim.sgd import FusedSGDW
 from .groups import per_group
-from .sgd import FusedSGDW
 
 
 class Period(NamedTuple):

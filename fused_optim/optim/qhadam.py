@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..engine.table import BETAS, DECOUPLED, EPS, OWN, Rule
 from .adam_like import AdamLike, check_nus
 from .decoupled import Decoupled
 from .options import CommonFlags, DecayedFlags
-from .table import BETAS, DECOUPLED, EPS, OWN, Rule
 
 
 class FusedQHAdam(AdamLike):

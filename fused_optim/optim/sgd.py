@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..engine.table import BETAS, OWN, Rule
+from .base import FusedOptimizer
 from .decoupled import Decoupled
-from .optimizer import FusedOptimizer
 from .options import Common, Decayed
-from .table import BETAS, OWN, Rule
 
 SGD = Rule(
     name="sgd",

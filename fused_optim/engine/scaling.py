@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Backend, Scaling
-from .shards import device_for, is_sharded, largest_over, reduce_over
+from ..backends import Backend, Scaling
+from .dtensor import device_for, is_sharded, largest_over, reduce_over
 from .table import MAX_NORM, Table
 
 UNSCALED = Scaling()

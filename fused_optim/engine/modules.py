@@ -32,7 +32,7 @@ TORCH = ".".join(torch.__version__.split(".")[:2])
 
 def _why_not_built(name: str) -> str:
     """Why there is no such module beside the Python files."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     others = [Path(entry or ".", here.name).resolve() for entry in sys.path]
     for other in dict.fromkeys(others):
         if other != here.resolve() and any(other.glob(f"{name}.*")):
@@ -63,7 +63,7 @@ def _built_for() -> str | None:
 @functools.cache
 def load(name: str) -> ModuleType | str:
     """The module, or why there is none."""
-    from . import __version__  # which is there once the package has been imported
+    from .. import __version__  # which is there once the package has been imported
 
     if name == "_poll_aten" and (built_for := _built_for()) not in (None, TORCH):
         return f"{_TITLES[name]} was built for torch {built_for}, and this is torch {torch.__version__}; {REINSTALL}"

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .layout import conform, state_dtype_of
+from .changes import RAW_CHANGED
+from .dtensor import is_same_memory, like, local
 from .scaling import Shared
-from .shards import is_same_memory, like, local
 from .table import EMA_DECAY, Row, Table
-from .watch import RAW_CHANGED
+from .validation import conform, state_dtype_of
 
 Decay = float | Callable[[int], float]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .table import (
+from ..engine.table import (
     BETAS,
     CLIP_EPS,
     DECAY_PERIOD,

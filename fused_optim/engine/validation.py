@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .shards import check_spread, like, local, spread_as
+from .dtensor import check_spread, like, local, spread_as
 from .table import DTYPE_CODES, Row, is_dense, real_dtype, same_strides
 
 SUPPORTED = "float32, bfloat16, float16, float64, complex64 or complex128"

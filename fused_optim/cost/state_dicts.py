@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import DTYPE_CODES, real_dtype
+from ..engine.table import DTYPE_CODES, real_dtype
 
 WRAPPERS = "state_dict", "model_state_dict", "model", "module", "params"  # where training loops put the model's tensors
 STATISTICS = "running_mean", "running_var"  # what torch's batch norms keep besides params

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .table import Scalars, Table
-from .watch import GRADS_MOVED, RAW_CHANGED
+from ..engine.changes import GRADS_MOVED, RAW_CHANGED
+from ..engine.table import Scalars, Table
 
 # Pinned buffers that are made at once, and how many must be left for captures, which can make none.
 SLAB, SPARES = 32, 16

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import modules
+from ..engine import modules
 
 
 def floor_pass(

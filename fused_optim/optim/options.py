@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends
-from .ema import Decay, WeightAverage, check_dtype
-from .layout import may_get_grad
-from .scaling import Scaler
-from .shards import local
+from .. import backends
+from ..engine.dtensor import local
+from ..engine.ema import Decay, WeightAverage, check_dtype
+from ..engine.scaling import Scaler
+from ..engine.validation import may_get_grad
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

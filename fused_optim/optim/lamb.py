@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..engine.table import BETAS, DECOUPLED, EPS, OWN, TRUST_ALWAYS, Rule
 from .adam_like import AdamLike, check_trust_clip
 from .options import WholeFlags, check_max_grad_norm
-from .table import BETAS, DECOUPLED, EPS, OWN, TRUST_ALWAYS, Rule
 
 
 class FusedLAMB(AdamLike):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .optimizer import FusedOptimizer
+from .base import FusedOptimizer
 
 
 class AdamLike(FusedOptimizer):
