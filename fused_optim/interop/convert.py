@@ -64,8 +64,8 @@ def deepspeed(state_dict: dict[str, Any]) -> dict[str, Any]:
         ValueError: the checkpoint is of another optimizer or of an engine, or an Adam's with bias_correction=False.
 
     Warns:
-        UserWarning: FusedLamb corrects the bias of the whole update, decay and all, after the ratio of norms; here the
-        averages are corrected before it. Where bias_correction is True updates differ until it is spent.
+        UserWarning: bias_correction is True. FusedLamb corrects the bias of the whole update, after the ratio of norms;
+            here the averages are corrected before it. Updates differ until the correction is 1.
 
     Source: DeepSpeed 0.19.8, deepspeed/ops/adam, lamb and lion.
     """

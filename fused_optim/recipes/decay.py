@@ -196,9 +196,9 @@ def decoupled(
     r"""Decoupled weight decay for any torch.optim.Optimizer: before each update, every param that has a gradient is
     multiplied by
 
-    .. math:: 1 - lr \cdot \lambda \cdot s(t) \;\; \text{("torch")} \quad 1 - \lambda \cdot s(t) \;\; \text{("plain")}
+    $$ 1 - lr \cdot \lambda \cdot s(t) \;\; \text{("torch")} \quad 1 - \lambda \cdot s(t) \;\; \text{("plain")} $$
 
-    with :math:`\lambda` weight_decay, :math:`s` the schedule (1 without one) and :math:`t` the number of calls of
+    with $\lambda$ weight_decay, $s$ the schedule (1 without one) and $t$ the number of calls of
     step() so far. "torch" is the convention of torch.optim.AdamW and follows the groups' lr; "plain" is the paper's,
     where the schedule alone scales the decay. Where lr is 0 neither moves a param. Torch's Adam with this is torch's
     AdamW, bit for bit (its for-loop form, for bfloat16 and float16). One fused call serves all params of a device and

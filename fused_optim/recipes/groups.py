@@ -4,7 +4,7 @@ Each helper takes a model, or splits groups that another one made, and returns g
 
     groups = no_decay(model, weight_decay=0.05)
     groups = layerwise(model, lr=1e-3, factor=0.8, groups=groups)
-    optimizer = FusedAdamW(groups)      # one launch, whatever the number of groups
+    optimizer = FusedAdamW(groups)  # the number of groups does not change the number of launches
 """
 
 from __future__ import annotations
