@@ -1,5 +1,5 @@
-"""Drop-in PyTorch optimizers whose step reads and writes memory once. On a GPU a step is two kernel launches, prepare and
-update, for any number of tensors; clipping adds two and LAMB three."""
+"""Drop-in PyTorch optimizers. A step is one pass over memory and, on a GPU, two kernel launches (prepare, update) for any
+number of tensors. LAMB adds a pass and three launches, clipping a read of the gradients and two launches."""
 
 from .engine import machine as machine  # first: it refuses a torch that is too old
 from .optim.adam import FusedAdam, FusedAdamW

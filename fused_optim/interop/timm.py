@@ -40,7 +40,7 @@ def register_timm(registry: Any = None) -> list[str]:
             info(
                 name=names[-1],
                 opt_class=kind,
-                description=f"fused_optim.{kind.__name__}: the step reads and writes memory once",
+                description=f"fused_optim.{kind.__name__}: one fused step for all params",
                 has_eps="eps" in options,
                 has_momentum="momentum" in options,
                 has_betas="betas" in options,
