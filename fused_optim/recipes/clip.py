@@ -39,8 +39,8 @@ def clip_grad_norm_(
     backend: str = "auto",
 ) -> Tensor:
     """Multiplies all gradients in place by min(1, max_norm / (norm + 1e-6)), with the norm of all of them together:
-    torch.nn.utils.clip_grad_norm_ with one read and one write of the gradients. On a GPU it takes three launches for any
-    number of gradients.
+    torch.nn.utils.clip_grad_norm_ with one read and one write of the gradients. On a GPU it takes three launches for
+    any number of gradients.
 
     The norm is a float64 sum in a fixed order, the same at every run (on a CPU of sums of eight squares, in float32
     unless the gradients are float64), and the factor is rounded once, to float32 (of float64 gradients to float64);
