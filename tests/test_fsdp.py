@@ -312,7 +312,7 @@ def test_under_every_look(world: World) -> None:
                     optimizer.zero_grad()
                     backward(model, step, *share)
                     optimizer.step()
-        assert type(ours._watch) is class_of(look)
+        assert type(ours._detector) is class_of(look)
         assert_same(ours, theirs)
 
 

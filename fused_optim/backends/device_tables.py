@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from ..engine.backend import Backend
 from ..engine.changes import GRADS_MOVED, RAW_CHANGED
+from ..engine.graphs import capturing, refuse_capture
 from ..engine.table import Scalars, Table
 
 # Pinned buffers that are made at once, and how many must be left for captures, which can make none.
@@ -20,17 +23,6 @@ def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 def send(buffer: Tensor, on_device: Tensor) -> None:
     on_device.copy_(buffer, non_blocking=True)
-
-
-def capturing() -> bool:
-    """Whether a CUDA graph is being captured on the current stream."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def refuse_capture(what: str, instead: str) -> None:
-    """Raises RuntimeError where a CUDA graph is being captured."""
-    if capturing():
-        raise RuntimeError(f"{what} while a CUDA graph is being captured; {instead}")
 
 
 class Upload:
@@ -117,13 +109,6 @@ class DeviceTable:
         sums = (spans, table.partials, table.sums, table.trust)
         self.arrays = (desc, rows, self.grads.on_device, lr, raw, group, table.hyper, *sums)
 
-    @staticmethod
-    def of(table: Table) -> DeviceTable:
-        if table.on_device is None:
-            table.on_device = DeviceTable(table)
-        assert isinstance(table.on_device, DeviceTable)
-        return table.on_device
-
     def update(self, moved: int) -> None:
         """Brings over what has `moved`."""
         stream = torch.cuda.current_stream(self.table.device)
@@ -157,20 +142,49 @@ class DeviceTable:
         self.scalars()
 
 
-def was_captured(table: Table) -> bool:
-    return isinstance(table.on_device, DeviceTable) and table.on_device.captured
+class OnDevice(Backend):
+    """A backend whose kernels read the table's arrays on its device: copies on a GPU, the arrays themselves on the
+    CPU."""
+
+    device_table: DeviceTable | None = None
+
+    def current_device(self) -> AbstractContextManager[object]:
+        device = self.table.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+    @property
+    def arrays(self) -> tuple[Tensor | None, ...]:
+        return self.table.arrays if self.table.device.type == "cpu" else self._on_device().arrays
+
+    @property
+    def captured(self) -> bool:  # type: ignore[override]
+        return self.device_table is not None and self.device_table.captured
+
+    def upload(self, changes: int) -> None:
+        if self.table.device.type == "cuda":
+            with self.current_device():
+                self._on_device().update(changes)
+
+    def release(self) -> None:
+        if self.device_table is not None:
+            with self.current_device():
+                self.device_table.release()
+
+    def _on_device(self) -> DeviceTable:
+        if self.device_table is None:
+            self.device_table = DeviceTable(self.table)
+        return self.device_table
 
 
-def release(tables: Sequence[Table]) -> None:
+def release(tables: Iterable[Backend]) -> None:
     """Makes nothing keep what captured graphs have used of these tables. Waits for their devices.
 
     Raises:
         RuntimeError: a CUDA graph is being captured.
     """
     refuse_capture("release_captured() cannot be called", "call it before or after")
-    captured = [table for table in tables if was_captured(table)]
-    for device in dict.fromkeys(table.device for table in captured):
+    captured = [bound for bound in tables if bound.captured]
+    for device in dict.fromkeys(bound.table.device for bound in captured):
         torch.cuda.synchronize(device)
-    for table in captured:
-        with torch.cuda.device(table.device):
-            DeviceTable.of(table).release()
+    for bound in captured:
+        bound.release()

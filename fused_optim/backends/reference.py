@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..engine.backend import Backend, Scaling
 from ..engine.table import (
     BETAS,
     CLIP_EPS,
@@ -199,49 +200,56 @@ def trust_ratio(raw: list[float], param: float, update: float) -> float:
     return min(max(ratio, raw[TRUST_CLIP]), raw[TRUST_CLIP + 1])
 
 
-@torch.no_grad()
-def squares(table: Table, out: Tensor) -> None:
-    out.zero_()
-    for row in table.rows_list:
-        bound = float(table.scalars.raw[row.group, MAX_NORM])
-        grad = row.grad
-        if grad is not None and bound:
-            out += widen(grad).double().square().sum() * (bound > 0)
+class Reference(Backend):
+    name = "reference"
+    reads_tensors = True
 
+    @staticmethod
+    def why_not(device: torch.device | None) -> str | None:
+        return None
 
-@torch.no_grad()
-def step(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None, squares: Tensor | None) -> None:
-    if table.is_meta:
-        return
-    if found_inf is not None and found_inf.item():
-        table.hyper[:, SKIP] = 1.0
-        return
-    scale = 1.0 if grad_scale is None else float(grad_scale)
-    # A tensor's division: a scale of 0 gives inf or NaN, as in the kernels, where Python's would raise.
-    norm = None if squares is None else float(squares.double().sqrt() / scale)
-    for number, row in enumerate(table.rows_list):
-        step_row(table, row, number, scale, norm)
+    @torch.no_grad()
+    def sum_squares(self, out: Tensor) -> None:
+        out.zero_()
+        for row in self.table.rows_list:
+            bound = float(self.table.scalars.raw[row.group, MAX_NORM])
+            grad = row.grad
+            if grad is not None and bound:
+                out += widen(grad).double().square().sum() * (bound > 0)
 
+    @torch.no_grad()
+    def step(self, scaling: Scaling) -> None:
+        table = self.table
+        if table.is_meta:
+            return
+        if scaling.found_inf is not None and scaling.found_inf.item():
+            table.hyper[:, SKIP] = 1.0
+            return
+        scale = 1.0 if scaling.grad_scale is None else float(scaling.grad_scale)
+        # A tensor's division: a scale of 0 gives inf or NaN, as in the kernels, where Python's would raise.
+        norm = None if scaling.squares is None else float(scaling.squares.double().sqrt() / scale)
+        for number, row in enumerate(table.rows_list):
+            step_row(table, row, number, scale, norm)
 
-@torch.no_grad()
-def scale(table: Table, squares: Tensor) -> None:
-    norm = math.sqrt(float(squares))
-    for row in table.rows_list:
-        grad, raw = row.grad, table.scalars.raw[row.group].tolist()
-        bound = norm + raw[CLIP_EPS]
-        if grad is None or not raw[MAX_NORM] > 0 or not bound or raw[MAX_NORM] / bound >= 1:
-            continue
-        real_view(grad.conj() if grad.is_conj() else grad).mul_(raw[MAX_NORM] / bound)
+    @torch.no_grad()
+    def apply_update(self) -> None:
+        table = self.table
+        if table.trust is None or table.sums is None or table.is_meta:
+            return
+        for number, row in enumerate(table.rows_list):
+            if table.hyper[number, SKIP]:
+                continue
+            raw = table.scalars.raw[row.group].tolist()
+            ratio = trust_ratio(raw, *table.sums[number].sqrt().tolist())
+            table.trust[number] = ratio
+            write(table, row, widen(row.target) - raw[LR] * ratio * trusted_update(table, row))
 
-
-@torch.no_grad()
-def move(table: Table) -> None:
-    if table.trust is None or table.sums is None or table.is_meta:
-        return
-    for number, row in enumerate(table.rows_list):
-        if table.hyper[number, SKIP]:
-            continue
-        raw = table.scalars.raw[row.group].tolist()
-        ratio = trust_ratio(raw, *table.sums[number].sqrt().tolist())
-        table.trust[number] = ratio
-        write(table, row, widen(row.target) - raw[LR] * ratio * trusted_update(table, row))
+    @torch.no_grad()
+    def scale_grads(self, squares: Tensor) -> None:
+        norm = math.sqrt(float(squares))
+        for row in self.table.rows_list:
+            grad, raw = row.grad, self.table.scalars.raw[row.group].tolist()
+            bound = norm + raw[CLIP_EPS]
+            if grad is None or not raw[MAX_NORM] > 0 or not bound or raw[MAX_NORM] / bound >= 1:
+                continue
+            real_view(grad.conj() if grad.is_conj() else grad).mul_(raw[MAX_NORM] / bound)

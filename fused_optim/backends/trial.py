@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from .. import backends
+from ..engine.backend import Backend, Scaling
 from ..engine.table import DTYPE_CODES, Row, Rule, Scalars, Table
-from . import Backend, Scaling
 
 _passed: set[tuple[Any, ...]] = set()
 
 
 def choose(name: str, table: Table, steps: bool = True) -> Backend:
-    """The backend called `name`, after a trial of what it launches for a table; "auto" falls through to the next one
-    where that fails, with a warning.
+    """Binds a table to the backend called `name`, after a trial of what that launches for it. "auto" falls through to
+    the next one where that fails, with a warning.
 
     steps: whether the table will be stepped; else its gradients are clipped where they stand.
 
@@ -27,10 +27,10 @@ def choose(name: str, table: Table, steps: bool = True) -> Backend:
     while True:
         backend = backends.pick(name, table.device)
         if not is_tried(backend, table.device):
-            return backend
+            return backend.bind(table)
         key = (backend.name, table.device, table.rule.name, table.kinds, table.clips, table.ema, steps)
         if key in _passed:
-            return backend
+            return backend.bind(table)
         try:
             run_trial(backend, table, steps)
         except torch.OutOfMemoryError:
@@ -44,12 +44,12 @@ def choose(name: str, table: Table, steps: bool = True) -> Backend:
             backends.FAILED[backend.name, table.device] = reason
         else:
             _passed.add(key)
-            return backend
+            return backend.bind(table)
 
 
-def is_tried(backend: Backend, device: torch.device) -> bool:
+def is_tried(backend: type[Backend], device: torch.device) -> bool:
     """Whether its kernels are compiled or loaded at their first launch, which may fail."""
-    return device.type != "cpu" and backend.name != "reference"
+    return device.type != "cpu" and backend.compiles
 
 
 def why_not(name: str, device: torch.device) -> str | None:
@@ -69,19 +69,20 @@ def told_by(error: Exception) -> str:
     return f"its trial launch failed with {type(error).__name__}{': ' if text else ''}{text}"
 
 
-def run_trial(backend: Backend, table: Table, steps: bool) -> None:
+def run_trial(backend: type[Backend], table: Table, steps: bool) -> None:
     """Launches every kernel that the table's steps will launch, and waits for them. No tensor of the table is touched:
     they pass over others of the same dtypes, which have no gradient, and so leave them alone."""
     trial = without_gradients(table)
-    backend.upload(trial, 0)
-    if trial.clips:
-        backend.squares(trial, trial.squares)
+    bound = backend.bind(trial)
+    bound.upload(0)
+    if trial.squares is not None:
+        bound.sum_squares(trial.squares)
     if steps:
-        backend.step(trial, Scaling(squares=trial.squares if trial.clips else None))
+        bound.step(Scaling(squares=trial.squares))
         if trial.rule.trust:
-            backend.move(trial)
-    else:
-        backend.scale(trial, trial.squares)
+            bound.apply_update()
+    elif trial.squares is not None:
+        bound.scale_grads(trial.squares)
     if trial.device.type == "cuda":
         torch.cuda.current_stream(trial.device).synchronize()
 

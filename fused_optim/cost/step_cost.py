@@ -130,7 +130,7 @@ def _torch_bases(optimizer: FusedOptimizer) -> list[type]:
 
 
 def rows_of(optimizer: FusedOptimizer) -> list[Row]:
-    return [row for table, _ in optimizer._tables for row in table.rows_list]
+    return [row for bound in optimizer._tables for row in bound.table.rows_list]
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def cost_of(optimizer: FusedOptimizer) -> Cost:
         params=params,
         grads=grads,
         states=states + steps + average,
-        tables=sum(_table_bytes(table) for table, _ in optimizer._tables),
+        tables=sum(_table_bytes(bound.table) for bound in optimizer._tables),
         moved=moved,
         clips=clips,
         # Norm of the gradients: partial sums, their sum. Prep, update. Trust: sums by tensor, ratios, second walk.

@@ -37,7 +37,7 @@ def bits_of(tensor: Tensor) -> tuple[bool, bool]:
     return tensor.is_conj(), tensor.is_neg()
 
 
-def watch_over(
+def detect_changes(
     groups: list[dict[str, Any]],
     state: dict[Tensor, dict[str, Any]],
     rule: Rule,
@@ -45,22 +45,25 @@ def watch_over(
     pending: Sequence[Tensor],
     tables: Sequence[Table],
 ) -> Any:
-    """What looks at all that tables were built from. `pending`: params that have had no gradient yet."""
+    """A detector over all that tables were built from, except those on meta.
+
+    pending: params that have had no gradient yet.
+    """
 
     def over(kind: Any) -> Any:
-        watch = kind(groups, state, rule.columns, rule.deciding, scalars.raw, scalars.lr)
+        detector = kind(groups, state, rule.columns, rule.deciding, scalars.raw, scalars.lr)
         for param in pending:
-            watch.add_pending(param)
+            detector.add_pending(param)
         for table in tables:
-            for number, row in enumerate(table.rows_list):
-                watch.add_row(row.param, row.target, row.state, row.grad_dtype, table.grads, number)
-        return watch
+            for number, row in enumerate([] if table.is_meta else table.rows_list):
+                detector.add_row(row.param, row.target, row.state, row.grad_dtype, table.grads, number)
+        return detector
 
     module = modules.poll()
     if not isinstance(module, str):
         with contextlib.suppress(BufferError):  # a tensor that DLPack knows nothing of, on the meta device, say
-            return over(module.Watch)
-    return over(Watch)
+            return over(module.ChangeDetector)
+    return over(ChangeDetector)
 
 
 def laid_out_as(grad: Tensor, target: Tensor) -> Tensor:
@@ -196,7 +199,7 @@ class Gradients:
         self.spread = any(map(is_sharded, self.params))
         self.complex = any(dtype.is_complex for dtype in self.dtypes)
 
-    def look(self) -> int:
+    def poll(self) -> int:
         grads = list(map(grad_of, self.params))
         addresses = self._usual(grads)
         if addresses is None:
@@ -267,8 +270,8 @@ class Gradients:
         return self.stepped
 
 
-class Watch:
-    """Same methods and answers as the compiled Watch; csrc/poll/watch.h says what they mean."""
+class ChangeDetector:
+    """Same methods and answers as the compiled ChangeDetector; csrc/poll/change_detector.h says what they mean."""
 
     def __init__(
         self,
@@ -295,7 +298,7 @@ class Watch:
         assert row == len(gradients.params), "the rows of a table come in their order"
         gradients.add(param, target, dtype)
 
-    def look(self) -> int:
+    def poll(self) -> int:
         if not self.frozen:
             self._freeze()
         if not self._same_objects() or any(map(is_not, map(grad_of, self.pending), [None] * len(self.pending))):
@@ -309,7 +312,7 @@ class Watch:
         for gradients in self.tables.values():
             if answer & REBUILD:
                 return REBUILD
-            answer |= gradients.look()
+            answer |= gradients.poll()
         return REBUILD if answer & REBUILD else answer
 
     def done(self) -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-
-from .scaling import Scaler
-from .table import Rule
-
-# What copies and pickles hold besides torch's.
-KEPT = ("_backend", "_state_dtype", "_max_grad_norm", "_scaler", "_ema", "_steps")
 
 
 class _Uncast:
@@ -22,98 +18,66 @@ class _Uncast:
         self.tensor = tensor
 
 
-class Checkpoints(Optimizer):
-    """Saving, loading, copying and pickling of the fused optimizers.
+@contextmanager
+def loading(optimizer: Optimizer) -> Iterator[None]:
+    """Inside of it torch's load_state_dict keeps the dtypes of states, and the optimizer's values of options that the
+    saved groups lack. What arrives in __setstate__ must go through `arrived`."""
 
-    _steps: how many updates each param has had, where its rule keeps no `step` in its states.
-    """
+    def protect(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+        states = {
+            key: {k: _Uncast(v) if isinstance(v, Tensor) else v for k, v in value.items()}
+            if isinstance(value, dict)
+            else value
+            for key, value in incoming["state"].items()
+        }
+        groups = incoming["param_groups"]
+        if len(groups) == len(optimizer.param_groups):
+            ours = (
+                {k: v for k, v in group.items() if k not in ("params", "param_names")}
+                for group in optimizer.param_groups
+            )
+            groups = [{**options, **group} for options, group in zip(ours, groups, strict=True)]
+        return {**incoming, "state": states, "param_groups": groups}
 
-    rule: ClassVar[Rule]
-    _steps: dict[Tensor, Tensor]
-    _scaler: Scaler
+    handle = optimizer.register_load_state_dict_pre_hook(protect)
+    try:
+        yield
+    finally:
+        handle.remove()
 
-    def _forget(self) -> None:
-        raise NotImplementedError
 
-    def __getstate__(self) -> dict[str, Any]:
-        ours = {key: self.__dict__[key] for key in KEPT}
-        return {**super().__getstate__(), **ours}
+def arrived(states: Mapping[Any, Any], counted: bool) -> None:
+    """Completes loaded states in place, before torch's __setstate__ sees them: it makes a tensor of a `step` that is
+    none."""
+    for values in states.values():
+        if isinstance(values, dict):
+            values.update({key: value.tensor for key, value in values.items() if isinstance(value, _Uncast)})
+            if values and counted:
+                values.setdefault("step", torch.zeros(()))
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # Before torch's class looks: it makes a tensor of a `step` that is none.
-        for values in state["state"].values():
-            if isinstance(values, dict):
-                values.update({key: value.tensor for key, value in values.items() if isinstance(value, _Uncast)})
-                if values and self.rule.counted:
-                    values.setdefault("step", torch.zeros(()))
-        defaults = dict(state.get("defaults") or self.defaults)  # before torch's class puts options of its own in
-        super().__setstate__(state)
-        self.__dict__.setdefault("_backend", "auto")
-        self.__dict__.setdefault("_state_dtype", None)
-        self.__dict__.setdefault("_max_grad_norm", None)
-        self.__dict__.setdefault("_scaler", Scaler())
-        self.__dict__.setdefault("_ema", None)
-        self.__dict__.setdefault("_steps", {})
-        for group in self.param_groups:
-            for key, value in defaults.items():
-                group.setdefault(key, value)
-        self._forget()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a checkpoint of this class, or of torch's class of the same rule.
+@contextmanager
+def leaving_out(optimizer: Optimizer, params: Sequence[Tensor]) -> Iterator[None]:
+    """Inside of it state_dict() has no states of these params."""
 
-        States keep the dtype that they were saved in, `step` may be a number or a tensor of any device, and options
-        that the saved groups lack keep this optimizer's values. So does skipped_steps. Errors are torch's.
-        """
+    def leave_out(_: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
+        members = [param for group in optimizer.param_groups for param in group["params"]]
+        left_out = {index for index, param in enumerate(members) if any(param is other for other in params)}
+        return {**packed, "state": {k: v for k, v in packed["state"].items() if k not in left_out}}
 
-        def protect(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            states = {
-                key: {k: _Uncast(v) if isinstance(v, Tensor) else v for k, v in value.items()}
-                if isinstance(value, dict)
-                else value
-                for key, value in incoming["state"].items()
-            }
-            groups = incoming["param_groups"]
-            if len(groups) == len(self.param_groups):
-                ours = (
-                    {k: v for k, v in group.items() if k not in ("params", "param_names")}
-                    for group in self.param_groups
-                )
-                groups = [{**options, **group} for options, group in zip(ours, groups, strict=True)]
-            return {**incoming, "state": states, "param_groups": groups}
-
-        handle = self.register_load_state_dict_pre_hook(protect)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
+    handle = optimizer.register_state_dict_post_hook(leave_out, prepend=True) if params else None
+    try:
+        yield
+    finally:
+        if handle is not None:
             handle.remove()
-        self._steps.clear()
-        if "skipped_steps" in state_dict:
-            self._scaler.set_skipped(state_dict["skipped_steps"])
 
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's. A state that no update has reached yet (each was skipped) is left out where torch would not have
-        made it. With skip_nonfinite there is one key more, "skipped_steps", which torch's classes ignore."""
-        begun = [p for p, step in self._steps.items() if self.state.get(p) and step.device.type != "meta"]
-        waiting = [param for param, step in zip(begun, self._counts(begun), strict=True) if step == 0]
 
-        def leave_out(_: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
-            params = [param for group in self.param_groups for param in group["params"]]
-            unreached = {index for index, param in enumerate(params) if any(param is other for other in waiting)}
-            return {**packed, "state": {k: v for k, v in packed["state"].items() if k not in unreached}}
-
-        handle = self.register_state_dict_post_hook(leave_out, prepend=True) if waiting else None
-        try:
-            saved = super().state_dict()
-        finally:
-            if handle is not None:
-                handle.remove()
-        return {**saved, "skipped_steps": self._scaler.skipped} if self._scaler.skip_nonfinite else saved
-
-    def _count_of(self, param: Tensor) -> float:
-        """How many updates a param has had. Waits for its device."""
-        count = self.state.get(param, {}).get("step", self._steps.get(param, 0.0))
-        return 0.0 if isinstance(count, Tensor) and count.is_meta else float(count)
-
-    def _counts(self, params: list[Tensor]) -> list[float]:
-        return [float(count) for count in torch.stack([self._steps[p].cpu() for p in params])] if params else []
+def without_update(steps: Mapping[Tensor, Tensor], states: Mapping[Tensor, dict[str, Any]]) -> list[Tensor]:
+    """The params with states that no update has reached yet, because each step was skipped. steps: their counts of
+    updates. Waits for their devices."""
+    begun = [param for param, step in steps.items() if states.get(param) and step.device.type != "meta"]
+    if not begun:
+        return []
+    counts = torch.stack([steps[param].cpu() for param in begun])
+    return [param for param, count in zip(begun, counts, strict=True) if count == 0]

@@ -7,18 +7,17 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
+from .backend import Tables
 from .changes import RAW_CHANGED
 from .dtensor import is_same_memory, like, local
 from .scaling import Shared
-from .table import EMA_DECAY, Row, Table
-from .validation import conform, state_dtype_of
+from .states import conform, state_dtype_of
+from .table import EMA_DECAY, Row
 
 Decay = float | Callable[[int], float]
 
@@ -85,12 +84,12 @@ class WeightAverage:
         if callable(self.decay):
             self.current = check_decay(self.decay(self.steps))
 
-    def advance(self, tables: Sequence[tuple[Table, Any]]) -> int:
-        """Puts the decay where prep reads it; returns what that has moved (see watch)."""
+    def advance(self, tables: Tables) -> int:
+        """Puts the decay where prep reads it; returns what that has changed (see changes.py)."""
         self.steps += 1
         if not tables or not callable(self.decay):  # a number is there since the tables were built
             return 0
-        column = tables[0][0].scalars.raw[:, EMA_DECAY]  # one for all tables
+        column = tables[0].table.scalars.raw[:, EMA_DECAY]  # one for all tables
         if column[0] == self.current:
             return 0
         column.fill_(self.current)
@@ -215,77 +214,3 @@ def replace(param: Tensor, new: Tensor, keep: bool = True) -> Tensor:
     own = param.clone() if keep else new
     param.copy_(new)
     return new.copy_(own) if keep and own.dtype == new.dtype else own
-
-
-class Averaging(Optimizer):
-    """What an optimizer offers of the averages of its weights, where it was made with an ema_decay."""
-
-    _ema: WeightAverage | None
-
-    _count_of: Callable[[Tensor], float]  # how many updates a param has had
-
-    @property
-    def ema(self) -> Mapping[Tensor, Tensor] | None:
-        """The averages by param, of params that have had a gradient; to be read outside of ema_weights(). None without
-        an ema_decay."""
-        return None if self._ema is None else MappingProxyType(self._ema.tensors)
-
-    @contextmanager
-    def ema_weights(self) -> Iterator[None]:
-        """Inside of it the params hold their averages, in the same memory, and may be read alone:
-
-            with optimizer.ema_weights():
-                evaluate(model)
-
-        On leaving, in whatever way, every param has its own elements again, bit for bit. Params that have had no
-        gradient yet stay as they are. Averages of the params' dtype change places with them, one tensor after the
-        other; for others the params are copied.
-
-        Raises:
-            RuntimeError: the optimizer keeps no averages, or this is inside of another ema_weights().
-        """
-        with self._averages().lend(self._all_params()):
-            yield
-
-    def ema_state_dict(self) -> dict[str, Any]:
-        """The averages, to be saved beside state_dict(), which remains torch's: {"steps": how many step() calls there
-        were, "averages": tensors by the params' indices in state_dict()}. The tensors are the averages themselves.
-        Params whose updates have all been skipped have none.
-
-        Raises:
-            RuntimeError: the optimizer keeps no averages, or this is inside of ema_weights().
-        """
-        average = self._averages()
-        average.check_home("ema_state_dict() cannot be called")
-        average.unreached = {param for param in average.unreached if not self._count_of(param)}
-        numbered = [(i, param) for i, param in enumerate(self._all_params()) if param not in average.unreached]
-        return {
-            "steps": average.steps,
-            "averages": {index: average.tensors[param] for index, param in numbered if param in average.tensors},
-        }
-
-    def load_ema_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads what ema_state_dict gave, or the state_dict of a torch.optim.swa_utils.AveragedModel, where the
-        optimizer was made with named params. Averages keep the dtype that they were saved in; params without one in
-        state_dict begin theirs anew.
-
-        Raises:
-            RuntimeError: the optimizer keeps no averages, or this is inside of ema_weights().
-            ValueError: the averages are of other params, or state_dict is none of the two.
-        """
-        self._averages().load(self._all_params(), self._all_names(), state_dict)
-
-    def _all_params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
-
-    def _all_names(self) -> list[str | None]:
-        """Of the params; None where they were given without names."""
-        groups = self.param_groups
-        return [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]
-
-    def _averages(self) -> WeightAverage:
-        if self._ema is None:
-            raise RuntimeError(
-                "this optimizer keeps no average of its weights; make it with an ema_decay, such as ema_decay=0.999"
-            )
-        return self._ema

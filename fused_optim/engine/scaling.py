@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import Backend, Scaling
+from .backend import Scaling, Tables
 from .dtensor import device_for, is_sharded, largest_over, reduce_over
 from .table import MAX_NORM, Table
 
 UNSCALED = Scaling()
-Tables = Sequence[tuple[Table, Backend]]
 
 
 def largest_square(table: Table) -> Tensor:
@@ -109,12 +108,12 @@ class Scaler:
     def __call__(self, tables: Tables, looks: bool, scales: Sequence[Any], found_inf: Tensor | None) -> list[Scaling]:
         """One Scaling per table. scales: numbers, one-element tensors or None; gradients are divided by all of them."""
         given = [scale for scale in scales if scale is not None]
-        real = [(table, backend) for table, backend in tables if not table.is_meta]
+        real = [bound for bound in tables if not bound.table.is_meta]
         waited_for = looks and self.norm_group is not None  # by other processes, whatever there is here
         if not (real or waited_for) or not (looks or given or found_inf is not None):
             return [UNSCALED] * len(tables)
         with torch.no_grad():
-            home = real[0][0].device if real else device_for(self.norm_group)
+            home = real[0].table.device if real else device_for(self.norm_group)
             scale = self._product(given, home)
             if found_inf is not None:
                 found_inf = _moved(found_inf, home).float()
@@ -131,9 +130,9 @@ class Scaler:
             numbers = (scale, found_inf, squares)
             return [
                 UNSCALED
-                if table.is_meta
-                else Scaling(*(number if number is None else _moved(number, table.device) for number in numbers))
-                for table, _ in tables
+                if bound.table.is_meta
+                else Scaling(*(number if number is None else _moved(number, bound.table.device) for number in numbers))
+                for bound in tables
             ]
 
     @staticmethod
@@ -154,7 +153,7 @@ class Scaler:
         must be finite, not 0 (of a scale that is inf), and must not lift the norm out of the dtype's range."""
         if scale is None:
             return squares.isfinite()
-        wide = tables and all(table.is_wide for table, _ in tables)
+        wide = tables and all(bound.table.is_wide for bound in tables)
         dtype = torch.float64 if wide else torch.float32
         factor = scale.double().reciprocal()
         norm = squares.sqrt() * factor
@@ -164,13 +163,15 @@ class Scaler:
         sums = self.norm_type == 2
         over = reduce_over if sums else largest_over
         squares = []
-        for table, backend in tables:
-            if sums:
-                backend.squares(table, table.squares)
-            squares.append(table.squares if sums else largest_square(table))
-        squares = over(squares, [table.groups for table, _ in tables])
+        for bound in tables:
+            if not sums:
+                squares.append(largest_square(bound.table))
+            elif bound.table.squares is not None:
+                bound.sum_squares(bound.table.squares)
+                squares.append(bound.table.squares)
+        squares = over(squares, [bound.table.groups for bound in tables])
         if self.norm_group is not None:
-            spread = [is_sharded(table.rows_list[0].param) for table, _ in tables]
+            spread = [is_sharded(bound.table.rows_list[0].param) for bound in tables]
             plain = [square for square, it_is in zip(squares, spread, strict=True) if not it_is]
             rest = [square for square, it_is in zip(squares, spread, strict=True) if it_is]
             squares = rest + over([self._together(plain, home)], [(self.norm_group,)])

@@ -211,8 +211,6 @@ class Table:
         self.clips = clips
         self.groups = groups
         self.scalars = scalars
-        self.on_device: object = None  # device.DeviceTable, on GPUs
-        self.native: object = None  # the arrays as a compiled module takes them
         self.copies = [row for row in rows if row.target is not row.shard]
         self.ema = any(row.ema is not None for row in rows)
 
@@ -243,10 +241,12 @@ class Table:
 
         self.spans: Tensor | None = None
         self.partials: Tensor | None = None
+        self.squares: Tensor | None = None
         self.sums: Tensor | None = None
         self.trust: Tensor | None = None
         if rule.trust or clips:
             self.partials = torch.zeros(self.desc.numel(), 2 if rule.trust else 1, dtype=torch.float64, device=device)
+        if clips:
             self.squares = torch.zeros(1, dtype=torch.float64, device=device)
         if rule.trust:
             self.spans = torch.cat([torch.zeros(1, dtype=torch.int64), chunks.cumsum(0)])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,25 +13,20 @@ from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 
 from .. import backends
-from ..backends import device_tables as devices
+from ..backends.device_tables import release
 from ..backends.trial import choose
-from ..engine.changes import REBUILD, watch_over
-from ..engine.checkpoints import Checkpoints
-from ..engine.dtensor import Groups, groups_of, is_sharded, local, reduce_over
-from ..engine.ema import Averaging, Decay, check_dtype, make_average
+from ..engine.backend import Backend, Scaling
+from ..engine.build import build_states, build_tables, members_of, validate
+from ..engine.changes import REBUILD, detect_changes
+from ..engine.checkpoints import arrived, leaving_out, loading, without_update
+from ..engine.dtensor import local
+from ..engine.ema import Decay, WeightAverage, check_dtype, make_average
 from ..engine.forks import heed_fork
+from ..engine.graphs import refuse_capture
 from ..engine.scaling import Scaler
-from ..engine.table import EMA_DECAY, Row, Rule, Scalars, Table
-from ..engine.validation import (
-    check_grad,
-    check_hyperparameter,
-    check_param,
-    conform,
-    conform_step,
-    make_row,
-    make_states,
-    may_get_grad,
-)
+from ..engine.table import Rule
+from ..engine.validation import check_param, may_get_grad
+from ..engine.walk import copy_in, walk
 from .options import (
     BackendName,
     Options,
@@ -44,8 +40,18 @@ from .options import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# What copies and pickles hold besides torch's, and what an older pickle without it stands for.
+KEPT: dict[str, Callable[[], Any]] = {
+    "_backend": lambda: "auto",
+    "_state_dtype": lambda: None,
+    "_max_grad_norm": lambda: None,
+    "_scaler": Scaler,
+    "_ema": lambda: None,
+    "_steps": dict,
+}
 
-class FusedOptimizer(Options, Averaging, Checkpoints):
+
+class FusedOptimizer(Options):
     """Base of the fused optimizers; stands before a torch.optim class, or alone, among the bases of one.
 
     Args:
@@ -185,83 +191,29 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
                 self._ema.steps = averaged
             self._forget()  # the devices may not know what has moved; new tables bring it over
             raise
-        self._walk(scalings)
+        try:
+            walk(self._tables, scalings)
+        finally:
+            self._detector.done()
         return loss
 
-    def _prepare(self, grad_scale: float | Tensor | None) -> list[backends.Scaling]:
+    def _prepare(self, grad_scale: float | Tensor | None) -> list[Scaling]:
         """All that comes before the first change of a param or state."""
         watched = self._watched_state is self.state and self._watched_groups is self.param_groups
-        moved = self._watch.look() if watched else REBUILD
-        if moved & REBUILD:
+        changes = self._detector.poll() if watched else REBUILD
+        if changes & REBUILD:
             with torch.device("cpu"):  # of the host's arrays, whatever torch.set_default_device says
                 self._rebuild()
-            moved = 0  # new tables go to their device whole, when they are first used
+            changes = 0  # new tables go to their device whole, when they are first used
         if self._ema is not None:
-            moved |= self._ema.advance(self._tables)
-        for table, backend in self._tables:
-            backend.upload(table, moved)
-            if table.copies:
-                self._copy_in(table)
+            changes |= self._ema.advance(self._tables)
+        for bound in self._tables:
+            bound.upload(changes)
+            if bound.table.copies:
+                copy_in(bound.table)
         given = self.__dict__  # GradScaler puts its two tensors here, and takes them away after the step
         scales = (given.get("grad_scale"), grad_scale)
         return self._scaler(self._tables, self._looks, scales, given.get("found_inf"))
-
-    def _walk(self, scalings: Sequence[backends.Scaling]) -> None:
-        """One walk over every table, or two.
-
-        Raises:
-            RuntimeError: a walk has failed; says what has been changed.
-        """
-        fates = ["unchanged"] * len(self._tables)
-        try:
-            for number, ((table, backend), scaling) in enumerate(zip(self._tables, scalings, strict=True)):
-                fates[number] = "perhaps changed in part"
-                backend.step(table, scaling)
-                fates[number] = "states and step counts updated, params not"
-                if not self.rule.trust:
-                    self._finish(table, fates, number)
-            if self.rule.trust:
-                self._sum_over_processes()
-                for number, (table, backend) in enumerate(self._tables):
-                    backend.move(table)
-                    self._finish(table, fates, number)
-        except BaseException as error:
-            found = "; ".join(f"{table.device}: {fate}" for (table, _), fate in zip(self._tables, fates, strict=True))
-            text = (
-                f"a step has ended before it was complete ({type(error).__name__}: {error}). Tensors on {found}. Load "
-                "a checkpoint to go on"
-            )
-            if isinstance(error, Exception):
-                raise RuntimeError(text) from error
-            warnings.warn(text, stacklevel=3)
-            raise
-        finally:
-            self._watch.done()
-
-    def _finish(self, table: Table, fates: list[str], number: int) -> None:
-        if table.copies:
-            self._copy_out(table)
-        fates[number] = "updated"
-
-    @staticmethod
-    @torch.no_grad()
-    def _copy_in(table: Table) -> None:
-        for row in table.copies:
-            row.target.copy_(row.shard)
-
-    @staticmethod
-    @torch.no_grad()
-    def _copy_out(table: Table) -> None:
-        for row in table.copies:
-            if row.param.grad is not None:
-                row.shard.copy_(row.target)
-
-    def _sum_over_processes(self) -> None:
-        """The squares that trust ratios are made of, where tensors are spread over processes."""
-        for table, _ in self._tables:
-            if table.groups and table.sums is not None:
-                (total,) = reduce_over([table.sums], [table.groups])
-                table.sums.copy_(total)
 
     def _check_capture(self) -> None:
         if "capturable" not in self.defaults:  # torch lets such optimizers be captured as they are
@@ -278,108 +230,62 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
             FusedOptimizer._uncompiled_step = torch.compiler.disable(
                 FusedOptimizer.step, reason="a fused optimizer's step is a kernel of its own, which nothing can enter"
             )
-        self._captured: list[Table] = self.__dict__.get("_captured", [])  # a graph goes on reading its tables
-        self._captured += [table for table, _ in self.__dict__.get("_tables", ()) if devices.was_captured(table)]
-        self._watch: Any = None
+        # A CUDA graph goes on reading its tables.
+        self._captured: list[Backend] = self.__dict__.get("_captured", [])
+        self._captured += [bound for bound in self.__dict__.get("_tables", ()) if bound.captured]
+        self._detector: Any = None
         self._watched_state: object = None
         self._watched_groups: object = None
-        self._tables: list[tuple[Table, backends.Backend]] = []
+        self._tables: list[Backend] = []
         self._looks = False  # at all gradients, before the step
         self._on_cuda = True
 
     @torch.no_grad()
     def _rebuild(self) -> None:
-        """New tables for what is there now. Checks first, then makes states, and installs both only when all has gone
-        well.
+        """New tables for what is there now: validates, builds states, builds tables, and installs all of it only when
+        everything has gone well.
 
         Raises:
             RuntimeError: a CUDA graph is being captured: its replays would make the states anew every time.
         """
-        devices.refuse_capture(
+        refuse_capture(
             "an optimizer cannot take its first step, or its first one with other params, states or groups,",
             "take one step before the capture",
         )
         self._forget()
-        members = [(param, index, group) for index, group in enumerate(self.param_groups) for param in group["params"]]
-        for (param, _, _), name in zip(members, self._all_names(), strict=True):
-            if param.grad is not None or self.state.get(param):
-                check_param(param)
-            if param.grad is not None:
-                check_grad(type(self).__name__, param, param.grad, name)
+        groups, rule = self.param_groups, self.rule
+        validate(type(self).__name__, rule, groups, self._all_names(), self.state)
+        built = build_states(rule, groups, self.state, self._steps, self._state_dtype, self._ema)
+        scalars, made = build_tables(rule, built.rows, groups, self._scaler, self._ema)
+        tables = [choose(self._backend, table) for table in made]
 
-        for group in self.param_groups:
-            for key, _, count, optional, _ in self.rule.columns:
-                if not optional or group.get(key) is not None:
-                    check_hyperparameter(key, group[key], count)
-
-        rows: list[Row] = []
-        pending: list[Tensor] = []
-        fresh: dict[Tensor, dict[str, Any]] = {}
-        steps: dict[Tensor, Tensor] = {}
-        averages: dict[Tensor, Tensor] = {}
-        for param, index, group in members:
-            state = self.state.get(param, {})
-            if param.grad is None and not state and param not in self._steps:
-                pending.append(param)
-                continue
-            wanted = self.rule.states_of(group)
-            fresh[param] = conform(param, state, wanted)
-            made = make_states(param, fresh[param], wanted, self._state_dtype)
-            steps[param] = conform_step(param, self._step_of(param, state, begun=not made))
-            fresh[param].update(made)
-            rows.append(make_row(param, fresh[param], wanted, steps[param], index))
-            if self._ema is not None:
-                averages[param] = self._ema.join(rows[-1], self._steps.get(param) if made else None)
-            if self.rule.counted:
-                fresh[param] = {"step": steps[param], **fresh[param]}
-
-        max_norm = self._scaler.bound_without_key(self.param_groups)
-        scalars = Scalars(len(self.param_groups), self.rule.clip_eps, max_norm)
+        # Nothing may fail from here to the detector, which fails only where another thread interferes.
+        params = [param for param, *_ in members_of(groups)]
         if self._ema is not None:
-            scalars.raw[:, EMA_DECAY] = self._ema.current
-        looks = self._scaler.looks_at(self.param_groups)
-        sums = looks or self.rule.trust  # then those that are summed over the same processes have a table of their own
-        by_place: dict[tuple[torch.device, bool, Groups], list[Row]] = {}
-        for row in rows:
-            groups = groups_of(row.param) if sums else ()
-            alone = self._scaler.norm_group is not None and is_sharded(row.param)
-            by_place.setdefault((row.shard.device, alone, groups), []).append(row)
-        made_tables = [
-            Table(self.rule, device, members_, scalars, looks, groups)
-            for (device, _, groups), members_ in by_place.items()
-        ]
-        tables = [(table, choose(self._backend, table)) for table in made_tables]
-
-        if self._ema is not None:
-            self._ema.tensors.update(averages)
-            self._ema.keep_only(param for param, _, _ in members)
-        for row in rows:  # the state dicts stay the same objects, which others may hold
-            if fresh[row.param]:
-                row.state = self.state[row.param]
-                row.state.update(fresh[row.param])
-            else:
-                row.state = self.state.get(row.param, {})
-        if not self.rule.counted:
-            counted = {**self._steps, **steps}
-            self._steps = {param: counted[param] for param, _, _ in members if param in counted}
-        watched = [table for table, _ in tables if not table.is_meta]
-        watch = watch_over(self.param_groups, self.state, self.rule, scalars, pending, watched)
-        if watch.look() & REBUILD:
+            self._ema.tensors.update(built.averages)
+            self._ema.keep_only(params)
+        for row in built.rows:  # the state dicts stay the same objects, which others may hold
+            fresh = built.fresh[row.param]
+            row.state = self.state[row.param] if fresh else self.state.get(row.param, {})
+            row.state.update(fresh)
+        if not rule.counted:
+            counted = {**self._steps, **built.steps}
+            self._steps = {param: counted[param] for param in params if param in counted}
+        detector = detect_changes(groups, self.state, rule, scalars, built.pending, made)
+        if detector.poll() & REBUILD:
             raise RuntimeError(
                 "params, gradients or states changed while the step was being prepared; was another thread at them?"
             )
-        self._watch, self._tables, self._looks = watch, tables, looks
+        self._detector, self._tables, self._looks = detector, tables, self._scaler.looks_at(groups)
         # Nothing watches params on meta: with one of them every step looks at all params anew.
-        self._watched_state = None if any(table.is_meta for table, _ in tables) else self.state
-        self._watched_groups = self.param_groups
-        self._on_cuda = any(table.device.type == "cuda" for table, _ in tables)
+        self._watched_state = None if any(table.is_meta for table in made) else self.state
+        self._watched_groups = groups
+        self._on_cuda = any(table.device.type == "cuda" for table in made)
 
-    def _step_of(self, param: Tensor, state: dict[str, Any], begun: bool) -> Any:
-        """How many updates the param has had. Where that is no state, it is enough to know whether there was one: a
-        loaded optimizer has begun with a param whose states it has."""
-        if self.rule.counted:
-            return state.get("step", 0.0)
-        return self._steps.get(param, 1.0 if state else 0.0) if begun else 0.0
+    def _all_names(self) -> list[str | None]:
+        """Of the params; None where they were given without names."""
+        groups = self.param_groups
+        return [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]
 
     def release_captured(self) -> None:
         """Frees what is kept for CUDA graphs in which steps of this optimizer were captured: tables, pinned buffers,
@@ -389,9 +295,110 @@ class FusedOptimizer(Options, Averaging, Checkpoints):
         Raises:
             RuntimeError: a CUDA graph is being captured.
         """
-        devices.release([*self._captured, *(table for table, _ in self._tables)])
+        release([*self._captured, *self._tables])
         self._captured.clear()
 
+    # ---- averages of the weights
+
+    @property
+    def ema(self) -> Mapping[Tensor, Tensor] | None:
+        """The averages by param, of params that have had a gradient; to be read outside of ema_weights(). None without
+        an ema_decay."""
+        return None if self._ema is None else MappingProxyType(self._ema.tensors)
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Inside of it the params hold their averages, in the same memory, and may be read alone:
+
+            with optimizer.ema_weights():
+                evaluate(model)
+
+        On leaving, in whatever way, every param has its own elements again, bit for bit. Params that have had no
+        gradient yet stay as they are. Averages of the params' dtype change places with them, one tensor after the
+        other; for others the params are copied.
+
+        Raises:
+            RuntimeError: the optimizer keeps no averages, or this is inside of another ema_weights().
+        """
+        with self._averages().lend(self._all_params()):
+            yield
+
+    def ema_state_dict(self) -> dict[str, Any]:
+        """The averages, to be saved beside state_dict(), which remains torch's: {"steps": how many step() calls there
+        were, "averages": tensors by the params' indices in state_dict()}. The tensors are the averages themselves.
+        Params whose updates have all been skipped have none.
+
+        Raises:
+            RuntimeError: the optimizer keeps no averages, or this is inside of ema_weights().
+        """
+        average = self._averages()
+        average.check_home("ema_state_dict() cannot be called")
+        average.unreached = {param for param in average.unreached if not self._count_of(param)}
+        numbered = [(i, param) for i, param in enumerate(self._all_params()) if param not in average.unreached]
+        return {
+            "steps": average.steps,
+            "averages": {index: average.tensors[param] for index, param in numbered if param in average.tensors},
+        }
+
     def load_ema_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        super().load_ema_state_dict(state_dict)
+        """Loads what ema_state_dict gave, or the state_dict of a torch.optim.swa_utils.AveragedModel, where the
+        optimizer was made with named params. Averages keep the dtype that they were saved in; params without one in
+        state_dict begin theirs anew.
+
+        Raises:
+            RuntimeError: the optimizer keeps no averages, or this is inside of ema_weights().
+            ValueError: the averages are of other params, or state_dict is none of the two.
+        """
+        self._averages().load(self._all_params(), self._all_names(), state_dict)
         self._forget()  # the tables have the addresses of others
+
+    def _count_of(self, param: Tensor) -> float:
+        """How many updates a param has had. Waits for its device."""
+        count = self.state.get(param, {}).get("step", self._steps.get(param, 0.0))
+        return 0.0 if isinstance(count, Tensor) and count.is_meta else float(count)
+
+    def _all_params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _averages(self) -> WeightAverage:
+        if self._ema is None:
+            raise RuntimeError(
+                "this optimizer keeps no average of its weights; make it with an ema_decay, such as ema_decay=0.999"
+            )
+        return self._ema
+
+    # ---- checkpoints
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this class, or of torch's class of the same rule.
+
+        States keep the dtype that they were saved in, `step` may be a number or a tensor of any device, and options
+        that the saved groups lack keep this optimizer's values. So does skipped_steps. Errors are torch's.
+        """
+        with loading(self):
+            super().load_state_dict(state_dict)
+        self._steps.clear()
+        if "skipped_steps" in state_dict:
+            self._scaler.set_skipped(state_dict["skipped_steps"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. A state that no update has reached yet (each was skipped) is left out where torch would not have
+        made it. With skip_nonfinite there is one key more, "skipped_steps", which torch's classes ignore."""
+        with leaving_out(self, without_update(self._steps, self.state)):
+            saved = super().state_dict()
+        return {**saved, "skipped_steps": self._scaler.skipped} if self._scaler.skip_nonfinite else saved
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in KEPT}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        arrived(state["state"], self.rule.counted)
+        defaults = dict(state.get("defaults") or self.defaults)  # before torch's class puts options of its own in
+        super().__setstate__(state)
+        for key, default in KEPT.items():
+            if key not in self.__dict__:
+                self.__dict__[key] = default()
+        for group in self.param_groups:
+            for key, value in defaults.items():
+                group.setdefault(key, value)
+        self._forget()

@@ -9,11 +9,12 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..engine.table import BETAS, DECOUPLED, EPS, OWN, TRUST_ALWAYS, Rule
-from .adam_like import AdamLike, check_trust_clip
-from .options import WholeFlags, check_max_grad_norm
+from .base import FusedOptimizer
+from .checks import check_adam_like, check_trust_clip
+from .options import Whole, check_max_grad_norm
 
 
-class FusedLAMB(AdamLike):
+class FusedLAMB(FusedOptimizer):
     r"""LAMB in two passes over memory, with the arguments and semantics of NVIDIA Apex's FusedLAMB.
 
     With $\hat m, \hat v$ Adam's averages of the clipped gradient after bias correction, tensor by tensor:
@@ -76,13 +77,16 @@ class FusedLAMB(AdamLike):
         use_nvlamb: bool = False,
         *,
         trust_clip: tuple[float, float] | None = None,
-        **options: Unpack[WholeFlags],
+        maximize: bool = False,
+        capturable: bool = False,
+        **ours: Unpack[Whole],
     ) -> None:
         if amsgrad:
             raise RuntimeError("FusedLAMB does not support the AMSGrad variant.")
+        check_adam_like(lr, betas, weight_decay, eps)
         check_max_grad_norm(max_grad_norm)
         check_trust_clip(trust_clip)
-        own = {
+        options = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
@@ -93,18 +97,20 @@ class FusedLAMB(AdamLike):
             "max_grad_norm": max_grad_norm,
             "use_nvlamb": use_nvlamb,
             "trust_clip": trust_clip,
+            "maximize": maximize,
+            "capturable": capturable,
         }
-        super().__init__(params, own, **options)
+        super().__init__(params, options, **ours)
 
     @property
     def trust_ratios(self) -> dict[Tensor, Tensor]:
         """The ratio of every param's last update, as 0-dim float64 tensors on its device: reading them waits for
         nothing. They are overwritten by the next step, and 1 before the first."""
         return {
-            row.param: table.trust[number]
-            for table, _ in self._tables
-            if table.trust is not None
-            for number, row in enumerate(table.rows_list)
+            row.param: bound.table.trust[number]
+            for bound in self._tables
+            if bound.table.trust is not None
+            for number, row in enumerate(bound.table.rows_list)
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

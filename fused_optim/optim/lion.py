@@ -8,12 +8,12 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..engine.table import BETAS, Rule
-from .adam_like import AdamLike
+from .checks import check_adam_like
 from .decoupled import Decoupled
-from .options import DecayedFlags
+from .options import Decayed
 
 
-class FusedLion(Decoupled, AdamLike):
+class FusedLion(Decoupled):
     r"""Lion in one pass over memory, decay decoupled from the gradient.
 
     $$ p = (1 - lr \cdot \lambda) p - lr \cdot sign(\beta_1 m + (1-\beta_1) g), \quad m = \beta_2 m + (1-\beta_2) g $$
@@ -34,7 +34,11 @@ class FusedLion(Decoupled, AdamLike):
         lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        **options: Unpack[DecayedFlags],
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        **ours: Unpack[Decayed],
     ) -> None:
-        own = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "decoupled_weight_decay": True}
-        super().__init__(params, own, **options)
+        check_adam_like(lr, betas, weight_decay)
+        options = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "decoupled_weight_decay": True}
+        super().__init__(params, {**options, "maximize": maximize, "capturable": capturable}, **ours)

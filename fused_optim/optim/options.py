@@ -53,25 +53,6 @@ class Decayed(Common, total=False):
     decay_period: float | None
 
 
-class Flags(TypedDict, total=False):
-    """torch's options that classes without a counterpart in torch take."""
-
-    maximize: bool
-    capturable: bool
-
-
-class WholeFlags(Whole, Flags, total=False):
-    pass
-
-
-class CommonFlags(Common, Flags, total=False):
-    pass
-
-
-class DecayedFlags(Decayed, Flags, total=False):
-    pass
-
-
 # A group cannot have its own.
 OF_THE_WHOLE = (*Whole.__annotations__, "decay")
 

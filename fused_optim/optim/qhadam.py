@@ -10,12 +10,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..engine.table import BETAS, DECOUPLED, EPS, OWN, Rule
-from .adam_like import AdamLike, check_nus
+from .base import FusedOptimizer
+from .checks import check_adam_like, check_nus
 from .decoupled import Decoupled
-from .options import CommonFlags, DecayedFlags
+from .options import Common, Decayed
 
 
-class FusedQHAdam(AdamLike):
+class FusedQHAdam(FusedOptimizer):
     r"""QHAdam in one pass over memory, with the arguments and group keys of its authors' package qhoptim.
 
     With $\hat m, \hat v$ Adam's averages after bias correction:
@@ -53,11 +54,24 @@ class FusedQHAdam(AdamLike):
         weight_decay: float = 0.0,
         decouple_weight_decay: bool = False,
         eps: float = 1e-8,
-        **options: Unpack[CommonFlags],
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        **ours: Unpack[Common],
     ) -> None:
+        check_adam_like(lr, betas, weight_decay, eps)
         check_nus(nus)
-        own = {"lr": lr, "betas": betas, "nus": nus, "weight_decay": weight_decay, "eps": eps}
-        super().__init__(params, {**own, "decouple_weight_decay": decouple_weight_decay}, **options)
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "nus": nus,
+            "weight_decay": weight_decay,
+            "eps": eps,
+            "decouple_weight_decay": decouple_weight_decay,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
+        super().__init__(params, options, **ours)
 
     @classmethod
     def from_nadam(cls, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999)) -> dict[str, Any]:
@@ -115,6 +129,11 @@ class FusedQHAdamW(Decoupled, FusedQHAdam):
         nus: tuple[float, float] = (1.0, 1.0),
         weight_decay: float = 0.0,
         eps: float = 1e-8,
-        **options: Unpack[DecayedFlags],
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        **ours: Unpack[Decayed],
     ) -> None:
-        super().__init__(params, lr, betas, nus, weight_decay, True, eps, **options)
+        super().__init__(
+            params, lr, betas, nus, weight_decay, True, eps, maximize=maximize, capturable=capturable, **ours
+        )

@@ -96,7 +96,7 @@ def clip_grad_norm_(
     dtype = functools.reduce(torch.promote_types, [gradients.dtype for _, gradients in found])
     norm = squares.sqrt().to(dtype).reshape(())
     for key, gradients in found:
-        gradients.backend.scale(gradients.table, squares.to(gradients.table.device))
+        gradients.bound.scale_grads(squares.to(gradients.table.device))
         _keep(key, gradients)
     torch.autograd.graph.increment_version(grads)
     return norm
@@ -117,8 +117,8 @@ class Gradients:
         with torch.device("cpu"):
             rows = [self._row(grad) for grad in grads]
             self.table = Table(NO_RULE, device, rows, Scalars(1, EPS, max_norm), clips=True)
-        self.backend = choose(backend, self.table, steps=False)
-        if self.reads_tensors:
+        self.bound = choose(backend, self.table, steps=False)
+        if self.bound.reads_tensors:
             for row, grad in zip(rows, grads, strict=True):
                 row.param = grad.detach()
                 row.param.grad = grad
@@ -132,30 +132,20 @@ class Gradients:
             param=param, shard=param, target=param, states=[], step=param, state={}, grad_dtype=grad.dtype, group=0
         )
 
-    @property
-    def reads_tensors(self) -> bool:
-        """Whether the backend reads gradients as tensors from the rows. Such rows must not be kept."""
-        return self.backend.name == "reference"
-
-    @property
-    def captured(self) -> bool:
-        """Whether a CUDA graph will read the table at every replay."""
-        return devices.was_captured(self.table)
-
     def _write(self, addresses: list[int]) -> None:
         self.addresses = addresses
         self.table.grads.copy_(torch.frombuffer(array("q", addresses), dtype=torch.int64))
 
     def update(self, addresses: list[int], max_norm: float) -> None:
-        moved = 0
+        changes = 0
         if addresses != self.addresses:
             self._write(addresses)
-            moved |= GRADS_MOVED
+            changes |= GRADS_MOVED
         if max_norm != self.max_norm:
             self.table.scalars.raw[:, MAX_NORM] = max_norm
             self.max_norm = max_norm
-            moved |= RAW_CHANGED
-        self.backend.upload(self.table, moved)
+            changes |= RAW_CHANGED
+        self.bound.upload(changes)
 
 
 # By stream, device, backend and layout; the last used comes last. A call removes the entry and puts it back when it is
@@ -171,7 +161,7 @@ def release_captured() -> None:
     Raises:
         RuntimeError: a CUDA graph is being captured.
     """
-    devices.release([gradients.table for gradients in _captured])
+    devices.release([gradients.bound for gradients in _captured])
     _captured.clear()
 
 
@@ -222,9 +212,9 @@ def _overlap(addresses: Sequence[int], sizes: Sequence[int]) -> bool:
 
 
 def _keep(key: tuple[Any, ...], gradients: Gradients) -> None:
-    if gradients.captured:
+    if gradients.bound.captured:
         _captured.append(gradients)
-    elif not gradients.reads_tensors:
+    elif not gradients.bound.reads_tensors:  # which must not be kept
         _kept[key] = gradients
         for oldest in list(_kept)[:-MOST_KEPT]:
             _kept.pop(oldest, None)
@@ -232,7 +222,10 @@ def _keep(key: tuple[Any, ...], gradients: Gradients) -> None:
 
 def _sum_of_squares(tables: Sequence[Gradients]) -> Tensor:
     """Over all tables: float64 [1], on the first table's device."""
+    found = []
     for gradients in tables:
-        gradients.backend.squares(gradients.table, gradients.table.squares)
-    first, *others = (gradients.table.squares for gradients in tables)
+        assert gradients.table.squares is not None
+        gradients.bound.sum_squares(gradients.table.squares)
+        found.append(gradients.table.squares)
+    first, *others = found
     return functools.reduce(lambda total, other: total + other.to(total.device), others, first)

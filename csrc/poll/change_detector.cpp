@@ -1,4 +1,4 @@
-#include "watch.h"
+#include "change_detector.h"
 
 #include <algorithm>
 
@@ -47,8 +47,8 @@ DlType type_of(const py::object& dtype) {
 
 }  // namespace
 
-Watch::Watch(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns,
-             const std::vector<std::string>& deciding, py::object raw, py::object lr)
+ChangeDetector::ChangeDetector(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns,
+                               const std::vector<std::string>& deciding, py::object raw, py::object lr)
     : groups_(std::move(groups), columns, deciding, std::move(raw), std::move(lr)), states_(std::move(state)) {
   const py::module_ torch = py::module_::import("torch");
   tensor_class_ = torch.attr("Tensor");
@@ -57,10 +57,10 @@ Watch::Watch(py::list groups, py::dict state, const std::vector<ColumnSpec>& col
   stepped_ = py::none();
 }
 
-void Watch::add_pending(py::object param) { pending_.push_back(std::move(param)); }
+void ChangeDetector::add_pending(py::object param) { pending_.push_back(std::move(param)); }
 
-void Watch::add_row(py::object param, py::object target, py::dict state, py::object grad_dtype, py::object grads,
-                    int64_t number) {
+void ChangeDetector::add_row(py::object param, py::object target, py::dict state, py::object grad_dtype,
+                             py::object grads, int64_t number) {
   WatchedRow row{};
   row.param = param.ptr();
   row.grad_slot = static_cast<int64_t*>(described(grads).data) + number;
@@ -86,7 +86,7 @@ void Watch::add_row(py::object param, py::object target, py::dict state, py::obj
 }
 
 // Where these sizes and strides stand; a tensor's states mostly have those of its param.
-size_t Watch::add_layout(const DlTensor& tensor, size_t guess) {
+size_t ChangeDetector::add_layout(const DlTensor& tensor, size_t guess) {
   const size_t bytes = tensor.ndim * sizeof(int64_t), end = guess + 2 * tensor.ndim;
   if (tensor.ndim == 0) return 0;
   if (end <= layouts_.size() && std::memcmp(layouts_.data() + guess, tensor.shape, bytes) == 0 &&
@@ -99,7 +99,7 @@ size_t Watch::add_layout(const DlTensor& tensor, size_t guess) {
   return made;
 }
 
-void Watch::add_place(py::handle object) {
+void ChangeDetector::add_place(py::handle object) {
   if (is_spread(object)) {
     object = states_.add_shard(object);
   }
@@ -110,11 +110,11 @@ void Watch::add_place(py::handle object) {
   alive_.push_back(py::reinterpret_borrow<py::object>(object));
 }
 
-int Watch::bits_of(PyObject* tensor, DlType dtype) const {
+int ChangeDetector::bits_of(PyObject* tensor, DlType dtype) const {
   return dtype.code == kDlComplex ? is_conj_(tensor) + 2 * is_neg_(tensor) : 0;
 }
 
-bool Watch::same(const Place& place) const {
+bool ChangeDetector::same(const Place& place) const {
   DlTensor seen;
   PyObject* const object = const_cast<PyObject*>(static_cast<const PyObject*>(place.hint.object));
   if (!describe(object, seen) || bits_of(object, seen.dtype) != place.bits) return false;
@@ -126,25 +126,25 @@ bool Watch::same(const Place& place) const {
   return true;
 }
 
-int Watch::look() {
+int ChangeDetector::poll() {
   int answer = 0;
   held_.clear();
   held_.reserve(rows_.size());
-  if (!groups_.look(answer)) return kRebuild;
+  if (!groups_.poll(answer)) return kRebuild;
   for (const py::object& param : pending_) {
     if (!grad_(param.ptr()).is_none()) return kRebuild;
   }
-  if (!states_.look()) return kRebuild;
+  if (!states_.poll()) return kRebuild;
   for (size_t ahead = 0; ahead < kAhead; ++ahead) prefetch(ahead);
   for (size_t number = 0; number < rows_.size(); ++number) {
     prefetch(number + kAhead);
     WatchedRow& row = rows_[number];
-    if (!states_.look(number) || !look_at_places(row) || !look_at_grad(row, answer)) return kRebuild;
+    if (!states_.poll(number) || !poll_places(row) || !poll_grad(row, answer)) return kRebuild;
   }
   return answer;
 }
 
-void Watch::prefetch(size_t number) const {
+void ChangeDetector::prefetch(size_t number) const {
   if (number >= rows_.size()) return;
   const WatchedRow& row = rows_[number];
   for (int i = 0; i < row.places; ++i) prefetch_tensor(places_[row.first_place + i].hint);
@@ -152,7 +152,7 @@ void Watch::prefetch(size_t number) const {
   states_.prefetch(number);
 }
 
-bool Watch::look_at_places(const WatchedRow& row) const {
+bool ChangeDetector::poll_places(const WatchedRow& row) const {
   for (int i = 0; i < row.places; ++i) {
     if (!same(places_[row.first_place + i])) return false;
   }
@@ -161,7 +161,7 @@ bool Watch::look_at_places(const WatchedRow& row) const {
 
 // The shard of a gradient that goes with the param's. Gradients come as DTensors made anew, but their specs are mostly
 // the same objects. Python handles shards that are still being communicated or have other placements.
-py::object Watch::shard_of_grad(WatchedRow& row, py::object grad) const {
+py::object ChangeDetector::shard_of_grad(WatchedRow& row, py::object grad) const {
   const py::object spec = attribute(grad.ptr(), name_of_spec());
   const py::object shard = attribute(grad.ptr(), name_of_shard());
   if (spec.ptr() == row.spec.ptr() && Py_TYPE(shard.ptr()) == Py_TYPE(row.target.ptr())) return shard;
@@ -175,14 +175,14 @@ py::object Watch::shard_of_grad(WatchedRow& row, py::object grad) const {
 }
 
 // Whether the numbers in memory are the tensor's values.
-bool Watch::plain(PyObject* tensor, const DlTensor& seen) const {
+bool ChangeDetector::plain(PyObject* tensor, const DlTensor& seen) const {
   if ((seen.dtype.code == kDlComplex && is_conj_(tensor)) || is_neg_(tensor)) return false;
   return seen.data != nullptr || has_no_elements(seen);  // else a zero tensor of torch's, which has no memory
 }
 
 // Whether its elements lie in memory as the target's. Strides along dimensions of one element say nothing, and none do
 // where there is no element.
-bool Watch::fits_target(const WatchedRow& row, const DlTensor& grad) const {
+bool ChangeDetector::fits_target(const WatchedRow& row, const DlTensor& grad) const {
   const int64_t* strides = layouts_.data() + row.layout + row.ndim;
   bool same = true;
   for (int d = 0; d < row.ndim; ++d) {
@@ -192,7 +192,7 @@ bool Watch::fits_target(const WatchedRow& row, const DlTensor& grad) const {
   return same;
 }
 
-bool Watch::look_at_grad(WatchedRow& row, int& answer) {
+bool ChangeDetector::poll_grad(WatchedRow& row, int& answer) {
   py::object grad = grad_(row.param);
   int64_t address = 0;
   DlTensor seen{};
@@ -231,7 +231,7 @@ bool Watch::look_at_grad(WatchedRow& row, int& answer) {
   return true;
 }
 
-void Watch::done() {
+void ChangeDetector::done() {
   held_.clear();
   if (stepped_.is_none()) {
     py::list params;

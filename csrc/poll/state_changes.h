@@ -2,7 +2,7 @@
 #pragma once
 #include <vector>
 
-#include "look.h"
+#include "poll.h"
 
 namespace fused_optim {
 
@@ -22,9 +22,9 @@ struct Shard {
   py::object whole, shard;
 };
 
-class StateWatch {
+class StateChanges {
  public:
-  explicit StateWatch(py::dict state);
+  explicit StateChanges(py::dict state);
 
   // The dict of the next row: optimizer.state[param], or an empty one.
   void add(py::dict dict);
@@ -33,9 +33,9 @@ class StateWatch {
   const std::vector<Shard>& shards() const { return shards_; }
 
   // Whether optimizer.state has the dicts that it had, and DTensors their shards.
-  bool look();
+  bool poll();
   // Whether the dict of a row holds the objects that it held.
-  bool look(size_t row);
+  bool poll(size_t row);
   void prefetch(size_t row) const {
     __builtin_prefetch(dicts_[row].dict);
     if (!kVersions) prefetch_lines(dicts_[row].keys, 2);

@@ -3,9 +3,9 @@
 #include <vector>
 
 #include "dlpack.h"
-#include "look.h"
-#include "watch_groups.h"
-#include "watch_states.h"
+#include "group_changes.h"
+#include "poll.h"
+#include "state_changes.h"
 
 namespace fused_optim {
 
@@ -42,11 +42,11 @@ struct WatchedRow {
   py::object spec;  // of the last gradient that was spread as the param is
 };
 
-class Watch {
+class ChangeDetector {
  public:
-  // columns, deciding, raw, lr: as GroupWatch has them.
-  Watch(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns,
-        const std::vector<std::string>& deciding, py::object raw, py::object lr);
+  // columns, deciding, raw, lr: as GroupChanges has them.
+  ChangeDetector(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns,
+                 const std::vector<std::string>& deciding, py::object raw, py::object lr);
 
   // `pending` params have had no gradient yet; the first one to get one asks for new tables.
   void add_pending(py::object param);
@@ -56,7 +56,7 @@ class Watch {
                int64_t row);
 
   // Reads groups, params, states and gradients; writes raw, lr and the grad slots. Returns Answers, added up.
-  int look();
+  int poll();
 
   // After a step: lets the gradients go, and tells autograd that the params have changed.
   void done();
@@ -64,17 +64,17 @@ class Watch {
  private:
   void add_place(py::handle tensor);
   size_t add_layout(const DlTensor& tensor, size_t guess);
-  bool look_at_places(const WatchedRow& row) const;
+  bool poll_places(const WatchedRow& row) const;
   bool same(const Place& place) const;
   void prefetch(size_t row) const;
-  bool look_at_grad(WatchedRow& row, int& answer);
+  bool poll_grad(WatchedRow& row, int& answer);
   bool fits_target(const WatchedRow& row, const DlTensor& grad) const;
   bool plain(PyObject* tensor, const DlTensor& seen) const;
   int bits_of(PyObject* tensor, DlType dtype) const;
   py::object shard_of_grad(WatchedRow& row, py::object grad) const;
 
-  GroupWatch groups_;
-  StateWatch states_;
+  GroupChanges groups_;
+  StateChanges states_;
   std::vector<WatchedRow> rows_;
   std::vector<Place> places_;
   std::vector<int64_t> layouts_;

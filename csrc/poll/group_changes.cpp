@@ -1,4 +1,4 @@
-#include "watch_groups.h"
+#include "group_changes.h"
 
 #include "../tables.h"
 
@@ -16,8 +16,8 @@ void prefetch(const WatchedGroup& group) {
 
 }  // namespace
 
-GroupWatch::GroupWatch(py::list groups, const std::vector<ColumnSpec>& columns,
-                       const std::vector<std::string>& deciding, py::object raw, py::object lr)
+GroupChanges::GroupChanges(py::list groups, const std::vector<ColumnSpec>& columns,
+                           const std::vector<std::string>& deciding, py::object raw, py::object lr)
     : groups_(std::move(groups)), raw_tensor_(std::move(raw)), lr_tensor_(std::move(lr)) {
   const py::module_ torch = py::module_::import("torch");
   tensor_class_ = torch.attr("Tensor");
@@ -63,7 +63,7 @@ GroupWatch::GroupWatch(py::list groups, const std::vector<ColumnSpec>& columns,
   reading_first_ = false;
 }
 
-bool GroupWatch::look(int& answer) {
+bool GroupChanges::poll(int& answer) {
   if (static_cast<size_t>(PyList_GET_SIZE(groups_.ptr())) != watched_groups_.size()) return false;
   for (size_t index = 0; index < watched_groups_.size(); ++index) {
     if (index + kAhead < watched_groups_.size()) prefetch(watched_groups_[index + kAhead]);
@@ -72,7 +72,7 @@ bool GroupWatch::look(int& answer) {
   return true;
 }
 
-bool GroupWatch::look_at_group(size_t index, int& answer) {
+bool GroupChanges::look_at_group(size_t index, int& answer) {
   WatchedGroup& watched = watched_groups_[index];
   if (PyList_GET_ITEM(groups_.ptr(), static_cast<Py_ssize_t>(index)) != watched.group.ptr()) return false;
 
@@ -106,7 +106,7 @@ bool GroupWatch::look_at_group(size_t index, int& answer) {
   return !changed || read_hyperparameters(index, answer);
 }
 
-bool GroupWatch::read_hyperparameters(size_t index, int& answer) {
+bool GroupChanges::read_hyperparameters(size_t index, int& answer) {
   WatchedGroup& watched = watched_groups_[index];
   double* raw = raw_ + index * kRawWidth;
   int64_t* lr = lr_ + index;

@@ -4,7 +4,7 @@
 #include <tuple>
 #include <vector>
 
-#include "look.h"
+#include "poll.h"
 
 namespace fused_optim {
 
@@ -28,16 +28,16 @@ struct WatchedGroup {
   const void *keys, *param_array;  // where dict and list keep their own, for prefetches alone
 };
 
-class GroupWatch {
+class GroupChanges {
  public:
   // columns: key in the group, first column of raw, how many, optional, switch. deciding: keys whose values decide what
   // tables look like, and have no column; what else is in a group may change as it likes. raw: float64 [groups,
   // kRawWidth], lr: int64 [groups], both host tensors written here.
-  GroupWatch(py::list groups, const std::vector<ColumnSpec>& columns, const std::vector<std::string>& deciding,
-             py::object raw, py::object lr);
+  GroupChanges(py::list groups, const std::vector<ColumnSpec>& columns, const std::vector<std::string>& deciding,
+               py::object raw, py::object lr);
 
   // Writes raw and lr, and says so in the answer where they have changed. False: new tables are due.
-  bool look(int& answer);
+  bool poll(int& answer);
 
  private:
   bool look_at_group(size_t index, int& answer);

@@ -1,28 +1,11 @@
-"""What the classes without a torch counterpart share: hyperparameters checked in torch's words."""
+"""Checks of hyperparameters, in torch's words, for the classes that have no counterpart in torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
-
-from .base import FusedOptimizer
-
-
-class AdamLike(FusedOptimizer):
-    """Base of those with lr, betas, weight_decay and perhaps eps, and torch's maximize and capturable.
-
-    Raises:
-        ValueError: one of these is out of range.
-    """
-
-    def __init__(
-        self, params: Any, options: dict[str, Any], *, maximize: bool = False, capturable: bool = False, **ours: Any
-    ) -> None:
-        check_adam_like(**{key: options[key] for key in ("lr", "betas", "weight_decay", "eps") if key in options})
-        super().__init__(params, {**options, "maximize": maximize, "capturable": capturable}, **ours)
 
 
 def check_adam_like(lr: float | Tensor, betas: Sequence[float], weight_decay: float, eps: float = 0.0) -> None:

@@ -1,12 +1,13 @@
-// The look of ../watch.h as torch's own headers allow it: several times as fast, and for one minor version of torch.
+// The look of ../change_detector.h as torch's own headers allow it: several times as fast, and for one minor version of
+// torch.
 #pragma once
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <vector>
 
-#include "../look.h"
-#include "../watch_groups.h"
-#include "../watch_states.h"
+#include "../group_changes.h"
+#include "../poll.h"
+#include "../state_changes.h"
 
 namespace fused_optim {
 
@@ -44,11 +45,11 @@ struct WatchedRow {
   py::object spec;  // of the last gradient that was spread as the param is
 };
 
-class Watch {
+class ChangeDetector {
  public:
-  // columns, deciding, raw, lr: as GroupWatch has them.
-  Watch(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns,
-        const std::vector<std::string>& deciding, py::object raw, py::object lr);
+  // columns, deciding, raw, lr: as GroupChanges has them.
+  ChangeDetector(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns,
+                 const std::vector<std::string>& deciding, py::object raw, py::object lr);
 
   // `pending` params have had no gradient yet; the first one to get one asks for new tables.
   void add_pending(py::object param);
@@ -58,21 +59,21 @@ class Watch {
                int64_t row);
 
   // Reads groups, params, states and gradients; writes raw, lr and the grad slots. Returns Answers, added up.
-  int look();
+  int poll();
 
   // After a step: lets the gradients go, and tells autograd that the params have changed.
   void done();
 
  private:
   void add_place(py::handle tensor, bool of_param);
-  bool look_at_places(const WatchedRow& row) const;
+  bool poll_places(const WatchedRow& row) const;
   bool same(const Place& place) const;
   void prefetch(size_t row) const;
-  bool look_at_grad(WatchedRow& row, int& answer);
+  bool poll_grad(WatchedRow& row, int& answer);
   at::Tensor shard_of_grad(WatchedRow& row, const at::Tensor& grad) const;
 
-  GroupWatch groups_;
-  StateWatch states_;
+  GroupChanges groups_;
+  StateChanges states_;
   std::vector<WatchedRow> rows_;
   std::vector<Place> places_;
   std::vector<std::vector<int64_t>> strides_;

@@ -1,4 +1,4 @@
-#include "watch_states.h"
+#include "state_changes.h"
 
 namespace fused_optim {
 namespace {
@@ -27,11 +27,11 @@ PyObject* name_of_spec() {
   return name;
 }
 
-StateWatch::StateWatch(py::dict state) : state_(std::move(state)) {
+StateChanges::StateChanges(py::dict state) : state_(std::move(state)) {
   for (const auto& item : state_) states_.push_back(py::reinterpret_borrow<py::object>(item.second));
 }
 
-void StateWatch::add(py::dict dict) {
+void StateChanges::add(py::dict dict) {
   const size_t first = entries_.size();
   for (const auto& item : dict) {
     alive_.push_back(py::reinterpret_borrow<py::object>(item.second));
@@ -42,12 +42,12 @@ void StateWatch::add(py::dict dict) {
   alive_.push_back(std::move(dict));
 }
 
-py::handle StateWatch::add_shard(py::handle tensor) {
+py::handle StateChanges::add_shard(py::handle tensor) {
   shards_.push_back({py::reinterpret_borrow<py::object>(tensor), attribute(tensor.ptr(), name_of_shard())});
   return shards_.back().shard;
 }
 
-bool StateWatch::look() {
+bool StateChanges::poll() {
   if (!unchanged(state_.ptr(), version_)) {
     const uint64_t version = version_of(state_.ptr());
     const auto same = [&](size_t number, PyObject* value) { return states_[number].ptr() == value; };
@@ -60,7 +60,7 @@ bool StateWatch::look() {
   return true;
 }
 
-bool StateWatch::look(size_t row) {
+bool StateChanges::poll(size_t row) {
   Dict& watched = dicts_[row];
   if (unchanged(watched.dict, watched.version)) return true;
   watched.version = version_of(watched.dict);

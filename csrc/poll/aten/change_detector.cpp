@@ -1,4 +1,4 @@
-#include "watch.h"
+#include "change_detector.h"
 
 #include <ATen/Functions.h>
 #include <c10/core/GradMode.h>
@@ -43,14 +43,14 @@ void prefetch_tensor(const void* impl, const void* storage) {
 
 }  // namespace
 
-Watch::Watch(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns,
-             const std::vector<std::string>& deciding, py::object raw, py::object lr)
+ChangeDetector::ChangeDetector(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns,
+                               const std::vector<std::string>& deciding, py::object raw, py::object lr)
     : groups_(std::move(groups), columns, deciding, std::move(raw), std::move(lr)), states_(std::move(state)) {}
 
-void Watch::add_pending(py::object param) { pending_.push_back(std::move(param)); }
+void ChangeDetector::add_pending(py::object param) { pending_.push_back(std::move(param)); }
 
-void Watch::add_row(py::object param, py::object target, py::dict state, at::ScalarType grad_dtype, at::Tensor grads,
-                    int64_t number) {
+void ChangeDetector::add_row(py::object param, py::object target, py::dict state, at::ScalarType grad_dtype,
+                             at::Tensor grads, int64_t number) {
   WatchedRow row{};
   row.param = param.ptr();
   row.target = target.ptr();
@@ -72,7 +72,7 @@ void Watch::add_row(py::object param, py::object target, py::dict state, at::Sca
   rows_.push_back(std::move(row));
 }
 
-void Watch::add_place(py::handle object, bool of_param) {
+void ChangeDetector::add_place(py::handle object, bool of_param) {
   if (is_spread(object)) {
     object = states_.add_shard(object);
     of_param = false;
@@ -87,11 +87,11 @@ void Watch::add_place(py::handle object, bool of_param) {
   }
   places_.push_back({impl, storage, storage->data(), impl->storage_offset(), impl->numel(), tensor.scalar_type(),
                      tensor.is_conj(), tensor.is_neg(), strides});
-  // look_at_places asks whether a param is still the same tensor before it follows these addresses.
+  // poll_places asks whether a param is still the same tensor before it follows these addresses.
   if (!of_param) alive_tensors_.push_back(tensor);
 }
 
-bool Watch::same(const Place& place) const {
+bool ChangeDetector::same(const Place& place) const {
   const c10::TensorImpl& impl = *place.impl;
   return impl.is_conj() == place.conj && impl.is_neg() == place.neg &&
          impl.unsafe_storage().unsafeGetStorageImpl() == place.storage && place.storage->data() == place.data &&
@@ -100,25 +100,25 @@ bool Watch::same(const Place& place) const {
          (place.strides < 0 || impl.strides().equals(strides_[place.strides]));
 }
 
-int Watch::look() {
+int ChangeDetector::poll() {
   int answer = 0;
   held_.clear();
   held_.reserve(rows_.size());
-  if (!groups_.look(answer)) return kRebuild;
+  if (!groups_.poll(answer)) return kRebuild;
   for (const py::object& param : pending_) {
     if (unpack(param).grad().defined()) return kRebuild;
   }
-  if (!states_.look()) return kRebuild;
+  if (!states_.poll()) return kRebuild;
   for (size_t ahead = 0; ahead < kAhead; ++ahead) prefetch(ahead);
   for (size_t number = 0; number < rows_.size(); ++number) {
     prefetch(number + kAhead);
     WatchedRow& row = rows_[number];
-    if (!states_.look(number) || !look_at_places(row) || !look_at_grad(row, answer)) return kRebuild;
+    if (!states_.poll(number) || !poll_places(row) || !poll_grad(row, answer)) return kRebuild;
   }
   return answer;
 }
 
-void Watch::prefetch(size_t number) const {
+void ChangeDetector::prefetch(size_t number) const {
   if (number >= rows_.size()) return;
   const WatchedRow& row = rows_[number];
   __builtin_prefetch(row.param);
@@ -132,7 +132,7 @@ void Watch::prefetch(size_t number) const {
   __builtin_prefetch(row.autograd_meta);
 }
 
-bool Watch::look_at_places(const WatchedRow& row) const {
+bool ChangeDetector::poll_places(const WatchedRow& row) const {
   if (unpack(row.param).unsafeGetTensorImpl() != row.impl) return false;
   for (int i = 0; i < row.places; ++i) {
     if (!same(places_[row.first_place + i])) return false;
@@ -142,7 +142,7 @@ bool Watch::look_at_places(const WatchedRow& row) const {
 
 // The shard of a gradient that goes with the param's. Gradients come as DTensors made anew, but their specs are mostly
 // the same objects. Python handles shards that are still being communicated or have other placements.
-at::Tensor Watch::shard_of_grad(WatchedRow& row, const at::Tensor& grad) const {
+at::Tensor ChangeDetector::shard_of_grad(WatchedRow& row, const at::Tensor& grad) const {
   const auto whole = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad));
   const py::object spec = attribute(whole.ptr(), name_of_spec());
   const py::object shard = attribute(whole.ptr(), name_of_shard());
@@ -154,7 +154,7 @@ at::Tensor Watch::shard_of_grad(WatchedRow& row, const at::Tensor& grad) const {
   return unpack(found);
 }
 
-bool Watch::look_at_grad(WatchedRow& row, int& answer) {
+bool ChangeDetector::poll_grad(WatchedRow& row, int& answer) {
   const at::Tensor &param = unpack(row.param), &target = unpack(row.target);
   const at::Tensor& whole = param.unsafeGetTensorImpl()->grad();
   int64_t address = 0;
@@ -185,7 +185,7 @@ bool Watch::look_at_grad(WatchedRow& row, int& answer) {
   return true;
 }
 
-void Watch::done() {
+void ChangeDetector::done() {
   held_.clear();
   for (const WatchedRow& row : rows_) {
     if (*row.grad_slot == 0) continue;
