@@ -15,13 +15,13 @@ class Decoupled(FusedOptimizer):
     r"""Base of the optimizers whose decay goes past the gradient: each step takes a share of every param off it.
 
     Args:
-        decay: what that share is, with :math:`\lambda` the weight_decay.
-            With "torch" :math:`lr \cdot \lambda`, as in torch.optim.AdamW.
-            With "paper" :math:`\eta \lambda`, where :math:`\eta` is lr / lr_reference: the schedule alone, so that the
+        decay: what that share is, with $\lambda$ the weight_decay.
+            With "torch" $lr \cdot \lambda$, as in torch.optim.AdamW.
+            With "paper" $\eta \lambda$, where $\eta$ is lr / lr_reference: the schedule alone, so that the
             best decay does not hang on the base lr; 0 where lr_reference is 0.
-            With "normalized" :math:`\eta \lambda / \sqrt{T}`, where :math:`T` is decay_period, so that it does not hang
+            With "normalized" $\eta \lambda / \sqrt{T}$, where $T$ is decay_period, so that it does not hang
             on the length of the training either.
-        lr_reference: the lr at which :math:`\eta` is 1; None: each group's lr at the start.
+        lr_reference: the lr at which $\eta$ is 1; None: each group's lr at the start.
         decay_period: number of updates in the current restart period, batches per epoch times epochs.
 
     Groups hold "lr_reference" and "decay_period" only where the convention asks for them, and both may be changed
