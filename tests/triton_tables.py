@@ -130,7 +130,7 @@ class Row:
     ) -> None:
         self.ema, self.begun = ema, begun
         generator = torch.Generator().manual_seed(1000 * seed + size)
-        self.group = group
+        self.group_index = group
         self.buffers: list[Tensor] = []
         self.views: list[Tensor] = []
         for i, dtype in enumerate(dtypes):

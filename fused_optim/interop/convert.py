@@ -1,13 +1,13 @@
-"""Checkpoints of other libraries' optimizers, as the classes here load them:
+"""Converts checkpoints of other libraries' optimizers:
 
     optimizer.load_state_dict(convert.apex(checkpoint["optimizer"]))
 
-Every function takes what the other optimizer's state_dict() returned and gives a new dict in torch's format. The one
-that it was given is not changed. States keep their dtype, and tensors that need no arithmetic are shared with it, so
-that nothing is held twice: as with torch's own checkpoints, training on writes into them.
+Every function takes the state_dict of the other optimizer and returns a new dict in torch's format. Its argument is not
+changed. States keep their dtype. Tensors that need no arithmetic are shared with the argument, so that nothing is in
+memory twice. As with torch's checkpoints, further training writes into them.
 
-Group options become those of the class here that does the same (see docs/migration.md), and options of one's own stay
-("initial_lr", "name"). Options that those libraries keep outside their checkpoints must be given to the constructor.
+Group options are renamed to those of the corresponding class (see docs/migration.md). Other options ("initial_lr",
+"name") stay. Options that a library does not save must be given to the constructor.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ STATES = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 def apex(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of NVIDIA Apex's FusedAdam, FusedSGD or FusedLAMB, for FusedAdamW (or FusedAdam where it was made
-    with adam_w_mode=False), FusedSGD or FusedLAMB.
+    """Converts a checkpoint of NVIDIA Apex's FusedAdam, FusedSGD or FusedLAMB. Load it into FusedAdamW (FusedAdam if it
+    was made with adam_w_mode=False), FusedSGD or FusedLAMB.
 
-    Apex counts steps by group; they become each param's.
+    Apex counts steps per group. Every param of a group gets the group's count.
+
+    Args:
+        state_dict: of Apex's optimizer.
 
     Raises:
-        ValueError: the checkpoint is of another optimizer, or an Adam's with bias_correction=False.
+        ValueError: the checkpoint is of another optimizer, or of an Adam with bias_correction=False.
 
     Source: apex/optimizers/fused_adam.py, fused_sgd.py and fused_lamb.py.
     """
@@ -51,21 +54,24 @@ def apex(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def deepspeed(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of DeepSpeed's FusedAdam, DeepSpeedCPUAdam, FusedLamb, FusedLion or DeepSpeedCPULion, for FusedAdamW
-    (or FusedAdam where it was made with adam_w_mode=False), FusedLAMB or FusedLion.
+    """Converts a checkpoint of DeepSpeed's FusedAdam, DeepSpeedCPUAdam, FusedLamb, FusedLion or DeepSpeedCPULion. Load
+    it into FusedAdamW (FusedAdam if it was made with adam_w_mode=False), FusedLAMB or FusedLion.
 
-    It must be the optimizer's own, with a state for each param. What ZeRO, fp16 and bf16 engines save are flat buffers
-    of many params, mostly one part per process: docs/migration.md says how to gather them.
+    The checkpoint must be that of the optimizer itself, with a state for each param. ZeRO, fp16 and bf16 engines save
+    flat buffers of many params, usually one part per process; docs/migration.md says how to gather them.
 
-    FusedAdam advances the step of the last param of each group only, once for every dtype among its params: all of the
-    group get that count, divided by the number of dtypes.
+    DeepSpeed's FusedAdam advances only the step of the last param of each group, once for every dtype among its params.
+    Every param of the group gets that count divided by the number of dtypes.
+
+    Args:
+        state_dict: of DeepSpeed's optimizer.
 
     Raises:
-        ValueError: the checkpoint is of another optimizer or of an engine, or an Adam's with bias_correction=False.
+        ValueError: the checkpoint is of another optimizer, of an engine, or of an Adam with bias_correction=False.
 
     Warns:
-        UserWarning: FusedLamb corrects the bias of the whole update, decay and all, after the ratio of norms; here the
-        averages are corrected before it. Where bias_correction is True updates differ until it is spent.
+        UserWarning: bias_correction is True. FusedLamb corrects the bias of the whole update, after the ratio of norms;
+            here the averages are corrected before it. Updates differ until the correction is 1.
 
     Source: DeepSpeed 0.19.8, deepspeed/ops/adam, lamb and lion.
     """
@@ -96,17 +102,20 @@ def deepspeed(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def optimi(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of optimi's (torch-optimi's) AdamW, Adam, SGD or Lion, for FusedAdamW, FusedAdam, FusedSGD or
-    FusedLion; SGD with decouple_wd=True or decouple_lr=True is FusedSGDW.
+    """Converts a checkpoint of optimi's (torch-optimi's) AdamW, Adam, SGD or Lion. Load it into FusedAdamW, FusedAdam,
+    FusedSGD (FusedSGDW if it was made with decouple_wd=True or decouple_lr=True) or FusedLion.
 
-    Its Adam keeps averages after bias correction: they are multiplied by what they were divided by, and rounded once.
-    decouple_lr becomes lr_reference, decay="paper" here. A checkpoint of RAdam cannot be told from Adam's.
+    optimi's Adam stores bias-corrected averages. They are multiplied by the correction and rounded once. decouple_lr
+    becomes lr_reference, for decay="paper". A checkpoint of RAdam looks like one of Adam and is not detected.
+
+    Args:
+        state_dict: of optimi's optimizer.
 
     Raises:
         ValueError: the checkpoint is of another optimizer.
 
     Warns:
-        UserWarning: there are Kahan compensations, the low-order parts of 16-bit params, which have no place here.
+        UserWarning: the checkpoint has Kahan compensations, the low-order parts of 16-bit params. They are left out.
 
     Source: torch-optimi 0.3.3.
     """
@@ -141,15 +150,18 @@ def optimi(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def bitsandbytes(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of bitsandbytes' AdamW, Adam, SGD or Lion in all their forms (8bit, 32bit, Paged), for FusedAdamW,
-    FusedSGD or FusedLion. Its Adam decays as AdamW does.
+    """Converts a checkpoint of bitsandbytes' AdamW, Adam, SGD or Lion in all their forms (8bit, 32bit, Paged). Load it
+    into FusedAdamW, FusedSGD or FusedLion. bitsandbytes' Adam decays as AdamW does.
 
-    States of 8 bits become float32 (see dequantized). Groups do not say whose they are: of the two kinds with one state
-    the one whose second beta is 0 is SGD, which bitsandbytes' is without dampening, an argument that it ignores.
+    8-bit states become float32 (see dequantized). Groups do not name their optimizer. Of the two with one state, the
+    one whose second beta is 0 is SGD. bitsandbytes' SGD ignores dampening, so the converted dampening is 0.
+
+    Args:
+        state_dict: of bitsandbytes' optimizer.
 
     Raises:
-        ValueError: the checkpoint is of another optimizer, of an old version that quantized whole tensors, or has
-            states that are not contiguous, whose order in memory depends on the device that wrote them.
+        ValueError: the checkpoint is of another optimizer, or of an old version that quantized whole tensors, or it has
+            states that are not contiguous: their order in memory depends on the device that wrote them.
 
     Source: bitsandbytes 0.50.2, bitsandbytes/optim.
     """
@@ -182,18 +194,19 @@ def bitsandbytes(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def dequantized(codes: Tensor, qmap: Tensor, absmax: Tensor) -> Tensor:
-    """What a state of 8 bits stands for: qmap[code] times the absmax of its block.
+    """The values of an 8-bit state: qmap[code] times the absmax of its block.
 
     Args:
         codes: uint8, any shape, contiguous.
-        qmap: float32 [256], the numbers in [-1, 1] (or [0, 1]) that codes mean.
-        absmax: float32 [blocks], of blocks of 256 elements (2048 in old versions) in the order of memory.
+        qmap: float32 [256], the value of each code, in [-1, 1] or [0, 1].
+        absmax: float32 [blocks], the scale of each block of 256 elements (2048 in old versions), in the order of
+            memory.
 
     Returns:
-        float32, in the shape of codes.
+        float32, with the shape of codes.
 
     Raises:
-        ValueError: the number of blocks fits neither size.
+        ValueError: the number of blocks fits neither block size.
     """
     for size in (256, 2048):
         if absmax.numel() == -(-codes.numel() // size):
@@ -213,7 +226,7 @@ def _converted(
     library: str,
     convert: Callable[[Options, list[State]], tuple[Options, list[State]]],
 ) -> dict[str, Any]:
-    """The checkpoint with each group, and the states of its params as far as they have any, converted."""
+    """The checkpoint with every group, and the states of its params, converted."""
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(
             f'the checkpoint must be a dict with "state" and "param_groups", as an optimizer of {library} returns it, '
@@ -255,7 +268,7 @@ def _with_bias_correction(group: Options) -> Options:
 
 
 def _step(state: State, group: Options) -> Tensor:
-    """The count of a param, or of its group, as a tensor of its own."""
+    """The step count of a param, or of its group, as a new tensor."""
     step = state.get("step", group.get("step"))
     if step is None:
         raise ValueError('the checkpoint must have a "step" in its groups or in the states, but has none')
@@ -273,12 +286,12 @@ def _any(compensation: Tensor | None) -> bool:
 
 
 def _wrapped(state: State) -> State:
-    """Newer versions of bitsandbytes hide their states from FSDP in a dict."""
+    """The states that newer versions of bitsandbytes keep in a dict, to hide them from FSDP."""
     return state.get("__bnb_optimizer_quant_state__", {})
 
 
 def _full(state: State, names: tuple[str, ...]) -> State:
-    """State1 and state2 under their names, in full precision; what is not used up stays."""
+    """The state with state1 and state2 under torch's names and in full precision. Unknown keys stay."""
     full = _without(state, "step", "gnorm_vec")  # the norms that percentile clipping looked back on
     for number, name in enumerate(names, start=1):
         stored = full.pop(f"state{number}")

@@ -1,4 +1,4 @@
-"""Our classes under the names that a trainer's factory knows."""
+"""Registers the classes here with timm."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..optim.base import FusedOptimizer
 
 
 def register_timm(registry: Any = None) -> list[str]:
-    """Registers every class here with timm, as "fused-optim-adamw" and so on, for timm.optim.create_optimizer_v2 and
-    timm's own scripts. (timm's "fusedadamw" is Apex's. An underscore in a name would mean Lookahead to timm.)
+    """Registers every class here with timm, for timm.optim.create_optimizer_v2 and timm's scripts. The names are
+    "fused-optim-adamw" and so on. (timm's "fusedadamw" is Apex's. An underscore in a name means Lookahead to timm.)
 
     Args:
-        registry: a timm.optim.OptimizerRegistry; None: the one that create_optimizer_v2 looks into, for which timm has
-            no public name.
+        registry: a timm.optim.OptimizerRegistry. None: the one of create_optimizer_v2, for which timm has no public
+            name.
 
     Returns:
-        The names.
+        The registered names.
 
     Raises:
         ImportError: timm is not installed, or older than 1.0.12, the first version with a registry.
@@ -40,7 +40,7 @@ def register_timm(registry: Any = None) -> list[str]:
             info(
                 name=names[-1],
                 opt_class=kind,
-                description=f"fused_optim.{kind.__name__}: one pass over memory, one launch",
+                description=f"fused_optim.{kind.__name__}: one fused step for all params",
                 has_eps="eps" in options,
                 has_momentum="momentum" in options,
                 has_betas="betas" in options,

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..engine.table import Rule
 from .base import FusedOptimizer
-from .decoupled import Decoupled
+from .decay import Decoupled
 from .options import Common, Decayed
 
 ADAM = Rule(
@@ -25,13 +25,14 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
     r"""Adam in one pass over memory, in place of torch.optim.Adam: same arguments, groups, states, errors and
     checkpoints.
 
-    With :math:`g` the gradient, plus :math:`\lambda p` where weight_decay :math:`\lambda` is not 0:
+    With $g$ the gradient, plus $\lambda p$ where weight_decay $\lambda$ is not 0:
 
-    .. math::
-        m = \beta_1 m + (1-\beta_1) g, \quad v = \beta_2 v + (1-\beta_2) g^2, \quad
-        p = p - \frac{lr}{1-\beta_1^t} \frac{m}{\sqrt{v}/\sqrt{1-\beta_2^t} + \epsilon}
+    $$
+    m = \beta_1 m + (1-\beta_1) g, \quad v = \beta_2 v + (1-\beta_2) g^2, \quad
+    p = p - \frac{lr}{1-\beta_1^t} \frac{m}{\sqrt{v}/\sqrt{1-\beta_2^t} + \epsilon}
+    $$
 
-    With amsgrad the largest :math:`v` so far takes its place in the root.
+    With amsgrad the largest $v$ so far takes its place in the root.
 
     Args:
         params: tensors, (name, tensor) pairs, or dicts of groups; float32, bfloat16, float16, float64 or complex, any
@@ -93,10 +94,10 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
 class FusedAdamW(Decoupled, torch.optim.AdamW):
     r"""AdamW in one pass over memory, in place of torch.optim.AdamW: FusedAdam with decay decoupled from the gradient.
 
-    .. math:: p = (1 - lr \cdot \lambda) p - \text{Adam's update}
+    $$ p = (1 - lr \cdot \lambda) p - \text{Adam's update} $$
 
     Args and errors as FusedAdam's; weight_decay is 1e-2 by default, and decay, lr_reference and decay_period say how it
-    is measured (see fused_optim.decoupled.Decoupled).
+    is measured (see fused_optim.decay.Decoupled).
 
     Sources: Loshchilov and Hutter, arXiv:1711.05101; torch.optim.AdamW.
     """

@@ -78,10 +78,9 @@ class FusedOptimizer(Options):
             step() calls before, asked at each one. None: no averages.
         ema_dtype: dtype of the averages of real params narrower than float64; None: float32. In 16 bits an average
             stands still where decay is near 1.
-        All else goes to the torch.optim class.
 
-    All of these are attributes too. What is set there holds from the next step on; norm_group and master_weights cannot
-    be set.
+    All other arguments go to the torch.optim class. These options are attributes, too. A new value holds from the next
+    step on; norm_group and master_weights cannot be set.
 
     Raises:
         ValueError: state_dtype, master_weights, max_grad_norm, norm_type, ema_decay or ema_dtype is none of these.

@@ -17,20 +17,19 @@ from .options import Whole, check_max_grad_norm
 class FusedLAMB(FusedOptimizer):
     r"""LAMB in two passes over memory, with the arguments and semantics of NVIDIA Apex's FusedLAMB.
 
-    With :math:`\hat m, \hat v` Adam's averages of the clipped gradient after bias correction, tensor by tensor:
+    With $\hat m, \hat v$ Adam's averages of the clipped gradient after bias correction, tensor by tensor:
 
-    .. math::
-        u = \frac{\hat m}{\sqrt{\hat v} + \epsilon} + \lambda p, \quad p = p - lr \frac{\|p\|}{\|u\|} u
+    $$ u = \frac{\hat m}{\sqrt{\hat v} + \epsilon} + \lambda p, \quad p = p - lr \frac{\|p\|}{\|u\|} u $$
 
     The ratio is 1 where either norm is 0, and where there is neither weight_decay nor use_nvlamb. Norms are sums of
-    float64 in a fixed order: the same at every run. The second pass makes :math:`u` anew from the states as they are
+    float64 in a fixed order: the same at every run. The second pass makes $u$ anew from the states as they are
     stored, and does not read the gradients. Unlike Apex, gradients are never written to, every param counts its own
     steps, and bfloat16, float64 and complex params are taken.
 
     Args:
         params, lr, betas, eps, maximize, capturable: as FusedAdam's.
         bias_correction: correct the averages for their start from 0.
-        weight_decay: :math:`\lambda`; with adam_w_mode=False an L2 penalty, added to the clipped gradient.
+        weight_decay: $\lambda$; with adam_w_mode=False an L2 penalty, added to the clipped gradient.
         amsgrad, set_grad_none: for Apex's sake; amsgrad must be False, and set_grad_none has no effect: zero_grad() has
             its own argument.
         grad_averaging: m = beta1 m + (1 - beta1) g; else m = beta1 m + g.

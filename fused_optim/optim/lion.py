@@ -9,15 +9,14 @@ from typing_extensions import Unpack
 
 from ..engine.table import Rule
 from .checks import check_adam_like
-from .decoupled import Decoupled
+from .decay import Decoupled
 from .options import Decayed
 
 
 class FusedLion(Decoupled):
     r"""Lion in one pass over memory, decay decoupled from the gradient.
 
-    .. math::
-        p = (1 - lr \cdot \lambda) p - lr \cdot sign(\beta_1 m + (1-\beta_1) g), \quad m = \beta_2 m + (1-\beta_2) g
+    $$ p = (1 - lr \cdot \lambda) p - lr \cdot sign(\beta_1 m + (1-\beta_1) g), \quad m = \beta_2 m + (1-\beta_2) g $$
 
     Args as FusedAdamW's, without eps and amsgrad; maximize and capturable among the options. State: exp_avg.
 

@@ -12,16 +12,16 @@ from typing_extensions import Unpack
 from ..engine.table import Rule
 from .base import FusedOptimizer
 from .checks import check_adam_like, check_nus
-from .decoupled import Decoupled
+from .decay import Decoupled
 from .options import Common, Decayed
 
 
 class FusedQHAdam(FusedOptimizer):
     r"""QHAdam in one pass over memory, with the arguments and group keys of its authors' package qhoptim.
 
-    With :math:`\hat m, \hat v` Adam's averages after bias correction:
+    With $\hat m, \hat v$ Adam's averages after bias correction:
 
-    .. math:: p = p - lr \frac{\nu_1 \hat m + (1-\nu_1) g}{\sqrt{\nu_2 \hat v + (1-\nu_2) g^2} + \epsilon}
+    $$ p = p - lr \frac{\nu_1 \hat m + (1-\nu_1) g}{\sqrt{\nu_2 \hat v + (1-\nu_2) g^2} + \epsilon} $$
 
     nus=(1, 1) is Adam, (beta1, 1) NAdam but for its momentum schedule. States are torch's Adam's: step, exp_avg and
     exp_avg_sq, without bias correction. load_state_dict also takes checkpoints of qhoptim's QHAdam, whose averages are
@@ -30,7 +30,7 @@ class FusedQHAdam(FusedOptimizer):
     Args:
         params, lr, betas, weight_decay, eps, maximize, capturable: as FusedAdam's.
         nus: how much of each average goes into the step, the rest being the gradient itself; any finite numbers.
-        decouple_weight_decay: decay past the gradient, :math:`p = (1 - lr \cdot \lambda) p`, in place of L2.
+        decouple_weight_decay: decay past the gradient, $p = (1 - lr \cdot \lambda) p$, in place of L2.
         ours: backend, state_dtype, max_grad_norm, norm_type, skip_nonfinite, ema_decay, ema_dtype: see FusedOptimizer.
 
     Raises:
@@ -118,10 +118,10 @@ def steps_of(beta: float, weight: float) -> int:
 
 
 class FusedQHAdamW(Decoupled, FusedQHAdam):
-    r"""QHAdam with decay decoupled from the gradient: every step multiplies each param by :math:`1 - lr \cdot \lambda`.
+    r"""QHAdam with decay decoupled from the gradient: every step multiplies each param by $1 - lr \cdot \lambda$.
 
     Args and errors as FusedQHAdam's; decay, lr_reference and decay_period say how the decay is measured (see
-    fused_optim.decoupled.Decoupled).
+    fused_optim.decay.Decoupled).
 
     Sources: Ma and Yarats, arXiv:1810.06801; Loshchilov and Hutter, arXiv:1711.05101.
     """

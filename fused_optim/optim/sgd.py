@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..engine.table import Rule
 from .base import FusedOptimizer
-from .decoupled import Decoupled
+from .decay import Decoupled
 from .options import Common, Decayed
 
 SGD = Rule(
@@ -26,18 +26,18 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
     r"""SGD in one pass over memory, in place of torch.optim.SGD: same arguments, groups, states, errors and
     checkpoints.
 
-    With :math:`g` the gradient, plus :math:`\lambda p` where weight_decay :math:`\lambda` is not 0:
+    With $g$ the gradient, plus $\lambda p$ where weight_decay $\lambda$ is not 0:
 
-    .. math:: b = \mu b + (1 - dampening) g, \quad p = p - lr \cdot b
+    $$ b = \mu b + (1 - dampening) g, \quad p = p - lr \cdot b $$
 
-    The first buffer is :math:`g` itself, whenever a param's first update comes. With nesterov :math:`g + \mu b` takes
-    the place of :math:`b`, and without momentum :math:`g`.
+    The first buffer is $g$ itself, whenever a param's first update comes. With nesterov $g + \mu b$ takes
+    the place of $b$, and without momentum $g$.
 
     Args:
         params: tensors, (name, tensor) pairs, or dicts of groups; float32, bfloat16, float16, float64 or complex, any
             shape and memory layout.
         lr: learning rate; a one-element tensor is read at every step, where it lies.
-        momentum: :math:`\mu`, 0 or more.
+        momentum: $\mu$, 0 or more.
         dampening: keeps a share of the gradient out of the buffer.
         weight_decay: L2 penalty.
         nesterov: needs momentum and no dampening.
@@ -86,11 +86,11 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
 
 
 class FusedSGDW(Decoupled, FusedSGD):
-    r"""SGD with decay decoupled from the gradient: every step multiplies each param by :math:`1 - lr \cdot \lambda`
+    r"""SGD with decay decoupled from the gradient: every step multiplies each param by $1 - lr \cdot \lambda$
     before its update, which knows nothing of the decay.
 
     Args and errors as FusedSGD's; weight_decay is 1e-2 by default, and decay, lr_reference and decay_period say how it
-    is measured (see fused_optim.decoupled.Decoupled). Groups hold "decoupled_weight_decay" besides torch's keys.
+    is measured (see fused_optim.decay.Decoupled). Groups hold "decoupled_weight_decay" besides torch's keys.
 
     Source: Loshchilov and Hutter, arXiv:1711.05101, algorithm 1.
     """

@@ -1,4 +1,4 @@
-"""Clipping gradients where they stand, for any optimizer: torch.nn.utils.clip_grad_norm_ in two passes over memory."""
+"""Clipping of gradients in place, for any optimizer: torch.nn.utils.clip_grad_norm_ with one read and one write."""
 
 from __future__ import annotations
 
@@ -38,35 +38,40 @@ def clip_grad_norm_(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Multiplies all gradients in place by min(1, max_norm / (norm + 1e-6)), with the norm of all of them together:
-    torch.nn.utils.clip_grad_norm_ with one launch that reads them and one that writes them, whatever their number.
+    """torch.nn.utils.clip_grad_norm_ with one read and one write of the gradients: multiplies all gradients in place by
+    min(1, max_norm / (norm + 1e-6)), where norm is the norm of all of them together.
 
-    The norm is a float64 sum in a fixed order, the same at every run (on a CPU of sums of eight squares, in float32
-    unless the gradients are float64), and the factor is rounded once, to float32 (of float64 gradients to float64);
-    torch computes both in the gradients' dtype. Where nothing has to be clipped the second launch touches no gradient.
-    Nothing waits for the device, unless error_if_nonfinite asks for it.
+    On a GPU it takes three launches for any number of gradients and does not wait for the device, unless
+    error_if_nonfinite is true. If nothing has to be clipped no gradient is written.
 
-    torch's own function does the work for all that the kernels do not know: a norm_type other than 2, a max_norm that
-    is not above 0, and lists with a gradient that is sparse, a tensor subclass (such as DTensor), not dense, of a dtype
-    other than float32, bfloat16, float16, float64, complex64 and complex128, not on a CPU or a GPU, or that shares
-    memory with another one. So it does where torch.compile traces the call, and in the capture of a CUDA graph, unless
-    such gradients were clipped outside of captures since the last call that was captured.
+    The norm is a float64 sum in a fixed order and the same at every run. (On a CPU it sums float32 sums of eight
+    squares, unless the gradients are float64.) The factor is rounded once, to float32, or to float64 for float64
+    gradients. torch computes both in the gradients' dtype.
+
+    These calls are passed to torch's function:
+
+    - a norm_type other than 2, or a max_norm that is not above 0;
+    - gradients that are sparse, tensor subclasses such as DTensor, not dense, not on a CPU or a GPU, or that share
+    memory; - dtypes other than float32, bfloat16, float16, float64, complex64 and complex128;
+    - calls that torch.compile traces;
+    - calls in the capture of a CUDA graph, unless such gradients were clipped outside of captures since the last
+      captured call.
 
     Args:
-        parameters: a tensor or several, whose `grad` is clipped; those with None are left out.
-        max_norm: the largest norm that may remain.
-        norm_type: 2, or any other p that torch knows.
-        error_if_nonfinite: raises where the norm is NaN or infinite; waits for the device.
-        foreach: accepted for torch's sake.
+        parameters: a tensor or several, whose `grad` is clipped. Those without a gradient are left out.
+        max_norm: the largest norm after clipping.
+        norm_type: 2, or any other p that torch supports.
+        error_if_nonfinite: raise an error if the norm is NaN or infinite. Waits for the device.
+        foreach: accepted for compatibility, without effect.
         backend: "auto", "triton", "cuda", "cpp" or "reference" (see fused_optim.backends).
 
     Returns:
-        The norm before clipping: [], on the first gradient's device, in the dtype that all of them promote to (of
-        complex ones the real dtype). Without any gradient a float32 0 on the CPU.
+        The norm before clipping: shape [], on the first gradient's device, in the dtype that all gradients promote to
+            (the real dtype for complex gradients). Without gradients a float32 0 on the CPU.
 
     Raises:
-        RuntimeError: the norm is not finite and error_if_nonfinite is true; no gradient has been changed then. Or the
-            named backend cannot run here.
+        RuntimeError: the norm is not finite and error_if_nonfinite is true, or the named backend cannot run here. No
+            gradient has been changed.
         ValueError: there is no backend of that name.
     """
     parameters, given = [parameters] if isinstance(parameters, Tensor) else list(parameters), parameters
@@ -98,10 +103,9 @@ def clip_grad_norm_(
 
 
 class Gradients:
-    """A table for the gradients of one device, which keeps none of them alive: it knows how they are laid out and where
-    they lay when they were last clipped.
+    """A table for the gradients of one device. It holds layouts and addresses, not the tensors.
 
-    dtype: of their norm. sizes: bytes of each. addresses: what the table says of them.
+    dtype: of the norm. sizes: bytes of each gradient. addresses: those in the table.
     """
 
     def __init__(
@@ -122,7 +126,7 @@ class Gradients:
 
     @staticmethod
     def _row(grad: Tensor) -> Row:
-        """There is no param, and as many elements of nothing stand for it."""
+        """A row with a param on the meta device, because there is no param."""
         param = torch.empty(grad.numel(), dtype=grad.dtype, device="meta")
         return Row(
             param=param,
@@ -151,15 +155,15 @@ class Gradients:
         self.bound.upload(changes)
 
 
-# By stream, device, backend and layout, the one used last at the end. A call takes out what it uses, and puts it back
-# when it is done: no two threads write to one table, and no two streams, whose kernels may overlap, read one.
+# By stream, device, backend and layout; the last used comes last. A call removes the entry and puts it back when it is
+# done, so no two threads write to one table. Streams have entries of their own, because their kernels may overlap.
 _kept: dict[tuple[Any, ...], Gradients] = {}
 _captured: list[Gradients] = []  # never changed again, and freed by release_captured
 
 
 def release_captured() -> None:
-    """Frees what is kept for CUDA graphs in which clip_grad_norm_ was captured. Call it when none of these graphs will
-    be replayed again. It waits for the device.
+    """Frees the memory that is kept for CUDA graphs in which clip_grad_norm_ was captured. Call it when none of these
+    graphs will be replayed again. It waits for the device.
 
     Raises:
         RuntimeError: a CUDA graph is being captured.
@@ -169,7 +173,7 @@ def release_captured() -> None:
 
 
 def _find(grads: Sequence[Tensor], backend: str, max_norm: float) -> list[tuple[Any, Gradients]] | None:
-    """Tables for them all, with the keys to keep them by. None where the kernels cannot take every one of them."""
+    """Tables for all gradients, with their keys in _kept. None if the kernels do not support one of them."""
     if not {type(grad) for grad in grads} <= PLAIN or {grad.layout for grad in grads} != {torch.strided}:
         return None
     devices = list(dict.fromkeys([grad.device for grad in grads]))
@@ -209,7 +213,7 @@ def _take(grads: Sequence[Tensor], device: torch.device, backend: str, max_norm:
 
 
 def _overlap(addresses: Sequence[int], sizes: Sequence[int]) -> bool:
-    """Whether any two share memory; sizes in bytes."""
+    """Whether any two gradients share memory. sizes: in bytes."""
     spans = sorted(zip(addresses, sizes, strict=True))
     return any(first + size > second for (first, size), (second, _) in itertools.pairwise(spans))
 
@@ -224,7 +228,7 @@ def _keep(key: tuple[Any, ...], gradients: Gradients) -> None:
 
 
 def _sum_of_squares(tables: Sequence[Gradients]) -> Tensor:
-    """Of all of them: float64 [1], on the first one's device."""
+    """Over all tables: float64 [1], on the first table's device."""
     found = []
     for gradients in tables:
         assert gradients.table.squares is not None

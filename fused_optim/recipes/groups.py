@@ -1,10 +1,10 @@
-"""Param groups that people write again and again: no decay on biases, norms and embeddings; a learning rate per layer.
+"""Param groups: no decay on biases, norms and embeddings; a learning rate per layer.
 
-Each helper takes a model, or splits groups that another one made, and returns groups that any torch optimizer takes:
+Each helper takes a model, or splits groups that another helper made. Any torch optimizer takes the result:
 
     groups = no_decay(model, weight_decay=0.05)
     groups = layerwise(model, lr=1e-3, factor=0.8, groups=groups)
-    optimizer = FusedAdamW(groups)      # one launch, whatever the number of groups
+    optimizer = FusedAdamW(groups)  # the number of groups does not change the number of launches
 """
 
 from __future__ import annotations
@@ -27,22 +27,27 @@ EMBEDDINGS: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag)
 
 
 def named_group(model: nn.Module, **options: Any) -> Group:
-    """All trainable params of the model, each once (tied ones under their first name), as one group with the given
-    options: {"params": [(name, param), ...], **options}."""
+    """One group of all trainable params of a model: {"params": [(name, param), ...], **options}. Each param is in it
+    once; a tied param has its first name.
+
+    Args:
+        model: the module.
+        options: options of the group.
+    """
     return {"params": [(name, param) for name, param in model.named_parameters() if param.requires_grad], **options}
 
 
 def split(groups: Sequence[Group], label: Callable[[str, Parameter, Group], tuple[str, Group]]) -> list[Group]:
-    """Splits groups by a label, keeping their other options.
+    """Splits groups by a label. Other options stay.
 
     Args:
-        groups: with (name, param) pairs as "params".
-        label: function of a param's name, the param and its group, that returns the new group's name and the options
-            that it gets.
+        groups: groups with (name, param) pairs as "params".
+        label: function of a param's name, the param and its group. It returns the name and the options of the new
+            group.
 
     Returns:
-        New groups, those of each old one in the order of their first params; their "name" is the label, after the old
-        name and a dot where there was one.
+        New groups. Those of one old group are in the order of their first params. Their "name" is the label, or the old
+            name, a dot and the label.
 
     Raises:
         ValueError: a group's params have no names.
@@ -74,20 +79,20 @@ def no_decay(
     also: Callable[[str, Parameter], bool] | None = None,
     groups: Sequence[Group] | None = None,
 ) -> list[Group]:
-    """Groups "decay", with the weight decay, and "no_decay", with 0.
+    """Two groups: "decay", with weight_decay, and "no_decay", with 0.
 
-    A tied param is exempt if any module that holds it says so, and stands under its first name.
+    A tied param is exempt from decay if any module that holds it exempts it. It has its first name.
 
     Args:
-        model: whose trainable params the groups hold, each once, in its order.
-        weight_decay: of all others.
-        biases: exempt params whose own name is bias or holds that word (bias_ih_l0, in_proj_bias).
+        model: the module. The groups hold its trainable params in their order, each once.
+        weight_decay: weight decay of the params that are not exempt.
+        biases: exempt params whose own name contains the word bias (bias, bias_ih_l0, in_proj_bias).
         norms: exempt the params of torch's norm modules.
         embeddings: exempt the params of Embedding and EmbeddingBag.
-        ndim_below: exempt params with fewer dimensions, which catches norms and scales of other modules; 0: none.
-        modules: further types of modules whose own params are exempt.
-        also: function of name and param that is true for further ones to exempt.
-        groups: split these instead of the model's params.
+        ndim_below: exempt params with fewer dimensions, for example norms and scales of other modules; 0: none.
+        modules: more types of modules whose own params are exempt.
+        also: function of name and param that returns True for more params to exempt.
+        groups: groups to split, in place of the params of the model.
 
     Returns:
         Groups with "params" as (name, param) pairs, "name" and "weight_decay".
@@ -109,8 +114,8 @@ def no_decay(
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's layers by name, in its order: its children, and in place of every Sequential, ModuleList and
-    ModuleDict the layers inside; those without params are left out."""
+    """The layers of a model by name, in its order: its children. A Sequential, ModuleList or ModuleDict counts as the
+    layers in it. Layers without params are left out."""
     for name, child in model.named_children():
         if isinstance(child, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             yield from ((f"{name}.{inner}", layer) for inner, layer in layers(child))
@@ -119,8 +124,8 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def depths(model: nn.Module) -> dict[str, int]:
-    """The depth of every param, by name: the number of its layer (see `layers`) from the input side, 0 for those that
-    the model holds itself. Frozen params count, so that freezing changes nobody's depth."""
+    """The depth of every param by name: the number of its layer (see `layers`), counted from the input. Params of the
+    model itself have depth 0. Frozen params count, so that freezing a layer does not change the depth of others."""
     found = {name: 0 for name, _ in model.named_parameters()}
     for number, (prefix, layer) in enumerate(layers(model)):
         for name, _ in layer.named_parameters():
@@ -137,16 +142,16 @@ def layerwise(
     depth: Callable[[str, Parameter], int] | None = None,
     groups: Sequence[Group] | None = None,
 ) -> list[Group]:
-    """A learning rate per depth (differential, or discriminative, learning rates): lr * factor ** (top - depth), so
-    that the layer at the top, next to the output, has lr itself.
+    """A learning rate per depth (discriminative learning rates): lr * factor ** (top - depth). The top layer, next to
+    the output, has lr itself.
 
     Args:
-        model: whose trainable params the groups hold, each once, in its order.
-        lr: of the top layer; a group's own lr comes before it.
-        factor: a number, usually below 1, or one factor per depth, that of depth 0 first.
-        depth: function of name and param that returns the depth, from 0 at the input; None: by the order of the model's
-            layers, see `depths`. Tied params have the depth of their first name.
-        groups: split these, as no_decay's, instead of the model's params.
+        model: the module. The groups hold its trainable params in their order, each once.
+        lr: learning rate of the top layer. A group's own lr takes precedence.
+        factor: a number, usually below 1, or one factor per depth, starting at depth 0.
+        depth: function of name and param that returns the depth, 0 at the input. None: the order of the model's layers,
+            see `depths`. Tied params have the depth of their first name.
+        groups: groups to split, for example those of no_decay, in place of the params of the model.
 
     Returns:
         Groups with "params" as (name, param) pairs, "name" ("depth_0", or "decay.depth_0" and so on) and "lr".
@@ -178,10 +183,15 @@ def layerwise(
 
 
 def per_group(name: str, value: float | Sequence[float], optimizer: Optimizer) -> list[float]:
-    """One number for each of the optimizer's groups: the value itself, or everyone's own.
+    """One number for each group of the optimizer.
+
+    Args:
+        name: name of the option, for the error.
+        value: one number for all groups, or a list of one per group.
+        optimizer: whose groups are counted.
 
     Raises:
-        ValueError: it holds more numbers than there are groups, or fewer; says so of `name`.
+        ValueError: the list has another length than there are groups.
     """
     groups = len(optimizer.param_groups)
     if not isinstance(value, list | tuple):

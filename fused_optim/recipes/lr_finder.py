@@ -1,4 +1,4 @@
-"""The learning rate range test: which learning rates does a model learn at?"""
+"""The learning rate range test."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ MEMORY = 0.8  # weight of the past in the running average that tells divergence 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """What a range test has seen.
+    """The result of a range test.
 
     Attributes:
-        lrs: the learning rate of each mini-batch (of the group with the largest).
-        losses: its loss, as it came.
-        smoothed: the losses around it, averaged with the weights of a bell curve over the logarithm of the learning
-            rate.
+        lrs: learning rate of each mini-batch (of the group with the largest).
+        losses: loss of each mini-batch.
+        smoothed: losses averaged with Gaussian weights over the logarithm of the learning rate.
     """
 
     lrs: list[float]
@@ -39,7 +38,7 @@ class RangeTest:
 
     @property
     def suggestion(self) -> float:
-        """The learning rate where the smoothed loss falls most steeply over the logarithm of the learning rate."""
+        """The learning rate at which the smoothed loss falls most steeply over the logarithm of the learning rate."""
         if len(self.lrs) < 3:
             raise ValueError(
                 f"a suggestion needs at least 3 mini-batches, but the test ran {len(self.lrs)} before the loss "
@@ -53,14 +52,14 @@ class RangeTest:
 
     @property
     def minimum_over_ten(self) -> float:
-        """A tenth of the learning rate where the smoothed loss is lowest: the other rule of thumb."""
+        """A tenth of the learning rate at which the smoothed loss is lowest, another common rule."""
         return self.lrs[self.smoothed.index(min(self.smoothed))] / 10
 
     def plot(self, target: str | PathLike[str] | Any) -> Any:
-        """Draws loss over learning rate and marks both suggestions; needs matplotlib.
+        """Draws the loss over the learning rate and marks both suggestions. Needs matplotlib.
 
         Args:
-            target: a path to write an image to, or matplotlib axes to draw into.
+            target: path of an image to write, or matplotlib axes to draw into.
 
         Returns:
             The axes.
@@ -101,34 +100,36 @@ def lr_range_test(
     smoothing: float = 0.25,
     divergence: float = 4.0,
 ) -> RangeTest:
-    """Trains over mini-batches while the learning rate grows exponentially from start_lr to end_lr, and then puts
-    everything back: params, buffers, gradients, training modes, optimizer, random generators; also when something
-    raises. Model and optimizer state are held twice meanwhile.
+    """Trains on mini-batches while the learning rate grows exponentially from start_lr to end_lr. Afterwards, and after
+    an exception, it restores params, buffers, gradients, training modes, the optimizer and the random generators.
+    During the test model and optimizer state are in memory twice.
 
-    Groups keep the ratios of their learning rates; the largest is the one that runs from start to end. The step gets a
-    closure, so LBFGS works too. The mode (train or eval) is the one that the model is in.
+    Groups keep the ratios of their learning rates; the largest one goes from start_lr to end_lr. The step gets a
+    closure, so LBFGS works. The model stays in the mode (train or eval) that it is in.
 
     Args:
-        model: whose state is to be put back; all of the optimizer's params are, whether they are its or not.
-        optimizer: as it would train; weight decay and momentum belong to what is tested. Its schedulers take no step.
-        loss: function of a mini-batch that returns the scalar loss; without batches, of nothing. The test calls
+        model: its state is restored, and all params of the optimizer are, even if they are not the model's.
+        optimizer: configured as for training: weight decay and momentum influence the result. Its schedulers are not
+            stepped.
+        loss: function of a mini-batch that returns the scalar loss; without batches, of no argument. The test calls
             backward().
-        batches: begins again at its end, unless it is an iterator, whose end ends the test.
-        start_lr, end_lr: the range, from above 0.
+        batches: iterable that starts again at its end. The end of an iterator ends the test.
+        start_lr, end_lr: the range, above 0.
         steps: number of mini-batches, at least 2.
-        smoothing: standard deviation of the bell curve that smooths the losses, in decades of the learning rate. It
-            looks to both sides: a running average would suggest learning rates that are too large by its lag.
-        divergence: the test ends where the running average of the losses exceeds its minimum so many times, or a loss
+        smoothing: standard deviation of the Gaussian that smooths the losses, in decades of the learning rate. It is
+            symmetric; the lag of a running average would make the suggestion too large.
+        divergence: the test ends if the running average of the losses is above its minimum by this factor, or if a loss
             is not finite.
 
     Returns:
         RangeTest: learning rates, losses, `suggestion`, `plot`.
 
     Raises:
-        ValueError: a number is out of range, there is no mini-batch, or the very first loss is not finite.
+        ValueError: a number is out of range, there is no mini-batch, or the first loss is not finite.
 
-    Source: Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186, section 3.3; the
-    exponential growth, range, number of steps and end at four times the lowest loss as in fast.ai's lr_find.
+    Source: Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186, section 3.3. The
+    exponential growth, the range, the number of steps and the end at four times the lowest loss are those of fast.ai's
+    lr_find.
     """
     if not 0 < start_lr < end_lr:
         raise ValueError(f"start_lr must be above 0 and below end_lr, but they are {start_lr} and {end_lr}")
@@ -203,9 +204,9 @@ def _set_lr(group: dict[str, Any], lr: float) -> None:
 
 @contextmanager
 def put_back(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """On leaving, puts back what training changes, into the same tensors and dicts: params, buffers, gradients and
-    training modes of the model, state and groups of the optimizer, and the random generators of torch, Python and
-    NumPy."""
+    """Context manager that restores on exit what training changes, in the same tensors and dicts: params, buffers,
+    gradients and training modes of the model, state and groups of the optimizer, and the random generators of torch,
+    Python and NumPy."""
     groups = optimizer.param_groups
     options = [{key: _copied(value) for key, value in group.items()} for group in groups]
     state = copy.deepcopy(optimizer.state_dict())

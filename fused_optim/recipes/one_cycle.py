@@ -1,4 +1,4 @@
-"""1cycle with a long top and a final annihilation."""
+"""The 1cycle schedule with a long constant top and a final phase that takes the learning rate to nearly 0."""
 
 from __future__ import annotations
 
@@ -16,18 +16,28 @@ Strategy = Literal["linear", "cos"]
 
 
 def anneal(start: float, end: float, fraction: float, strategy: Strategy = "linear") -> float:
-    """What lies `fraction` (0 to 1) of the way from start to end; strategy: "linear", on a line, or "cos", on half a
-    cosine wave."""
+    """The value at `fraction` (0 to 1) between start and end.
+
+    Args:
+        start, end: the values at 0 and 1.
+        fraction: position between them.
+        strategy: "linear", or "cos" for half a cosine wave.
+    """
     if strategy == "cos":
         return end + (start - end) * 0.5 * (1 + math.cos(math.pi * fraction))
     return start + (end - start) * fraction
 
 
 class Phases(NamedTuple):
-    """The shares of a cycle that rise, top and fall take, each in [0, 1]; the annihilation takes what is left of 1.
+    """Shares of a cycle, each in [0, 1]. The final phase, the annihilation, takes the rest.
 
-    The defaults are those of the article's language models: 7.5, 37.5, 37.5 and 7.5 of 90 epochs. Without a top, (0.45,
-    0, 0.45) is Smith's triangle with a tenth for the annihilation.
+    The defaults are those of the language models in the article: 7.5, 37.5, 37.5 and 7.5 of 90 epochs. (0.45, 0, 0.45)
+    has no top: Smith's triangle, with a tenth for the annihilation.
+
+    Attributes:
+        rise: share in which the learning rate rises.
+        top: share in which it is constant.
+        fall: share in which it falls.
     """
 
     rise: float = 1 / 12
@@ -35,8 +45,8 @@ class Phases(NamedTuple):
     fall: float = 5 / 12
 
     def place(self, step: int, total_steps: int) -> tuple[int, float]:
-        """The phase of a step, 0 to 3, and the fraction of it that has passed; the last step, total_steps - 1, ends
-        the cycle."""
+        """The phase of a step, 0 to 3, and the fraction of the phase that has passed. Step total_steps - 1 ends the
+        cycle."""
         last = total_steps - 1
         start = 0.0
         for phase, share in enumerate(self):
@@ -59,23 +69,23 @@ def one_cycle(
     anneal_strategy: Strategy = "linear",
     final_strategy: Strategy = "linear",
 ) -> float:
-    """The learning rate of a 1cycle, as a multiple of the largest: it rises from 1 / div_factor to 1, stays there,
-    falls back to where it began, and is annihilated: down to 1 / (div_factor * final_div_factor).
+    """The learning rate of a 1cycle as a multiple of the largest one. It rises from 1 / div_factor to 1, is constant,
+    falls to 1 / div_factor, and in the annihilation to 1 / (div_factor * final_div_factor).
 
     Args:
-        step: number of updates so far, from 0; from total_steps - 1 on the value stays what it is there.
+        step: number of updates so far, from 0. From total_steps - 1 on the value is constant.
         total_steps: number of updates of the cycle.
         phases: shares of rise, top and fall, as Phases or three numbers.
-        div_factor: largest learning rate over the first.
-        final_div_factor: first learning rate over the last; math.inf ends at 0.
+        div_factor: ratio of the largest learning rate to the first.
+        final_div_factor: ratio of the first learning rate to the last; math.inf ends at 0.
         anneal_strategy: shape of rise and fall, "linear" or "cos".
         final_strategy: shape of the annihilation.
 
-    Sources: Smith, arXiv:1803.09820 and (with Topin) arXiv:1708.07120; the long top and the numbers: Gugger and Howard,
-    "AdamW and Super-convergence is now the fastest way to train neural nets" (fast.ai, 2018), whose scripts divide by
-    10, spend 1/12, 5/12, 5/12 and 1/12 of a language model's training in the four phases, and end either on a line at a
-    hundredth of the first learning rate (images; the default here) or on a cosine at 0 (language:
-    final_div_factor=math.inf, final_strategy="cos").
+    Sources: Smith, arXiv:1803.09820; Smith and Topin, arXiv:1708.07120. The long top and the numbers are those of
+    Gugger and Howard, "AdamW and Super-convergence is now the fastest way to train neural nets" (fast.ai, 2018). Their
+    scripts divide by 10 and give 1/12, 5/12, 5/12 and 1/12 of a language model's training to the four phases. For
+    images they end linearly at a hundredth of the first learning rate, the default here. For language models they end
+    on a cosine at 0: final_div_factor=math.inf, final_strategy="cos".
     """
     low = 1 / div_factor
     phase, fraction = Phases(*phases).place(step, total_steps)
@@ -94,11 +104,16 @@ def one_cycle_momentum(
     max_momentum: float = 0.95,
     anneal_strategy: Strategy = "linear",
 ) -> float:
-    """The momentum of a 1cycle: down from max_momentum while the learning rate rises, base_momentum at the top, up
-    while it falls, and max_momentum throughout the annihilation.
+    """The momentum of a 1cycle. It falls from max_momentum while the learning rate rises, is base_momentum at the top,
+    rises while the learning rate falls, and is max_momentum in the annihilation.
 
-    Args as one_cycle's. Sources: Smith, arXiv:1803.09820, section 4.3; 0.95 and 0.85 are the article's for images (its
-    language models take 0.8 and 0.7).
+    Args:
+        step, total_steps, phases, anneal_strategy: as one_cycle's.
+        base_momentum: the lowest momentum.
+        max_momentum: the highest momentum.
+
+    Sources: Smith, arXiv:1803.09820, section 4.3. The article takes 0.95 and 0.85 for images, 0.8 and 0.7 for language
+    models.
     """
     low, high = base_momentum, max_momentum
     phase, fraction = Phases(*phases).place(step, total_steps)
@@ -107,25 +122,25 @@ def one_cycle_momentum(
 
 
 class OneCycle(LRScheduler):
-    """1cycle with a long constant top and a final annihilation, which torch's OneCycleLR does not have; called after
-    every update.
+    """1cycle scheduler with a long constant top and a final annihilation, which torch's OneCycleLR does not have. Call
+    step() after every update.
 
-    Cycles `momentum`, or the first of `betas` (the others stay as they are), of any torch optimizer. Its values are
-    functions of `last_epoch` alone, so a loaded state_dict() goes on where it was saved. total_steps may also come as
-    epochs * steps_per_epoch.
+    Works with any torch optimizer. It also cycles `momentum`, or the first of `betas`. All values are functions of
+    `last_epoch` alone, so training that loads its state_dict() continues exactly.
 
     Args:
-        optimizer: its groups' lr, and momentum or betas, are overwritten at once.
+        optimizer: the lr and the momentum or betas of its groups are overwritten at once.
         max_lr: largest learning rate, or one per group.
-        total_steps, or epochs and steps_per_epoch: updates of the cycle.
+        total_steps: number of updates of the cycle.
+        epochs, steps_per_epoch: in place of total_steps, which is their product.
         phases, div_factor, final_div_factor, anneal_strategy, final_strategy: as one_cycle's.
         cycle_momentum: whether to cycle momentum too.
         base_momentum, max_momentum: as one_cycle_momentum's, or one per group.
         last_epoch: number of updates done, or -1 for a new cycle.
 
     Raises:
-        ValueError: a number is out of range, the group counts do not fit, a group has neither momentum nor betas while
-            cycle_momentum is true, or step() is called more than total_steps times.
+        ValueError: a number is out of range, a list has another length than there are groups, a group has neither
+            momentum nor betas although cycle_momentum is true, or step() is called more than total_steps times.
 
     Sources: see one_cycle.
     """
@@ -184,7 +199,7 @@ class OneCycle(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Tensor]:
-        """The groups' learning rates at `last_epoch`; sets their momentum, as torch's OneCycleLR does here."""
+        """The groups' learning rates at `last_epoch`. Also sets their momentum, as torch's OneCycleLR does."""
         if self.last_epoch > self.total_steps:
             raise ValueError(
                 f"a cycle of {self.total_steps} steps is over, but step() was called {self.last_epoch} times; "

@@ -16,7 +16,13 @@ from .groups import per_group
 
 
 class Period(NamedTuple):
-    """One run between two restarts: its number, from 0, its start and its length."""
+    """The steps between two restarts.
+
+    Attributes:
+        number: of the period, from 0.
+        start: its first step.
+        length: its number of steps.
+    """
 
     number: int
     start: int
@@ -24,7 +30,8 @@ class Period(NamedTuple):
 
 
 def restart_period(step: int, T_0: int, T_mult: int = 2) -> Period:
-    """The period that a step lies in: the first takes T_0, each next one T_mult times the last."""
+    """The period of a step. The first period has length T_0, each next one T_mult times the length of the one
+    before."""
     if T_mult == 1:
         return Period(step // T_0, step - step % T_0, T_0)
     number, start, length = 0, 0, T_0
@@ -34,13 +41,13 @@ def restart_period(step: int, T_0: int, T_mult: int = 2) -> Period:
 
 
 def cosine_restarts(step: int, T_0: int, T_mult: int = 2) -> float:
-    """The multiplier of a cosine with warm restarts: (1 + cos(pi T_cur / T_i)) / 2, from 1 down to nearly 0 in each
-    period, and 1 again at the next one's first step.
+    """The factor of a cosine with warm restarts: (1 + cos(pi T_cur / T_i)) / 2. It falls from 1 to nearly 0 in each
+    period and is 1 again at the first step of the next one.
 
     Args:
         step: number of updates so far, from 0.
         T_0: length of the first period, in updates.
-        T_mult: each period's length over the last one's, an integer from 1.
+        T_mult: ratio of the lengths of two consecutive periods, an integer from 1.
 
     Source: Loshchilov and Hutter, arXiv:1608.03983, equation 5; arXiv:1711.05101, equation 15.
     """
@@ -49,23 +56,26 @@ def cosine_restarts(step: int, T_0: int, T_mult: int = 2) -> float:
 
 
 def normalized_decay(wd_norm: float, batches_per_epoch: int, epochs: float) -> float:
-    """The weight decay wd_norm * sqrt(1 / (batches_per_epoch * epochs)): the longer the period, the weaker each of its
-    steps (arXiv:1711.05101, appendix B.1, where batches_per_epoch is B / b)."""
+    """The weight decay wd_norm * sqrt(1 / (batches_per_epoch * epochs)): the longer the period, the weaker the decay of
+    a step.
+
+    Source: arXiv:1711.05101, appendix B.1, where batches_per_epoch is B / b.
+    """
     return wd_norm * math.sqrt(1 / (batches_per_epoch * epochs))
 
 
 class WarmRestarts(LRScheduler):
-    """Cosine learning rate with warm restarts and normalized weight decay; called after every update (batch).
+    """Scheduler: cosine learning rate with warm restarts and normalized weight decay. Call step() after every update.
 
-    At each restart the decay is normalized anew: groups with a "decay_period" (this package's decay="normalized") get
-    the period's number of updates there; other optimizers' "weight_decay" is set where wd_norm is given, and their own
-    convention (torch's multiplies it by lr) holds. All values are functions of `last_epoch` alone, so a loaded
-    state_dict() goes on where it was saved.
+    Each restart normalizes the decay for its period. Groups with a "decay_period" (decay="normalized" of this package)
+    get the number of updates of the period. For other optimizers, wd_norm sets "weight_decay"; the optimizer applies it
+    by its own convention, which in torch multiplies it by lr. All values are functions of `last_epoch` alone, so
+    training that loads its state_dict() continues exactly.
 
     Args:
-        optimizer: its groups' lr are where every period starts from.
+        optimizer: the lr of its groups is the one at the start of every period.
         T_0: epochs of the first period, an integer from 1.
-        T_mult: each period's epochs over the last one's, an integer from 1.
+        T_mult: ratio of the epochs of two consecutive periods, an integer from 1.
         eta_min: learning rate at the end of every period.
         batches_per_epoch: updates in one epoch.
         wd_norm: normalized weight decay of all groups, or one number per group (0 for groups that do not decay); None
@@ -110,7 +120,7 @@ class WarmRestarts(LRScheduler):
         return Period(number, start // self.batches_per_epoch, length // self.batches_per_epoch)
 
     def get_lr(self) -> list[float | Tensor]:
-        """The groups' learning rates at `last_epoch`; sets the period or the weight decay of the groups."""
+        """The groups' learning rates at `last_epoch`. Also sets the decay period or the weight decay of the groups."""
         epochs = self.period.length
         for number, group in enumerate(self.optimizer.param_groups):
             if "decay_period" in group:
@@ -140,14 +150,14 @@ def adamwr(
     Args:
         params: as FusedAdamW's.
         batches_per_epoch: updates in one epoch, len(loader).
-        weight_decay: the normalized one, multiplied by sqrt(1 / (batches_per_epoch * epochs of the period)).
+        weight_decay: normalized weight decay. It is multiplied by sqrt(1 / (batches_per_epoch * epochs of the period)).
         T_0, T_mult, eta_min: as WarmRestarts'.
         lr, betas, eps, options: as FusedAdamW's.
 
-    Source: Loshchilov and Hutter, arXiv:1711.05101 ("Decoupled Weight Decay Regularization"): lr 0.001 (section 4.3),
-    T_0 = 100 and T_mult = 2 (appendix C; B.2 advises 1 % to 10 % of the expected budget for T_0), weight_decay 0.025
-    (appendix D finds 0.025 and 0.05 best; the authors' example command takes 0.025), eta_min 0 (equation 15), betas and
-    eps Adam's.
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101. lr 0.001: section 4.3.
+    T_0 = 100 and T_mult = 2: appendix C (B.2 advises 1 % to 10 % of the expected budget for T_0). weight_decay 0.025:
+    appendix D finds 0.025 and 0.05 best, and the authors' example command has 0.025. eta_min 0: equation 15. betas and
+    eps are Adam's.
     """
     normalized: dict[str, Any] = {"decay": "normalized", "decay_period": batches_per_epoch * T_0}
     optimizer = FusedAdamW(params, lr, betas, eps, weight_decay, **normalized, **options)
@@ -170,18 +180,17 @@ def sgdwr(
     """SGDWR: SGDW with normalized weight decay and warm restarts. Returns the optimizer and its scheduler; call
     scheduler.step() after every optimizer.step().
 
-    The learning rate multiplies the momentum buffer, as in torch and in the authors' code; the paper's algorithm 1
-    multiplies the gradient before it enters the buffer, which is the same only while lr is constant.
+    The learning rate multiplies the momentum buffer, as in torch and in the authors' code. The paper's algorithm 1
+    multiplies the gradient before it enters the buffer, which is the same only if lr is constant.
 
     Args:
         params: as FusedSGDW's.
         batches_per_epoch, weight_decay, T_0, T_mult, eta_min: as adamwr's.
         lr, momentum, nesterov, options: as FusedSGDW's.
 
-    Sources: Loshchilov and Hutter, arXiv:1711.05101, for weight_decay, T_0, T_mult and eta_min as in adamwr; lr 0.05
-    from their example command for SGDW, the learning rate of all restarted runs of arXiv:1608.03983 too (whose best
-    ones took T_0 = 10, T_mult = 2); momentum 0.9 without Nesterov as both programs of the authors run, though
-    arXiv:1608.03983 speaks of Nesterov's.
+    Sources: Loshchilov and Hutter, arXiv:1711.05101. weight_decay, T_0, T_mult and eta_min as in adamwr. lr 0.05: their
+    example command for SGDW, and all restarted runs of arXiv:1608.03983 (the best of which had T_0 = 10, T_mult = 2).
+    momentum 0.9 without Nesterov: both programs of the authors, although arXiv:1608.03983 names Nesterov's.
     """
     normalized: dict[str, Any] = {"decay": "normalized", "decay_period": batches_per_epoch * T_0}
     optimizer = FusedSGDW(params, lr, momentum, 0, weight_decay, nesterov, **normalized, **options)

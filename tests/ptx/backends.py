@@ -4,8 +4,8 @@ run by the interpreter as they are compiled for a GPU.
 "triton-ptx": the library's launch.py, Triton's compiler, cache and launcher over a stand-in driver.
 "cuda-ptx": csrc/cuda/step.cu as nvcc compiles it, host code included, over a stand-in runtime.
 
-Before every pass what a step leaves for itself (`tensor_scalars`, sums) is overwritten with NaN: none of it may come from the
-step before.
+Before every pass what a step leaves for itself (`tensor_scalars`, sums) is overwritten with NaN: none of it may come
+from the step before.
 """
 
 from __future__ import annotations

@@ -1,14 +1,110 @@
-"""Weight decay around the step of any optimizer, in one fused pass."""
+"""Decoupled weight decay: `Decoupled` is a base class of the optimizers here, `decoupled` decays around the step of any
+other optimizer, in one fused pass."""
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from .base import FusedOptimizer
+from .options import Convention
+
+CONVENTIONS = "torch", "paper", "normalized"
+
+
+class Decoupled(FusedOptimizer):
+    r"""Base of the optimizers whose decay goes past the gradient: each step takes a share of every param off it.
+
+    Args:
+        decay: what that share is, with $\lambda$ the weight_decay.
+            With "torch" $lr \cdot \lambda$, as in torch.optim.AdamW.
+            With "paper" $\eta \lambda$, where $\eta$ is lr / lr_reference: the schedule alone, so that the
+            best decay does not hang on the base lr; 0 where lr_reference is 0.
+            With "normalized" $\eta \lambda / \sqrt{T}$, where $T$ is decay_period, so that it does not hang
+            on the length of the training either.
+        lr_reference: the lr at which $\eta$ is 1; None: each group's lr at the start.
+        decay_period: number of updates in the current restart period, batches per epoch times epochs.
+
+    Groups hold "lr_reference" and "decay_period" only where the convention asks for them, and both may be changed
+    between steps.
+
+    Raises:
+        ValueError: decay is none of the three, lr_reference is negative, or decay_period is missing or not positive.
+
+    Source: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2 and appendix B.1.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        decay: Convention = "torch",
+        lr_reference: float | None = None,
+        decay_period: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if decay not in CONVENTIONS:
+            raise ValueError(f'decay must be "torch", "paper" or "normalized", but got {decay!r}')
+        if decay == "torch" and lr_reference is not None:
+            raise ValueError('lr_reference has no meaning with decay="torch"; leave it out, or use decay="paper"')
+        if decay != "normalized" and decay_period is not None:
+            raise ValueError('decay_period has a meaning only with decay="normalized"; leave it out, or say so')
+        self._decay = decay
+        self._decay_options = {"lr_reference": lr_reference, "decay_period": decay_period}
+        super().__init__(*args, **kwargs)
+
+    @property
+    def decay(self) -> Convention:
+        """The convention. It cannot be set, because the groups' options were made for it."""
+        return self._decay
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._complete(group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        if self._decay == "torch":
+            return
+        reference = group.get("lr_reference", self._decay_options["lr_reference"])
+        if reference is None and float(group["lr"]) == 0.0:
+            warnings.warn(
+                f'decay="{self._decay}" measures the decay by lr / lr_reference, and lr_reference is the first lr, 0: '
+                "nothing will decay; pass lr_reference, the largest lr of the schedule, say",
+                stacklevel=2,
+            )
+        reference = float(group["lr"] if reference is None else reference)
+        if not reference >= 0:
+            raise ValueError(f"lr_reference must be 0 or more, but got {reference}")
+        group["lr_reference"] = reference
+        if self._decay == "normalized":
+            period = group.get("decay_period", self._decay_options["decay_period"])
+            if period is None or not period > 0:
+                raise ValueError(
+                    'decay="normalized" needs decay_period, the number of updates in the current restart period '
+                    f"(batches per epoch times epochs), more than 0, but got {period}"
+                )
+            group["decay_period"] = period
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_decay": self._decay, "_decay_options": self._decay_options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_decay", "torch")
+        self.__dict__.setdefault("_decay_options", {"lr_reference": None, "decay_period": None})
+
+
+# ---- around any optimizer
 
 Schedule = Callable[..., float]
 
@@ -18,12 +114,13 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 class Decay:
-    """Decays an optimizer's params before each of its updates; made by `decoupled`, ended by `remove()`.
+    """The handle that `decoupled` returns. It decays the params of an optimizer before each update, until `remove()`.
 
-    Args as decoupled's: optimizer, weight_decay, schedule and convention.
+    Args:
+        optimizer, weight_decay, schedule, convention: as decoupled's.
 
     Attributes:
-        weight_decay: a number, or a list of one number per group; may be changed between steps.
+        weight_decay: a number, or a list of one number per group. It may be changed between steps.
         updates: number of calls of the optimizer's step() so far.
     """
 
@@ -45,11 +142,11 @@ class Decay:
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
-        """Ends the decay; the optimizer steps as before."""
+        """Ends the decay. The optimizer itself is unchanged."""
         self._handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of updates and the decays; the schedule is code, and not in it."""
+        """The number of updates and the weight decays. The schedule is a function and not saved."""
         decay = self.weight_decay
         return {"updates": self.updates, "weight_decay": list(decay) if isinstance(decay, list) else decay}
 
@@ -70,8 +167,7 @@ class Decay:
             self._decay(optimizer)
             return None
 
-        # The gradients are those at the params that have not been decayed yet, as in AdamW; LBFGS evaluates several
-        # times in one step.
+        # As in AdamW, gradients are computed before the decay. LBFGS evaluates several times in one step.
         pending = True
 
         def evaluate_then_decay() -> Any:
@@ -96,8 +192,8 @@ class Decay:
                 return
             found_inf = None
 
-        # What the host knows goes into one call per device and dtype (lists of several dtypes leave the fused path);
-        # where it must not wait for the device, the factor is a tensor there, and a call takes one factor.
+        # Factors known to the host: one call per device and dtype, because mixed lists leave the fused path. Otherwise
+        # the factor is a tensor on the device, and a call takes one factor.
         fused: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[float]]] = {}
         for group, coefficient in zip(optimizer.param_groups, coefficients, strict=True):
             params = [param for param in group["params"] if param.grad is not None]
@@ -139,7 +235,7 @@ class Decay:
                 raise ValueError(f"weight_decay must not be negative, but is {decay}")
 
     def _coefficients(self, groups: list[dict[str, Any]]) -> list[float | Tensor]:
-        """What each group's params lose in this step, as a share of themselves; a tensor where lr is one on a GPU."""
+        """The decay of each group in this step, as a share of the params. A tensor if lr is one on a GPU."""
         scale = 1.0
         if self.schedule is not None:
             scale = self.schedule(self.updates) if self._takes_step else self.schedule()
@@ -173,7 +269,7 @@ def _takes_argument(schedule: Schedule) -> bool:
 
 
 def _factor_on(device: torch.device, coefficient: float | Tensor, found_inf: Tensor | None) -> Tensor:
-    """1 - coefficient as a 0-dim float64 tensor on the device; 1 where the step is skipped."""
+    """1 - coefficient as a 0-dim float64 tensor on the device, or 1 if the step is skipped."""
     asynchronous = device.type != "cpu"  # a copy to the host must wait for its data
     if isinstance(coefficient, Tensor):
         lost = coefficient.to(device, torch.float64, non_blocking=asynchronous).reshape(())
@@ -193,38 +289,40 @@ def decoupled(
     *,
     convention: Literal["torch", "plain"] = "torch",
 ) -> Decay:
-    r"""Decoupled weight decay for any torch.optim.Optimizer: before each update, every param that has a gradient is
+    r"""Decoupled weight decay for any torch.optim.Optimizer. Before each update every param with a gradient is
     multiplied by
 
-    .. math:: 1 - lr \cdot \lambda \cdot s(t) \;\; \text{("torch")} \quad 1 - \lambda \cdot s(t) \;\; \text{("plain")}
+    $$ 1 - lr \cdot \lambda \cdot s(t) \;\; \text{("torch")} \quad 1 - \lambda \cdot s(t) \;\; \text{("plain")} $$
 
-    with :math:`\lambda` weight_decay, :math:`s` the schedule (1 without one) and :math:`t` the number of calls of
-    step() so far. "torch" is the convention of torch.optim.AdamW and follows the groups' lr; "plain" is the paper's,
-    where the schedule alone scales the decay. Where lr is 0 neither moves a param. Torch's Adam with this is torch's
-    AdamW, bit for bit (its for-loop form, for bfloat16 and float16). One fused call serves all params of a device and
-    dtype, whatever the number of groups (one per group where lr is a tensor on a GPU or GradScaler's found_inf is
-    there: nothing waits for the device).
+    with $\lambda$ weight_decay, $s$ the schedule (1 without one) and $t$ the number of calls of step() so far. "torch"
+    is the convention of torch.optim.AdamW and follows the groups' lr. "plain" is the paper's: the schedule alone scales
+    the decay. If lr is 0 neither changes a param. torch's Adam with this decay equals torch's AdamW bit for bit; for
+    bfloat16 and float16 its for-loop implementation.
 
-    A step that GradScaler skips does not decay. With a closure, the decay comes after its first evaluation. Infinite
-    params stay infinite, but 0 times infinity, where the whole param decays at once, is NaN. A bfloat16 param keeps
-    its value where it would lose less than half a unit in its last place, as in any optimizer that rounds to nearest.
-    A CUDA graph replays the factors that it was captured with, but for lr tensors. Copies of the optimizer (deepcopy,
-    pickle) do not decay: hooks do not travel.
+    One fused call decays all params of a device and dtype, for any number of groups. If lr is a tensor on a GPU, or
+    GradScaler passes found_inf, there is one call per group. Nothing waits for the device.
+
+    - A step that GradScaler skips does not decay.
+    - With a closure, the decay comes after its first evaluation.
+    - Infinite params stay infinite. 0 times infinity, for a decay of the whole param, is NaN.
+    - A bfloat16 param keeps its value if the decay is less than half a unit in the last place, as in every optimizer
+      that rounds to nearest.
+    - A CUDA graph replays the factors of the capture, except for lr tensors.
+    - Copies of the optimizer (deepcopy, pickle) do not decay, because hooks are not copied.
 
     Args:
-        optimizer: any; all its groups must have weight_decay 0, or none at all.
+        optimizer: any optimizer whose groups have weight_decay 0, or no weight_decay.
         weight_decay: a number, or one number per group; not negative.
-        schedule: function of t, or of nothing, that returns a number.
+        schedule: function of t, or of no argument, that returns a number.
         convention: "torch" or "plain".
 
     Returns:
-        A handle: remove(), state_dict(), load_state_dict(), weight_decay.
+        A handle with remove(), state_dict(), load_state_dict() and weight_decay.
 
     Raises:
-        ValueError: the optimizer decays already, now or (at step(), before anything is changed) by a group that was
-            added later; the numbers do not fit the groups.
+        ValueError: a group has a weight_decay of its own, or the list has another length than there are groups. Groups
+            that are added later are checked in step(), before anything is changed.
 
-    Sources: Loshchilov and Hutter, arXiv:1711.05101; the idea of decay outside the optimizer from fast.ai's
-    use_wd_sched.
+    Sources: Loshchilov and Hutter, arXiv:1711.05101. Decay outside the optimizer is the idea of fast.ai's use_wd_sched.
     """
     return Decay(optimizer, weight_decay, schedule, convention)
