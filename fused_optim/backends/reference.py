@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..engine.backend import Backend, Scaling
+from ..engine.formats import DITHER_PARAM
 from ..engine.layout import GroupHparams, TensorScalars, column
 from ..engine.table import Row, Table
-from .formats import load, load_param, real_view, store, store_param
+from .formats import load, load_param, load_states, real_view, store_param, store_rounded, store_states
 
 SKIP = column(TensorScalars, "skip")
 
@@ -181,9 +182,8 @@ def step_row(table: Table, row: Row, number: int, grad_scale: float, norm: float
     param, grad = load_param(row), load(grad) * h.grad_factor
     if h.l2:
         grad = grad + h.l2 * param
-    update, states = RULES[table.rule.name].update(h, param, grad, [load(state) for state in row.states])
-    for old, new in zip(row.states, states, strict=True):
-        store(old, new)
+    update, states = RULES[table.rule.name].update(h, param, grad, load_states(row))
+    store_states(row, states)
     if table.sums is not None:
         # Norms, because torch's sums depend on the number of threads.
         norms = [param.double().norm(), trusted_update(table, row, h).double().norm()]
@@ -197,7 +197,8 @@ def write(row: Row, h: TensorScalars, param: Tensor) -> None:
     store_param(row, param)
     if row.ema is not None:
         old, new = load(row.ema), load_param(row)
-        store(row.ema, new if h.ema_weight == 1 else old - h.ema_weight * old + h.ema_weight * new)
+        average = new if h.ema_weight == 1 else old - h.ema_weight * old + h.ema_weight * new
+        store_rounded(row, row.ema, average, "ema", DITHER_PARAM)
 
 
 def with_decay(row: Row, h: TensorScalars, update: Tensor) -> Tensor:
@@ -212,7 +213,7 @@ def trusted_update(table: Table, row: Row, h: TensorScalars) -> Tensor:
     """Of the states as they are stored, because a float16 one may have become 0."""
     direction = RULES[table.rule.name].direction
     assert direction is not None
-    return with_decay(row, h, direction(h, [load(state) for state in row.states]))
+    return with_decay(row, h, direction(h, load_states(row)))
 
 
 def trust_ratio(group: GroupHparams, param: float, update: float) -> float:

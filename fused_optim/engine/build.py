@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dtensor import Groups, groups_of, is_sharded
+from .dtensor import Groups, first_element_of, groups_of, is_sharded
 from .ema import WeightAverage
 from .masters import LOW, MasterWeights
 from .scaling import Scaler
+from .state_formats import ANCHOR, CODE_DTYPES, StateDtype, choices_of, convert, exponent_for, takes_codes
 from .states import make_row, make_states, match_layout, match_step
 from .table import HostHparams, Row, Rule, Table
 from .validation import check_grad, check_hyperparameter, check_param
@@ -64,7 +65,7 @@ def build_states(
     groups: ParamGroups,
     state: States,
     counts: Mapping[Tensor, Tensor],
-    state_dtype: torch.dtype | None,
+    state_dtype: StateDtype,
     ema: WeightAverage | None,
     masters: MasterWeights,
 ) -> Built:
@@ -80,11 +81,21 @@ def build_states(
             built.pending.append(param)
             continue
         wanted = rule.states_of(group)
+        choices = choices_of(group.get("state_dtype", state_dtype), rule)
         fresh = match_layout(param, old, wanted)
-        made = make_states(param, fresh, wanted, state_dtype or masters.state_dtype(param))
+        if ANCHOR in old:
+            fresh[ANCHOR] = old[ANCHOR]
+        if fresh:
+            fresh = convert(param, fresh, choices, group.get("betas"))
+        made = make_states(param, fresh, wanted, state_dtypes(param, wanted, choices, masters))
         fresh.update(made)
+        if "exp_avg" in made and choices.get("exp_avg") == "anchored8" and takes_codes(param):
+            fresh[ANCHOR] = exponent_for(*group["betas"])
         step = match_step(param, _count_of(rule, old, counts.get(param), begun=not made))
         row = make_row(param, fresh, wanted, step, index)
+        row.first_element, row.anchor = first_element_of(param), fresh.get(ANCHOR, 0)
+        if group.get("state_dtype", state_dtype) == "compact":
+            row.dithered |= {"states"}
         fresh |= masters.join(row, kept)
         if ema is not None:
             built.averages[param] = ema.join(row, counts.get(param) if made else None)
@@ -92,6 +103,14 @@ def build_states(
         built.steps[param] = step
         built.fresh[param] = {"step": step, **fresh} if rule.counted else fresh
     return built
+
+
+def state_dtypes(
+    param: Tensor, wanted: Sequence[str], choices: Mapping[str, Any], masters: MasterWeights
+) -> dict[str, torch.dtype]:
+    """Of new states that do not have their param's dtype; codes have integers."""
+    own = {name: torch.float32 for name in wanted} if masters.covers(param) else {}
+    return own | {name: CODE_DTYPES.get(choice, choice) for name, choice in choices.items()}
 
 
 def _count_of(rule: Rule, state: dict[str, Any], count: Tensor | None, begun: bool) -> Any:

@@ -102,10 +102,6 @@ class MasterWeights:
         """Forgets all other params."""
         self.seen = {param: self.seen[param] for param in params if param in self.seen}
 
-    def state_dtype(self, param: Tensor) -> torch.dtype | None:
-        """Of new states, where it is not the param's own."""
-        return torch.float32 if self.covers(param) else None
-
     def join(self, row: Row, kept: Mapping[str, Any]) -> dict[str, Tensor]:
         """Gives a row its param's lower half, zeros where `kept`, its state, has none. Returns what the state is to
         hold of it: nothing where the param has no master.

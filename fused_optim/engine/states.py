@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .dtensor import like, local, spread_as
-from .table import DTYPE_CODES, Row, is_dense, real_dtype, same_strides
+from .table import DTYPE_CODES, PACKED_DTYPES, Row, is_dense, real_dtype, same_strides
 from .validation import check_memory
 
 
@@ -26,7 +26,9 @@ def state_dtype_of(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
 
 def allowed_dtype(param: Tensor, dtype: torch.dtype) -> torch.dtype:
     """The dtype a loaded state is kept in: its own, unless the arithmetic of the param is wider or narrower
-    altogether."""
+    altogether. Codes of packed formats are converted later."""
+    if dtype in PACKED_DTYPES:
+        return dtype
     same_width = (real_dtype(param.dtype) == torch.float64) == (real_dtype(dtype) == torch.float64)
     fits = real_dtype(dtype) in DTYPE_CODES and dtype.is_complex == param.dtype.is_complex
     return dtype if same_width and fits else param.dtype
@@ -74,9 +76,10 @@ def match_layout(
 
 
 def make_states(
-    param: Tensor, state: dict[str, Any], wanted: Sequence[str], dtype: torch.dtype | None
+    param: Tensor, state: dict[str, Any], wanted: Sequence[str], dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, Any]:
-    """Those of `wanted` that `state` lacks: zeros, but the maximum of an average starts from the average."""
+    """Those of `wanted` that `state` lacks: zeros, but the maximum of an average starts from the average. dtypes: of
+    those that do not have their param's."""
     made: dict[str, Any] = {}
     for name in wanted:
         if name in state:
@@ -85,7 +88,7 @@ def make_states(
         if average is not None:
             made[name] = like(param, local(average).clone())
         else:
-            zeros = torch.zeros_like(local(param), dtype=state_dtype_of(param, dtype), requires_grad=False)
+            zeros = torch.zeros_like(local(param), dtype=state_dtype_of(param, dtypes.get(name)), requires_grad=False)
             made[name] = like(param, zeros)
     return made
 

@@ -31,6 +31,8 @@ DTYPE_CODES: dict[torch.dtype, Format] = {
     torch.float16: Format.FLOAT16,
     torch.float64: Format.FLOAT64,
 }
+PACKED_DTYPES = {torch.uint16: Format.E8M8, torch.uint8: Format.ANCHORED8}  # of states
+LOW_FORMATS = {torch.int16: Format.SPLIT16, torch.int8: Format.SPLIT8}
 REAL_DTYPES = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 # A group's option, the first column of GroupHparams that it fills, and how many: a tuple fills several.
@@ -97,7 +99,9 @@ class Row:
     """One tensor of a table. `shard` is the param, or of a DTensor what lies here; `target` is what the kernel updates:
     the shard, or a dense copy of one that has holes or is a conjugate view. `ema`: the average of its weights, in all
     rows of an optimizer or in none; older than the table where it has `ema_begun`, else the first update copies the
-    param into it. `low`: the lower halves of its master weights."""
+    param into it. `low`: the lower halves of its master weights. `first_element`: where the shard begins within the
+    whole param. `anchor`: of an exp_avg in anchored8, see engine/formats.py. `dithered`: which bfloat16 tensors of one
+    array, of "param", "states" and "ema", are rounded at thresholds."""
 
     param: Tensor
     shard: Tensor
@@ -110,6 +114,9 @@ class Row:
     ema: Tensor | None = None
     ema_begun: bool = False
     low: Tensor | None = None
+    first_element: int = 0
+    anchor: int = 0
+    dithered: frozenset[str] = frozenset()
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -119,11 +126,12 @@ class Row:
     @property
     def formats(self) -> tuple[int, ...]:
         """Of param, gradient, states, and last of the average where there is one."""
-        dtypes = [self.target.dtype, self.grad_dtype, *(state.dtype for state in self.states)]
-        signature = [format_of(dtype) for dtype in dtypes + ([] if self.ema is None else [self.ema.dtype])]
+        param = format_of(self.target.dtype, "param" in self.dithered)
         if self.low is not None:
-            signature[0] = Format.SPLIT16
-        return tuple(map(int, signature))
+            param = LOW_FORMATS[self.low.dtype]
+        states = [format_of(state.dtype, "states" in self.dithered) for state in self.states]
+        average = [] if self.ema is None else [format_of(self.ema.dtype, "ema" in self.dithered)]
+        return tuple(map(int, (param, format_of(self.grad_dtype), *states, *average)))
 
     @property
     def grad(self) -> Tensor | None:
@@ -152,9 +160,11 @@ def same_strides(a: Tensor, b: Tensor) -> bool:
     return all(x == y or size == 1 for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
-def format_of(dtype: torch.dtype) -> Format:
+def format_of(dtype: torch.dtype, dithered: bool = False) -> Format:
     """The format of a tensor that has one array."""
-    return DTYPE_CODES[real_dtype(dtype)]
+    if dithered and dtype == torch.bfloat16:
+        return Format.BFLOAT16_DITHERED
+    return PACKED_DTYPES.get(dtype) or DTYPE_CODES[real_dtype(dtype)]
 
 
 class HostHparams:
@@ -292,5 +302,7 @@ class Table:
             step=row.step.data_ptr(),
             dtype_signature=packed_signature(signature, row.ema is not None, row.ema_begun),
             ema=0 if row.ema is None else row.ema.data_ptr(),
+            first_element=row.first_element,
+            anchor=row.anchor,
             **{f"state{number}": state.data_ptr() for number, state in enumerate(row.states)},
         )

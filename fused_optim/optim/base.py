@@ -20,12 +20,13 @@ from ..engine.build import build_states, build_tables, members_of, validate
 from ..engine.changes import REBUILD, detect_changes
 from ..engine.checkpoints import arrived, leaving_out, loading, without_update
 from ..engine.dtensor import local
-from ..engine.ema import Decay, WeightAverage, check_dtype, make_average
+from ..engine.ema import Decay, WeightAverage, make_average
 from ..engine.forks import reset_threads_after_fork
 from ..engine.graphs import refuse_capture
 from ..engine.masters import LOW, Kind, MasterWeights, check_kind
 from ..engine.masters import check_param as check_master
 from ..engine.scaling import Scaler
+from ..engine.state_formats import ANCHOR, StateDtype, check_betas, check_state_dtype
 from ..engine.table import Rule
 from ..engine.validation import check_param, may_get_grad
 from ..engine.walk import copy_in, walk
@@ -60,8 +61,11 @@ class FusedOptimizer(Options):
     Args:
         backend: "auto", "triton", "cuda", "cpp" or "reference" (see fused_optim.backends). A named one that cannot run
             the params is an error.
-        state_dtype: dtype of the states of real params narrower than float64, e.g. float32 averages for bfloat16
-            params; None: the param's own, and float32 where it has master weights.
+        state_dtype: how states of real params narrower than float64 are stored: a dtype, e.g. torch.float32 averages
+            for bfloat16 params; "compact": exp_avg in 1 byte, exp_avg_sq and max_exp_avg_sq in 2, and states of
+            optimizers without exp_avg_sq in bfloat16, all with dithered rounding; or a dict from names of states to
+            dtypes, "e8m8" (exp_avg_sq in 2 bytes) or "anchored8" (exp_avg in 1 byte). None: the param's own dtype, and
+            float32 where it has master weights. Groups may have their own.
         master_weights: "exact": bfloat16 params are the upper halves of float32 weights, whose lower halves are in
             state[param]["param_low"] (int16). Steps are those of float32 params, bit for bit; see master_params and
             lower_params. float32 params need none and have none. None: no master weights.
@@ -97,7 +101,7 @@ class FusedOptimizer(Options):
         self,
         *args: Any,
         backend: BackendName = "auto",
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
         master_weights: Kind | None = None,
         max_grad_norm: float | None = None,
         norm_type: float = 2.0,
@@ -109,7 +113,7 @@ class FusedOptimizer(Options):
     ) -> None:
         check_keywords(type(self), kwargs)
         backends.check_name(backend)
-        check_dtype(state_dtype, "state_dtype")
+        check_state_dtype(state_dtype, self.rule)
         check_max_grad_norm(max_grad_norm)
         check_norm_type(norm_type)
         self._backend = backend
@@ -134,6 +138,9 @@ class FusedOptimizer(Options):
             if group.get("differentiable"):
                 raise RuntimeError("`fused` does not support `differentiable`")
             check_max_grad_norm(group.get("max_grad_norm"))
+            state_dtype = group.get("state_dtype", self._state_dtype)
+            check_state_dtype(state_dtype, self.rule)
+            check_betas(state_dtype, self.rule, group.get("betas"))
             for param in group["params"]:
                 if may_get_grad(param):
                     check_param(param)
@@ -281,6 +288,8 @@ class FusedOptimizer(Options):
             fresh = built.fresh[row.param]
             row.state = self.state[row.param] if fresh else self.state.get(row.param, {})
             row.state.update(fresh)
+            if ANCHOR not in fresh:
+                row.state.pop(ANCHOR, None)
         if not rule.counted:
             counted = {**self._steps, **built.steps}
             self._steps = {param: counted[param] for param in params if param in counted}

@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from ..engine.dtensor import local
 from ..engine.ema import Decay, WeightAverage, check_dtype
 from ..engine.masters import Kind, MasterWeights
 from ..engine.scaling import Scaler
+from ..engine.state_formats import StateDtype, check_betas, check_state_dtype
+from ..engine.table import Rule
 from ..engine.validation import may_get_grad
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ class Whole(TypedDict, total=False):
     """Keyword arguments of every class besides its own. FusedOptimizer says what they mean."""
 
     backend: BackendName
-    state_dtype: torch.dtype | None
+    state_dtype: StateDtype
     master_weights: Kind | None
     norm_type: float
     skip_nonfinite: bool
@@ -56,7 +58,7 @@ class Decayed(Common, total=False):
 
 
 # A group cannot have its own.
-OF_THE_WHOLE = (*Whole.__annotations__, "decay")
+OF_THE_WHOLE = (*(key for key in Whole.__annotations__ if key != "state_dtype"), "decay")
 
 
 # ---- checks
@@ -137,7 +139,8 @@ class Options(Optimizer):
     """The options as attributes. What is set is checked at once and holds from the next step on."""
 
     _backend: BackendName
-    _state_dtype: torch.dtype | None
+    rule: ClassVar[Rule]
+    _state_dtype: StateDtype
     _max_grad_norm: float | None
     _scaler: Scaler
     _ema: WeightAverage | None
@@ -161,14 +164,18 @@ class Options(Optimizer):
         self._forget()
 
     @property
-    def state_dtype(self) -> torch.dtype | None:
-        """dtype of the states that are made from now on."""
+    def state_dtype(self) -> StateDtype:
+        """How the states of groups without a state_dtype of their own are stored. Setting it holds for states that are
+        made from now on, and converts those that are in packed formats or shall be."""
         return self._state_dtype
 
     @state_dtype.setter
-    def state_dtype(self, dtype: torch.dtype | None) -> None:
-        check_dtype(dtype, "state_dtype")
-        self._state_dtype = dtype
+    def state_dtype(self, value: StateDtype) -> None:
+        check_state_dtype(value, self.rule)
+        for group in self.param_groups:
+            check_betas(group.get("state_dtype", value), self.rule, group.get("betas"))
+        self._state_dtype = value
+        self._forget()
 
     @property
     def master_weights(self) -> Kind | None:
