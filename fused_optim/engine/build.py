@@ -14,7 +14,7 @@ from .dtensor import Groups, first_element_of, groups_of, is_sharded
 from .ema import WeightAverage
 from .masters import LOW, MasterWeights
 from .scaling import Scaler
-from .state_formats import ANCHOR, CODE_DTYPES, StateDtype, choices_of, convert, exponent_for, takes_codes
+from .state_formats import ANCHOR, CODE_DTYPES, Storage, choices_of, convert, exponent_for, takes_codes
 from .states import make_row, make_states, match_layout, match_step
 from .table import HostHparams, Row, Rule, Table
 from .validation import check_grad, check_hyperparameter, check_param
@@ -65,7 +65,7 @@ def build_states(
     groups: ParamGroups,
     state: States,
     counts: Mapping[Tensor, Tensor],
-    state_dtype: StateDtype,
+    storage: Storage,
     ema: WeightAverage | None,
     masters: MasterWeights,
 ) -> Built:
@@ -81,7 +81,8 @@ def build_states(
             built.pending.append(param)
             continue
         wanted = rule.states_of(group)
-        choices = choices_of(group.get("state_dtype", state_dtype), rule)
+        state_dtype = group.get("state_dtype", storage.state_dtype)
+        choices = choices_of(state_dtype, rule)
         fresh = match_layout(param, old, wanted)
         if ANCHOR in old:
             fresh[ANCHOR] = old[ANCHOR]
@@ -94,8 +95,10 @@ def build_states(
         step = match_step(param, _count_of(rule, old, counts.get(param), begun=not made))
         row = make_row(param, fresh, wanted, step, index)
         row.first_element, row.anchor = first_element_of(param), fresh.get(ANCHOR, 0)
-        if group.get("state_dtype", state_dtype) == "compact":
-            row.dithered |= {"states"}
+        if storage.dithered:
+            row.dithered = frozenset(("param", "states", "ema"))
+        elif state_dtype == "compact":
+            row.dithered = frozenset(("states",))
         fresh |= masters.join(row, kept)
         if ema is not None:
             built.averages[param] = ema.join(row, counts.get(param) if made else None)

@@ -71,6 +71,13 @@ def join(param: Tensor, lower: Tensor) -> Tensor:
     return float_of((bits_of(param) + lower.long() * unit) & WORD)
 
 
+def convert_lower(lower: Tensor, dtype: torch.dtype) -> Tensor:
+    """Lower halves as int16 or int8, rounded to nearest."""
+    if lower.dtype == dtype:
+        return lower
+    return lower.to(dtype) * 256 if dtype == torch.int16 else ((lower.int() + 128) >> 8).clamp(max=127).to(dtype)
+
+
 def lower_quarter(master: Tensor, at: Tensor | int) -> Tensor:
     """int8: of lower halves the upper eight bits, rounded at thresholds."""
     lower = signed(bits_of(master), torch.int16).long()

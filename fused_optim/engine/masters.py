@@ -14,8 +14,9 @@ from .dtensor import is_sharded, like, local
 from .states import match_layout
 from .table import Row
 
-Kind = Literal["exact"]
+Kind = Literal["exact", "24bit"]
 LOW = "param_low"  # key in optimizer.state[param]
+LOW_DTYPES: dict[Kind, torch.dtype] = {"exact": torch.int16, "24bit": torch.int8}
 
 
 def check_kind(kind: Any) -> None:
@@ -107,20 +108,22 @@ class MasterWeights:
         hold of it: nothing where the param has no master.
 
         Raises:
-            RuntimeError: the lower half that is there has another dtype.
+            RuntimeError: the lower half that is there is none.
         """
-        if not self.covers(row.param):
+        if self.kind is None or not self.covers(row.param):
             return {}
-        old = kept.get(LOW)
+        old, dtype = kept.get(LOW), LOW_DTYPES[self.kind]
         if old is None:
-            low = like(row.param, torch.zeros_like(row.shard, dtype=torch.int16, requires_grad=False))
-        elif old.dtype != torch.int16:
+            low = like(row.param, torch.zeros_like(row.shard, dtype=dtype, requires_grad=False))
+        elif old.dtype not in LOW_DTYPES.values():
             raise RuntimeError(
-                f'state "{LOW}" must be torch.int16, but is {old.dtype}; load a checkpoint of this optimizer, without '
-                "a conversion between"
+                f'state "{LOW}" must be torch.int16 or torch.int8, but is {old.dtype}; load a checkpoint of this '
+                "optimizer, without a conversion between"
             )
         else:
-            low = match_layout(row.param, {LOW: old}, [LOW], torch.int16)[LOW]
+            low = match_layout(row.param, {LOW: old}, [LOW], old.dtype)[LOW]
+            if old.dtype != dtype:
+                low = like(row.param, formats.convert_lower(local(low), dtype))
         row.low = local(low)
         return {LOW: low}
 
@@ -133,8 +136,8 @@ class MasterWeights:
         return param.detach().to(wide, copy=True)
 
     @torch.no_grad()
-    def lower(self, params: Sequence[Tensor], state: MutableMapping[Tensor, dict[str, Any]]) -> None:
-        """Turns float32 params into bfloat16 ones in place, and keeps the rest of their bits in `state`.
+    def lower(self, params: Sequence[Tensor], state: MutableMapping[Tensor, dict[str, Any]], kind: Kind) -> None:
+        """Turns float32 params into bfloat16 ones in place, and keeps their lower halves in `state`.
 
         Raises:
             RuntimeError: a float32 param has a gradient, or is a DTensor. Nothing has been changed then.
@@ -154,6 +157,8 @@ class MasterWeights:
         for param in lowered:
             upper, lower = formats.split(param)
             fitting = torch.empty_like(param, dtype=torch.bfloat16, requires_grad=False).copy_(upper)
+            lower = formats.convert_lower(lower, LOW_DTYPES[kind])
             state[param][LOW] = torch.empty_like(fitting, dtype=lower.dtype).copy_(lower)
             param.data = fitting
+        self.kind = kind
         self.remember(lowered)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,13 @@ from .table import PACKED_DTYPES, Rule
 
 Code = Literal["e8m8", "anchored8"]
 StateDtype = torch.dtype | Literal["compact"] | Mapping[str, torch.dtype | Code] | None
+
+class Storage(NamedTuple):
+    """How an optimizer stores what has no master. dithered: the bfloat16 tensors are rounded at thresholds."""
+
+    state_dtype: StateDtype
+    dithered: bool
+
 
 ANCHOR = "anchor"  # key in optimizer.state[param], beside an exp_avg in anchored8
 CODE_DTYPES: dict[Any, torch.dtype] = {"e8m8": torch.uint16, "anchored8": torch.uint8}

@@ -26,18 +26,20 @@ from ..engine.graphs import refuse_capture
 from ..engine.masters import LOW, Kind, MasterWeights, check_kind
 from ..engine.masters import check_param as check_master
 from ..engine.scaling import Scaler
-from ..engine.state_formats import ANCHOR, StateDtype, check_betas, check_state_dtype
+from ..engine.state_formats import ANCHOR, StateDtype, Storage, check_betas, check_state_dtype
 from ..engine.table import Rule
 from ..engine.validation import check_param, may_get_grad
 from ..engine.walk import copy_in, walk
 from .options import (
     BackendName,
     Options,
+    Rounding,
     check_grad_scale,
     check_group,
     check_keywords,
     check_max_grad_norm,
     check_norm_type,
+    check_rounding,
 )
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 KEPT: dict[str, Callable[[], Any]] = {
     "_backend": lambda: "auto",
     "_state_dtype": lambda: None,
+    "_rounding": lambda: "nearest",
     "_max_grad_norm": lambda: None,
     "_scaler": Scaler,
     "_ema": lambda: None,
@@ -68,7 +71,11 @@ class FusedOptimizer(Options):
             float32 where it has master weights. Groups may have their own.
         master_weights: "exact": bfloat16 params are the upper halves of float32 weights, whose lower halves are in
             state[param]["param_low"] (int16). Steps are those of float32 params, bit for bit; see master_params and
-            lower_params. float32 params need none and have none. None: no master weights.
+            lower_params. float32 params need none and have none. "24bit": of the lower half only the upper eight bits
+            (int8), with dithered rounding. None: no master weights.
+        rounding: of 16-bit params without master weights, and of 16-bit states and averages of the weights; "nearest",
+            or "dithered", bfloat16 alone: up or down by a threshold that is a function of the element's index and of
+            the step, so that small updates are not lost. The same bits at every run.
         max_grad_norm: every step multiplies the gradients it sees by min(1, max_grad_norm / (norm + 1e-6)), with the
             norm of all gradients together after unscaling; p.grad itself is left alone. None or 0: off. Groups may
             have their own, and those with None are neither clipped nor part of the norm.
@@ -87,7 +94,7 @@ class FusedOptimizer(Options):
     step on; norm_group and master_weights cannot be set.
 
     Raises:
-        ValueError: state_dtype, master_weights, max_grad_norm, norm_type, ema_decay or ema_dtype is none of these.
+        ValueError: state_dtype, master_weights, rounding, max_grad_norm, norm_type, ema_decay or ema_dtype is none of these.
         TypeError: a keyword argument that the class does not have, or a float16 param with master_weights.
         RuntimeError: the named backend cannot run here, or differentiable=True.
     """
@@ -103,6 +110,7 @@ class FusedOptimizer(Options):
         backend: BackendName = "auto",
         state_dtype: StateDtype = None,
         master_weights: Kind | None = None,
+        rounding: Rounding = "nearest",
         max_grad_norm: float | None = None,
         norm_type: float = 2.0,
         skip_nonfinite: bool = False,
@@ -114,10 +122,12 @@ class FusedOptimizer(Options):
         check_keywords(type(self), kwargs)
         backends.check_name(backend)
         check_state_dtype(state_dtype, self.rule)
+        check_rounding(rounding)
         check_max_grad_norm(max_grad_norm)
         check_norm_type(norm_type)
         self._backend = backend
         self._state_dtype = state_dtype
+        self._rounding = rounding
         self._max_grad_norm = max_grad_norm
         self._scaler = Scaler(norm_type, skip_nonfinite, norm_group)
         self._ema = make_average(ema_decay, ema_dtype)
@@ -275,7 +285,7 @@ class FusedOptimizer(Options):
         self._settle_masters()
         groups, rule, masters = self.param_groups, self.rule, self._masters
         validate(type(self).__name__, rule, groups, self._all_names(), self.state)
-        built = build_states(rule, groups, self.state, self._steps, self._state_dtype, self._ema, masters)
+        built = build_states(rule, groups, self.state, self._steps, self._stored(), self._ema, masters)
         hparams, made = build_tables(rule, built.rows, groups, self._scaler, self._ema)
         tables = [choose(self._backend, table) for table in made]
 
@@ -307,6 +317,9 @@ class FusedOptimizer(Options):
         self._watched_state = None if any(table.is_meta for table in made) else self.state
         self._watched_groups = groups
         self._on_cuda = any(table.device.type == "cuda" for table in made)
+
+    def _stored(self) -> Storage:
+        return Storage(self._state_dtype, self._rounding == "dithered")
 
     def _all_names(self) -> list[str | None]:
         """Of the params; None where they were given without names."""
@@ -340,7 +353,7 @@ class FusedOptimizer(Options):
 
     def lower_params(self, dtype: torch.dtype = torch.bfloat16, *, master_weights: Kind = "exact") -> None:
         """Turns float32 params into bfloat16 ones in place, and keeps every bit: what bfloat16 lacks becomes the lower
-        half of their master weights. States keep their dtype. Params of other dtypes stay as they are.
+        half of their master weights ("24bit" keeps eight bits of it, rounded). States keep their dtype. Params of other dtypes stay as they are.
 
         Raises:
             ValueError: dtype is not torch.bfloat16, or there are no such master weights.
@@ -359,8 +372,7 @@ class FusedOptimizer(Options):
         for param in params:
             check_master(param, master_weights)
         self._settle_masters()
-        self._masters.lower(params, self.state)
-        self._masters.kind = master_weights
+        self._masters.lower(params, self.state, master_weights)
         self._forget()
 
     def _settle_masters(self) -> None:

@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 BackendName = Literal["auto", "triton", "cuda", "cpp", "reference"]
 Convention = Literal["torch", "paper", "normalized"]
+Rounding = Literal["nearest", "dithered"]
 
 
 class Whole(TypedDict, total=False):
@@ -36,6 +37,7 @@ class Whole(TypedDict, total=False):
     backend: BackendName
     state_dtype: StateDtype
     master_weights: Kind | None
+    rounding: Rounding
     norm_type: float
     skip_nonfinite: bool
     norm_group: ProcessGroup | None
@@ -67,6 +69,11 @@ OF_THE_WHOLE = (*(key for key in Whole.__annotations__ if key != "state_dtype"),
 def check_max_grad_norm(bound: Any) -> None:
     if bound is not None and not (isinstance(bound, Real | Tensor) and float(bound) >= 0.0):
         raise ValueError(f"max_grad_norm must be 0 or more, or None for no clipping, but got {bound!r}")
+
+
+def check_rounding(rounding: Any) -> None:
+    if rounding not in get_args(Rounding):
+        raise ValueError(f'rounding must be "nearest" or "dithered", but got {rounding!r}')
 
 
 def check_norm_type(norm_type: Any) -> None:
@@ -145,6 +152,7 @@ class Options(Optimizer):
     _scaler: Scaler
     _ema: WeightAverage | None
     _masters: MasterWeights
+    _rounding: Rounding
 
     def _forget(self) -> None:
         raise NotImplementedError
@@ -182,6 +190,17 @@ class Options(Optimizer):
         """Which master weights bfloat16 params have. It cannot be set; lower_params() turns a float32 model into a
         bfloat16 one with master weights."""
         return self._masters.kind
+
+    @property
+    def rounding(self) -> Rounding:
+        """How bfloat16 params without master weights, states and averages are rounded."""
+        return self._rounding
+
+    @rounding.setter
+    def rounding(self, rounding: Rounding) -> None:
+        check_rounding(rounding)
+        self._rounding = rounding
+        self._forget()
 
     @property
     def max_grad_norm(self) -> float | None:
