@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import formats
 from .dtensor import like, local
-from .table import PACKED_DTYPES, Rule
+from .table import PACKED_DTYPES, HostHparams, Row, Rule
 
 Code = Literal["e8m8", "anchored8"]
 StateDtype = torch.dtype | Literal["compact"] | Mapping[str, torch.dtype | Code] | None
@@ -85,6 +85,32 @@ def exponent_for(beta1: float | Tensor, beta2: float | Tensor) -> int:
             f'got {(float(beta1), float(beta2))}; use state_dtype={{"exp_avg": torch.bfloat16, "exp_avg_sq": "e8m8"}}'
         )
     return exponent
+
+
+class AnchorWatch:
+    """Whether the betas, which may change at every step, still bound every exp_avg in anchored8.
+
+    betas: float64 [groups, 2], as they were last looked at. anchors: float64 [groups], the smallest exponent in the
+        group; inf where there is none.
+    """
+
+    def __init__(self, hparams: HostHparams, rows: Sequence[Row]) -> None:
+        self.beta1, self.beta2 = hparams.column("beta1"), hparams.column("beta2")
+        self.seen = self.beta1.clone(), self.beta2.clone()
+        self.anchors = torch.full_like(self.beta1, torch.inf)
+        for row in rows:
+            if any(state.dtype == CODE_DTYPES["anchored8"] for state in row.states):
+                self.anchors[row.group_index] = min(float(self.anchors[row.group_index]), row.anchor)
+        self.needed = bool(self.anchors.isfinite().any())
+
+    def outgrown(self) -> bool:
+        """Whether a state must be encoded anew, or cannot be."""
+        if not self.needed or (torch.equal(self.beta1, self.seen[0]) and torch.equal(self.beta2, self.seen[1])):
+            return False
+        self.seen = self.beta1.clone(), self.beta2.clone()
+        bound = (1 - self.beta1) / ((1 - self.beta2) * (1 - self.beta1**2 / self.beta2)).sqrt()
+        needed = (2 * bound / 247).log2().ceil().nan_to_num(torch.inf, torch.inf)
+        return bool((needed > self.anchors).any())
 
 
 def takes_codes(param: Tensor) -> bool:

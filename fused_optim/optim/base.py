@@ -17,7 +17,7 @@ from ..backends.device_tables import release
 from ..backends.trial import choose
 from ..engine.backend import Backend, Scaling
 from ..engine.build import build_states, build_tables, members_of, validate
-from ..engine.changes import REBUILD, detect_changes
+from ..engine.changes import RAW_CHANGED, REBUILD, detect_changes
 from ..engine.checkpoints import arrived, leaving_out, loading, without_update
 from ..engine.dtensor import local
 from ..engine.ema import Decay, WeightAverage, make_average
@@ -26,7 +26,7 @@ from ..engine.graphs import refuse_capture
 from ..engine.masters import LOW, Kind, MasterWeights, check_kind
 from ..engine.masters import check_param as check_master
 from ..engine.scaling import Scaler
-from ..engine.state_formats import ANCHOR, StateDtype, Storage, check_betas, check_state_dtype
+from ..engine.state_formats import ANCHOR, AnchorWatch, StateDtype, Storage, check_betas, check_state_dtype
 from ..engine.table import Rule
 from ..engine.validation import check_param, may_get_grad
 from ..engine.walk import copy_in, walk
@@ -227,7 +227,7 @@ class FusedOptimizer(Options):
         """All that comes before the first change of a param or state."""
         watched = self._watched_state is self.state and self._watched_groups is self.param_groups
         changes = self._detector.poll() if watched else REBUILD
-        if changes & REBUILD:
+        if changes & REBUILD or (changes & RAW_CHANGED and self._anchors.outgrown()):
             with torch.device("cpu"):  # of the host's arrays, whatever torch.set_default_device says
                 self._rebuild()
             changes = 0  # new tables go to their device whole, when they are first used
@@ -311,6 +311,7 @@ class FusedOptimizer(Options):
             raise RuntimeError(
                 "params, gradients or states changed while the step was being prepared; was another thread at them?"
             )
+        self._anchors = AnchorWatch(hparams, built.rows)
         self._detector, self._tables, self._looks = detector, tables, self._scaler.looks_at(groups)
         self._guarded = guarded
         # Nothing watches params on meta: with one of them every step looks at all params anew.
