@@ -190,7 +190,7 @@ def convert(
         exponent = exponent_for(*betas)
         if stored["exp_avg"] == "anchored8" and ANCHOR in states:
             exponent = max(exponent, int(states[ANCHOR]))
-    if targets == stored and (not anchored or states.get(ANCHOR) == exponent):
+    if targets == stored and (not anchored or ("exp_avg_sq" in states and states.get(ANCHOR) == exponent)):
         return states
 
     values = {name: decoded(states, name) for name in tensors}
