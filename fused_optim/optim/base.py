@@ -259,7 +259,7 @@ class FusedOptimizer(Options):
         # A CUDA graph goes on reading its tables.
         self._captured: list[Backend] = self.__dict__.get("_captured", [])
         self._captured += [bound for bound in self.__dict__.get("_tables", ()) if bound.captured]
-        if self.__dict__.get("_detector") is not None:
+        if self.__dict__.get("_guarded"):
             self._masters.remember_versions(self._guarded, self._detector.versions())
         self._guarded: list[Tensor] = []  # params with lower halves, in the order in which the detector has them
         self._detector: Any = None
@@ -380,7 +380,7 @@ class FusedOptimizer(Options):
         """Finds the params that others than the last steps have written to."""
         if self._ema is not None and self._ema.lent:
             return
-        if self._detector is not None:
+        if self._guarded:
             self._masters.remember_versions(self._guarded, self._detector.versions())
         self._masters.settle(self.state)
 
