@@ -54,7 +54,7 @@ class Decoupled(FusedOptimizer):
         if decay == "torch" and lr_reference is not None:
             raise ValueError('lr_reference has no meaning with decay="torch"; leave it out, or use decay="paper"')
         if decay != "normalized" and decay_period is not None:
-            raise ValueError('decay_period is for decay="normalized"; leave it out, or use decay="normalized"')
+            raise ValueError('decay_period has a meaning only with decay="normalized"; leave it out, or use that')
         self._decay = decay
         self._decay_options = {"lr_reference": lr_reference, "decay_period": decay_period}
         super().__init__(*args, **kwargs)
