@@ -301,7 +301,8 @@ def test_the_compiled_look_is_the_one_that_is_used() -> None:
     optimizer.step()
     module = modules.poll()
     assert type(optimizer._detector) is (changes.ChangeDetector if isinstance(module, str) else module.ChangeDetector)
-    assert modules.poll_title() in ("compiled, through DLPack", "compiled with torch's headers") or isinstance(module, str)
+    titles = "compiled, through DLPack", "compiled with torch's headers"
+    assert modules.poll_title() in titles or isinstance(module, str)
 
 
 @on_every_look

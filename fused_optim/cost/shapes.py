@@ -99,8 +99,8 @@ def bert(width: int, layers: int) -> Shapes:
 
 
 def llama(width: int, layers: int, keys: int, hidden: int, tied: bool) -> Shapes:
-    """Llama 3 (arXiv:2407.21783) and 3.2. keys: total width of the keys, which is also that of the values. hidden: width
-    of the MLP. tied: the output layer is tied to the embedding."""
+    """Llama 3 (arXiv:2407.21783) and 3.2. keys: total width of the keys, and of the values. hidden: width of the MLP.
+    tied: the output layer is tied to the embedding."""
     shapes: Shapes = {"model.embed_tokens.weight": (128256, width)}
     for layer in range(layers):
         block: Shapes = {

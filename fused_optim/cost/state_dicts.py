@@ -32,7 +32,7 @@ Found = tuple[dict[str, Tensor], list[str]]  # params by name; notes on where th
 def read(paths: Sequence[Path]) -> Found:
     """The params in checkpoint files that together hold one model, such as its shards.
 
-    Of a .safetensors file only the header is read. All other files are read by torch.load(weights_only=True), and mapped
+    Of a .safetensors file only the header is read. All other files are read by torch.load(weights_only=True) and mapped
     into memory if they are zip archives. Tensors that share all their elements count as one param. Tensors that no
     optimizer here can step and the running statistics of batch norms are left out.
 

@@ -117,9 +117,9 @@ TORCH_LAUNCHES = (
 
 
 def torch_lists(optimizer: FusedOptimizer) -> list[list[Row]] | None:
-    """The lists of tensors that torch's fused step passes to its kernel, one list per group and dtype. None if torch has
-    no fused kernel for the step. Of the optimizers here torch has fused kernels for Adam, AdamW and SGD, if params are
-    real and states have their param's dtype."""
+    """The lists of tensors that torch's fused step passes to its kernel: one list per group and dtype. None if torch
+    has no fused kernel for the step. Of the optimizers here torch has fused kernels for Adam, AdamW and SGD, if params
+    are real and states have their param's dtype."""
     fused = any("fused" in inspect.signature(base).parameters for base in _torch_bases(optimizer))
     lists: dict[object, list[Row]] = {}
     for row in rows_of(optimizer):

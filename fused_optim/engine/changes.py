@@ -1,5 +1,5 @@
-"""Change detection: before each step the change detector is polled for what changed since the tables were built. It is
-compiled (csrc/poll) if that module is built and torch is new enough, else written in Python: the same answers, slower."""
+"""Change detection: each step first polls the change detector for what changed since the tables were built. A compiled
+one (csrc/poll) is used if it is built and torch is new enough. The one in Python gives the same answers more slowly."""
 
 from __future__ import annotations
 

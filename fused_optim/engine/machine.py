@@ -36,8 +36,8 @@ def why_no_gpu() -> str | None:
         return None
     if torch.version.cuda is None and torch.version.hip is None:
         return (
-            "this torch is a CPU build, so it cannot use a GPU; on a machine with a GPU, install the build for its CUDA "
-            "or ROCm (https://pytorch.org/get-started/locally)"
+            "this torch is a CPU build, so it cannot use a GPU; on a machine with a GPU, install the build for its "
+            "CUDA or ROCm (https://pytorch.org/get-started/locally)"
         )
     built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     tool, variable = ("nvidia-smi", "CUDA") if torch.version.cuda else ("rocm-smi", "HIP")

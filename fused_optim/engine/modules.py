@@ -5,8 +5,8 @@ _cuda, _cuda_emulated                   the kernels for NVIDIA GPUs, and the sam
 _poll                                   the change detector, which reads tensors through DLPack
 _poll_aten                              the change detector with torch's headers: faster, for one minor version of torch
 
-Except for _poll_aten, no module is linked to torch or compiled with its headers. These modules work with every supported
-torch; _poll needs torch 2.10 or newer.
+Except for _poll_aten, no module is linked to torch or compiled with its headers. So these modules work with every
+supported version of torch; _poll needs 2.10 or newer.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def _why_not_built(name: str) -> str:
 
 
 def _built_for() -> str | None:
-    """The version of torch, "major.minor", whose headers _poll_aten was compiled with. The module reads tensors by their
-    layout in this version, so the version is read from the file before the module is loaded."""
+    """The version of torch, "major.minor", whose headers _poll_aten was compiled with. The module reads tensors by
+    their layout in this version, so the version is read from the file before the module is loaded."""
     spec = importlib.util.find_spec("fused_optim._poll_aten")
     if spec is None or spec.origin is None:
         return None
