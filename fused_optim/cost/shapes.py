@@ -1,6 +1,6 @@
-"""Shapes of the params of well-known models, by name, made from the dimensions of their architectures.
+"""The shapes of the params of well-known models, computed from the dimensions of their architectures.
 
-Names are those of the implementation that people mostly load, order too, so that groups can be told by them.
+Names and order are those of the most common implementation, so that params can be grouped by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def norm(name: str, width: int) -> Shapes:
 
 
 def resnet50() -> Shapes:
-    """He et al., arXiv:1512.03385, in torchvision's form."""
+    """He et al., arXiv:1512.03385, as in torchvision."""
 
     def conv_and_norm(conv: str, bn: str, out: int, into: int, kernel: int) -> Shapes:
         return {f"{conv}.weight": (out, into, kernel, kernel), **norm(bn, out)}
@@ -41,8 +41,8 @@ def resnet50() -> Shapes:
 
 
 def pre_norm_block(at: str, width: int, names: tuple[str, ...]) -> Shapes:
-    """Attention and a four times wider MLP, all with biases: 12 tensors. names: of the norm before attention, its
-    joint projection to queries, keys and values, its output; of the norm before the MLP, its two layers."""
+    """Attention and an MLP that is four times as wide, all with biases: 12 tensors. names: the norm before attention,
+    the joint projection to queries, keys and values, the output projection, the norm before the MLP, its two layers."""
     norm_1, attention, output, norm_2, wide, narrow = (f"{at}.{name}" for name in names)
     return {
         **norm(norm_1, width),
@@ -55,7 +55,8 @@ def pre_norm_block(at: str, width: int, names: tuple[str, ...]) -> Shapes:
 
 
 def gpt2(width: int, layers: int) -> Shapes:
-    """Radford et al., "Language Models are Unsupervised Multitask Learners". The output layer is the embedding."""
+    """Radford et al., "Language Models are Unsupervised Multitask Learners". The output layer is tied to the
+    embedding."""
     names = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
     shapes: Shapes = {"transformer.wte.weight": (50257, width), "transformer.wpe.weight": (1024, width)}
     for layer in range(layers):
@@ -64,7 +65,7 @@ def gpt2(width: int, layers: int) -> Shapes:
 
 
 def vit(width: int, layers: int) -> Shapes:
-    """ViT with patches of 16 in images of 224 pixels, 1,000 classes: Dosovitskiy et al., arXiv:2010.11929."""
+    """ViT with 16 x 16 patches, 224 x 224 images and 1,000 classes: Dosovitskiy et al., arXiv:2010.11929."""
     names = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
     patches = (224 // 16) ** 2
     shapes: Shapes = {
@@ -79,7 +80,7 @@ def vit(width: int, layers: int) -> Shapes:
 
 
 def bert(width: int, layers: int) -> Shapes:
-    """The uncased model with its pooler and without the heads of its pretraining: Devlin et al., arXiv:1810.04805."""
+    """The uncased model with its pooler and without the pretraining heads: Devlin et al., arXiv:1810.04805."""
     shapes: Shapes = {
         "embeddings.word_embeddings.weight": (30522, width),
         "embeddings.position_embeddings.weight": (512, width),
@@ -98,8 +99,8 @@ def bert(width: int, layers: int) -> Shapes:
 
 
 def llama(width: int, layers: int, keys: int, hidden: int, tied: bool) -> Shapes:
-    """Llama 3, arXiv:2407.21783. keys: width of all keys together, and of all values; hidden: of the MLP; tied: the
-    output layer is the embedding."""
+    """Llama 3 (arXiv:2407.21783) and 3.2. keys: total width of the keys, and of the values. hidden: width of the MLP.
+    tied: the output layer is tied to the embedding."""
     shapes: Shapes = {"model.embed_tokens.weight": (128256, width)}
     for layer in range(layers):
         block: Shapes = {
