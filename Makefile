@@ -14,9 +14,6 @@ VENV ?= .venv
 JOBS ?= 2
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -q -n $(JOBS)
-# The tests that go over every backend; the others would only repeat themselves.
-ONCE := cuda_compile triton_compile walkers compile packaging docs readme trainers lightning timm lifetimes machine
-NUMBERS := tests --ignore=tests/ptx $(ONCE:%=--ignore=tests/test_%.py)
 PTX := triton-ptx,cuda-ptx
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 API := fused_optim fused_optim.clip fused_optim.schedules fused_optim.decay fused_optim.groups fused_optim.lr_finder fused_optim.decoupled fused_optim.convert fused_optim.integrations
@@ -28,15 +25,15 @@ demo: $(VENV)/built
 
 test: $(VENV)/built
 	$(PYTEST) tests
-	TRITON_INTERPRET=1 FUSED_OPTIM_TEST_BACKENDS=triton $(PYTEST) $(NUMBERS)
-	FUSED_OPTIM_CUDA_EMULATE=1 FUSED_OPTIM_TEST_BACKENDS=cuda $(PYTEST) $(NUMBERS)
-	FUSED_OPTIM_TEST_BACKENDS=$(PTX) $(PYTEST) $(NUMBERS) -m compiled
+	TRITON_INTERPRET=1 FUSED_OPTIM_TEST_BACKENDS=triton $(PYTEST) tests -m backend
+	FUSED_OPTIM_CUDA_EMULATE=1 FUSED_OPTIM_TEST_BACKENDS=cuda $(PYTEST) tests -m backend
+	FUSED_OPTIM_TEST_BACKENDS=$(PTX) $(PYTEST) tests -m compiled
 	FUSED_OPTIM_ISA=baseline $(PYTEST) tests/test_numbers.py -k cpp
 	$(MAKE) asan
 
 # A part of it is in `test`.
 test-ptx: $(VENV)/built
-	FUSED_OPTIM_TEST_BACKENDS=$(PTX) $(PYTEST) $(NUMBERS) -k "ptx or triton_kernels or triton_sums"
+	FUSED_OPTIM_TEST_BACKENDS=$(PTX) $(PYTEST) tests -m backend
 
 # The modules built with the address sanitizer, under the tests that move memory about.
 asan: $(VENV)/built

@@ -32,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel, make_backend
 from triton.runtime.jit import compute_cache_key, create_function_from_signature
 
+pytestmark = pytest.mark.codegen
 __test__ = os.environ.get("TRITON_INTERPRET") != "1"  # Under the interpreter Triton compiles nothing.
 
 F32, BF16, F16, F64 = range(4)  # dtype codes of the table: param, grad, states
