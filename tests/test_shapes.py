@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from trainers import require
 
-from fused_optim import shapes
-from fused_optim.shapes import MODELS
+from fused_optim.cost import shapes
+from fused_optim.cost.shapes import MODELS
 
 pytestmark = pytest.mark.trainers
 
