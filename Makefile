@@ -1,5 +1,6 @@
 # make demo   everything from nothing: environment, build, and a net trained with FusedAdamW beside torch's AdamW
 # make test   everything from nothing: environment, build, all tests that need no GPU
+# make quick  the tests of every optimizer, errors, checkpoints, clipping, EMA and layouts, in a minute: by markers
 # make test-ptx   the GPU kernels as they are compiled, run without a GPU by an interpreter: all tests that step on them
 # make study  which optimizer trains best: searches, five seeds, tables and plots into bench/results/study/
 # make docs   the documentation site, into site/; a broken link or reference fails it
@@ -17,15 +18,17 @@ PYTEST := $(PY) -m pytest -q -n $(JOBS)
 PTX := triton-ptx,cuda-ptx
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test test-ptx lint bench study docs gpu asan compat clean
+.PHONY: demo test quick test-ptx lint bench study docs gpu asan compat clean
 
 demo: $(VENV)/built
 	$(PY) demo.py
 
+quick: $(VENV)/built
+	$(PYTEST) tests -m "not (slow or distributed or trainers or codegen)"
+
 test: $(VENV)/built
-	$(PYTEST) tests
+	FUSED_OPTIM_CUDA_EMULATE=1 $(PYTEST) tests
 	TRITON_INTERPRET=1 FUSED_OPTIM_TEST_BACKENDS=triton $(PYTEST) tests -m backend
-	FUSED_OPTIM_CUDA_EMULATE=1 FUSED_OPTIM_TEST_BACKENDS=cuda $(PYTEST) tests -m backend
 	FUSED_OPTIM_TEST_BACKENDS=$(PTX) $(PYTEST) tests -m compiled
 	FUSED_OPTIM_ISA=baseline $(PYTEST) tests/test_numbers.py -k cpp
 	$(MAKE) asan

@@ -33,7 +33,7 @@ import fused_optim
 from fused_optim.decay import decoupled
 from fused_optim.schedules import OneCycle
 
-pytestmark = pytest.mark.once  # Dynamo sees nothing of a backend
+pytestmark = [pytest.mark.once, pytest.mark.slow]  # once: Dynamo sees nothing of a backend
 STEPS, WARM = 5, 2
 USABLE = [row for row in targets() if not row.marks]
 ON_GPU = [row for row in USABLE if row.values[0].device == "cuda"]

@@ -24,6 +24,8 @@ from study_optimizers import CONTENDERS, Clock, scheduler_for
 from study_records import Outcome, Records, Run
 from study_statistics import difference, plus_minus, spread
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def same_threads_after() -> Iterator[None]:
