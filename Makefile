@@ -5,6 +5,7 @@
 # make study  which optimizer trains best: searches, five seeds, tables and plots into bench/results/study/
 # make docs   the documentation site, into site/; a broken link or reference fails it
 # make compat TORCH="2.11.0 2.14.1"   the wheel, built with the present torch, tested with these; some 5 GB each
+# make compat-triton TRITON="3.5.1 3.6.0 3.9.0"   the Triton kernels compiled ahead of time by these; some 0.5 GB each
 # make gpu    on a CUDA machine whose python3 has torch: build, tests, sanitizer, benchmarks into bench/results/; in parts
 #             by PARTS="build step" (see bench/gpu.sh)
 SHELL := /bin/bash
@@ -13,12 +14,13 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+TRITON ?= 3.5.1 3.6.0 3.9.0
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -q -n $(JOBS)
 PTX := triton-ptx,cuda-ptx
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test quick test-ptx lint bench study docs gpu asan compat clean
+.PHONY: demo test quick test-ptx lint bench study docs gpu asan compat compat-triton clean
 
 demo: $(VENV)/built
 	$(PY) demo.py
@@ -43,6 +45,9 @@ asan: $(VENV)/built
 
 compat: $(VENV)/built
 	PY=$(abspath $(PY)) JOBS=$(JOBS) bash tests/compat.sh $(TORCH)
+
+compat-triton: $(VENV)/built
+	PY=$(abspath $(PY)) JOBS=$(JOBS) bash tests/triton_versions.sh $(TRITON)
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .
