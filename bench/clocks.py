@@ -157,8 +157,8 @@ def fastest(steps: dict[str, Step], clock: CpuClock, hot: bool, count: int, trie
 
 
 def lanes(workload: Workload, walk: Pass) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """The streams that a walk writes and those that it only reads, as arguments of bandwidth_probe, which requires equal
-    sizes in bytes. So a stream of a wider dtype than the narrowest is cut into several."""
+    """The streams that a walk writes and those that it only reads, as arguments of bandwidth_probe, which requires
+    equal sizes in bytes. So a stream of a wider dtype than the narrowest is cut into several."""
     width = min(workload.streams[name][0].dtype.itemsize for name in walk.read + walk.written)
 
     def cut(name: str) -> list[list[Tensor]]:

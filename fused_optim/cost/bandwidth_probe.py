@@ -1,5 +1,5 @@
-"""The bandwidth probe: the reads and writes of a step without arithmetic. Its time is the least that a step can take, so
-benchmarks and cost estimates compare with it."""
+"""The bandwidth probe: the reads and writes of a step without arithmetic. Its time is the least that a step can take,
+so benchmarks and cost estimates compare with it."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def bandwidth_probe(
             raise ValueError("the streams of a bandwidth probe must hold tensors of the same sizes in bytes")
     if piece < 0 or prefetch < 0 or (threads is not None and threads < 1):
         raise ValueError(
-            "the piece and prefetch of a bandwidth probe must be 0 or more bytes and threads must be 1 or more, but got "
-            f"{piece}, {prefetch} and {threads}"
+            "the piece and prefetch of a bandwidth probe must be 0 or more bytes and threads must be 1 or more, but "
+            f"got {piece}, {prefetch} and {threads}"
         )
     held = written, read
     addresses = [[[tensor.data_ptr() for tensor in stream] for stream in streams] for streams in held]
