@@ -14,7 +14,7 @@ from fused_optim.engine.layout import TensorScalars
 
 # Elsewhere there is nothing that could run a kernel: collect nothing.
 __test__ = RUNS
-pytestmark = pytest.mark.compiled
+pytestmark = [pytest.mark.compiled, pytest.mark.backend]
 
 SIZES = (0, 1, 31, 4095, 4096, 4097, 9000)
 

@@ -10,7 +10,7 @@ from triton_tables import BF16, DEVICE, F16, F32, F64, KINDS, RUNS, Group, Row, 
 
 # Elsewhere there is nothing that could run a kernel: collect nothing.
 __test__ = RUNS
-pytestmark = pytest.mark.compiled
+pytestmark = [pytest.mark.compiled, pytest.mark.backend]
 
 # One norm over the first two groups, which clips only one of them.
 CLIPPED = [Group(max_norm=0.5), Group(max_norm=1e5, clip_eps=0.0), Group()]
@@ -53,7 +53,7 @@ def check_scaled(table: Table) -> None:
     norm = math.sqrt(table.squares.item())
     assert norm == pytest.approx(expected, rel=1e-13)
     for row, (param, grad), around in zip(table.rows, before, outside, strict=True):
-        group = table.groups[row.group_index]
+        group = table.process_groups[row.group_index]
         factor = min(1.0, group.max_norm / (norm + group.clip_eps)) if group.max_norm and row.grad_address else 1.0
         wide = grad if grad.dtype == F64 else grad.float()
         assert torch.equal(row.views[0], param) and torch.equal(row.views[1], (wide * factor).to(grad.dtype))

@@ -1,6 +1,6 @@
 // Formats on the CPU: how each stores a value, and the only loads and stores of values. A new format is a type with
-// `widen` and `narrow`, a line in visit_format, and its bytes in fused_optim/engine/layout.py. Rows whose formats have no
-// loop of their own (update_row in step.cpp) go through Stream::load and Stream::store, which know all formats. Each
+// `widen` and `narrow`, a line in visit_format, and its bytes in fused_optim/engine/layout.py. Rows whose formats have
+// no loop of their own (update_row in step.cpp) go through Stream::load and Stream::store, which know all formats. Each
 // instruction set has its own, in the namespace that FUSED_ISA names.
 #pragma once
 #include "../convert.h"

@@ -1,4 +1,4 @@
-"""Tables as the compiled modules take them: by the addresses of their arrays."""
+"""Passes tables to the compiled modules, as the addresses of their arrays."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def address_of(tensor: Tensor | None) -> int:
 
 
 def arrays_of(module: ModuleType, table: Table, arrays: TableArrays) -> Any:
-    """Whoever keeps this keeps `arrays` alive: it holds addresses."""
+    """The module's Arrays object. It holds addresses only, so the caller must keep `arrays` alive."""
     addresses = list(map(address_of, arrays))
     rows = len(table.rows_list)
     return module.Arrays(addresses, table.chunk_table.numel(), rows, table.elements, table.ema, table.packed)

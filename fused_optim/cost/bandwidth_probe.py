@@ -1,4 +1,5 @@
-"""The bandwidth probe: what the memory allows. Benchmarks and cost estimates compare a step with it."""
+"""The bandwidth probe: the reads and writes of a step without arithmetic. Its time is the least that a step can take,
+so benchmarks and cost estimates compare with it."""
 
 from __future__ import annotations
 
@@ -17,19 +18,20 @@ def bandwidth_probe(
     threads: int | None = None,
     prefetch: int = 0,
 ) -> Callable[[], None]:
-    """A pass with the reads and writes of a step and no arithmetic, in one parallel region.
+    """A function that runs the probe in one parallel region.
 
     Args:
-        written: streams that are read and written, each a list of as many host tensors; 1 to 8.
-        read: those that are only read; 1 to 4.
-        piece: bytes of each stream that a thread takes at a time; 0: each thread has one contiguous share.
-        threads: how many; None: torch's number.
-        prefetch: distance in bytes of the software prefetch; 0 for none.
+        written: 1 to 8 streams that are read and written. A stream is a list of host tensors; all streams have lists
+            of one length.
+        read: 1 to 4 streams that are only read.
+        piece: bytes of each stream that a thread takes at a time. 0: each thread has one contiguous share.
+        threads: number of threads. None: torch's number.
+        prefetch: distance of the software prefetch in bytes. 0: no prefetch.
 
     Raises:
         RuntimeError: the C++ kernel is not built.
-        ValueError: piece, prefetch or threads is too small, there are too many streams, or two tensors at one place in
-            their lists differ in size.
+        ValueError: piece, prefetch or threads is too small, the number of streams is out of range, or tensors at the
+            same position in two streams differ in size.
     """
     module = modules.built(modules.cpu())
     sizes = [tensor.nbytes for tensor in read[0]] if read else []
@@ -38,15 +40,15 @@ def bandwidth_probe(
             raise ValueError("the streams of a bandwidth probe must hold tensors of the same sizes in bytes")
     if piece < 0 or prefetch < 0 or (threads is not None and threads < 1):
         raise ValueError(
-            "a bandwidth probe takes piece and prefetch of 0 or more bytes and 1 thread or more, but got "
-            f"{piece}, {prefetch} and {threads}"
+            "the piece and prefetch of a bandwidth probe must be 0 or more bytes and threads must be 1 or more, but "
+            f"got {piece}, {prefetch} and {threads}"
         )
     held = written, read
     addresses = [[[tensor.data_ptr() for tensor in stream] for stream in streams] for streams in held]
     run = module.BandwidthProbe(*addresses, sizes, piece, prefetch)
 
     def step() -> None:
-        assert held  # the tensors live as long as their addresses are used
+        assert held  # keeps the tensors alive while their addresses are in use
         run(torch.get_num_threads() if threads is None else threads)
 
     return step
