@@ -1,10 +1,10 @@
-"""An exponential moving average of the weights, kept by the step itself: walkers update it where they have just stored
-the param, so that it costs no pass over memory of its own."""
+"""An exponential moving average of the weights. Walkers update it where they have just stored the param, so it costs no
+pass over memory of its own. The averages are states: optimizer.state[param]["ema"]."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -16,10 +16,14 @@ from .backend import Tables
 from .changes import RAW_CHANGED
 from .dtensor import is_same_memory, like, local
 from .scaling import Shared
-from .states import conform, state_dtype_of
+from .states import conform, numbers_of, state_dtype_of
 from .table import EMA_DECAY, Row
 
 Decay = float | Callable[[int], float]
+States = MutableMapping[Tensor, dict[str, Any]]
+
+EMA = "ema"  # key of the average among the states of a param
+STEPS = "ema_steps"  # key in a checkpoint
 
 
 def check_decay(decay: Any) -> float:
@@ -35,12 +39,38 @@ def check_dtype(dtype: Any, option: str = "ema_dtype") -> None:
         raise ValueError(f"{option} must be None, torch.float32, torch.bfloat16 or torch.float16, but got {dtype}")
 
 
-class WeightAverage:
-    """The averages of one optimizer's params.
+class Averages(Mapping[Tensor, Tensor]):
+    """The averages by param, in the order of the param groups: a view on the optimizer's state."""
 
-    current: the decay of the step that is under way. steps: how many were taken. tensors: the averages by param, laid
-    out as its states. unreached: params whose first update may not have come yet, because steps were skipped; it will
-        copy. lent: whether the averages are in the place of the params.
+    def __init__(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
+        self._groups, self._state = groups, state
+
+    def __getitem__(self, param: Tensor) -> Tensor:
+        average = self._state.get(param, {}).get(EMA)
+        if average is None:
+            raise KeyError(param)
+        return average
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (param for group in self._groups for param in group["params"] if EMA in self._state.get(param, ()))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def drop_averages(state: States) -> None:
+    """Takes the averages out of an optimizer's state."""
+    for param, values in list(state.items()):
+        if isinstance(values, dict) and values.pop(EMA, None) is not None and not values:
+            del state[param]
+
+
+class WeightAverage:
+    """How the averages of one optimizer's params move.
+
+    current: the decay of the step that is under way. steps: the number of step() calls. unreached: params whose average
+        was made here and may not have had an update yet, because steps were skipped; the first update copies. lent:
+        whether the params hold their averages.
 
     Raises:
         ValueError: decay is no number from 0 to 1, or dtype none that the averages may have.
@@ -51,7 +81,6 @@ class WeightAverage:
         self.set_decay(decay)
         self.dtype = dtype
         self.steps = 0
-        self.tensors: dict[Tensor, Tensor] = {}
         self.unreached: set[Tensor] = set()
         self.lent = False
 
@@ -95,15 +124,15 @@ class WeightAverage:
         column.fill_(self.current)
         return RAW_CHANGED
 
-    def join(self, row: Row, ended: Tensor | None) -> Tensor:
-        """Gives a row the average of its param, laid out as that is; where there is none yet, a copy. Returns it, and
-        does not keep it yet. ended: the count of the param's updates, where it begins anew."""
-        param, old = row.param, self.tensors.get(row.param)
+    def join(self, row: Row, state: dict[str, Any], ended: Tensor | None) -> Tensor:
+        """Gives a row the average of its param in the param's layout, a copy of the param where `state` has none.
+        Returns it. ended: the count of the param's updates, where counting begins anew."""
+        param, old = row.param, state.get(EMA)
         if ended is not None and float(ended) > 0:
             self.unreached.discard(param)
         row.ema_begun = old is not None and param not in self.unreached
         if old is not None:
-            average = conform(param, {"average": old}, ["average"])["average"]
+            average = conform(param, state, [EMA])[EMA]
         else:
             # In 16 bits an average stands still where decay is near 1.
             dtype = state_dtype_of(param, torch.float32 if self.dtype is None else self.dtype)
@@ -113,23 +142,20 @@ class WeightAverage:
         return average
 
     def keep_only(self, params: Iterable[Tensor]) -> None:
-        """Drops the averages of all other params."""
-        self.tensors = {param: self.tensors[param] for param in params if param in self.tensors}
-        self.unreached &= self.tensors.keys()
+        """Forgets all other params."""
+        self.unreached &= set(params)
 
     @contextmanager
-    def lend(self, params: Sequence[Tensor]) -> Iterator[None]:
-        """Puts the averages in the place of the params, and these back."""
+    def lend(self, averages: Mapping[Tensor, Tensor]) -> Iterator[None]:
+        """Puts the averages in the place of their params, and these back."""
         self.check_home("ema_weights() cannot be called")
         self.lent = True
         lent: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         converted = 0
         try:
-            for param in params:
-                average = self.tensors.get(param)
-                if average is not None:
-                    memory = local(param).detach()  # where the average is put, whatever the param becomes
-                    lent.append((param, memory, average, replace(param, average)))
+            for param, average in averages.items():
+                memory = local(param).detach()  # where the average is put, whatever the param becomes
+                lent.append((param, memory, average, replace(param, average)))
             yield
         finally:
             for param, memory, average, own in lent:
@@ -148,18 +174,39 @@ class WeightAverage:
                     stacklevel=5,  # past two context managers
                 )
 
-    def load(self, params: Sequence[Tensor], names: Sequence[str | None], state: Mapping[str, Any]) -> None:
-        """Takes over what ema_state_dict gave, or AveragedModel's state_dict, or raises ValueError where it is of other
-        params. names: of the params, None where they have none."""
+    def resume(self, saved: Mapping[str, Any], state: States) -> None:
+        """After `state` was loaded from the checkpoint `saved`, whose averages have all had an update. A checkpoint
+        that lacks the number of step() calls (torch.distributed.checkpoint and FSDP1 save states and groups alone)
+        stands for as many as the most updates of a param."""
+        self.unreached = set()
+        loaded = [values for values in state.values() if isinstance(values, dict) and EMA in values]
+        counts = [values["step"] for values in loaded if "step" in values]
+        if STEPS in saved:
+            self.steps = int(saved[STEPS])
+            return
+        self.steps = int(max(numbers_of(counts), default=0.0))
+        if loaded and not counts and callable(self.decay):
+            warnings.warn(
+                f'the checkpoint has averages of the weights, but not their "{STEPS}": ema_decay starts at 0 steps again. '
+                'Save ema_state_dict()["steps"] too. After loading, call '
+                'load_ema_state_dict({**ema_state_dict(), "steps": steps})',
+                stacklevel=3,
+            )
+
+    def load(
+        self, params: Sequence[Tensor], names: Sequence[str | None], state: States, saved: Mapping[str, Any]
+    ) -> None:
+        """Puts into `state` what ema_state_dict gave, or AveragedModel's state_dict, or raises ValueError where it is
+        of other params. names: of the params, None where they have none."""
         self.check_home("load_ema_state_dict() cannot be called")
-        if "n_averaged" in state:
-            state = from_averaged_model(state, names)
-        if not {"steps", "averages"} <= state.keys():
+        if "n_averaged" in saved:
+            saved = from_averaged_model(saved, names)
+        if not {"steps", "averages"} <= saved.keys():
             raise ValueError(
                 "load_ema_state_dict() takes what ema_state_dict() or torch.optim.swa_utils.AveragedModel.state_dict() "
-                f"returned, but got a dict with the keys {list(state)[:5]}"
+                f"returned, but got a dict with the keys {list(saved)[:5]}"
             )
-        for index, average in state["averages"].items():
+        for index, average in saved["averages"].items():
             if index not in range(len(params)):
                 raise ValueError(
                     f"the averages to be loaded have one of param {index}, but the optimizer has {len(params)} params; "
@@ -170,12 +217,15 @@ class WeightAverage:
                     f"the average of param {index} must have its shape, {tuple(params[index].shape)}, but has "
                     f"{tuple(average.shape)}; load it into an optimizer of the same params in the same order"
                 )
-        self.steps = int(state["steps"])
-        self.unreached = set()
-        self.tensors = {
-            params[index]: conform(params[index], {"average": average.detach().clone()}, ["average"])["average"]
-            for index, average in state["averages"].items()
+        averages = {
+            params[index]: conform(params[index], {EMA: average.detach().clone()}, [EMA])
+            for index, average in saved["averages"].items()
         }
+        self.steps = int(saved["steps"])
+        self.unreached = set()
+        drop_averages(state)
+        for param, average in averages.items():
+            state.setdefault(param, {}).update(average)
 
 
 def from_averaged_model(state: Mapping[str, Any], names: Sequence[str | None]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Shared:
         except Exception as error:
             raise pickle.PicklingError(
                 f"this optimizer cannot be pickled, because its {self.name}, {self.value!r}, cannot be ({error}); save "
-                f"state_dict() and ema_state_dict() instead, or use {self.name} that pickle can save"
+                f"state_dict() instead, or use {self.name} that pickle can save"
             ) from error
         return type(self), (self.value, self.name)
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from .. import backends
 from ..engine.dtensor import local
-from ..engine.ema import Decay, WeightAverage, check_dtype
+from ..engine.ema import Decay, WeightAverage, check_dtype, drop_averages
 from ..engine.scaling import Scaler
 from ..engine.validation import may_get_grad
 
@@ -227,6 +227,7 @@ class Options(Optimizer):
             self._ema.check_home("ema_decay cannot be set")
         if decay is None:
             self._ema = None
+            drop_averages(self.state)
         elif self._ema is None:
             self._ema = WeightAverage(decay)
         else:

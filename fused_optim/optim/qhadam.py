@@ -96,7 +96,9 @@ def from_qhoptim(state: dict[str, Any], beta1: float, beta2: float) -> dict[str,
     averages divided by their bias corrections."""
     beta, weight = max((beta1, state["beta1_weight"]), (beta2, state["beta2_weight"]))
     step = steps_of(beta, weight)
+    others = {key: value for key, value in state.items() if key not in ("beta1_weight", "beta2_weight")}
     return {
+        **others,
         "step": torch.tensor(float(step)),
         "exp_avg": state["exp_avg"] * (1.0 - beta1**step),
         "exp_avg_sq": state["exp_avg_sq"] * (1.0 - beta2**step),
