@@ -187,8 +187,8 @@ class WeightAverage:
         self.steps = int(max(numbers_of(counts), default=0.0))
         if loaded and not counts and callable(self.decay):
             warnings.warn(
-                f'the checkpoint has averages of the weights, but not their "{STEPS}": ema_decay starts at 0 steps again. '
-                'Save ema_state_dict()["steps"] too. After loading, call '
+                f'the checkpoint has averages of the weights, but not their "{STEPS}": ema_decay starts at 0 steps '
+                'again. Save ema_state_dict()["steps"] too. After loading, call '
                 'load_ema_state_dict({**ema_state_dict(), "steps": steps})',
                 stacklevel=3,
             )
