@@ -19,6 +19,9 @@ from .options import Common, Decayed
 class FusedQHAdam(FusedOptimizer):
     r"""QHAdam in one pass over memory, with the arguments and group keys of its authors' package qhoptim.
 
+    The defaults of betas and nus are those that the paper recommends. qhoptim's own defaults are betas=(0.9, 0.999) and
+    nus=(1.0, 1.0), which is Adam.
+
     With $\hat m, \hat v$ Adam's averages after bias correction:
 
     $$ p = p - lr \frac{\nu_1 \hat m + (1-\nu_1) g}{\sqrt{\nu_2 \hat v + (1-\nu_2) g^2} + \epsilon} $$
@@ -49,8 +52,8 @@ class FusedQHAdam(FusedOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        nus: tuple[float, float] = (1.0, 1.0),
+        betas: tuple[float, float] = (0.995, 0.999),
+        nus: tuple[float, float] = (0.7, 1.0),
         weight_decay: float = 0.0,
         decouple_weight_decay: bool = False,
         eps: float = 1e-8,
@@ -96,13 +99,13 @@ def from_qhoptim(state: dict[str, Any], beta1: float, beta2: float) -> dict[str,
     averages divided by their bias corrections."""
     beta, weight = max((beta1, state["beta1_weight"]), (beta2, state["beta2_weight"]))
     step = steps_of(beta, weight)
-    others = {key: value for key, value in state.items() if key not in ("beta1_weight", "beta2_weight")}
-    return {
-        **others,
+    converted = {
         "step": torch.tensor(float(step)),
         "exp_avg": state["exp_avg"] * (1.0 - beta1**step),
         "exp_avg_sq": state["exp_avg_sq"] * (1.0 - beta2**step),
     }
+    counted = ("beta1_weight", "beta2_weight")
+    return converted | {key: value for key, value in state.items() if key not in (*converted, *counted)}
 
 
 def steps_of(beta: float, weight: float) -> int:
@@ -127,8 +130,8 @@ class FusedQHAdamW(Decoupled, FusedQHAdam):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        nus: tuple[float, float] = (1.0, 1.0),
+        betas: tuple[float, float] = (0.995, 0.999),
+        nus: tuple[float, float] = (0.7, 1.0),
         weight_decay: float = 0.0,
         eps: float = 1e-8,
         *,
