@@ -14,8 +14,7 @@ import torch
 
 from . import __version__, backends
 from .backends import trial
-from .cost import state_dicts
-from .cost import step_cost as doctor
+from .cost import state_dicts, step_cost
 from .cost.shapes import MODELS
 from .engine import machine, modules
 
@@ -74,7 +73,7 @@ def print_rows(rows: Sequence[Sequence[str]]) -> None:
     print()
 
 
-def print_cost(cost: doctor.Cost) -> None:
+def print_cost(cost: step_cost.Cost) -> None:
     print_rows([[name, f"{getattr(cost, name):,}"] for name in ("tensors", "elements", "groups")])
 
     per_element = 1 / max(cost.elements, 1)
@@ -86,7 +85,7 @@ def print_cost(cost: doctor.Cost) -> None:
     print_rows(rows)
 
     rows = [["launches per step", "ours", "torch fused"]]
-    for kernel in doctor.TORCH_LAUNCHES:
+    for kernel in step_cost.TORCH_LAUNCHES:
         if cost.torch_launches is None:
             torchs = "has none"
         else:
@@ -106,7 +105,7 @@ def print_times(moved: int, gbps: float | None) -> None:
         gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
         for device in [*gpus, torch.device("cpu")]:
             try:
-                speed, how = doctor.bandwidth(device)
+                speed, how = step_cost.bandwidth(device)
                 rows.append([str(device), in_time(moved / speed), f"{speed / 1e9:,.4g}", how])
             except RuntimeError as error:  # torch's, where memory is short
                 rows.append([str(device), "", "", f"not measured: {str(error).partition(chr(10))[0]}"])
@@ -135,13 +134,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="checkpoints of torch.save, or .safetensors files; several are parts of one model",
     )
-    names = ", ".join(doctor.OPTIMIZERS)
-    made.add_argument("--optimizer", choices=doctor.OPTIMIZERS, default="adamw", metavar="NAME", help=names)
+    names = ", ".join(step_cost.OPTIMIZERS)
+    made.add_argument("--optimizer", choices=step_cost.OPTIMIZERS, default="adamw", metavar="NAME", help=names)
     made.add_argument("--dtype", choices=DTYPES, help="of params and gradients; float32, or what the files have")
     made.add_argument("--state-dtype", choices=DTYPES, help="of states; the params' own unless said")
     made.add_argument(
         "--groups",
-        choices=doctor.GROUPS,
+        choices=step_cost.GROUPS,
         default="one",
         help="one; decay: a second one for biases and all params of fewer than two dimensions; each: one per param",
     )
@@ -165,7 +164,7 @@ def class_options(options: argparse.Namespace) -> dict[str, Any]:
     """
     given = {key: getattr(options, key) for key in ("amsgrad", "momentum") if getattr(options, key) is not None}
     for key in given:
-        if options.optimizer not in (takers := doctor.takers(key)):
+        if options.optimizer not in (takers := step_cost.takers(key)):
             raise ValueError(f"--{key} is an option of {', '.join(takers)}, but the optimizer is {options.optimizer}")
     if options.clip is not None:
         given["max_grad_norm"] = 1.0 if options.clip else None
@@ -179,14 +178,14 @@ def class_options(options: argparse.Namespace) -> dict[str, Any]:
 def print_model(options: argparse.Namespace) -> None:
     title, notes = options.model, list[str]()
     if options.model:
-        params = doctor.on_meta(MODELS[options.model](), torch.float32)
+        params = step_cost.on_meta(MODELS[options.model](), torch.float32)
     else:
         title = " ".join(path.name for path in options.state_dict)
         params, notes = state_dicts.read(options.state_dict)
     if options.dtype:
         params = {name: torch.empty_like(param, dtype=DTYPES[options.dtype]) for name, param in params.items()}
-    optimizer = doctor.prepare(params, options.optimizer, options.groups, **class_options(options))
-    cost = doctor.cost_of(optimizer)
+    optimizer = step_cost.prepare(params, options.optimizer, options.groups, **class_options(options))
+    cost = step_cost.cost_of(optimizer)
 
     dtypes = " and ".join(sorted({str(param.dtype).removeprefix("torch.") for param in params.values()}))
     said = {
