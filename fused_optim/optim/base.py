@@ -58,16 +58,17 @@ class FusedOptimizer(Averaged):
         state_dtype: dtype of the states of real params narrower than float64, e.g. float32 averages for bfloat16
             params; None: the param's own.
         max_grad_norm: every step multiplies the gradients it sees by min(1, max_grad_norm / (norm + 1e-6)), with the
-            norm of all gradients together after unscaling; p.grad itself is left alone. None or 0: off. Groups may
-            have their own, and those with None are neither clipped nor part of the norm.
-        norm_type: 2 or inf.
+            norm of all gradients together after unscaling; p.grad itself is left alone. None and 0 switch clipping off;
+            0 does not make the gradients 0, as it does in torch.nn.utils.clip_grad_norm_. Groups may have their own,
+            and those with None or 0 are neither clipped nor part of the norm.
+        norm_type: the norm that max_grad_norm bounds: 2 or math.inf.
         skip_nonfinite: a step that would see NaN or inf in its gradients changes nothing, be they there from the start
             or made by the division by grad_scale.
         norm_group: processes that hold other gradients of the same model in plain tensors (ZeroRedundancyOptimizer,
             FSDP1's flat params): the norm goes over all of them. That of DTensors always goes over all their shards.
         ema_decay: each update of a param also takes a moving average of the weights along, ema_decay * average +
-            (1 - ema_decay) * param, which starts as a copy; see ema_weights. May be a function of the number of
-            step() calls before, asked at each one. None: no averages.
+            (1 - ema_decay) * param, which starts as a copy; see ema_weights. It is the state "ema". May be a function
+            of the number of step() calls before, asked at each one. None: no averages.
         ema_dtype: dtype of the averages of real params narrower than float64; None: float32. In 16 bits an average
             stands still where decay is near 1.
 

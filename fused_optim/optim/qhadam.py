@@ -34,7 +34,8 @@ class FusedQHAdam(FusedOptimizer):
         params, lr, betas, weight_decay, eps, maximize, capturable: as FusedAdam's.
         nus: how much of each average goes into the step, the rest being the gradient itself; any finite numbers.
         decouple_weight_decay: decay past the gradient, $p = (1 - lr \cdot \lambda) p$, in place of L2.
-        ours: backend, state_dtype, max_grad_norm, norm_type, skip_nonfinite, ema_decay, ema_dtype: see FusedOptimizer.
+        ours: options of every class, see FusedOptimizer: backend="auto", state_dtype=None, max_grad_norm=None,
+            norm_type=2.0, skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -120,8 +121,15 @@ def steps_of(beta: float, weight: float) -> int:
 class FusedQHAdamW(Decoupled, FusedQHAdam):
     r"""QHAdam with decay decoupled from the gradient: every step multiplies each param by $1 - lr \cdot \lambda$.
 
-    Args and errors as FusedQHAdam's; decay, lr_reference and decay_period say how the decay is measured (see
-    fused_optim.decay.Decoupled).
+    Args:
+        params, lr, betas, nus, eps, maximize, capturable: as FusedQHAdam's.
+        weight_decay: share of the param that a step takes off, measured as decay says.
+        ours: options of decoupled decay, see fused_optim.decay.Decoupled: decay="torch", lr_reference=None,
+            decay_period=None; and of every class, see FusedOptimizer: backend="auto", state_dtype=None,
+            max_grad_norm=None, norm_type=2.0, skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
 
     Sources: Ma and Yarats, arXiv:1810.06801; Loshchilov and Hutter, arXiv:1711.05101.
     """
