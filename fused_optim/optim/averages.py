@@ -43,7 +43,7 @@ class Averaged(Options):
         Raises:
             RuntimeError: the optimizer keeps no averages, or this is inside of another ema_weights().
         """
-        with self._averages().lend(Averages(self.param_groups, self.state)):
+        with self._averages().swap(Averages(self.param_groups, self.state)):
             yield
 
     def ema_state_dict(self) -> dict[str, Any]:
@@ -58,13 +58,13 @@ class Averaged(Options):
             RuntimeError: the optimizer keeps no averages, or this is inside of ema_weights().
         """
         average = self._averages()
-        average.check_home("ema_state_dict() cannot be called")
-        self._find_unreached()
+        average.check_not_swapped("ema_state_dict() cannot be called")
+        self._find_not_updated()
         numbered = {param: index for index, param in enumerate(self._all_params())}
         averages = Averages(self.param_groups, self.state).items()
         return {
             "steps": average.steps,
-            "averages": {numbered[param]: tensor for param, tensor in averages if param not in average.unreached},
+            "averages": {numbered[param]: tensor for param, tensor in averages if param not in average.not_updated},
         }
 
     def load_ema_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -86,11 +86,11 @@ class Averaged(Options):
                 made = make_states(param, values, self.rule.states_of(group), self._state_dtype)
                 self.state[param] = {"step": torch.zeros(()), **made, **values}
 
-    def _find_unreached(self) -> None:
+    def _find_not_updated(self) -> None:
         """Waits for the devices to learn which averages no update has reached, if it is not known of some."""
-        if self._ema is not None and self._ema.unreached:
-            counts = {p: self.state.get(p, {}).get("step", self._steps.get(p, 0.0)) for p in self._ema.unreached}
-            self._ema.unreached = set(without_update(counts))
+        if self._ema is not None and self._ema.not_updated:
+            counts = {p: self.state.get(p, {}).get("step", self._steps.get(p, 0.0)) for p in self._ema.not_updated}
+            self._ema.not_updated = set(without_update(counts))
 
     def _all_params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]

@@ -149,7 +149,8 @@ class FusedOptimizer(Averaged):
     # ---- step
 
     def step(self, closure: Callable[[], Any] | None = None, grad_scale: float | Tensor | None = None) -> Any:
-        """Updates every param that has a gradient: one launch per device.
+        """Updates every param that has a gradient. On each GPU this takes two launches, prepare and update; clipping
+        adds two, LAMB three.
 
         Args:
             closure: reevaluates the model, with grad enabled, and returns the loss.
@@ -304,7 +305,7 @@ class FusedOptimizer(Averaged):
             RuntimeError: this is inside of ema_weights().
         """
         if self._ema is not None:
-            self._ema.check_home("load_state_dict() cannot be called")
+            self._ema.check_not_swapped("load_state_dict() cannot be called")
         with loading(self):
             super().load_state_dict(state_dict)
         self._steps.clear()
@@ -329,9 +330,9 @@ class FusedOptimizer(Averaged):
         for param in without_update(begun):
             left_out[param] = set(self.rule.states)
         if self._ema is not None:
-            self._ema.check_home("state_dict() cannot be called")
-            self._find_unreached()
-            for param in self._ema.unreached:
+            self._ema.check_not_swapped("state_dict() cannot be called")
+            self._find_not_updated()
+            for param in self._ema.not_updated:
                 left_out.setdefault(param, set()).add(EMA)
         with leaving_out(self, left_out):
             saved = super().state_dict()

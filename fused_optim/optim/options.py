@@ -254,7 +254,7 @@ class Options(Optimizer):
     @ema_decay.setter
     def ema_decay(self, decay: Decay | None) -> None:
         if self._ema is not None:
-            self._ema.check_home("ema_decay cannot be set")
+            self._ema.check_not_swapped("ema_decay cannot be set")
         if decay is None:
             self._ema = None
             drop_averages(self.state)
