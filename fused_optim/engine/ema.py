@@ -180,7 +180,7 @@ class WeightAverage:
                 )
 
     def resume(self, saved: Mapping[str, Any], state: States) -> None:
-        """Continues after `state` was loaded from the checkpoint `saved`. All averages of a checkpoint have had an update.
+        """Continues after `state` was loaded from the checkpoint `saved`. All averages in it have had an update.
 
         torch.distributed.checkpoint, FSDP1 and ZeRO save states and groups only. Then the number of step() calls is the
         largest number of updates of a param.
@@ -203,8 +203,11 @@ class WeightAverage:
     def load(
         self, params: Sequence[Tensor], names: Sequence[str | None], state: States, saved: Mapping[str, Any]
     ) -> None:
-        """Puts averages into `state`. saved: what ema_state_dict() or AveragedModel.state_dict() returned. names: of the
-        params, None for params without a name. Raises ValueError for averages of other params."""
+        """Puts averages into `state`. Raises ValueError for averages of other params.
+
+        names: of the params, None for params without a name. saved: what ema_state_dict() or AveragedModel.state_dict()
+            returned.
+        """
         self.check_not_swapped("load_ema_state_dict() cannot be called")
         if "n_averaged" in saved:
             saved = from_averaged_model(saved, names)
