@@ -87,7 +87,7 @@ def main() -> None:
         "one shared counter": counter,
         "fixed": fixed,
     }
-    print(f"{options.threads} threads, {options.pieces} pieces of {piece / 1000:.1f} µs; time in units of the ideal time")
+    print(f"{options.threads} threads, {options.pieces} pieces of {piece / 1000:.1f} µs; time over the ideal time")
     for state, speeds in states.items():
         ideal = options.pieces / sum(1 / speed for speed in speeds)
         for name, split in splits.items():
