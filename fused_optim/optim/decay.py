@@ -1,5 +1,5 @@
-"""Decoupled weight decay: `Decoupled` is a base class of the optimizers here, `decoupled` decays around the step of any
-other optimizer, in one fused pass."""
+"""Decoupled weight decay: `Decoupled` is a base class of the optimizers here; `decoupled` decays the params of any
+other optimizer before its step."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ CONVENTIONS = "torch", "paper", "normalized"
 
 
 class Decoupled(FusedOptimizer):
-    r"""Base of the optimizers whose decay goes past the gradient: each step takes a share of every param off it.
+    r"""Base of the optimizers with decoupled weight decay. Each step multiplies every param by $1 - d$ before its
+    update. The convention determines $d$. With $\lambda$ the weight_decay:
+
+    - "torch": $d = lr \cdot \lambda$, as in torch.optim.AdamW.
+    - "paper": $d = \eta \lambda$, where $\eta$ is lr / lr_reference. The schedule alone scales the decay, so the best
+      decay does not depend on the base lr. If lr_reference is 0 nothing decays.
+    - "normalized": $d = \eta \lambda / \sqrt{T}$, where $T$ is decay_period. The best decay does not depend on the
+      length of the training either.
 
     Args:
-        decay: what that share is, with $\lambda$ the weight_decay.
-            With "torch" $lr \cdot \lambda$, as in torch.optim.AdamW.
-            With "paper" $\eta \lambda$, where $\eta$ is lr / lr_reference: the schedule alone, so that the
-            best decay does not hang on the base lr; 0 where lr_reference is 0.
-            With "normalized" $\eta \lambda / \sqrt{T}$, where $T$ is decay_period, so that it does not hang
-            on the length of the training either.
+        decay: "torch", "paper" or "normalized".
         lr_reference: the lr at which $\eta$ is 1; None: each group's lr at the start.
-        decay_period: number of updates in the current restart period, batches per epoch times epochs.
+        decay_period: number of updates in the current restart period: batches per epoch times epochs.
 
-    Groups hold "lr_reference" and "decay_period" only where the convention asks for them, and both may be changed
-    between steps.
+    Groups hold "lr_reference" and "decay_period" only if the convention uses them. Both may be changed between steps.
 
     Raises:
         ValueError: decay is none of the three, lr_reference is negative, or decay_period is missing or not positive.
@@ -53,14 +54,14 @@ class Decoupled(FusedOptimizer):
         if decay == "torch" and lr_reference is not None:
             raise ValueError('lr_reference has no meaning with decay="torch"; leave it out, or use decay="paper"')
         if decay != "normalized" and decay_period is not None:
-            raise ValueError('decay_period has a meaning only with decay="normalized"; leave it out, or say so')
+            raise ValueError('decay_period has a meaning only with decay="normalized"; leave it out, or use that')
         self._decay = decay
         self._decay_options = {"lr_reference": lr_reference, "decay_period": decay_period}
         super().__init__(*args, **kwargs)
 
     @property
     def decay(self) -> Convention:
-        """The convention. It cannot be set, because the groups' options were made for it."""
+        """The convention. It cannot be set, because the groups hold options for it."""
         return self._decay
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
