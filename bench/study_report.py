@@ -32,8 +32,8 @@ logits of the plain image{mirror_view} and the image moved by {reach} pixels up,
 decoder are tied. AR is {alpha:g}, TAR is {beta:g}, and the gradient norm is clipped to 0.25. The pointer covers the
 last {window} words. Its sharpness and its share are fitted to the validation text in each run.""",
     "finetune": """\
-The net of the images' task first learns classes 0 to 4 with AdamW for {pretraining} epochs. All optimizers continue
-from the same weights of this training, with a new head and {per class} images of each of the classes 5 to 9. All layers
+The net of the images' task first learns classes 0 to 4 with AdamW for {pretraining} epochs, once for each seed. All
+optimizers continue from these weights, with a new head and {per class} images of each of the classes 5 to 9. All layers
 have one learning rate, or they have layer-wise ones: each stage has that of the stage above it divided by 2.6.""",
     "schedules": """\
 The images' task at several lengths. The lr comes from a search at one length for each schedule. The decay is the start

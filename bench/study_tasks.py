@@ -154,7 +154,7 @@ def train_images(run: Run, place: Place) -> Outcome:
 
 @lru_cache(maxsize=16)
 def pretrained(task: tuple[tuple[str, str | int | float | bool], ...], seed: int, place: Place) -> dict[str, Tensor]:
-    """The weights of a net trained on the old classes. All optimizers start from the same weights."""
+    """The weights of a net trained on the old classes with this seed. All optimizers start from the same weights."""
     settings = dict(task)
     data = on_device(images_of(settings, place), place).only(OLD)
     torch.manual_seed(seed)
