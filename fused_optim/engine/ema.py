@@ -16,8 +16,8 @@ from .backend import Tables
 from .changes import RAW_CHANGED
 from .dtensor import is_same_memory, like, local
 from .scaling import Shared
-from .states import conform, numbers_of, state_dtype_of
-from .table import EMA_DECAY, Row
+from .states import match_layout, numbers_of, state_dtype_of
+from .table import Row
 
 Decay = float | Callable[[int], float]
 States = MutableMapping[Tensor, dict[str, Any]]
@@ -118,7 +118,7 @@ class WeightAverage:
         self.steps += 1
         if not tables or not callable(self.decay):  # a number was written when the tables were built
             return 0
-        column = tables[0].table.scalars.raw[:, EMA_DECAY]  # one for all tables
+        column = tables[0].table.hparams.column("ema_decay")  # one for all tables
         if column[0] == self.current:
             return 0
         column.fill_(self.current)
@@ -137,7 +137,7 @@ class WeightAverage:
             self.not_updated.discard(param)
         row.ema_begun = old is not None and param not in self.not_updated
         if old is not None:
-            average = conform(param, state, [EMA])[EMA]
+            average = match_layout(param, state, [EMA])[EMA]
         else:
             # In 16 bits an average does not move if the decay is near 1: its increments are rounded away.
             dtype = state_dtype_of(param, torch.float32 if self.dtype is None else self.dtype)
@@ -228,7 +228,7 @@ class WeightAverage:
                     f"{tuple(average.shape)}; load it into an optimizer of the same params in the same order"
                 )
         averages = {
-            params[index]: conform(params[index], {EMA: average.detach().clone()}, [EMA])
+            params[index]: match_layout(params[index], {EMA: average.detach().clone()}, [EMA])
             for index, average in saved["averages"].items()
         }
         self.steps = int(saved["steps"])
