@@ -54,9 +54,8 @@ def fill(tensor: Tensor, values: Array) -> None:
 
 def values_of(optimizer: Any, param: Tensor) -> dict[str, Array]:
     """param, states and average of one param as float32."""
-    state, average = optimizer.state[param], (optimizer.ema or {}).get(param)
+    state = optimizer.state[param]
     tensors = {"param": param, **{k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == param.shape}}
-    tensors |= {} if average is None else {"average": average}
     low = tensors.pop("param_low", None)
     tensors.pop("step", None) if param.dim() else None
     values: dict[str, Array] = {}
@@ -79,9 +78,9 @@ def values_of(optimizer: Any, param: Tensor) -> dict[str, Array]:
 def check_codes(optimizer: Any, param: Tensor, name: str, wide: Array, step: int, dithered: bool) -> None:
     """That what is stored of `wide`, float32 values, is what the formats say."""
     state = optimizer.state[param]
-    tensor = {"param": param, "average": (optimizer.ema or {}).get(param)}.get(name, state.get(name))
+    tensor = param if name == "param" else state[name]
     squared = name.endswith("_sq")
-    kind = "param" if name in ("param", "average") else "square" if squared else "average"
+    kind = "param" if name in ("param", "ema") else "square" if squared else "average"
     at = oracle.threshold(kind, range(tensor.numel()), step)
     codes, low = array(tensor), state.get("param_low") if name == "param" else None
     if low is not None:
@@ -112,7 +111,7 @@ def checked_steps(case: Case, target: Target, params: list[nn.Parameter], steps:
         for p, q in zip(params, wide_params, strict=True):
             if step > 1:
                 for name, values in values_of(ours, p).items():
-                    fill({"param": q, "average": (wide.ema or {}).get(q)}.get(name, wide.state[q].get(name)), values)
+                    fill(q if name == "param" else wide.state[q][name], values)
         set_grads(params, grads)
         set_grads(wide_params, grads)
         ours.step()
@@ -121,10 +120,10 @@ def checked_steps(case: Case, target: Target, params: list[nn.Parameter], steps:
             made = values_of(wide, q)
             if case.ours is LAMB.ours:
                 made.pop("param")  # made of the states as they are stored
-                made.pop("average", None)
+                made.pop("ema", None)
             for name, values in made.items():
-                state = name not in ("param", "average")
-                if name == "average":  # follows the param as it is stored
+                state = name not in ("param", "ema")
+                if name == "ema":  # follows the param as it is stored
                     weight = np.float32(1 - options["ema_decay"]) if step > 1 else np.float32(1)
                     if weight != 1 or options.get("master_weights") != "exact":
                         continue

@@ -99,6 +99,14 @@ class MasterWeights:
             )
             self.remember(stale)
 
+    def loaded(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """After lower halves were loaded: each belongs to what its param holds at the next step. Drops those of params
+        that have every bit themselves, or shall have no master."""
+        self.seen.clear()
+        for param, values in state.items():
+            if LOW in values and not self.covers(param):
+                del values[LOW]
+
     def keep_only(self, params: Iterable[Tensor]) -> None:
         """Forgets all other params."""
         self.seen = {param: self.seen[param] for param in params if param in self.seen}
