@@ -22,7 +22,7 @@ import fused_optim
 pytestmark = pytest.mark.slow
 MODULES = [
     "fused_optim",
-    *(f"fused_optim.{name}" for name in ("clip", "schedules", "decay", "groups", "lr_finder", "decoupled", "convert")),
+    *(f"fused_optim.{name}" for name in ("clip", "schedules", "decay", "groups", "lr_finder", "convert")),
     "fused_optim.integrations",
 ]
 REFERENCE = {path.stem: path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md")}

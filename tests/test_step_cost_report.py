@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from fused_optim import __main__ as cli
-from fused_optim.cost import state_dicts
-from fused_optim.cost import step_cost as doctor
+from fused_optim.cost import state_dicts, step_cost
 from fused_optim.cost.shapes import MODELS
 
 # ---- checkpoints
@@ -220,8 +219,8 @@ def test_report_with_every_option(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 
 def test_report_measures_every_device(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = doctor.bandwidth
-    monkeypatch.setattr(doctor, "bandwidth", lambda device: plain(device, seconds=0.0, size=1 << 16))
+    plain = step_cost.bandwidth
+    monkeypatch.setattr(step_cost, "bandwidth", lambda device: plain(device, seconds=0.0, size=1 << 16))
     assert cli.main(["--model", "resnet50", "--optimizer", "lamb", "--no-clip"]) == 0
     found = cells(capsys)
     assert found["moved per step"] == ["1.022 GB", "40"]
@@ -233,7 +232,7 @@ def test_report_where_memory_is_short(capsys: pytest.CaptureFixture[str], monkey
     def fail(device: torch.device) -> None:
         raise torch.OutOfMemoryError("out of memory\nand much more")
 
-    monkeypatch.setattr(doctor, "bandwidth", fail)
+    monkeypatch.setattr(step_cost, "bandwidth", fail)
     assert cli.main(["--model", "resnet50"]) == 0
     assert cells(capsys)["cpu"] == ["not measured: out of memory"]
 
