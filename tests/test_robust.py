@@ -236,8 +236,9 @@ def test_tables_hold_nothing_that_nobody_has_written(target: Target, monkeypatch
     real = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: real(*args, **kwargs).fill_(0.5))
     optimizer.step()
-    ((table, _),) = optimizer._tables
-    assert (table.hyper.count_nonzero(dim=1) <= 1).all()
+    (bound,) = optimizer._tables
+    assert len(bound.table.hyper) == len(params)
+    assert (bound.table.hyper.count_nonzero(dim=1) <= 1).all()
 
 
 @on_every_target
