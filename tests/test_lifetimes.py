@@ -88,6 +88,7 @@ class Pair:
         assert updates(self.optimizer, self.ours) == updates(self.plain, self.theirs)
 
 
+@pytest.mark.slow
 @for_the_family
 def test_steps_are_queued_before_the_first_one_runs(runtime: Runtime, build: Any, options: dict[str, Any]) -> None:
     pair = Pair(build, **options)

@@ -192,6 +192,7 @@ def test_a_dead_optimizer_lets_its_params_go(case: Case, target: Target) -> None
     assert live_tensors() <= before
 
 
+@pytest.mark.slow
 @on_every_target
 @for_every_class
 def test_a_steady_step_allocates_nothing(case: Case, target: Target) -> None:
