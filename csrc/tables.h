@@ -26,7 +26,7 @@ struct Tables {
   int64_t chunks;
   int32_t tensors;
   bool packed;  // a stream of some row has a format of formats.h
-  bool ema;  // every row has an average of its weights; else none has
+  bool ema;     // every row has an average of its weights; else none has
 };
 static_assert(sizeof(Tables) <= 128, "nvcc takes a larger argument apart less well, and all kernels change");
 

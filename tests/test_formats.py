@@ -127,10 +127,8 @@ def codes(tensor: Tensor) -> Array:
 
 
 class Torch(Implementation):
-    SEQUENCES = {"square": formats.DITHER_SQUARE, "average": formats.DITHER_AVERAGE, "param": formats.DITHER_PARAM}
-
     def threshold(self, kind: str, index: Array, step: int) -> Array:
-        return formats.thresholds(self.SEQUENCES[kind], torch.tensor(index), step).numpy()
+        return formats.thresholds(getattr(formats, f"DITHER_{kind.upper()}"), torch.tensor(index), step).numpy()
 
     def bf16(self, x: Array, at: Array) -> Array:
         return codes(formats.encode_bf16(torch.tensor(x), torch.tensor(at)))

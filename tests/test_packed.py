@@ -1,5 +1,5 @@
-"""States, params and averages in packed formats: every stored code is that of the float32 value which the rule has made,
-whatever the backend; and checkpoints lead from each format to each other."""
+"""States, params and averages in packed formats: every stored code is that of the float32 value that the rule has made,
+on every backend. Checkpoints in each format load into each other one."""
 
 from __future__ import annotations
 
@@ -151,7 +151,13 @@ def test_what_is_stored(case: Case, stored: str, target: Target) -> None:
     options = dict(STORED[stored])
     if isinstance(options.get("state_dtype"), dict):
         options["state_dtype"] = {k: v for k, v in options["state_dtype"].items() if k in case.ours.rule.states}
-    case = Case(case.name, case.ours, None, case.rule, {**case.kwargs, **({"betas": (0.9, 0.999)} if "adam" in case.name else {})})
+    case = Case(
+        case.name,
+        case.ours,
+        None,
+        case.rule,
+        {**case.kwargs, **({"betas": (0.9, 0.999)} if "adam" in case.name else {})},
+    )
     checked_steps(case, target, make_params(SHAPES[: quick(target, 6, 4)], BF16), quick(target, 4, 2), **options)
 
 
@@ -181,7 +187,10 @@ def test_params_with_holes(target: Target) -> None:
     buffer = torch.full((300,), 7.0, dtype=BF16)
     param = nn.Parameter(buffer[5:245:2].copy_(torch.linspace(-2.0, 3.0, 120)))
     options = {"master_weights": "exact", "state_dtype": "compact"}
-    ours, dense = build(ADAMW, target, [param], **options), build(ADAMW, target, copies([param.contiguous()]), **options)
+    ours, dense = (
+        build(ADAMW, target, [param], **options),
+        build(ADAMW, target, copies([param.contiguous()]), **options),
+    )
     for step in range(3):
         for optimizer in (ours, dense):
             set_grads(parameters(optimizer), random_grads([param], step, BF16))
@@ -193,7 +202,10 @@ def test_params_with_holes(target: Target) -> None:
 @on_every_target
 @for_every_rule
 def test_training_stays_near_that_in_float32(case: Case, target: Target) -> None:
-    kwargs = {**case.kwargs, **({"betas": (0.9, 0.999)} if "betas" in case.options and case.ours.rule.name != "lion" else {})}
+    kwargs = {
+        **case.kwargs,
+        **({"betas": (0.9, 0.999)} if "betas" in case.options and case.ours.rule.name != "lion" else {}),
+    }
     params = make_params(((200,), (20, 7)))
     ours = build(Case(case.name, case.ours, None, case.rule, kwargs), target, copies(params), state_dtype="compact")
     wide = build(Case(case.name, case.ours, None, case.rule, kwargs), target, copies(params))
@@ -389,7 +401,9 @@ def test_each_format_loads_into_each(start: str, to: str) -> None:
             was, now = ours.state[p][name].dtype, other.state[q][name].dtype
             wanted = dtypes(trained(state_dtype=FORMATS[to]))[name]
             assert now == (wanted if coded & {was, wanted} else was)
-            bound = {torch.float32: 0, BF16: 2.0**-8, torch.uint16: 2.0**-8, torch.uint8: 0.04}[now] if now != was else 0
+            bound = (
+                {torch.float32: 0, BF16: 2.0**-8, torch.uint16: 2.0**-8, torch.uint8: 0.04}[now] if now != was else 0
+            )
             scale = np.abs(before[name]) + (np.sqrt(before["exp_avg_sq"]) if now == torch.uint8 else 0)
             assert (np.abs(after[name] - before[name]) <= bound * scale + 1e-37).all(), name
 

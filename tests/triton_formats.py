@@ -11,7 +11,13 @@ BLOCK = 16384
 
 @triton.jit
 def format_kernel(
-    out: tl.tensor, x: tl.tensor, a: tl.tensor, b: tl.tensor, exponent: tl.tensor, NAME: tl.constexpr, BLOCK: tl.constexpr
+    out: tl.tensor,
+    x: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    exponent: tl.tensor,
+    NAME: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
     """x, a, b: int32; bits of floats, or integers. Writes int32 likewise."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -21,7 +27,9 @@ def format_kernel(
     if NAME == "threshold_square":
         made = formats.threshold(formats.SQUARE, word.to(tl.uint32, bitcast=True), threshold).to(tl.int32, bitcast=True)
     elif NAME == "threshold_average":
-        made = formats.threshold(formats.AVERAGE, word.to(tl.uint32, bitcast=True), threshold).to(tl.int32, bitcast=True)
+        made = formats.threshold(formats.AVERAGE, word.to(tl.uint32, bitcast=True), threshold).to(
+            tl.int32, bitcast=True
+        )
     elif NAME == "threshold_param":
         made = formats.threshold(formats.PARAM, word.to(tl.uint32, bitcast=True), threshold).to(tl.int32, bitcast=True)
     elif NAME == "bf16":

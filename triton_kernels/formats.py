@@ -95,7 +95,7 @@ def stream_dtype(signature: int, stream: int) -> tl.dtype:
 @triton.constexpr_function
 def fill_of(signature: int, stream: int) -> float:
     code = format_of(signature, stream)
-    return FILL[code] if code in FILL else 1
+    return FILL[code] if code in FILL else 1  # noqa: SIM401 (Triton knows no dict.get)
 
 
 @triton.constexpr_function
@@ -107,7 +107,7 @@ def is_packed(signature: int) -> bool:
 def low_dtype(signature: int) -> tl.dtype | None:
     """Of the second array of the param, which is the first stream."""
     code = format_of(signature, 0)
-    return LOW_DTYPES[code] if code in LOW_DTYPES else None
+    return LOW_DTYPES[code] if code in LOW_DTYPES else None  # noqa: SIM401
 
 
 @triton.constexpr_function
@@ -160,9 +160,9 @@ def load_codes(pointer: tl.tensor, mask: tl.tensor | None, FILL: tl.constexpr) -
 
 @triton.jit
 def decode(
-    code: tl.tensor, packing: Packing | None, mask: tl.tensor | None, FORMAT: tl.constexpr, COMPUTE: tl.constexpr
+    code: tl.tensor, packing: Packing, mask: tl.tensor | None, FORMAT: tl.constexpr, COMPUTE: tl.constexpr
 ) -> tl.tensor:
-    """The values of one stream; of ANCHORED8 still the codes."""
+    """The values of one stream; of ANCHORED8 still the codes. Plain formats do not look at `packing`."""
     if FORMAT == DITHERED:
         return decode_bf16(code)
     elif FORMAT == SPLIT16:
@@ -178,9 +178,7 @@ def decode(
 
 
 @triton.jit
-def load(
-    pointers: tl.tuple, packing: Packing | None, mask: tl.tensor | None, SIGNATURE: tl.constexpr
-) -> tl.tuple:
+def load(pointers: tl.tuple, packing: Packing, mask: tl.tensor | None, SIGNATURE: tl.constexpr) -> tl.tuple:
     """The values of one block of elements, a stream each."""
     COMPUTE: tl.constexpr = compute_dtype(SIGNATURE)
     values: tl.tuple = ()
@@ -190,7 +188,7 @@ def load(
     ANCHORED: tl.constexpr = anchored_stream(SIGNATURE)
     if ANCHORED >= 0:
         value = decode_anchored8(values[ANCHORED], values[ANCHORED + 1], packing.exponent)
-        values = values[:ANCHORED] + (value,) + values[ANCHORED + 1 :]
+        values = values[:ANCHORED] + (value,) + values[ANCHORED + 1 :]  # noqa: RUF005
     return values
 
 
@@ -210,7 +208,7 @@ def store_one(
     stream: tl.constexpr,
     value: tl.tensor,
     square: tl.tensor | None,
-    packing: Packing | None,
+    packing: Packing,
     mask: tl.tensor | None,
     SIGNATURE: tl.constexpr,
     WHICH: tl.constexpr,
@@ -247,7 +245,7 @@ def store(
     pointers: tl.tuple,
     stream: tl.constexpr,
     value: tl.tensor,
-    packing: Packing | None,
+    packing: Packing,
     mask: tl.tensor | None,
     SIGNATURE: tl.constexpr,
 ) -> tl.tensor:
@@ -266,7 +264,7 @@ def store_states(
     pointers: tl.tuple,
     first: tl.constexpr,
     values: tl.tuple,
-    packing: Packing | None,
+    packing: Packing,
     mask: tl.tensor | None,
     SIGNATURE: tl.constexpr,
 ) -> tl.tuple:
@@ -276,7 +274,7 @@ def store_states(
         for i in tl.static_range(1, len(values)):
             stored += (store_one(pointers, first + i, values[i], None, packing, mask, SIGNATURE, SQUARE),)
         exp_avg = store_one(pointers, first, values[0], stored[0], packing, mask, SIGNATURE, AVERAGE)
-        return (exp_avg,) + stored  # noqa: RUF005: Triton compiles no *stored
+        return (exp_avg,) + stored  # noqa: RUF005 (Triton compiles no *stored)
     else:
         for i in tl.static_range(len(values)):
             stored += (store_one(pointers, first + i, values[i], None, packing, mask, SIGNATURE, sequence_of(i)),)

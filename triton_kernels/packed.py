@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-# Which sequence of thresholds a stream is rounded at: exp_avg_sq and max_exp_avg_sq, exp_avg and momentum_buffer, params
-# and averages of the weights. Each has what an element and what a step adds.
+# Which sequence of thresholds a stream is rounded at: that of exp_avg_sq and max_exp_avg_sq; of exp_avg and
+# momentum_buffer; of params and averages of the weights. Each has what an element and what a step adds.
 SQUARE, AVERAGE, PARAM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 DITHER_ELEMENT = tl.constexpr((0x6A09E667, 0xBB67AE85, 0x3C6EF372))
 DITHER_STEP = tl.constexpr((0x9E3779B9, 0x32370B91, 0xA54FF53B))

@@ -71,7 +71,8 @@ void update_block(const TensorScalars<T>& scalars, P* param, const G* grad, A* c
 // Of states as they are stored: `apply_update` will make its updates of these, and a float16 state may have become 0.
 // Not inlined: float32 params and masters must be summed by the same instructions, in the same order.
 template <class Rule, class T, int S, class P, class A>
-__attribute__((noinline)) void measure_block(const TensorScalars<T>& scalars, const P* param, A* const* states, int count, double* sums) {
+__attribute__((noinline)) void measure_block(const TensorScalars<T>& scalars, const P* param, A* const* states,
+                                             int count, double* sums) {
   const TensorScalars<T> h = scalars;
   const A* state[S];
   for (int s = 0; s < S; ++s) state[s] = states[s];

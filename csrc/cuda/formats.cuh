@@ -5,8 +5,8 @@
 #include <cassert>
 
 #include "../convert.h"
-#include "../formats.h"
 #include "../dispatch.h"
+#include "../formats.h"
 
 namespace fused_optim {
 

@@ -89,8 +89,8 @@ class ChangeDetector {
   std::vector<py::object> pending_;
   std::vector<py::object> guarded_;
   std::vector<int64_t> versions_;  // of those
-  std::vector<py::object> held_;  // gradients in use, so that nobody frees them while the GIL is released
-  py::object stepped_;            // a list of the params that have gradients; None where it must be made anew
+  std::vector<py::object> held_;   // gradients in use, so that nobody frees them while the GIL is released
+  py::object stepped_;             // a list of the params that have gradients; None where it must be made anew
   Getter grad_{"grad"}, version_{"_version"};
   Question is_conj_{"is_conj"}, is_neg_{"is_neg"};
   py::object tensor_class_, parameter_class_, increment_version_;

@@ -35,7 +35,9 @@ def store_param(row: Row, values: Tensor) -> None:
         return
     upper, lower = formats.split(values)
     row.target.copy_(upper)
-    row.low.copy_(lower if row.low.dtype == torch.int16 else formats.lower_quarter(values, at(row, formats.DITHER_PARAM)))
+    row.low.copy_(
+        lower if row.low.dtype == torch.int16 else formats.lower_quarter(values, at(row, formats.DITHER_PARAM))
+    )
 
 
 def load_states(row: Row) -> list[Tensor]:

@@ -101,9 +101,9 @@ def adamw_table(device: torch.device) -> Table:
 def _table_of(
     rule: Rule, device: torch.device, signatures: tuple[tuple[int, ...], ...], clips: bool, ema: bool
 ) -> Table:
-    dtypes = {code: dtype for dtype, code in (DTYPE_CODES | PACKED_DTYPES).items()}
-    dtypes |= dict.fromkeys((Format.BFLOAT16_DITHERED, *LOW_FORMATS.values()), torch.bfloat16)
-    low_dtypes = {code: dtype for dtype, code in LOW_FORMATS.items()}
+    dtypes = {int(code): dtype for dtype, code in (DTYPE_CODES | PACKED_DTYPES).items()}
+    dtypes |= dict.fromkeys((int(Format.BFLOAT16_DITHERED), *map(int, LOW_FORMATS.values())), torch.bfloat16)
+    low_dtypes = {int(code): dtype for dtype, code in LOW_FORMATS.items()}
     dithered = int(Format.BFLOAT16_DITHERED)
     rows = []
     for param_code, grad_code, *codes in signatures:

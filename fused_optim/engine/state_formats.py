@@ -15,6 +15,7 @@ from .table import PACKED_DTYPES, HostHparams, Row, Rule
 Code = Literal["e8m8", "anchored8"]
 StateDtype = torch.dtype | Literal["compact"] | Mapping[str, torch.dtype | Code] | None
 
+
 class Storage(NamedTuple):
     """How an optimizer stores what has no master. dithered: the bfloat16 tensors are rounded at thresholds."""
 

@@ -31,11 +31,11 @@ from ..engine.walk import copy_in, walk
 from .masters import Mastered
 from .options import (
     BackendName,
+    Rounding,
     check_grad_scale,
     check_group,
     check_keywords,
     check_max_grad_norm,
-    Rounding,
     check_norm_type,
     check_rounding,
 )
@@ -90,11 +90,11 @@ class FusedOptimizer(Mastered):
             stands still where decay is near 1.
 
     All other arguments go to the torch.optim class. These options are attributes, too. A new value holds from the next
-    step on; norm_group and
-    master_weights cannot be set.
+    step on; norm_group and master_weights cannot be set.
 
     Raises:
-        ValueError: state_dtype, master_weights, rounding, max_grad_norm, norm_type, ema_decay or ema_dtype is none of these.
+        ValueError: state_dtype, master_weights, rounding, max_grad_norm, norm_type, ema_decay or ema_dtype is none of
+            these.
         TypeError: a keyword argument that the class does not have, or a float16 param with master_weights.
         RuntimeError: the named backend cannot run here, or differentiable=True.
     """

@@ -10,8 +10,8 @@ from .averages import Averaged
 
 
 class Mastered(Averaged):
-    """Master weights of bfloat16 params, whose lower halves are in optimizer.state[param]["param_low"]. FusedOptimizer's
-    master_weights says what they are.
+    """Master weights of bfloat16 params. Their lower halves are in optimizer.state[param]["param_low"].
+
 
     _guarded: params with lower halves, in the order in which the detector has them.
     """

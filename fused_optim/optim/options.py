@@ -37,8 +37,8 @@ class Whole(TypedDict, total=False):
     backend: BackendName
     """Default "auto": the first backend that works on the params. A backend that is named must work."""
     state_dtype: StateDtype
-    """Default None: states have their param's dtype. A dtype, "compact", or a dict from names of states to dtypes, "e8m8"
-    or "anchored8"."""
+    """Default None: states have their param's dtype. A dtype, "compact", or a dict from states to dtypes, "e8m8" or
+    "anchored8"."""
     master_weights: Kind | None
     """Default None. "exact" or "24bit": bfloat16 params have master weights."""
     rounding: Rounding

@@ -88,7 +88,7 @@ class ChangeDetector {
   std::vector<py::object> pending_;
   std::vector<py::object> guarded_;
   std::vector<int64_t> versions_;  // of those
-  std::vector<at::Tensor> held_;  // gradients in use, so that nobody frees them while the GIL is released
+  std::vector<at::Tensor> held_;   // gradients in use, so that nobody frees them while the GIL is released
 };
 
 }  // namespace fused_optim
