@@ -4,8 +4,8 @@
 // instruction set has its own, in the namespace that FUSED_ISA names.
 #pragma once
 #include "../convert.h"
-#include "../formats.h"
 #include "../tables.h"
+#include "packed.h"
 
 #ifdef __F16C__
 #include <immintrin.h>
@@ -90,19 +90,6 @@ inline void narrow_block(const float* in, int count, Float16* out) {
 }
 #endif
 
-// One loop each for packed formats, which the compiler vectorises.
-template <class F>
-FUSED_HD void decode_block(int count, float* out, F&& value) {
-#pragma omp simd
-  for (int i = 0; i < count; ++i) out[i] = value(i);
-}
-
-template <class Code, class F>
-FUSED_HD void encode_block(int count, Code* out, F&& code) {
-#pragma omp simd
-  for (int i = 0; i < count; ++i) out[i] = code(i);
-}
-
 // One stream of a row: where it lies and how it stores its values. A format with a second array finds its address in
 // the row, too (kRowParamLow).
 struct Stream {
@@ -120,18 +107,25 @@ struct Stream {
     const int size = count * bytes;
 #pragma GCC unroll 8
     for (int byte = 0; byte < size; byte += 64) __builtin_prefetch(ahead + byte);
+    if (format == kSplit16 || format == kSplit8) prefetch_low(element, count);
   }
 
   // `count` elements as float32, in `scratch`; and back again. square: exp_avg_sq as it is stored, for anchored8.
   void load(int64_t element, int count, float* scratch, const float* square = nullptr) const {
-    if (is_packed(format)) return load_packed(element, count, scratch, square);
+    if (is_packed(format)) return visit_packed(element, [&](auto x) { decode_block(x, count, square, scratch); });
     visit_format(format,
                  [&](auto type) { widen_block(reinterpret_cast<const decltype(type)*>(at(element)), count, scratch); });
   }
   void store(int64_t element, int count, const float* scratch, const float* square = nullptr) const {
-    if (is_packed(format)) return store_packed(element, count, scratch, square);
+    if (is_packed(format)) return visit_packed(element, [&](auto x) { encode_block(scratch, count, square, x); });
     visit_format(format,
                  [&](auto type) { narrow_block(scratch, count, reinterpret_cast<decltype(type)*>(at(element))); });
+  }
+
+  // Calls f with the codes of a packed format, from an element on.
+  template <class F>
+  void visit_packed(int64_t element, F&& f) const {
+    visit_codes(row_, stream_, element, at(element), f);
   }
 
  private:
@@ -142,53 +136,10 @@ struct Stream {
         row_(row),
         stream_(stream) {}
 
-  template <class Code>
-  Code* codes(int64_t element) const {
-    return reinterpret_cast<Code*>(at(element));
-  }
-  template <class Code>
-  Code* low_codes(int64_t element) const {
-    return reinterpret_cast<Code*>(row_[kRowParamLow]) + element;
-  }
-
-  void load_packed(int64_t element, int count, float* out, const float* square) const {
-    const int exponent = static_cast<int>(row_[kRowAnchor]);
-    if (format == kBfloat16Dithered) {
-      widen_block(codes<BFloat16>(element), count, out);
-    } else if (format == kSplit16) {
-      decode_block(count, out, [upper = codes<uint16_t>(element), lower = low_codes<int16_t>(element)](int i) {
-        return join_halves(upper[i], lower[i]);
-      });
-    } else if (format == kSplit8) {
-      decode_block(count, out, [upper = codes<uint16_t>(element), lower = low_codes<int8_t>(element)](int i) {
-        return join_quarter(upper[i], lower[i]);
-      });
-    } else if (format == kE8m8) {
-      decode_block(count, out, [code = codes<uint16_t>(element)](int i) { return decode_e8m8(code[i]); });
-    } else {
-      decode_block(count, out, [code = codes<uint8_t>(element), square, exponent](int i) {
-        return decode_anchored8(code[i], square[i], exponent);
-      });
-    }
-  }
-
-  void store_packed(int64_t element, int count, const float* in, const float* square) const {
-    const int exponent = static_cast<int>(row_[kRowAnchor]);
-    const Thresholds at = thresholds_of(row_, stream_, element);
-    if (format == kBfloat16Dithered) {
-      encode_block(count, codes<uint16_t>(element), [=](int i) { return encode_bf16(in[i], at[i]); });
-    } else if (format == kSplit16) {
-      encode_block(count, codes<uint16_t>(element), [=](int i) { return upper_half(in[i]); });
-      encode_block(count, low_codes<int16_t>(element), [=](int i) { return lower_half(in[i]); });
-    } else if (format == kSplit8) {
-      encode_block(count, codes<uint16_t>(element), [=](int i) { return upper_half(in[i]); });
-      encode_block(count, low_codes<int8_t>(element), [=](int i) { return lower_quarter(in[i], at[i]); });
-    } else if (format == kE8m8) {
-      encode_block(count, codes<uint16_t>(element), [=](int i) { return encode_e8m8(in[i], at[i]); });
-    } else {
-      encode_block(count, codes<uint8_t>(element),
-                   [=](int i) { return encode_anchored8(in[i], square[i], exponent, at[i]); });
-    }
+  void prefetch_low(int64_t element, int count) const {
+    const int width = format == kSplit16 ? 2 : 1;
+    const char* ahead = reinterpret_cast<const char*>(row_[kRowParamLow]) + element * width + kPrefetchBytes;
+    for (int byte = 0; byte < count * width; byte += 64) __builtin_prefetch(ahead + byte);
   }
 
   const int64_t* row_;

@@ -162,6 +162,63 @@ void update_direct(const TensorScalars<T>& h, const Row<S>& row, int64_t begin, 
   }
 }
 
+// A bfloat16 param in a packed format, with its gradient and all its states at once.
+template <class Rule, int S, class P, class States>
+void update_codes(const TensorScalars<float>& scalars, const P& param_codes, const BFloat16* grad,
+                  const States& state_codes, int count) {
+  const TensorScalars<float> h = scalars;
+  const P param = param_codes;
+  const States states = state_codes;
+#pragma omp simd
+  for (int i = 0; i < count; ++i) {
+    float value[S > 0 ? S : 1];
+    states.load(i, value);
+    param.store(i, apply<Rule, float, S>(h, param.load(i), widen(grad[i]), value));
+    states.store(i, value);
+  }
+}
+
+// The packed formats that models are trained in, straight from memory to memory: master weights with float32 or compact
+// states, and compact states alone. False where it is another one.
+template <class Rule, int S>
+bool update_packed(const TensorScalars<float>& h, const Row<S>& row, int64_t begin, int64_t end) {
+  const Format param = row.param.format;
+  if (!is_packed(param) || row.grad.format != kBfloat16) return false;
+  bool floats = param == kSplit16, compact = S == 2;
+  for (int s = 0; s < S; ++s) {
+    floats &= row.state(s).format == kFloat32;
+    compact &= row.state(s).format == (s == 0 ? kAnchored8 : kE8m8);
+  }
+  if (!floats && !compact) return false;
+
+  constexpr int kBlock = kBlockBytes / sizeof(BFloat16);
+  for (int64_t element = begin; element < end; element += kBlock) {
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, end - element));
+    row.prefetch(element, count);
+    const auto* grad = reinterpret_cast<const BFloat16*>(row.grad.at(element));
+    row.param.visit_packed(element, [&](auto codes) {
+      using P = decltype(codes);
+      if constexpr (std::is_same_v<P, Split16Codes>) {
+        if (floats) {
+          FloatStates<S> states;
+          for (int s = 0; s < S; ++s) states.state[s] = reinterpret_cast<float*>(row.state(s).at(element));
+          return update_codes<Rule, S>(h, codes, grad, states, count);
+        }
+      }
+      if constexpr (S == 2 && !std::is_same_v<P, E8m8Codes> && !P::anchored) {
+        row.state(0).visit_packed(element, [&](auto exp_avg) {
+          row.state(1).visit_packed(element, [&](auto exp_avg_sq) {
+            if constexpr (std::is_same_v<decltype(exp_avg), Anchored8Codes> &&
+                          std::is_same_v<decltype(exp_avg_sq), E8m8Codes>)
+              update_codes<Rule, S>(h, codes, grad, CompactStates{exp_avg, exp_avg_sq}, count);
+          });
+        });
+      }
+    });
+  }
+  return true;
+}
+
 // Any other combination, by way of float32 copies of each block.
 template <Pass pass, class Rule, bool kAverages, int S>
 void update_copied(const TensorScalars<float>& h, const Row<S>& row, int64_t begin, int64_t end, double* sums) {
@@ -213,6 +270,9 @@ void update_row(const Tables& t, int64_t row_number, int64_t begin, int64_t end,
         scalars_of<double, pass>(t, row_number), row, begin, end, sums);
   }
   const TensorScalars<float> h = scalars_of<float, pass>(t, row_number);
+  if constexpr (pass == Pass::kUpdate && !kAverages) {
+    if (update_packed<Rule, S>(h, row, begin, end)) return;
+  }
   if (alike && param == grad) {
     if (param == kFloat32 && states == kFloat32)
       return update_direct<pass, Rule, kAverages, float, S, float, float, float>(h, row, begin, end, sums);
