@@ -107,13 +107,16 @@ def checked_steps(case: Case, target: Target, params: list[nn.Parameter], steps:
     wide_params = [nn.Parameter(p.detach().float().clone(memory_format=torch.preserve_format)) for p in params]
     wide = build(case, target, wide_params, max_grad_norm=None, **averages)
     for step in range(1, steps + 1):
-        grads = random_grads(params, step, torch.float32)
+        # Gradients of the two dtypes are walked by different loops.
+        grads = random_grads(params, step, (BF16, torch.float32)[step % 2])
         for p, q in zip(params, wide_params, strict=True):
             if step > 1:
                 for name, values in values_of(ours, p).items():
                     fill(q if name == "param" else wide.state[q][name], values)
+        for p in params:
+            p.grad, p.grad_dtype = None, None
         set_grads(params, grads)
-        set_grads(wide_params, grads)
+        set_grads(wide_params, [grad.float() for grad in grads])
         ours.step()
         wide.step()
         for p, q in zip(params, wide_params, strict=True):

@@ -33,6 +33,13 @@ struct Row {
     }
   }
 
+  CompactStates compact_states(int64_t element) const {  // of a row whose states have these formats
+    const Stream exp_avg = state(0), exp_avg_sq = state(1);
+    return {{reinterpret_cast<uint8_t*>(exp_avg.at(element)), static_cast<int>(row_[kRowAnchor]),
+             thresholds_of(row_, kStreamState0, element)},
+            {reinterpret_cast<uint16_t*>(exp_avg_sq.at(element)), thresholds_of(row_, kStreamState0 + 1, element)}};
+  }
+
   void prefetch(int64_t element, int count) const {
     param.prefetch(element, count);
     grad.prefetch(element, count);
@@ -205,15 +212,8 @@ bool update_packed(const TensorScalars<float>& h, const Row<S>& row, int64_t beg
           return update_codes<Rule, S>(h, codes, grad, states, count);
         }
       }
-      if constexpr (S == 2 && !std::is_same_v<P, E8m8Codes> && !P::anchored) {
-        row.state(0).visit_packed(element, [&](auto exp_avg) {
-          row.state(1).visit_packed(element, [&](auto exp_avg_sq) {
-            if constexpr (std::is_same_v<decltype(exp_avg), Anchored8Codes> &&
-                          std::is_same_v<decltype(exp_avg_sq), E8m8Codes>)
-              update_codes<Rule, S>(h, codes, grad, CompactStates{exp_avg, exp_avg_sq}, count);
-          });
-        });
-      }
+      if constexpr (S == 2 && !std::is_same_v<P, E8m8Codes> && !P::anchored)
+        update_codes<Rule, S>(h, codes, grad, row.compact_states(element), count);
     });
   }
   return true;
