@@ -15,7 +15,7 @@ namespace py = pybind11;
 // fused_optim/modules.py compares these with the Python files' own before it uses a module.
 inline void add_identity(py::module_& m) {
   m.attr("VERSION") = FUSED_OPTIM_VERSION;
-  m.attr("LAYOUT") = py::make_tuple(kChunk, kRowWidth, kRawWidth, kHyperWidth);
+  m.attr("LAYOUT") = py::make_tuple(kChunk, kShare, kRowWidth, kRawWidth, kHyperWidth);
 }
 
 template <class T>

@@ -6,6 +6,7 @@
 namespace fused_optim {
 
 constexpr int kChunk = 4096;     // elements of one tensor that one program (GPU) or one loop turn (CPU) handles
+constexpr int kShare = 4096;    // numbers that one block adds up where the norm of all gradients is taken on a GPU
 constexpr int kRowWidth = 8;     // int64 columns of `rows`
 constexpr int kRawWidth = 17;    // float64 columns of `raw`
 constexpr int kHyperWidth = 16;  // float64 columns of `hyper`
@@ -56,7 +57,8 @@ struct Tables {
   const float* found_inf;   // [1] or null: any non-zero value skips the step
   // Only where something is summed over whole tensors; null otherwise.
   const int64_t* spans;   // [tensors + 1]  row r has the chunks desc[spans[r]] up to desc[spans[r + 1]]
-  double* partials;       // [chunks, 2]  what a pass sums over each chunk; the norm of all gradients takes [chunks]
+  double* partials;       // [chunks, 2]  what a pass sums over each chunk. Without a trust ratio [chunks + shares]: the
+                          // norm of all gradients takes [chunks], and then, on GPUs, the sums of shares (kShare) of it
   double* sums;           // [tensors, 2]  squares of param and update, summed over each tensor
   double* trust;          // [tensors]  trust ratios
   const double* squares;  // [1] or null: sum of the squares of all gradients before grad_scale; asks for clipping

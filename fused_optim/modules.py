@@ -22,10 +22,10 @@ from types import ModuleType
 
 import torch
 
-from .table import CHUNK, HYPER_WIDTH, RAW_WIDTH, ROW_WIDTH
+from .table import CHUNK, HYPER_WIDTH, RAW_WIDTH, ROW_WIDTH, SHARE
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")  # from the narrowest on
-LAYOUT = (CHUNK, ROW_WIDTH, RAW_WIDTH, HYPER_WIDTH)
+LAYOUT = (CHUNK, SHARE, ROW_WIDTH, RAW_WIDTH, HYPER_WIDTH)
 REINSTALL = "install fused_optim again (in its sources: pip install .)"
 TORCH = ".".join(torch.__version__.split(".")[:2])
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from .shards import local_grad
 
 CHUNK = 4096  # elements of one tensor that one program handles
+SHARE = 4096  # numbers that one block of a GPU adds up where the norm of all gradients is taken
 ROW_WIDTH = 8  # numel, param, step, signature, states, average of the weights
 RAW_WIDTH = 17
 HYPER_WIDTH = 16
@@ -183,6 +184,16 @@ class Scalars:
         return raw, buffer[groups * RAW_WIDTH :]
 
 
+def count_shares(count: int) -> int:
+    """How many sums lie between so many numbers and the sum of them all, where a block adds up SHARE at most. There are
+    never more of them than numbers."""
+    total = 0
+    while count > SHARE:
+        count = -(-count // SHARE)
+        total += count
+    return total
+
+
 class Table:
     """The host arrays of one device's rows.
 
@@ -193,7 +204,7 @@ class Table:
         number.
     Where something is summed over whole tensors, else None: spans int64 [rows + 1], row r has the chunks spans[r] up to
         spans[r + 1]; on the device, float64: partials [chunks, 2], sums [rows, 2], trust [rows]. Where it is the norm
-        of all gradients alone: partials [chunks, 1]. For that norm: squares [1].
+        of all gradients alone: partials [chunks + shares], see `count_shares`. For that norm: squares [1].
     """
 
     def __init__(
@@ -246,7 +257,9 @@ class Table:
         self.sums: Tensor | None = None
         self.trust: Tensor | None = None
         if rule.trust or clips:
-            self.partials = torch.zeros(self.desc.numel(), 2 if rule.trust else 1, dtype=torch.float64, device=device)
+            count = self.desc.numel()
+            shape = (count, 2) if rule.trust else (count + count_shares(count),)
+            self.partials = torch.zeros(shape, dtype=torch.float64, device=device)
             self.squares = torch.zeros(1, dtype=torch.float64, device=device)
         if rule.trust:
             self.spans = torch.cat([torch.zeros(1, dtype=torch.int64), chunks.cumsum(0)])

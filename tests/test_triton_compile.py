@@ -164,8 +164,9 @@ def resources(kernel: CompiledKernel) -> dict[str, int]:
 
 
 def vector_accesses(walk: Walk) -> Counter:
-    """What its kinds need: one load of every stream and one store of those written, 16 bytes wide for the widest dtype
-    of the kind and of as many elements for the others."""
+    """What its kinds need, once for whole blocks and once for the vectors that are left of a chunk: one load of every
+    stream and one store of those written, 16 bytes wide for the widest dtype of the kind and of as many elements for
+    the others."""
     accesses: Counter = Counter()
     for kind in walk.streams:
         width = 16 // max(ITEMSIZE[code] for code in kind)
@@ -176,8 +177,8 @@ def vector_accesses(walk: Walk) -> Counter:
         for stream, code in enumerate(kind):
             size = width * ITEMSIZE[code]
             suffix = {16: "v4.b32", 8: "v2.b32"}[size] if code != F64 else "v2.b64"
-            accesses[f"ld.global.{suffix}"] += 1
-            accesses[f"st.global.{suffix}"] += stream in written
+            accesses[f"ld.global.{suffix}"] += 2
+            accesses[f"st.global.{suffix}"] += 2 * (stream in written)
     return accesses
 
 

@@ -19,7 +19,7 @@ from .prep import PREP_TENSORS, prep_kernel, trust_kernel
 from .rules import RULES
 from .scale import scale_kernel
 from .sums import TOTAL_THREADS, spans_kernel, squares_kernel, total_kernel
-from .tables import THREADS, count_streams, pack_kind, vector_width
+from .tables import SHARE, THREADS, count_streams, pack_kind, vector_width
 
 Kinds = tuple[tuple[int, ...], ...]
 
@@ -28,7 +28,7 @@ TYPES = {
     **dict.fromkeys(("desc", "rows", "grads", "lr", "spans"), "*i64"),
     **dict.fromkeys(("raw", "hyper", "partials", "sums", "trust", "squares", "out"), "*fp64"),
     **dict.fromkeys(("grad_scale", "found_inf"), "*fp32"),
-    **dict.fromkeys(("tensors", "chunks"), "i32"),
+    **dict.fromkeys(("tensors", "first", "count", "place"), "i32"),
     "group": "*i32",
 }
 
@@ -196,7 +196,18 @@ def launch_squares(
     device, chunks = x.grads.device, x.desc.numel()
     if chunks:
         squares_variant(kinds).start(device, chunks, x.desc, x.rows, x.grads, x.raw, x.group, x.partials)
-    TOTAL.start(device, 1, x.partials, out, chunks)
+    launch_total(x.partials, chunks, out)
+
+
+def launch_total(partials: Tensor, count: int, out: Tensor) -> None:
+    """out, float64 [1]: the sum of the first `count` of partials. The sums of their shares are written after them, and
+    sums of shares of those after them in turn, until there is one share."""
+    first = 0
+    while count > SHARE.value:
+        shares = -(-count // SHARE.value)
+        TOTAL.start(out.device, shares, partials, partials, first, count, first + count)
+        first, count = first + count, shares
+    TOTAL.start(out.device, 1, partials, out, first, count, 0)
 
 
 def launch_scale(

@@ -192,19 +192,28 @@ def walk(
     KIND: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
-    """`count` elements of the streams of KIND: whole aligned blocks by full vectors, all else element by element.
-    Returns the sums, grown."""
+    """`count` elements of the streams of KIND. Of aligned streams all whole vectors: blocks of them, then what is left,
+    by the threads that have a vector there. All else element by element. Returns the sums, grown."""
+    WIDTH: tl.constexpr = vector_width(KIND)
     # One access per thread and stream: a larger block would take the vector width of another kind of the same launch.
-    BLOCK: tl.constexpr = THREADS * vector_width(KIND)
-    # Sums must not depend on where tensors lie: there, an element belongs to the same thread either way.
-    TAIL: tl.constexpr = BLOCK if len(sums) > 0 else THREADS
-    blocks = tl.where(aligned, count // BLOCK, 0)
+    BLOCK: tl.constexpr = THREADS * WIDTH
+    # The compiler must see that this is a multiple of WIDTH: then a mask is the same for all of a vector.
+    vectored = tl.where(aligned, count // WIDTH, 0) * WIDTH
+    blocks = vectored // BLOCK
     for i in range(blocks):
         at = i * BLOCK + tl.arange(0, BLOCK)
         sums = walk_block(h, [pointer + at for pointer in pointers], None, sums, PASS, RULE, DIRECTION, KIND, EMA)
-    for i in range(blocks * BLOCK, count, TAIL):
+    for i in range(blocks * BLOCK, vectored, BLOCK):
+        at = i + tl.arange(0, BLOCK)
+        mask = at < vectored
+        sums = walk_block(h, [pointer + at for pointer in pointers], mask, sums, PASS, RULE, DIRECTION, KIND, EMA)
+    # Sums must not depend on where tensors lie: there, an element belongs to the same thread either way.
+    TAIL: tl.constexpr = BLOCK if len(sums) > 0 else THREADS
+    start = vectored // TAIL * TAIL if len(sums) > 0 else vectored
+    for i in range(tl.where(vectored < count, start, count), count, TAIL):
         at = i + tl.arange(0, TAIL)
-        sums = walk_block(h, [pointer + at for pointer in pointers], at < count, sums, PASS, RULE, DIRECTION, KIND, EMA)
+        mask = (at >= vectored) & (at < count)
+        sums = walk_block(h, [pointer + at for pointer in pointers], mask, sums, PASS, RULE, DIRECTION, KIND, EMA)
     return sums
 
 

@@ -6,10 +6,9 @@ import triton.language as tl
 
 from .rules import Hyper
 from .step import pointer_to, store_sums, walk
-from .tables import CHUNK, RAW_MAX_NORM, RAW_WIDTH, ROW_WIDTH, THREADS, stream_dtype
+from .tables import CHUNK, RAW_MAX_NORM, RAW_WIDTH, ROW_WIDTH, SHARE, THREADS, stream_dtype
 
-SPAN_BLOCK = tl.constexpr(512)  # partial sums that a program adds up at once: of one tensor,
-TOTAL_BLOCK = tl.constexpr(4096)  # of all of them, which is one program's work
+SPAN_BLOCK = tl.constexpr(512)  # partial sums of one tensor that a program adds up at once
 TOTAL_THREADS = tl.constexpr(1024)
 
 
@@ -69,28 +68,25 @@ def squares_kernel(
             square_chunk(entry, rows, grads, raw, group, partials, KINDS[i])
 
 
-@triton.jit
-def sum_partials(
-    partials: tl.tensor, COLUMNS: tl.constexpr, begin: tl.tensor, end: tl.tensor, BLOCK: tl.constexpr
-) -> tl.tensor:
-    """The sum of the first of `partials`' columns, rows `begin` up to `end`."""
-    total = tl.zeros((BLOCK,), tl.float64)
-    for i in range(begin, end, BLOCK):
-        at = i + tl.arange(0, BLOCK)
-        total += tl.load(partials + COLUMNS * at, mask=at < end, other=0.0)
-    return tl.sum(total)
-
-
 @triton.jit(do_not_specialize_on_alignment=["spans", "partials", "sums"])
 def spans_kernel(spans: tl.tensor, partials: tl.tensor, sums: tl.tensor) -> None:
     """What `advance` has left of each chunk, added up for one tensor per program."""
     row = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(spans + row), tl.load(spans + row + 1)
-    for i in tl.static_range(2):
-        tl.store(sums + 2 * row + i, sum_partials(partials + i, 2, begin, end, SPAN_BLOCK))
+    for column in tl.static_range(2):
+        total = tl.zeros((SPAN_BLOCK,), tl.float64)
+        for i in range(begin, end, SPAN_BLOCK):
+            at = i + tl.arange(0, SPAN_BLOCK)
+            total += tl.load(partials + 2 * at + column, mask=at < end, other=0.0)
+        tl.store(sums + 2 * row + column, tl.sum(total))
 
 
-@triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["partials", "out"])
-def total_kernel(partials: tl.tensor, out: tl.tensor, chunks: tl.tensor) -> None:
-    """What squares_kernel has left of each chunk, added up by a single program."""
-    tl.store(out, sum_partials(partials, 1, tl.zeros((), tl.int64), chunks.to(tl.int64), TOTAL_BLOCK))
+@triton.jit(do_not_specialize=["first", "count", "place"], do_not_specialize_on_alignment=["partials", "out"])
+def total_kernel(partials: tl.tensor, out: tl.tensor, first: tl.tensor, count: tl.tensor, place: tl.tensor) -> None:
+    """Adds up `count` numbers of `partials`, those from `first` on, a share of SHARE neighbours per program:
+    out[place + i] becomes the sum of share i. A share has the same numbers on every machine, and all of them are added
+    up as one block, so that only the width of a warp (32; 64 on AMD) decides the order of the additions."""
+    share = tl.program_id(0).to(tl.int64)
+    at = share * SHARE + tl.arange(0, SHARE)
+    numbers = tl.load(partials + first + at, mask=at < count, other=0.0)
+    tl.store(out + place + share, tl.sum(numbers))

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 CHUNK = tl.constexpr(4096)  # elements of one tensor that one program handles: kChunk
+SHARE = tl.constexpr(4096)  # numbers that one program adds up where the norm of all gradients is taken: kShare
 THREADS = tl.constexpr(128)  # of one program that walks a chunk
 
 # RowColumn, RawColumn, and the order of Hyper.

@@ -10,7 +10,7 @@ namespace fused_optim {
 
 constexpr int kThreads = 128;        // of a block that handles one chunk, or adds up one row
 constexpr int kRowThreads = 32;      // of a block that prepares rows: small ones spread the float64 work over the GPU
-constexpr int kTotalThreads = 1024;  // of the one block that adds up everything
+constexpr int kTotalThreads = 1024;  // of a block that adds up one share of all chunks' sums
 
 // What a pass over the elements of a row does. kUpdate is the whole step of most rules; those with a trust ratio are
 // walked by kAdvance and, once the ratios are known, by kMove. kSquares looks at gradients alone.
@@ -93,37 +93,24 @@ FUSED_HD void measure_element(const Hyper<T>& h, T param, T grad, const T (&stat
   }
 }
 
-// One thread's share of one chunk.
-template <Pass pass, class Rule, bool kAverages, class T, int S>
-FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, bool slow, int thread) {
+// One thread's share of the whole vectors of one chunk. kStored: the dtype of all streams, kAbsent where only the
+// streams themselves know. Returns how many elements these vectors have.
+template <Pass pass, class Rule, bool kAverages, Dtype kStored, class T, int S>
+FUSED_HD int update_vectors(const Hyper<T>& h, const Stream (&streams)[2 + S + kAverages], int count, int thread,
+                            Sums& sums) {
   constexpr int kAverage = 2 + S, kStreams = kAverage + kAverages, kPart = kAccess / sizeof(T);
-  constexpr int V = kVector<T, kStreams - (pass == Pass::kMove)>;
-  const Hyper<T> h = hyper_of<pass, T>(t, row_number);
-  const int64_t* row = t.rows + row_number * kRowWidth;
-  const int64_t signature = row[kSignature], grad = t.grads[row_number];
-  const int64_t begin = chunk * kChunk, left = row[kNumel] - begin;
-  const int count = left < kChunk ? static_cast<int>(left) : kChunk;
+  constexpr int V = kVector<T, kStored, kStreams - (pass == Pass::kMove)>;
   Stream stream[kStreams];
-  bool all_float32 = true;
   for (int i = 0; i < kStreams; ++i) {
     if (!reads(pass, i)) continue;
-    const int64_t address = i == kParamStream  ? row[kParam]
-                            : i == kGradStream ? grad
-                            : i == kAverage    ? row[kEma]
-                                               : row[kFirstState + i - kFirstStateStream];
-    const Dtype dtype = dtype_of(signature, i == kAverage ? kEmaStream : i);
-    // With double all are float64. Saying so spares registers, which are short with an average.
-    stream[i] = Stream(address, kAverages && sizeof(T) == 8 ? kFloat64 : dtype, begin);
-    all_float32 = all_float32 && stream[i].dtype == kFloat32;
+    stream[i] = streams[i];
+    if (kStored != kAbsent) stream[i].dtype = kStored;
   }
-  // `slow` speaks of param, states and average.
-  const bool aligned = !(reads(pass, kParamStream) && slow) && !(reads(pass, kGradStream) && grad % kAccess != 0);
-  const int vectored = aligned ? count - count % V : 0;
-  Sums sums{};
+  const int vectored = count - count % V;
 
   for (int piece = 0; piece < vectored; piece += kThreads * V) {
     // Neighbouring threads should access neighbouring 16 bytes: float32 tensors among themselves can have it so.
-    const bool spread = all_float32 && piece + kThreads * V <= vectored;
+    const bool spread = kStored == kFloat32 && piece + kThreads * V <= vectored;
     const int gap = spread ? kThreads * kPart : kPart;
     const int first = piece + thread * (spread ? kPart : V);
     if (first >= vectored) break;
@@ -158,6 +145,45 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
       for (int s = 0; s < S; ++s) state[s] = x[kFirstStateStream + s][v];
       measure_element<pass, Rule, T, S>(h, x[kParamStream][v], x[kGradStream][v], state, sums);
     }
+  }
+  return vectored;
+}
+
+// One thread's share of one chunk.
+template <Pass pass, class Rule, bool kAverages, class T, int S>
+FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, bool slow, int thread) {
+  constexpr int kAverage = 2 + S, kStreams = kAverage + kAverages;
+  const Hyper<T> h = hyper_of<pass, T>(t, row_number);
+  const int64_t* row = t.rows + row_number * kRowWidth;
+  const int64_t signature = row[kSignature], grad = t.grads[row_number];
+  const int64_t begin = chunk * kChunk, left = row[kNumel] - begin;
+  const int count = left < kChunk ? static_cast<int>(left) : kChunk;
+  Stream stream[kStreams];
+  bool all_float32 = true, all_bfloat16 = true;
+  for (int i = 0; i < kStreams; ++i) {
+    if (!reads(pass, i)) continue;
+    const int64_t address = i == kParamStream  ? row[kParam]
+                            : i == kGradStream ? grad
+                            : i == kAverage    ? row[kEma]
+                                               : row[kFirstState + i - kFirstStateStream];
+    const Dtype dtype = dtype_of(signature, i == kAverage ? kEmaStream : i);
+    // With double all are float64. Saying so spares registers, which are short with an average.
+    stream[i] = Stream(address, kAverages && sizeof(T) == 8 ? kFloat64 : dtype, begin);
+    all_float32 = all_float32 && stream[i].dtype == kFloat32;
+    all_bfloat16 = all_bfloat16 && stream[i].dtype == kBFloat16;
+  }
+  // `slow` speaks of param, states and average.
+  const bool aligned = !(reads(pass, kParamStream) && slow) && !(reads(pass, kGradStream) && grad % kAccess != 0);
+  Sums sums{};
+  int vectored = 0;
+  // The usual dtypes have loops of their own, without a question about dtypes in them.
+  if constexpr (sizeof(T) == 8) {
+    if (aligned) vectored = update_vectors<pass, Rule, kAverages, kFloat64, T, S>(h, stream, count, thread, sums);
+  } else if (aligned) {
+    vectored = all_float32 ? update_vectors<pass, Rule, kAverages, kFloat32, T, S>(h, stream, count, thread, sums)
+               : all_bfloat16
+                   ? update_vectors<pass, Rule, kAverages, kBFloat16, T, S>(h, stream, count, thread, sums)
+                   : update_vectors<pass, Rule, kAverages, kAbsent, T, S>(h, stream, count, thread, sums);
   }
 
   for (int element = vectored + thread; element < count; element += kThreads) {
@@ -272,15 +298,18 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(Tables t) {
   add_up(part, [&](double sum) { t.partials[blockIdx.x] = sum * counted; });
 }
 
-// From the sums over chunks to that over all, by one block.
-__global__ void __launch_bounds__(kTotalThreads) total_kernel(Tables t, double* out) {
+// Adds up numbers, a share of kShare neighbours per block: out[block] is the sum of numbers[block * kShare] onwards. The
+// order of the additions is the same on every GPU: thread t starts at 0 and adds the share's numbers t,
+// t + kTotalThreads, ... in turn; then add_up adds the threads' sums in pairs.
+__global__ void __launch_bounds__(kTotalThreads) total_kernel(const double* numbers, int64_t count, double* out) {
   __shared__ double part[kTotalThreads];
+  const int64_t first = int64_t{blockIdx.x} * kShare;
   each_thread<kTotalThreads>([&](int thread) {
     double sum = 0.0;
-    for (int64_t i = thread; i < t.chunks; i += kTotalThreads) sum += t.partials[i];
+    for (int i = thread; i < kShare; i += kTotalThreads) sum += first + i < count ? numbers[first + i] : 0.0;
     part[thread] = sum;
   });
-  add_up(part, [&](double sum) { *out = sum; });
+  add_up(part, [&](double sum) { out[blockIdx.x] = sum; });
 }
 
 inline int64_t row_blocks(const Tables& t) { return (t.tensors + kRowThreads - 1) / kRowThreads; }
@@ -309,7 +338,16 @@ void launch_move(const Tables& t, Launch&& launch) {
 template <class Launch>
 void launch_squares(const Tables& t, double* out, Launch&& launch) {
   launch(squares_kernel, t.chunks, kThreads, t);
-  launch(total_kernel, int64_t{1}, kTotalThreads, t, out);
+  // The sums of shares follow what they are sums of, until they are one share.
+  const double* numbers = t.partials;
+  int64_t count = t.chunks;
+  for (double* sums = t.partials + count; count > kShare; sums += count) {
+    const int64_t shares = (count + kShare - 1) / kShare;
+    launch(total_kernel, shares, kTotalThreads, numbers, count, sums);
+    numbers = sums;
+    count = shares;
+  }
+  launch(total_kernel, int64_t{1}, kTotalThreads, numbers, count, out);
 }
 
 }  // namespace fused_optim
