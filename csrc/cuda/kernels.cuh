@@ -81,15 +81,21 @@ FUSED_HD void update_element(const Hyper<T>& h, T& param, T grad, T (&state)[S >
   else if constexpr (pass == Pass::kMove) param = param - h.lr * trusted_update<Rule, T, S>(h, param, state);
 }
 
+// sum + x * x. The square of a float is exact in double, so that both ways round once and give the same.
+template <class T>
+FUSED_HD double plus_square(double sum, T x) {
+  const double wide = x;
+  return sizeof(T) == 4 ? fma(wide, wide, sum) : sum + wide * wide;
+}
+
 // What is summed of one element: its states are those that were stored, of which kMove will make the update again.
 template <Pass pass, class Rule, class T, int S>
 FUSED_HD void measure_element(const Hyper<T>& h, T param, T grad, const T (&state)[S > 0 ? S : 1], Sums& sums) {
   if constexpr (pass == Pass::kAdvance) {
-    const double value = param, update = trusted_update<Rule, T, S>(h, param, state);
-    sums += {value * value, update * update};
+    sums.values = plus_square(sums.values, param);
+    sums.updates = plus_square(sums.updates, trusted_update<Rule, T, S>(h, param, state));
   } else if constexpr (pass == Pass::kSquares) {
-    const double value = grad;
-    sums.values += value * value;
+    sums.values = plus_square(sums.values, grad);
   }
 }
 
@@ -107,6 +113,15 @@ FUSED_HD int update_vectors(const Hyper<T>& h, const Stream (&streams)[2 + S + k
     if (kStored != kAbsent) stream[i].dtype = kStored;
   }
   const int vectored = count - count % V;
+  Pack<T, V> pack[kStreams];
+  const auto load_all = [&](int first, int gap) {
+    for (int i = 0; i < kStreams; ++i) {
+      if (reads(pass, i)) load(stream[i], first, gap, pack[i]);
+    }
+  };
+  // Of bfloat16 the next loads are under way before the arithmetic, where registers allow.
+  constexpr bool kAhead = kStored == kBFloat16 && kStreams - (pass == Pass::kMove) <= 4;
+  if (kAhead && thread * V < vectored) load_all(thread * V, kPart);
 
   for (int piece = 0; piece < vectored; piece += kThreads * V) {
     // Neighbouring threads should access neighbouring 16 bytes: float32 tensors among themselves can have it so.
@@ -114,15 +129,14 @@ FUSED_HD int update_vectors(const Hyper<T>& h, const Stream (&streams)[2 + S + k
     const int gap = spread ? kThreads * kPart : kPart;
     const int first = piece + thread * (spread ? kPart : V);
     if (first >= vectored) break;
-    Pack<T, V> pack[kStreams];
     T x[kStreams][V];
     // All loads before the first use of any.
-    for (int i = 0; i < kStreams; ++i) {
-      if (reads(pass, i)) load(stream[i], first, gap, pack[i]);
-    }
+    if (!kAhead) load_all(first, gap);
     for (int i = 0; i < kStreams; ++i) {
       if (reads(pass, i)) unpack(pack[i], stream[i].dtype, x[i]);
     }
+    // After the last turn the same once more, which is in the cache: to merge with what is there would take instructions.
+    if (kAhead) load_all(first + kThreads * V < vectored ? first + kThreads * V : first, gap);
     for (int v = 0; v < V; ++v) {
       T state[S > 0 ? S : 1];
       for (int s = 0; s < S; ++s) state[s] = x[kFirstStateStream + s][v];
@@ -131,14 +145,16 @@ FUSED_HD int update_vectors(const Hyper<T>& h, const Stream (&streams)[2 + S + k
     }
     for (int i = 0; i < kAverage; ++i) {
       if (!writes(pass, i)) continue;
-      pack_up(x[i], stream[i].dtype, pack[i]);
-      store(stream[i], first, gap, pack[i]);
-      if (sums_up(pass) || (kAverages && i == kParamStream)) unpack(pack[i], stream[i].dtype, x[i]);
+      Pack<T, V> stored;
+      pack_up(x[i], stream[i].dtype, stored);
+      store(stream[i], first, gap, stored);
+      if (sums_up(pass) || (kAverages && i == kParamStream)) unpack(stored, stream[i].dtype, x[i]);
     }
     if constexpr (kAverages) {
       for (int v = 0; v < V; ++v) x[kAverage][v] = averaged(h, x[kAverage][v], x[kParamStream][v]);
-      pack_up(x[kAverage], stream[kAverage].dtype, pack[kAverage]);
-      store(stream[kAverage], first, gap, pack[kAverage]);
+      Pack<T, V> stored;
+      pack_up(x[kAverage], stream[kAverage].dtype, stored);
+      store(stream[kAverage], first, gap, stored);
     }
     for (int v = 0; v < V; ++v) {
       T state[S > 0 ? S : 1];
