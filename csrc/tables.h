@@ -6,7 +6,7 @@
 namespace fused_optim {
 
 constexpr int kChunk = 4096;     // elements of one tensor that one program (GPU) or one loop turn (CPU) handles
-constexpr int kShare = 4096;    // numbers that one block adds up where the norm of all gradients is taken on a GPU
+constexpr int kShare = 4096;     // numbers that one block adds up where the norm of all gradients is taken on a GPU
 constexpr int kRowWidth = 8;     // int64 columns of `rows`
 constexpr int kRawWidth = 17;    // float64 columns of `raw`
 constexpr int kHyperWidth = 16;  // float64 columns of `hyper`

@@ -59,7 +59,9 @@ def register_limit(kind: int) -> int:
         return 0
     if streams == 3:
         return 64
-    return 104 if width == 2 and streams > 5 else 96
+    if width == 8:
+        return 80  # six blocks per SM
+    return 104 if streams > 5 else 96
 
 
 class Variant:

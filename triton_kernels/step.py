@@ -210,7 +210,7 @@ def walk(
     # Sums must not depend on where tensors lie: there, an element belongs to the same thread either way.
     TAIL: tl.constexpr = BLOCK if len(sums) > 0 else THREADS
     start = vectored // TAIL * TAIL if len(sums) > 0 else vectored
-    for i in range(tl.where(vectored < count, start, count), count, TAIL):
+    for i in range(start, tl.where(vectored < count, count, 0), TAIL):
         at = i + tl.arange(0, TAIL)
         mask = (at >= vectored) & (at < count)
         sums = walk_block(h, [pointer + at for pointer in pointers], mask, sums, PASS, RULE, DIRECTION, KIND, EMA)

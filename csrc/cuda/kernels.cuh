@@ -120,7 +120,7 @@ FUSED_HD int update_vectors(const Hyper<T>& h, const Stream (&streams)[2 + S + k
     }
   };
   // Of bfloat16 the next loads are under way before the arithmetic, where registers allow.
-  constexpr bool kAhead = kStored == kBFloat16 && kStreams - (pass == Pass::kMove) <= 4;
+  constexpr bool kAhead = kStored == kBFloat16 && pass != Pass::kSquares && !kAverages && kStreams <= 4;
   if (kAhead && thread * V < vectored) load_all(thread * V, kPart);
 
   for (int piece = 0; piece < vectored; piece += kThreads * V) {
@@ -135,7 +135,8 @@ FUSED_HD int update_vectors(const Hyper<T>& h, const Stream (&streams)[2 + S + k
     for (int i = 0; i < kStreams; ++i) {
       if (reads(pass, i)) unpack(pack[i], stream[i].dtype, x[i]);
     }
-    // After the last turn the same once more, which is in the cache: to merge with what is there would take instructions.
+    // After the last turn the same once more, which is in the cache: to merge with what is there would take
+    // instructions.
     if (kAhead) load_all(first + kThreads * V < vectored ? first + kThreads * V : first, gap);
     for (int v = 0; v < V; ++v) {
       T state[S > 0 ? S : 1];
@@ -196,10 +197,9 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
   if constexpr (sizeof(T) == 8) {
     if (aligned) vectored = update_vectors<pass, Rule, kAverages, kFloat64, T, S>(h, stream, count, thread, sums);
   } else if (aligned) {
-    vectored = all_float32 ? update_vectors<pass, Rule, kAverages, kFloat32, T, S>(h, stream, count, thread, sums)
-               : all_bfloat16
-                   ? update_vectors<pass, Rule, kAverages, kBFloat16, T, S>(h, stream, count, thread, sums)
-                   : update_vectors<pass, Rule, kAverages, kAbsent, T, S>(h, stream, count, thread, sums);
+    vectored = all_float32    ? update_vectors<pass, Rule, kAverages, kFloat32, T, S>(h, stream, count, thread, sums)
+               : all_bfloat16 ? update_vectors<pass, Rule, kAverages, kBFloat16, T, S>(h, stream, count, thread, sums)
+                              : update_vectors<pass, Rule, kAverages, kAbsent, T, S>(h, stream, count, thread, sums);
   }
 
   for (int element = vectored + thread; element < count; element += kThreads) {
@@ -314,9 +314,9 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(Tables t) {
   add_up(part, [&](double sum) { t.partials[blockIdx.x] = sum * counted; });
 }
 
-// Adds up numbers, a share of kShare neighbours per block: out[block] is the sum of numbers[block * kShare] onwards. The
-// order of the additions is the same on every GPU: thread t starts at 0 and adds the share's numbers t,
-// t + kTotalThreads, ... in turn; then add_up adds the threads' sums in pairs.
+// Adds up numbers, a share of kShare neighbours per block: out[block] is the sum of numbers[block * kShare] onwards.
+// The order of the additions is the same on every GPU: thread t starts at 0 and adds the share's numbers t, t +
+// kTotalThreads, ... in turn; then add_up adds the threads' sums in pairs.
 __global__ void __launch_bounds__(kTotalThreads) total_kernel(const double* numbers, int64_t count, double* out) {
   __shared__ double part[kTotalThreads];
   const int64_t first = int64_t{blockIdx.x} * kShare;

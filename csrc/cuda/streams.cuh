@@ -9,8 +9,9 @@ namespace fused_optim {
 
 constexpr int kAccess = 16;  // bytes, the widest load and store
 
-// Elements that a thread takes at once of each of so many streams, whose dtype is kStored, or kAbsent where they differ.
-// Eight fill a 16-byte access of every dtype; of more than four streams they would crowd the registers, but for bfloat16.
+// Elements that a thread takes at once of each of so many streams, whose dtype is kStored, or kAbsent where they
+// differ. Eight fill a 16-byte access of every dtype; of more than four streams they would crowd the registers, but for
+// bfloat16.
 template <class T, Dtype kStored, int kStreams>
 constexpr int kVector = sizeof(T) == 8 ? 2 : (kStreams <= 4 || kStored == kBFloat16 ? 8 : 4);
 
