@@ -2,7 +2,7 @@
 # make test   everything from nothing: environment, build, all tests that need no GPU
 # make test-ptx   the GPU kernels as they are compiled, run without a GPU by an interpreter: all tests that step on them
 # make study  which optimizer trains best: searches, five seeds, tables and plots into bench/results/study/
-# make docs   the API reference, from the docstrings, into docs/api/
+# make docs   the documentation site, into site/; a broken link or reference fails it
 # make compat TORCH="2.11.0 2.14.1"   the wheel, built with the present torch, tested with these; some 5 GB each
 # make gpu    on a CUDA machine whose python3 has torch: build, tests, sanitizer, benchmarks into bench/results/; in parts
 #             by PARTS="build step" (see bench/gpu.sh)
@@ -15,11 +15,10 @@ JOBS ?= 2
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -q -n $(JOBS)
 # The tests that go over every backend; the others would only repeat themselves.
-ONCE := cuda_compile triton_compile walkers compile packaging docs readme trainers lightning timm lifetimes machine
+ONCE := cuda_compile triton_compile walkers compile packaging docs pages trainers lightning timm lifetimes machine
 NUMBERS := tests --ignore=tests/ptx $(ONCE:%=--ignore=tests/test_%.py)
 PTX := triton-ptx,cuda-ptx
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
-API := fused_optim fused_optim.clip fused_optim.schedules fused_optim.decay fused_optim.groups fused_optim.lr_finder fused_optim.decoupled fused_optim.convert fused_optim.integrations
 
 .PHONY: demo test test-ptx lint bench study docs gpu asan compat clean
 
@@ -59,7 +58,8 @@ study: $(VENV)/built
 	$(PY) bench/study.py
 
 docs: $(VENV)/installed
-	$(PY) -m pdoc --docformat google --math --no-show-source --output-directory docs/api $(API)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	@echo "open site/index.html, or: $(PY) -m http.server --directory site"
 
 gpu:
 	PYTHON=$(PYTHON) bash bench/gpu.sh $(PARTS)
@@ -74,4 +74,4 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info fused_optim/*.so fused_optim/_build.json docs/api $(VENV)
+	rm -rf build dist *.egg-info fused_optim/*.so fused_optim/_build.json site $(VENV)

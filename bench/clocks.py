@@ -19,8 +19,8 @@ from family import Pass
 from torch import Tensor
 from workload import Workload
 
-from fused_optim import modules
-from fused_optim.floor import floor_pass
+from fused_optim.cost.bandwidth_probe import floor_pass
+from fused_optim.engine import modules
 
 Step = Callable[[], Any]
 Times = dict[str, float]  # "ms" always; on a GPU also "device_ms", "host_us", and "graph_ms" where a graph was captured

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fused_optim import modules
+from fused_optim.engine import modules
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("qhoptim", "torch-optimi", "flashoptim", "torchao", "bitsandbytes", "apex")

@@ -32,7 +32,8 @@ from report import markdown, number
 from workload import Config, Workload
 
 import fused_optim
-from fused_optim import modules, watch
+from fused_optim.engine import changes as watch
+from fused_optim.engine import modules
 
 TENSORS = (1, 10, 148, 500, 2000, 20000)
 PEER_NAMES = ["torch-for", "torch-foreach", "torch-fused", "foreach", "ours"]
@@ -73,8 +74,8 @@ def looking(tensors: int, module: Any) -> Any:
     optimizer = fused_optim.FusedAdamW(params)
     with mock.patch.object(modules, "poll", lambda: "Python's own" if module is watch else module):
         optimizer.step()
-    assert type(optimizer._watch) is module.Watch
-    return optimizer._watch
+    assert type(optimizer._detector) is module.ChangeDetector
+    return optimizer._detector
 
 
 def measure_looks(tensors: int, cold: bool, rounds: int) -> dict[str, tuple[float, float, float]]:
@@ -86,7 +87,7 @@ def measure_looks(tensors: int, cold: bool, rounds: int) -> dict[str, tuple[floa
 
     def look_of(watched: Any) -> Callable[[], None]:
         def look() -> None:
-            assert watched.look() == 0
+            assert watched.poll() == 0
             watched.done()
 
         return look

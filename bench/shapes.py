@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import prod
 
-from fused_optim.shapes import MODELS, Shape
+from fused_optim.cost.shapes import MODELS, Shape
 
 
 def shard(shapes: list[Shape], shards: int) -> list[Shape]:

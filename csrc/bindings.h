@@ -12,7 +12,7 @@ namespace fused_optim {
 
 namespace py = pybind11;
 
-// fused_optim/modules.py compares these with the Python files' own before it uses a module.
+// fused_optim/engine/modules.py compares these with the Python files' own before it uses a module.
 inline void add_identity(py::module_& m) {
   m.attr("VERSION") = FUSED_OPTIM_VERSION;
   m.attr("LAYOUT") = py::make_tuple(kChunk, kShare, kRowWidth, kRawWidth, kHyperWidth);

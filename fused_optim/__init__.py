@@ -1,13 +1,14 @@
-"""PyTorch optimizers whose whole step is one pass over memory and one launch."""
+"""Drop-in PyTorch optimizers. A step is one pass over memory and, on a GPU, two kernel launches (prepare, update) for
+any number of tensors. LAMB adds a pass and three launches, clipping a read of the gradients and two launches."""
 
-from . import machine as machine  # first: it refuses a torch that is too old
-from .adam import FusedAdam, FusedAdamW
-from .clip import clip_grad_norm_
-from .lamb import FusedLAMB
-from .lion import FusedLion
-from .optimizer import FusedOptimizer
-from .qhadam import FusedQHAdam, FusedQHAdamW
-from .sgd import FusedSGD, FusedSGDW
+from .engine import machine as machine  # first: it refuses a torch that is too old
+from .optim.adam import FusedAdam, FusedAdamW
+from .optim.base import FusedOptimizer
+from .optim.lamb import FusedLAMB
+from .optim.lion import FusedLion
+from .optim.qhadam import FusedQHAdam, FusedQHAdamW
+from .optim.sgd import FusedSGD, FusedSGDW
+from .recipes.clip import clip_grad_norm_
 
 __version__ = "0.1.0"
 __all__ = [

@@ -12,8 +12,12 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends, doctor, machine, modules, state_dicts, trial
-from .shapes import MODELS
+from . import __version__, backends
+from .backends import trial
+from .cost import state_dicts
+from .cost import step_cost as doctor
+from .cost.shapes import MODELS
+from .engine import machine, modules
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from .one_cycle import ARTICLE, OneCycle, Phases, Strategy, anneal, one_cycle, one_cycle_momentum
-from .restarts import Period, WarmRestarts, adamwr, cosine_restarts, normalized_decay, restart_period, sgdwr
+from .recipes.one_cycle import ARTICLE, OneCycle, Phases, Strategy, anneal, one_cycle, one_cycle_momentum
+from .recipes.restarts import Period, WarmRestarts, adamwr, cosine_restarts, normalized_decay, restart_period, sgdwr
 
 __all__ = [
     "ARTICLE",

@@ -9,7 +9,7 @@ out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 
 FUSED_OPTIM_DEBUG=1 FUSED_OPTIM_CPP=1 "$PY" setup.py --quiet build_ext --build-temp "$out/tmp" --build-lib "$out/lib" > "$out/log" 2>&1 || { cat "$out/log"; exit 1; }
-cp -r fused_optim/*.py "$out/lib/fused_optim/"
+cp -r fused_optim/*.py fused_optim/{backends,cost,engine,interop,optim,recipes} "$out/lib/fused_optim/"
 cp -r triton_kernels "$out/lib/fused_optim/triton_kernels"
 
 # The interpreter itself is not sanitized, so the library must be there first; it never frees everything, so leaks say nothing.

@@ -7,19 +7,19 @@ a capture may neither allocate pinned memory nor query an event.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fused_optim import backends, device, modules
-from fused_optim.backends import Backend, Scaling
-from fused_optim.device import DeviceTable
-from fused_optim.table import Table
+from fused_optim import backends
+from fused_optim.backends import device_tables as device
+from fused_optim.backends.cuda import Cuda
+from fused_optim.backends.native import address_of, arrays_of
+from fused_optim.engine import graphs, modules
+from fused_optim.engine.backend import Backend
 
 Work = Callable[[], object]
 MISSING = modules.load("_cuda_emulated")
@@ -124,36 +124,34 @@ class Runtime:
             finally:
                 self.graph = None
 
-    def backend(self) -> Backend:
-        def queued(function: str, *before: Callable[[Table], Any]) -> Callable[..., None]:
-            def launch(table: Table, *args: Any) -> None:
+    def backend(self) -> type[Backend]:
+        launch = self.launch
+
+        class StandIn(Cuda):
+            """The emulated kernels on the arrays of a DeviceTable."""
+
+            name = "standin"
+
+            @staticmethod
+            def why_not(device: torch.device | None) -> str | None:
+                return None
+
+            @property
+            def arrays(self) -> tuple[Tensor | None, ...]:
+                return self._on_device().arrays
+
+            def upload(self, changes: int) -> None:
+                self._on_device().update(changes)
+
+            def _call(self, function: str, before: tuple[str, ...], *numbers: Tensor | None) -> None:
                 # A kernel gets addresses: whether the table's arrays are still there when it runs is the optimizer's
                 # affair. What is made for one step is kept, as the allocator's stream order keeps it.
-                numbers = [number for arg in args for number in (vars(arg).values() if is_scaling(arg) else [arg])]
-                module = modules.built(MISSING)
-                first = [ask(table) for ask in before]
-                rest = [backends._native(table, module), *map(backends._address, numbers)]
-                self.launch(lambda: (getattr(module, function)(*first, *rest), numbers))
+                if self._arrays is None:
+                    self._arrays = arrays_of(self._module, self.table, self.arrays)
+                module, rest = self._module, (self._arrays, *map(address_of, numbers))
+                launch(lambda: (getattr(module, function)(*before, *rest), numbers))
 
-            return launch
-
-        def rule(table: Table) -> str:
-            return table.rule.name
-
-        return dataclasses.replace(
-            backends.BACKENDS["cuda"],
-            name="standin",
-            why_not=lambda _: None,
-            upload=lambda table, moved: DeviceTable.of(table).update(moved),
-            squares=queued("squares"),
-            step=queued("step", rule),
-            move=queued("move", rule),
-            scale=queued("scale"),
-        )
-
-
-def is_scaling(argument: Any) -> bool:
-    return isinstance(argument, Scaling)
+        return StandIn
 
 
 @pytest.fixture
@@ -161,14 +159,14 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     made = Runtime()
     monkeypatch.setattr(device, "pinned", made.pin)
     monkeypatch.setattr(device, "send", lambda source, target: made.launch(lambda: target.copy_(source)))
-    monkeypatch.setattr(device, "capturing", lambda: made.graph is not None)
+    for module in (device, graphs):
+        monkeypatch.setattr(module, "capturing", lambda: made.graph is not None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _=None: made.current)
     monkeypatch.setattr(torch.cuda, "Event", lambda: Event(made))
     monkeypatch.setattr(torch.cuda, "synchronize", made.synchronize)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     record = lambda tensor, stream: made.recorded.add((tensor.data_ptr(), stream.cuda_stream))  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "record_stream", record)
-    monkeypatch.setattr(backends, "_arrays", lambda table: DeviceTable.of(table).arrays)
     monkeypatch.setitem(backends.BACKENDS, "standin", made.backend())
     return made
 

@@ -7,22 +7,26 @@ from typing import Any
 
 import pytest
 
-from fused_optim import modules, watch
+from fused_optim.engine import changes, modules
 
 LOOKS = ("aten", "dlpack", "python")
 
 
 def class_of(look: str) -> Any:
-    """The class Watch of that look, or why there is none."""
+    """The class ChangeDetector of that look, or why there is none."""
     if look == "python":
-        return watch.Watch
+        return changes.ChangeDetector
     module = modules.load("_poll_aten" if look == "aten" else "_poll")
-    return module.Watch if isinstance(module, ModuleType) else module
+    return module.ChangeDetector if isinstance(module, ModuleType) else module
 
 
 def only(look: str) -> Any:
     """What modules.poll() answers where there is no other look."""
-    return "the compiled looks are hidden from this test" if look == "python" else SimpleNamespace(Watch=class_of(look))
+    return (
+        "the compiled looks are hidden from this test"
+        if look == "python"
+        else SimpleNamespace(ChangeDetector=class_of(look))
+    )
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, look: str) -> None:

@@ -25,7 +25,8 @@ from gradients import (
     whole_numbers,
 )
 
-from fused_optim import clip, clip_grad_norm_
+from fused_optim import clip_grad_norm_
+from fused_optim.recipes import clip
 
 torchs = torch.nn.utils.clip_grad_norm_
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_optim
-from fused_optim import decay
 from fused_optim.decay import decoupled
+from fused_optim.recipes import decay
 
 DEVICES = ["cpu"] + ["cuda"] * HAS_CUDA
 

@@ -3,7 +3,6 @@ launches, and the optimizers themselves."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from math import prod
 from typing import Any
@@ -14,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fused_optim import backends, doctor, modules
+from fused_optim import backends
+from fused_optim.cost import step_cost as doctor
+from fused_optim.cost.shapes import MODELS
+from fused_optim.engine import modules
 from fused_optim.groups import no_decay
-from fused_optim.shapes import MODELS
 
 CUDA_13, CUDA_12 = doctor.TORCH_LAUNCHES
 ON_MOMENTUM = {"momentum": 0.9}
@@ -133,7 +134,8 @@ def test_memory_is_what_a_real_step_leaves(name: str, options: dict[str, Any], g
     steps = [] if real.rule.counted else list(real._steps.values())
     tensors = [tensor for state in real.state.values() for tensor in state.values() if isinstance(tensor, Tensor)]
     assert found.states == sum(tensor.nbytes for tensor in [*tensors, *steps])
-    ((table, _),) = real._tables
+    (bound,) = real._tables
+    table = bound.table
     assert found.tables == sum(array.nbytes for array in table.arrays if array is not None)
     assert found.groups == len(real.param_groups) == {"one": 1, "decay": 2, "each": 4}[groups]
 
@@ -218,7 +220,8 @@ def test_launches_are_those_of_the_launcher(
     monkeypatch.setattr(launch.Variant, "start", lambda self, *args: started.append(self.kernel))
     model = doctor.on_meta({"a": (5000,), "b": (3, 3)}, torch.float32)
     optimizer = doctor.prepare(model, name, **options)
-    ((table, _),) = optimizer._tables
+    (bound,) = optimizer._tables
+    table = bound.table
     arrays, squares = launch.Arrays(*table.arrays), None
     if optimizer._looks:
         squares = torch.empty(1, dtype=torch.float64, device="meta")
@@ -243,9 +246,8 @@ def test_loops_are_the_calls_of_a_backend(name: str, options: dict[str, Any], mo
 
         return call
 
-    counting = {function: counted(function) for function in ("squares", "step", "move")}
-    reference = dataclasses.replace(backends.BACKENDS["reference"], **counting)
-    monkeypatch.setitem(backends.BACKENDS, "reference", reference)
+    counting = {function: counted(function) for function in ("sum_squares", "step", "apply_update")}
+    monkeypatch.setitem(backends.BACKENDS, "reference", type("Counting", (backends.BACKENDS["reference"],), counting))
     params = [nn.Parameter(torch.ones(10)), nn.Parameter(torch.ones(2, 3))]
     for p in params:
         p.grad = torch.ones_like(p)

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from fused_optim import __main__ as cli
-from fused_optim import doctor, state_dicts
-from fused_optim.shapes import MODELS
+from fused_optim.cost import state_dicts
+from fused_optim.cost import step_cost as doctor
+from fused_optim.cost.shapes import MODELS
 
 # ---- checkpoints
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import types
 import warnings
 from collections.abc import Callable
@@ -25,7 +24,11 @@ from cases import (
 from compare import assert_equal
 from test_errors import frozen
 
-from fused_optim import FusedAdamW, FusedLAMB, FusedOptimizer, backends, clip, clip_grad_norm_, trial
+from fused_optim import FusedAdamW, FusedLAMB, backends, clip_grad_norm_
+from fused_optim.backends import trial
+from fused_optim.engine import walk
+from fused_optim.engine.backend import Backend
+from fused_optim.recipes import clip
 
 GPU = torch.device("cuda", 0)
 
@@ -35,6 +38,11 @@ GPU = torch.device("cuda", 0)
 
 class Broken(Exception):
     pass
+
+
+def variant(backend: str, **attributes: Any) -> type[Backend]:
+    """The backend with other attributes."""
+    return type("Variant", (backends.BACKENDS[backend],), attributes)
 
 
 @pytest.fixture
@@ -50,11 +58,10 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return failing
 
     for name in ("uploads", "steps"):
-        broken = dataclasses.replace(backends.BACKENDS["reference"], name=name)
-        change = (
-            {"upload": fail("an upload")} if name == "uploads" else {"step": fail("a kernel"), "scale": fail("one")}
-        )
-        monkeypatch.setitem(backends.BACKENDS, name, dataclasses.replace(broken, **change))
+        change = {"upload": fail("an upload")}
+        if name == "steps":
+            change = {"step": fail("a kernel"), "scale_grads": fail("one")}
+        monkeypatch.setitem(backends.BACKENDS, name, variant("reference", name=name, **change))
     monkeypatch.setattr(backends, "ORDER", {"cpu": ("uploads", "steps")})
     monkeypatch.setattr(backends, "FAILED", {})
     monkeypatch.setattr(trial, "_passed", set())
@@ -117,7 +124,7 @@ def test_lack_of_memory_is_no_fault_of_a_backend(order: list[str], monkeypatch: 
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setitem(backends.BACKENDS, "uploads", dataclasses.replace(backends.BACKENDS["uploads"], upload=full))
+    monkeypatch.setitem(backends.BACKENDS, "uploads", variant("uploads", upload=full))
     params = make_params()
     optimizer = FusedAdamW(params)
     set_grads(params, random_grads(params, 0))
@@ -158,7 +165,7 @@ def test_a_trial_touches_nothing(case: Case, target: Target, monkeypatch: pytest
     optimizer.step()
     assert {type(made) for made in trials} == {trial.Table}
     for table in trials:
-        assert len(table.rows_list) == 2 and table.kinds == optimizer._tables[0][0].kinds
+        assert len(table.rows_list) == 2 and table.kinds == optimizer._tables[0].table.kinds
         for row in table.rows_list:
             assert all(bool((tensor == 0).all()) for tensor in (row.step, *row.tensors))
     counts = {float(optimizer.state[param].get("step", 1.0)) for param in params}
@@ -181,7 +188,7 @@ def test_a_trial_launches_all_that_steps_launch(
     launch = pytest.importorskip("fused_optim.triton_kernels.launch")
     started: list[Any] = []
     monkeypatch.setattr(launch.Variant, "start", lambda variant, *_: started.append(variant))
-    launching = dataclasses.replace(backends.BACKENDS["triton"], why_not=lambda _: None)
+    launching = variant("triton", why_not=staticmethod(lambda _: None))
     monkeypatch.setitem(backends.BACKENDS, "triton", launching)
     monkeypatch.setattr(trial, "is_tried", lambda backend, device: True)
     monkeypatch.setattr(trial, "_passed", set())
@@ -203,9 +210,7 @@ def test_a_trial_launches_all_that_steps_launch(
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, target: Target, **functions: Any) -> None:
-    monkeypatch.setitem(
-        backends.BACKENDS, target.backend, dataclasses.replace(backends.BACKENDS[target.backend], **functions)
-    )
+    monkeypatch.setitem(backends.BACKENDS, target.backend, variant(target.backend, **functions))
 
 
 def fail(*_: Any) -> None:
@@ -216,7 +221,7 @@ def fail(*_: Any) -> None:
 def test_an_error_between_the_walks_of_lamb_says_what_has_changed(
     target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken(monkeypatch, target, move=fail)
+    broken(monkeypatch, target, apply_update=fail)
     params = make_params([(3,), (5,)], device=target.device)
     before = [param.detach().clone() for param in params]
     optimizer = build(LAMB, target, params)
@@ -231,7 +236,7 @@ def test_an_error_between_the_walks_of_lamb_says_what_has_changed(
 
 @on_every_target
 def test_a_collective_that_fails_between_the_walks(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FusedOptimizer, "_sum_over_processes", fail)
+    monkeypatch.setattr(walk, "sum_over_processes", fail)
     params = make_params([(3,)], device=target.device)
     optimizer = build(LAMB, target, params)
     set_grads(params, random_grads(params, 0))
@@ -243,7 +248,7 @@ def test_an_interrupt_between_the_walks_remains_one(monkeypatch: pytest.MonkeyPa
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(FusedOptimizer, "_sum_over_processes", interrupt)
+    monkeypatch.setattr(walk, "sum_over_processes", interrupt)
     params = make_params([(3,)])
     optimizer = FusedLAMB(params)
     set_grads(params, random_grads(params, 0))
@@ -255,7 +260,7 @@ def test_an_interrupt_between_the_walks_remains_one(monkeypatch: pytest.MonkeyPa
 
 
 @on_every_target
-@pytest.mark.parametrize("where", ["look", "upload", "squares"])
+@pytest.mark.parametrize("where", ["poll", "upload", "sum_squares"])
 def test_an_error_before_the_walks_changes_nothing(target: Target, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the next step goes on as if there had been none, with what has moved since."""
     lists = [make_params([(3,), (5,)], device=target.device) for _ in range(2)]
@@ -268,14 +273,13 @@ def test_an_error_before_the_walks_changes_nothing(target: Target, where: str, m
             if step and optimizer is optimizers[0]:
                 before = frozen(optimizer, params)
                 with monkeypatch.context() as patch:
-                    works = backends.BACKENDS[target.backend]
-                    if where == "look":  # which has noticed what has moved by then
-                        look = optimizer._watch.look
-                        optimizer._watch = types.SimpleNamespace(look=lambda look=look: fail(look()))
+                    if where == "poll":  # which has noticed what has moved by then
+                        poll = optimizer._detector.poll
+                        optimizer._detector = types.SimpleNamespace(poll=lambda poll=poll: fail(poll()))
                     else:
-                        failing = dataclasses.replace(works, **{where: fail})
+                        failing = variant(target.backend, **{where: fail})
                         patch.setitem(backends.BACKENDS, target.backend, failing)
-                        optimizer._tables = [(table, failing) for table, _ in optimizer._tables]
+                        optimizer._tables = [failing(bound.table) for bound in optimizer._tables]
                     with pytest.raises(Broken):
                         optimizer.step()
                 assert_equal(frozen(optimizer, params), before)

@@ -35,7 +35,8 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from fused_optim import FusedAdamW, modules
+from fused_optim import FusedAdamW
+from fused_optim.engine import modules
 
 pytestmark = by_default_backend
 
@@ -311,7 +312,7 @@ def test_under_every_look(world: World) -> None:
                     optimizer.zero_grad()
                     backward(model, step, *share)
                     optimizer.step()
-        assert type(ours._watch) is class_of(look)
+        assert type(ours._detector) is class_of(look)
         assert_same(ours, theirs)
 
 

@@ -11,7 +11,8 @@ import torch
 from gpu import for_the_family, needs_gpu, on_gpu_backends, params, require, set_grads
 from torch import Tensor
 
-from fused_optim import FusedAdamW, FusedSGD, clip, clip_grad_norm_
+from fused_optim import FusedAdamW, FusedSGD, clip_grad_norm_
+from fused_optim.recipes import clip
 
 pytestmark = needs_gpu
 

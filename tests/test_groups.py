@@ -262,7 +262,7 @@ def count_launches(optimizer: Any) -> int:
     """Steps, and counts how often the backends of the tables that are there already were called."""
     calls = 0
     wrapped = []
-    for _, backend in optimizer._tables:
+    for backend in optimizer._tables:
         original = backend.step
 
         def counted(*args: Any, original: Any = original) -> Any:

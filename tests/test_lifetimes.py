@@ -12,8 +12,10 @@ import torch
 from gpu_standin import Runtime, built, runtime
 from torch import Tensor
 
-from fused_optim import FusedAdamW, FusedLAMB, FusedSGD, clip, device
-from fused_optim.device import DeviceTable
+from fused_optim import FusedAdamW, FusedLAMB, FusedSGD
+from fused_optim.backends import device_tables as device
+from fused_optim.backends.device_tables import DeviceTable
+from fused_optim.recipes import clip
 
 pytestmark = built
 __all__ = ["runtime"]  # a fixture
@@ -139,9 +141,9 @@ def test_two_steps_in_one_capture(runtime: Runtime, build: Any, options: dict[st
 
 
 def table_of(optimizer: Any) -> DeviceTable:
-    ((table, _),) = optimizer._tables
-    assert isinstance(table.on_device, DeviceTable)
-    return table.on_device
+    (bound,) = optimizer._tables
+    assert isinstance(bound.device_table, DeviceTable)
+    return bound.device_table
 
 
 def test_captures_without_end(runtime: Runtime) -> None:
@@ -300,7 +302,7 @@ def test_the_copy_of_a_param_with_holes_waits_too(runtime: Runtime) -> None:
     runtime.synchronize()
     with runtime.on(runtime.new_stream()):
         optimizer.step()
-    (row,) = optimizer._tables[0][0].copies
+    (row,) = optimizer._tables[0].table.copies
     assert (row.target.data_ptr(), 1) in runtime.recorded
 
 
@@ -337,8 +339,8 @@ def test_captured_clipping_lives_until_it_is_released(runtime: Runtime, monkeypa
 
     def run() -> None:
         gradients.update(addresses, 1.0)
-        gradients.backend.squares(gradients.table, gradients.table.squares)
-        gradients.backend.scale(gradients.table, gradients.table.squares)
+        gradients.bound.sum_squares(gradients.table.squares)
+        gradients.bound.scale_grads(gradients.table.squares)
         clip._keep(key, gradients)
 
     run()
@@ -357,4 +359,4 @@ def test_captured_clipping_lives_until_it_is_released(runtime: Runtime, monkeypa
         clip.release_captured()
     assert clip._captured == [gradients]
     clip.release_captured()
-    assert not clip._captured and not gradients.captured
+    assert not clip._captured and not gradients.bound.captured

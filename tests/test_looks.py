@@ -15,8 +15,9 @@ from test_changes import SHAPES, for_every_rule_and_change, test_changes_between
 from test_changes import test_gradients_in_reused_memory as check_gradients_in_reused_memory
 from test_changes import test_params_in_reused_memory as check_params_in_reused_memory
 
-from fused_optim import FusedAdamW, FusedSGD, modules, watch
-from fused_optim import optimizer as optimizer_module
+from fused_optim import FusedAdamW, FusedSGD
+from fused_optim.engine import changes, modules
+from fused_optim.optim import base as optimizer_module
 
 REFERENCE = Target("reference", "cpu")
 
@@ -28,11 +29,11 @@ def look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     kinds = set()
 
     def watched(*arguments: Any) -> Any:
-        made = watch.watch_over(*arguments)
+        made = changes.detect_changes(*arguments)
         kinds.add(type(made))
         return made
 
-    monkeypatch.setattr(optimizer_module, "watch_over", watched)
+    monkeypatch.setattr(optimizer_module, "detect_changes", watched)
     yield str(request.param)
     assert kinds == {class_of(request.param)}
 
@@ -177,10 +178,10 @@ def test_changes_in_place(change: Callable[..., None], look: str) -> None:
     for step in range(2):
         set_grads(params, random_grads(params, step))
         checked_step(optimizer, AMSGRAD.rule, 3.0)
-    before = optimizer._watch
+    before = optimizer._detector
     change(params[0], optimizer.state[params[0]])
     checked_step(optimizer, AMSGRAD.rule, 3.0)
-    assert optimizer._watch is not before
+    assert optimizer._detector is not before
 
 
 @on_every_look
@@ -235,14 +236,14 @@ def test_what_decides_nothing_may_change_at_every_step(look: str) -> None:
     group["lookahead_step"] = 0
     set_grads(params, random_grads(params, 0))
     optimizer.step()
-    before = optimizer._watch
+    before = optimizer._detector
     for _ in range(3):
         group["lookahead_step"] += 1
         optimizer.step()
-    assert optimizer._watch is before
+    assert optimizer._detector is before
     group["amsgrad"] = True
     optimizer.step()
-    assert optimizer._watch is not before
+    assert optimizer._detector is not before
 
 
 @on_every_look
@@ -299,7 +300,7 @@ def test_the_compiled_look_is_the_one_that_is_used() -> None:
     set_grads(optimizer.param_groups[0]["params"], random_grads(optimizer.param_groups[0]["params"], 0))
     optimizer.step()
     module = modules.poll()
-    assert type(optimizer._watch) is (watch.Watch if isinstance(module, str) else module.Watch)
+    assert type(optimizer._detector) is (changes.ChangeDetector if isinstance(module, str) else module.ChangeDetector)
     assert modules.look() in ("compiled, through DLPack", "compiled with torch's headers") or isinstance(module, str)
 
 

@@ -16,7 +16,8 @@ from commands import SETUP
 from test_errors import SENTENCE
 
 from fused_optim import __main__ as cli
-from fused_optim import backends, machine
+from fused_optim import backends
+from fused_optim.engine import machine
 
 GPU = torch.device("cuda", 0)
 

@@ -134,7 +134,7 @@ def test_the_backend_may_be_set_later() -> None:
     train([optimizer], 1)
     optimizer.backend = "reference"
     train([optimizer], 1)
-    assert [backend.name for _, backend in optimizer._tables] == ["reference"]
+    assert [bound.name for bound in optimizer._tables] == ["reference"]
     with pytest.raises(ValueError, match="backend must be"):
         optimizer.backend = "fast"
     assert optimizer.backend == "reference"

@@ -22,7 +22,7 @@ import torch
 from commands import ROOT, run
 
 import fused_optim
-from fused_optim import modules
+from fused_optim.engine import modules
 
 VERSION = fused_optim.__version__
 FREE_OF_TORCH = [name for name in modules.NAMES if name != "_poll_aten"]
@@ -37,7 +37,7 @@ def sources(folder: str, *patterns: str) -> set[str]:
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a copy of the sources: the sdist, and a wheel without modules that was built from the sdist."""
     copy = tmp_path_factory.mktemp("sources") / "copy"
-    clutter = shutil.ignore_patterns(".*", "build", "dist", "results", "api", "__pycache__", "*.egg-info", "*.so")
+    clutter = shutil.ignore_patterns(".*", "build", "dist", "results", "site", "__pycache__", "*.egg-info", "*.so")
     shutil.copytree(ROOT, copy, ignore=clutter)
     command = [sys.executable, "-m", "build", "--no-isolation", str(copy)]
     done = subprocess.run(command, env={**os.environ, **BUILD_ENV}, capture_output=True, text=True, timeout=600)
@@ -53,8 +53,9 @@ def test_the_sdist_holds_all_sources(dist: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = sources("csrc", "**/*.cpp", "**/*.h", "**/*.cu", "**/*.cuh") | sources("triton_kernels", "*.py")
     wanted |= sources("fused_optim", "**/*.py") | sources("bench", "*.py")
-    wanted |= sources("tests", "*.py", "*.sh", "cpp/*.cpp", "cpp/*.h") | sources("docs", "*.md")
+    wanted |= sources("tests", "*.py", "*.sh", "cpp/*.cpp", "cpp/*.h") | sources("docs", "**/*.*")
     wanted |= {"README.md", "LICENSE", "CHANGELOG.md", "Makefile", "pyproject.toml", "setup.py", "requirements-dev.txt"}
+    wanted |= {"mkdocs.yml"}
     assert len(wanted) > 50
     assert not wanted - names
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc")) or "results" in name]

@@ -37,7 +37,7 @@ from cases import (
 )
 from compare import assert_equal, assert_like_torch, states
 
-from fused_optim import modules
+from fused_optim.engine import modules
 
 SHAPES = [(5, 3), (), (40,), (9,)]
 

@@ -9,7 +9,7 @@ from fused_optim.triton_kernels import launch as launching
 from fused_optim.triton_kernels.launch import SPANS, launch_total
 from triton_tables import BF16, DEVICE, F16, F32, F64, KINDS, LAUNCHES, RUNS, Group, Row, Table, rows_of
 
-from fused_optim.table import SHARE, count_shares
+from fused_optim.engine.table import SHARE, count_shares
 
 # Elsewhere there is nothing that could run a kernel: collect nothing.
 __test__ = RUNS

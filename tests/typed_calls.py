@@ -8,16 +8,7 @@ import math
 import torch
 from torch import nn
 
-from fused_optim import (
-    FusedAdam,
-    FusedAdamW,
-    FusedLAMB,
-    FusedLion,
-    FusedQHAdam,
-    FusedQHAdamW,
-    FusedSGD,
-    FusedSGDW,
-)
+from fused_optim import FusedAdam, FusedAdamW, FusedLAMB, FusedLion, FusedQHAdam, FusedQHAdamW, FusedSGD, FusedSGDW
 
 params = nn.Linear(3, 5).parameters()
 

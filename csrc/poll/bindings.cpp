@@ -1,7 +1,7 @@
 // The module of the look before each step.
 #include "../bindings.h"
 
-#include "watch.h"
+#include "change_detector.h"
 
 namespace fused_optim {
 
@@ -14,13 +14,13 @@ PYBIND11_MODULE(_poll, m) {
     Question{"is_conj"};
     Question{"is_neg"};
   });
-  py::class_<Watch>(m, "Watch", py::module_local())
+  py::class_<ChangeDetector>(m, "ChangeDetector", py::module_local())
       .def(py::init<py::list, py::dict, const std::vector<ColumnSpec>&, const std::vector<std::string>&, py::object,
                     py::object>())
-      .def("add_pending", &Watch::add_pending)
-      .def("add_row", &Watch::add_row)
-      .def("look", &Watch::look)
-      .def("done", &Watch::done);
+      .def("add_pending", &ChangeDetector::add_pending)
+      .def("add_row", &ChangeDetector::add_row)
+      .def("poll", &ChangeDetector::poll)
+      .def("done", &ChangeDetector::done);
 }
 
 }  // namespace fused_optim

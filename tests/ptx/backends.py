@@ -13,8 +13,8 @@ from __future__ import annotations
 import ctypes
 import math
 import re
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from commands import ROOT
 from torch import Tensor
 
 from fused_optim import backends
-from fused_optim.backends import Backend, Scaling
-from fused_optim.table import Table, same_strides
+from fused_optim.backends.triton import Triton
+from fused_optim.engine.backend import Backend, Scaling
+from fused_optim.engine.table import Table, same_strides
 
 from .launched import LAUNCHES
 from .toolchain import ARCH, compiled_step, library, missing
@@ -120,28 +121,34 @@ def use_stand_in_driver() -> None:
 KEPT: list[Any] = []  # what C calls
 
 
-def triton_ptx() -> Backend:
+class TritonPtx(Triton):
     """The library's functions as they are; only the driver under them is another."""
-    real = backends.BACKENDS["triton"]
 
-    def through(function: Callable[..., None], *poisoned: str) -> Callable[..., None]:
-        def run(table: Table, *args: Any) -> None:
-            use_stand_in_driver()
-            poison(table, *poisoned)
-            with LAUNCHES.raising(copied(table)):
-                function(table, *args)
+    name = "triton-ptx"
+    why_not = staticmethod(why_not("gcc"))
 
-        return run
+    @contextmanager
+    def checked(self, *poisoned: str) -> Iterator[None]:
+        use_stand_in_driver()
+        poison(self.table, *poisoned)
+        with LAUNCHES.raising(copied(self.table)):
+            yield
 
-    return replace(
-        real,
-        name="triton-ptx",
-        why_not=why_not("gcc"),
-        squares=through(real.squares, "partials"),
-        step=through(real.step, "hyper", "partials", "sums"),
-        move=through(real.move, "partials"),
-        scale=through(real.scale, "partials"),
-    )
+    def sum_squares(self, out: Tensor) -> None:
+        with self.checked("partials"):
+            super().sum_squares(out)
+
+    def step(self, scaling: Scaling) -> None:
+        with self.checked("hyper", "partials", "sums"):
+            super().step(scaling)
+
+    def apply_update(self) -> None:
+        with self.checked("partials"):
+            super().apply_update()
+
+    def scale_grads(self, squares: Tensor) -> None:
+        with self.checked("partials"):
+            super().scale_grads(squares)
 
 
 @cache
@@ -209,37 +216,26 @@ def call(name: str, table: Table, *args: Any) -> None:
             raise RuntimeError(f"launch_{name}_cuda has returned {error}")
 
 
-def step_cuda(table: Table, scaling: Scaling) -> None:
-    poison(table, "hyper", "partials", "sums")
-    numbers = {"grad_scale": scaling.grad_scale, "found_inf": scaling.found_inf, "squares": scaling.squares}
-    call("step", table, table.rule.name.encode(), tables(table, **numbers))
+class CudaPtx(Backend):
+    name = "cuda-ptx"
+    why_not = staticmethod(why_not("gcc", "nvcc"))
 
+    def sum_squares(self, out: Tensor) -> None:
+        poison(self.table, "partials")
+        call("squares", self.table, tables(self.table), out.data_ptr())
 
-def move_cuda(table: Table) -> None:
-    poison(table, "partials")
-    call("move", table, table.rule.name.encode(), tables(table))
+    def step(self, scaling: Scaling) -> None:
+        poison(self.table, "hyper", "partials", "sums")
+        numbers = {"grad_scale": scaling.grad_scale, "found_inf": scaling.found_inf, "squares": scaling.squares}
+        call("step", self.table, self.table.rule.name.encode(), tables(self.table, **numbers))
 
+    def apply_update(self) -> None:
+        poison(self.table, "partials")
+        call("move", self.table, self.table.rule.name.encode(), tables(self.table))
 
-def squares_cuda(table: Table, out: Tensor) -> None:
-    poison(table, "partials")
-    call("squares", table, tables(table), out.data_ptr())
-
-
-def scale_cuda(table: Table, squares: Tensor) -> None:
-    poison(table, "partials")
-    call("scale", table, tables(table, squares=squares))
-
-
-def cuda_ptx() -> Backend:
-    return Backend(
-        "cuda-ptx",
-        why_not("gcc", "nvcc"),
-        backends.BACKENDS["cuda"].upload,
-        squares_cuda,
-        step_cuda,
-        move_cuda,
-        scale_cuda,
-    )
+    def scale_grads(self, squares: Tensor) -> None:
+        poison(self.table, "partials")
+        call("scale", self.table, tables(self.table, squares=squares))
 
 
 NAMES = ("triton-ptx", "cuda-ptx")
@@ -247,4 +243,4 @@ NAMES = ("triton-ptx", "cuda-ptx")
 
 def register() -> None:
     """They are then chosen by name like any other, and never by "auto"."""
-    backends.BACKENDS.update({backend.name: backend for backend in (triton_ptx(), cuda_ptx())})
+    backends.BACKENDS.update({backend.name: backend for backend in (TritonPtx, CudaPtx)})

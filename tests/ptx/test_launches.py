@@ -17,7 +17,7 @@ from fused_optim.triton_kernels.launch import Variant
 from torch import Tensor
 
 from fused_optim import FusedAdamW, FusedLAMB, FusedLion, FusedQHAdam, FusedSGD, backends, clip_grad_norm_
-from ptx.backends import NAMES, STREAM, cuda_ptx, tables, tables_type, triton_ptx, why_not
+from ptx.backends import NAMES, STREAM, CudaPtx, TritonPtx, tables, tables_type, why_not
 from ptx.launched import LAUNCHES, Launch
 from ptx.toolchain import missing
 
@@ -47,7 +47,7 @@ class Start:
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    for backend in (triton_ptx(), cuda_ptx()):
+    for backend in (TritonPtx, CudaPtx):
         monkeypatch.setitem(backends.BACKENDS, backend.name, backend)
 
 
@@ -170,7 +170,8 @@ KERNELS: dict[str, list[tuple[str, str, int]]] = {  # name, blocks and threads
 @pytest.mark.parametrize("name", KERNELS)
 def test_nvcc_launches(name: str) -> None:
     optimizer = train(name, "cuda-ptx", steps=2)
-    ((table, _),) = optimizer._tables
+    (bound,) = optimizer._tables
+    table = bound.table
     blocks = {"one": 1, "tensors": len(SIZES), "rows": 1, "chunks": table.desc.numel()}
     step = LAUNCHES.record[len(LAUNCHES.record) // 2 :]
     assert len(step) == len(KERNELS[name])
@@ -208,7 +209,8 @@ def test_nothing_is_left_from_the_step_before(name: str, monkeypatch: pytest.Mon
     param.grad = torch.ones(10)
     optimizer.step()
     before = param.detach().clone()
-    ((table, _),) = optimizer._tables
+    (bound,) = optimizer._tables
+    table = bound.table
     assert before.isfinite().all() and table.hyper.isfinite().all()
     real = LAUNCHES.run
     monkeypatch.setattr(LAUNCHES, "run", lambda ptx, kernel, *args: 0 if "prep" in kernel else real(ptx, kernel, *args))
@@ -223,7 +225,8 @@ def test_what_fails_in_a_kernel_is_raised(name: str) -> None:
     optimizer = FusedAdamW([param], backend=name)
     param.grad = torch.ones(10)
     optimizer.step()
-    ((table, _),) = optimizer._tables
+    (bound,) = optimizer._tables
+    table = bound.table
     table.rows[0, 0] += 4096  # elements
     with pytest.raises(RuntimeError, match=r"outside of every tensor: .*ld"):
         optimizer.step()

@@ -1,11 +1,11 @@
 // The module of the look with torch's headers. It reads tensors as the torch that it was compiled with lays them out,
-// so fused_optim/modules.py looks for these words in the file before it loads it.
+// so fused_optim/engine/modules.py looks for these words in the file before it loads it.
 #include "../../bindings.h"
 
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
-#include "watch.h"
+#include "change_detector.h"
 
 namespace fused_optim {
 namespace {
@@ -18,13 +18,13 @@ namespace {
 
 PYBIND11_MODULE(_poll_aten, m) {
   add_identity(m);
-  py::class_<Watch>(m, "Watch", py::module_local())
+  py::class_<ChangeDetector>(m, "ChangeDetector", py::module_local())
       .def(py::init<py::list, py::dict, const std::vector<ColumnSpec>&, const std::vector<std::string>&, py::object,
                     py::object>())
-      .def("add_pending", &Watch::add_pending)
-      .def("add_row", &Watch::add_row)
-      .def("look", &Watch::look)
-      .def("done", &Watch::done);
+      .def("add_pending", &ChangeDetector::add_pending)
+      .def("add_row", &ChangeDetector::add_row)
+      .def("poll", &ChangeDetector::poll)
+      .def("done", &ChangeDetector::done);
 }
 
 }  // namespace fused_optim

@@ -1,0 +1,201 @@
+#include "change_detector.h"
+
+#include <ATen/Functions.h>
+#include <c10/core/GradMode.h>
+
+#include "../../tables.h"
+
+namespace fused_optim {
+namespace {
+
+bool wraps(const at::Tensor& tensor) { return tensor.key_set().has(c10::DispatchKey::Python); }
+
+// Whether it is a DTensor.
+bool is_spread(py::handle tensor) {
+  return wraps(unpack(tensor)) && PyObject_HasAttr(tensor.ptr(), name_of_shard()) == 1;
+}
+
+// Strides along dimensions of one element say nothing.
+bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+  if (a.is_contiguous() && b.is_contiguous()) return true;
+  const auto sizes = a.sizes(), x = a.strides(), y = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (x[d] != y[d] && sizes[d] != 1) return false;
+  }
+  return true;
+}
+
+// Whether the numbers in memory are the tensor's values.
+bool plain(const at::Tensor& t) { return !t.is_conj() && !t.is_neg() && !t._is_zerotensor(); }
+
+// False of elements that lie nowhere; what torch calls a zero tensor needs no memory.
+bool has_memory(const at::Tensor& t) {
+  return t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl()->data() != nullptr || t.numel() == 0 ||
+         t._is_zerotensor();
+}
+
+void prefetch_tensor(const void* impl, const void* storage) {
+  // Of a TensorImpl's three lines or four: the storage stands near its begin, numel, dtype and flags near its end.
+  __builtin_prefetch(static_cast<const char*>(impl) + 16);
+  __builtin_prefetch(static_cast<const char*>(impl) + 160);
+  __builtin_prefetch(static_cast<const char*>(storage) + 16);
+}
+
+}  // namespace
+
+ChangeDetector::ChangeDetector(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns,
+                               const std::vector<std::string>& deciding, py::object raw, py::object lr)
+    : groups_(std::move(groups), columns, deciding, std::move(raw), std::move(lr)), states_(std::move(state)) {}
+
+void ChangeDetector::add_pending(py::object param) { pending_.push_back(std::move(param)); }
+
+void ChangeDetector::add_row(py::object param, py::object target, py::dict state, at::ScalarType grad_dtype,
+                             at::Tensor grads, int64_t number) {
+  WatchedRow row{};
+  row.param = param.ptr();
+  row.target = target.ptr();
+  row.impl = unpack(param).unsafeGetTensorImpl();
+  row.grad_slot = grads.mutable_data_ptr<int64_t>() + number;
+  row.grad_dtype = grad_dtype;
+  row.first_place = static_cast<int>(places_.size());
+  row.spread = is_spread(param);
+  add_place(param, true);
+  for (const auto& item : state) {
+    if (THPVariable_Check(item.second.ptr())) add_place(item.second, false);
+  }
+  row.places = static_cast<int>(places_.size()) - row.first_place;
+  row.autograd_meta = torch::autograd::impl::get_autograd_meta(unpack(param));
+  alive_.push_back(std::move(param));
+  alive_.push_back(std::move(target));
+  states_.add(std::move(state));
+  alive_tensors_.push_back(std::move(grads));
+  rows_.push_back(std::move(row));
+}
+
+void ChangeDetector::add_place(py::handle object, bool of_param) {
+  if (is_spread(object)) {
+    object = states_.add_shard(object);
+    of_param = false;
+  }
+  const at::Tensor& tensor = unpack(object);
+  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  const c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  int strides = -1;
+  if (!tensor.is_contiguous()) {
+    strides = static_cast<int>(strides_.size());
+    strides_.push_back(tensor.strides().vec());
+  }
+  places_.push_back({impl, storage, storage->data(), impl->storage_offset(), impl->numel(), tensor.scalar_type(),
+                     tensor.is_conj(), tensor.is_neg(), strides});
+  // poll_places asks whether a param is still the same tensor before it follows these addresses.
+  if (!of_param) alive_tensors_.push_back(tensor);
+}
+
+bool ChangeDetector::same(const Place& place) const {
+  const c10::TensorImpl& impl = *place.impl;
+  return impl.is_conj() == place.conj && impl.is_neg() == place.neg &&
+         impl.unsafe_storage().unsafeGetStorageImpl() == place.storage && place.storage->data() == place.data &&
+         impl.storage_offset() == place.offset && impl.numel() == place.numel &&
+         c10::typeMetaToScalarType(impl.dtype()) == place.dtype && impl.is_contiguous() == (place.strides < 0) &&
+         (place.strides < 0 || impl.strides().equals(strides_[place.strides]));
+}
+
+int ChangeDetector::poll() {
+  int answer = 0;
+  held_.clear();
+  held_.reserve(rows_.size());
+  if (!groups_.poll(answer)) return kRebuild;
+  for (const py::object& param : pending_) {
+    if (unpack(param).grad().defined()) return kRebuild;
+  }
+  if (!states_.poll()) return kRebuild;
+  for (size_t ahead = 0; ahead < kAhead; ++ahead) prefetch(ahead);
+  for (size_t number = 0; number < rows_.size(); ++number) {
+    prefetch(number + kAhead);
+    WatchedRow& row = rows_[number];
+    if (!states_.poll(number) || !poll_places(row) || !poll_grad(row, answer)) return kRebuild;
+  }
+  return answer;
+}
+
+void ChangeDetector::prefetch(size_t number) const {
+  if (number >= rows_.size()) return;
+  const WatchedRow& row = rows_[number];
+  __builtin_prefetch(row.param);
+  for (int i = 0; i < row.places; ++i) {
+    const Place& place = places_[row.first_place + i];
+    prefetch_tensor(place.impl, place.storage);
+  }
+  prefetch_tensor(row.grad, row.grad_storage);
+  __builtin_prefetch(reinterpret_cast<const char*>(row.grad) + 64);  // sizes
+  states_.prefetch(number);
+  __builtin_prefetch(row.autograd_meta);
+}
+
+bool ChangeDetector::poll_places(const WatchedRow& row) const {
+  if (unpack(row.param).unsafeGetTensorImpl() != row.impl) return false;
+  for (int i = 0; i < row.places; ++i) {
+    if (!same(places_[row.first_place + i])) return false;
+  }
+  return true;
+}
+
+// The shard of a gradient that goes with the param's. Gradients come as DTensors made anew, but their specs are mostly
+// the same objects. Python handles shards that are still being communicated or have other placements.
+at::Tensor ChangeDetector::shard_of_grad(WatchedRow& row, const at::Tensor& grad) const {
+  const auto whole = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad));
+  const py::object spec = attribute(whole.ptr(), name_of_spec());
+  const py::object shard = attribute(whole.ptr(), name_of_shard());
+  if (spec.ptr() == row.spec.ptr() && !wraps(unpack(shard))) return unpack(shard);
+  const auto param = py::reinterpret_borrow<py::object>(row.param);
+  const py::module_ shards = py::module_::import("fused_optim.engine.dtensor");
+  const py::object found = shards.attr("local_grad")(param, whole);
+  if (found.ptr() == shard.ptr()) row.spec = spec;
+  return unpack(found);
+}
+
+bool ChangeDetector::poll_grad(WatchedRow& row, int& answer) {
+  const at::Tensor &param = unpack(row.param), &target = unpack(row.target);
+  const at::Tensor& whole = param.unsafeGetTensorImpl()->grad();
+  int64_t address = 0;
+  if (whole.defined()) {
+    if (whole.scalar_type() != row.grad_dtype || whole.device() != param.device() || whole.sizes() != param.sizes())
+      return false;
+    if (whole.layout() != at::kStrided || wraps(whole) != row.spread) return false;
+    at::Tensor grad = row.spread ? shard_of_grad(row, whole) : whole;
+    if (!has_memory(grad)) return false;
+    if (plain(grad) && same_layout(grad, target)) {
+      held_.push_back(std::move(grad));
+    } else {
+      c10::NoGradGuard no_grad;
+      at::Tensor copy = at::empty_strided(target.sizes(), target.strides(), grad.options());
+      held_.push_back(copy.copy_(grad));
+    }
+    address = reinterpret_cast<int64_t>(held_.back().unsafeGetTensorImpl()->data());
+    if (address == 0) address = kEmpty;
+  }
+  if (*row.grad_slot != address) {
+    if (address != 0) {
+      row.grad = held_.back().unsafeGetTensorImpl();
+      row.grad_storage = row.grad->unsafe_storage().unsafeGetStorageImpl();
+    }
+    *row.grad_slot = address;
+    answer |= kGradsMoved;
+  }
+  return true;
+}
+
+void ChangeDetector::done() {
+  held_.clear();
+  for (const WatchedRow& row : rows_) {
+    if (*row.grad_slot == 0) continue;
+    const at::Tensor& param = unpack(row.param);
+    if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
+  }
+  for (const Shard& entry : states_.shards()) {
+    const at::Tensor& shard = unpack(entry.shard);
+    if (!shard.is_inference()) shard.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+}  // namespace fused_optim

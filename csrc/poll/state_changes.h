@@ -1,0 +1,61 @@
+// The look at optimizer.state: are its dicts, and what they hold, still those that the tables were built for?
+#pragma once
+#include <vector>
+
+#include "poll.h"
+
+namespace fused_optim {
+
+// Attributes of DTensors.
+PyObject* name_of_shard();
+PyObject* name_of_spec();
+
+// The attribute of that name; throws Python's exception where there is none.
+inline py::object attribute(PyObject* object, PyObject* name) {
+  PyObject* value = PyObject_GetAttr(object, name);
+  if (value == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+// A DTensor and the shard that it held when the tables were built.
+struct Shard {
+  py::object whole, shard;
+};
+
+class StateChanges {
+ public:
+  explicit StateChanges(py::dict state);
+
+  // The dict of the next row: optimizer.state[param], or an empty one.
+  void add(py::dict dict);
+  // Remembers the shard of a DTensor, and returns it.
+  py::handle add_shard(py::handle tensor);
+  const std::vector<Shard>& shards() const { return shards_; }
+
+  // Whether optimizer.state has the dicts that it had, and DTensors their shards.
+  bool poll();
+  // Whether the dict of a row holds the objects that it held.
+  bool poll(size_t row);
+  void prefetch(size_t row) const {
+    __builtin_prefetch(dicts_[row].dict);
+    if (!kVersions) prefetch_lines(dicts_[row].keys, 2);
+  }
+
+ private:
+  struct Dict {
+    PyObject* dict;
+    uint64_t version;   // when it was last read
+    size_t first, end;  // in `entries_`: its values
+    const void* keys;   // where it keeps its own, for prefetches alone
+  };
+
+  py::dict state_;
+  std::vector<py::object> states_;  // its values, in order
+  uint64_t version_ = 0;
+  std::vector<Dict> dicts_;
+  std::vector<PyObject*> entries_;
+  std::vector<Shard> shards_;
+  std::vector<py::object> alive_;  // all that the raw pointers point to
+};
+
+}  // namespace fused_optim

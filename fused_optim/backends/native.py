@@ -1,0 +1,21 @@
+"""Tables as the compiled modules take them: by the addresses of their arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from ..engine.table import Table
+
+
+def address_of(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def arrays_of(module: ModuleType, table: Table, arrays: Sequence[Tensor | None]) -> Any:
+    """Whoever keeps this keeps `arrays` alive: it holds addresses."""
+    addresses = list(map(address_of, arrays))
+    return module.Arrays(addresses, table.desc.numel(), len(table.rows_list), table.elements, table.ema)

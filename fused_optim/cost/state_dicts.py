@@ -1,0 +1,154 @@
+"""Shapes and dtypes of the params in checkpoint files, as tensors on the meta device: no data is read."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.table import DTYPE_CODES, real_dtype
+
+WRAPPERS = "state_dict", "model_state_dict", "model", "module", "params"  # where training loops put the model's tensors
+STATISTICS = "running_mean", "running_var"  # what torch's batch norms keep besides params
+HEADER_LIMIT = 100_000_000  # bytes, as the format has it
+
+# Names in safetensors' headers of the dtypes that optimizers take.
+SAFETENSORS = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+Found = tuple[dict[str, Tensor], list[str]]  # params by name; what was found where, and what was left out
+
+
+def read(paths: Sequence[Path]) -> Found:
+    """The params in checkpoint files that belong together, such as the shards of one model.
+
+    Files that end in .safetensors are read by their header, all others by torch.load(weights_only=True), mapped into
+    memory where they are zip archives. Tensors that share all their elements are one param. Those that no optimizer
+    here could step, and the running statistics of batch norms, are left out.
+
+    Raises:
+        ValueError: a file is missing or no such checkpoint, or its tensors are in several dicts; says what was found.
+    """
+    params: dict[str, Tensor] = {}
+    notes: list[str] = []
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(
+                f"{path} must be a checkpoint file, but {'is a folder' if path.is_dir() else 'is missing'}"
+            )
+        found, more = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+        if twice := params.keys() & found.keys():
+            raise ValueError(
+                f"the files must be parts of one model, but {min(twice)} is in more than one; name one file"
+            )
+        params |= found
+        notes += more
+    if not params:
+        raise ValueError(f"{', '.join(map(str, paths))}: no param for an optimizer in it. {' '.join(notes)}".rstrip())
+    return params, notes
+
+
+def read_safetensors(path: Path) -> Found:
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if not 2 <= size <= min(HEADER_LIMIT, path.stat().st_size - 8):
+                raise ValueError(f"its header cannot have {size} bytes")
+            header = json.loads(file.read(size))
+        entries = {name: (str(e["dtype"]), tuple(e["shape"])) for name, e in header.items() if name != "__metadata__"}
+        metas = {
+            name: torch.empty(shape, dtype=SAFETENSORS[dtype], device="meta")
+            for name, (dtype, shape) in entries.items()
+            if dtype in SAFETENSORS
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        raise ValueError(f"{path} must be a safetensors file, but cannot be read as one: {error}") from None
+    other = {name: dtype for name, (dtype, _) in entries.items() if name not in metas}
+    return selected(path, metas, other)
+
+
+def read_torch(path: Path) -> Found:
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # whatever a damaged or foreign file makes of the unpickler
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"{path} must hold a state_dict, saved by torch.save, but torch.load(weights_only=True) says: {reason}"
+        ) from None
+    candidates = dict(named_tensors(saved, ()))
+    if not candidates:
+        raise ValueError(f"{path} must hold a dict of tensors by name, but holds {outline(saved)}")
+    if len(candidates) > 1:
+        found = ", ".join(f"{len(tensors)} {place(keys)}" for keys, tensors in candidates.items())
+        raise ValueError(
+            f"{path} must hold one dict of tensors, but has several: {found}. Save the one that is meant in a file of "
+            "its own"
+        )
+    ((keys, tensors),) = candidates.items()
+
+    first: dict[Any, str] = {}
+    tied: list[str] = []
+    metas: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        same = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        if tensor.numel() and first.setdefault(same, name) != name:
+            tied.append(f"{name} is {first[same]} once more.")
+        elif takes(tensor):
+            metas[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    other = {name: str(t.dtype) for name, t in tensors.items() if not takes(t)}
+    params, notes = selected(path, metas, other)
+    return params, [*([f"Tensors {place(keys)} of {path.name}."] if keys else []), *tied, *notes]
+
+
+def named_tensors(saved: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """The dicts of tensors in a checkpoint, with the keys that lead there. Where one is called as a model's usually is,
+    it alone; never those of an optimizer."""
+    if not isinstance(saved, Mapping) or "param_groups" in saved:
+        return
+    for key in WRAPPERS:
+        if inner := list(named_tensors(saved.get(key), (*keys, key))):
+            yield from inner
+            return
+    own = {name: value for name, value in saved.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if any(takes(tensor) for tensor in own.values()):
+        yield keys, own
+    for key, value in saved.items():
+        yield from named_tensors(value, (*keys, str(key)))
+
+
+def takes(tensor: Tensor) -> bool:
+    """Whether an optimizer here would step a param of that dtype."""
+    return real_dtype(tensor.dtype) in DTYPE_CODES
+
+
+def place(keys: tuple[str, ...]) -> str:
+    return f"under {'.'.join(keys)}" if keys else "at the top"
+
+
+def outline(saved: Any) -> str:
+    if not isinstance(saved, Mapping):
+        return f"a {type(saved).__name__}"
+    kinds = [f"{key} ({type(value).__name__})" for key, value in saved.items()]
+    return "a dict of " + ", ".join([*kinds[:8], *(["and more"] if kinds[8:] else [])]) if kinds else "an empty dict"
+
+
+def selected(path: Path, metas: dict[str, Tensor], other: dict[str, str]) -> Found:
+    """other: dtypes of the tensors that no optimizer takes."""
+    statistics = [name for name in metas if name.rpartition(".")[2] in STATISTICS]
+    notes = []
+    if statistics:
+        notes.append(f"Left out: {len(statistics)} running statistics of norms.")
+    if other:
+        dtypes = ", ".join(sorted(dtype.removeprefix("torch.") for dtype in set(other.values())))
+        notes.append(f"Left out: {len(other)} tensors of dtype {dtypes}.")
+    return {name: meta for name, meta in metas.items() if name not in statistics}, notes

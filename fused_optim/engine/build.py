@@ -1,0 +1,118 @@
+"""New tables: validates params and gradients, builds their states, builds the tables. Changes nothing of the optimizer;
+the base class installs what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dtensor import Groups, groups_of, is_sharded
+from .ema import WeightAverage
+from .scaling import Scaler
+from .states import conform, conform_step, make_row, make_states
+from .table import EMA_DECAY, Row, Rule, Scalars, Table
+from .validation import check_grad, check_hyperparameter, check_param
+
+ParamGroups = Sequence[dict[str, Any]]
+States = Mapping[Tensor, dict[str, Any]]
+
+
+def members_of(groups: ParamGroups) -> Iterator[tuple[Tensor, int, dict[str, Any]]]:
+    """Every param, with the index of its group and the group."""
+    return ((param, index, group) for index, group in enumerate(groups) for param in group["params"])
+
+
+def validate(optimizer: str, rule: Rule, groups: ParamGroups, names: Sequence[str | None], state: States) -> None:
+    """Raises RuntimeError, TypeError or ValueError for a param, gradient or hyperparameter that no step could use.
+
+    optimizer: its class, for messages. names: of the params, None where they have none.
+    """
+    for (param, _, _), name in zip(members_of(groups), names, strict=True):
+        if param.grad is not None or state.get(param):
+            check_param(param)
+        if param.grad is not None:
+            check_grad(optimizer, param, param.grad, name)
+    for group in groups:
+        for key, _, count, optional, _ in rule.columns:
+            if not optional or group.get(key) is not None:
+                check_hyperparameter(key, group[key], count)
+
+
+@dataclass
+class Built:
+    """What `build_states` makes.
+
+    rows: of the params that are stepped. pending: params that have had no gradient yet, and have no state.
+    fresh: the states of each param with a row, in the order in which `optimizer.state` has them. steps: their counts of
+        updates. averages: of their weights, where the optimizer keeps such.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    pending: list[Tensor] = field(default_factory=list)
+    fresh: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
+    steps: dict[Tensor, Tensor] = field(default_factory=dict)
+    averages: dict[Tensor, Tensor] = field(default_factory=dict)
+
+
+def build_states(
+    rule: Rule,
+    groups: ParamGroups,
+    state: States,
+    counts: Mapping[Tensor, Tensor],
+    state_dtype: torch.dtype | None,
+    ema: WeightAverage | None,
+) -> Built:
+    """Rows for all params that have a gradient or states; states that are missing are made.
+
+    counts: updates of each param so far, where its rule keeps no `step` in its states.
+    """
+    built = Built()
+    for param, index, group in members_of(groups):
+        old = state.get(param, {})
+        if param.grad is None and not old and param not in counts:
+            built.pending.append(param)
+            continue
+        wanted = rule.states_of(group)
+        fresh = conform(param, old, wanted)
+        made = make_states(param, fresh, wanted, state_dtype)
+        fresh.update(made)
+        step = conform_step(param, _count_of(rule, old, counts.get(param), begun=not made))
+        row = make_row(param, fresh, wanted, step, index)
+        if ema is not None:
+            built.averages[param] = ema.join(row, counts.get(param) if made else None)
+        built.rows.append(row)
+        built.steps[param] = step
+        built.fresh[param] = {"step": step, **fresh} if rule.counted else fresh
+    return built
+
+
+def _count_of(rule: Rule, state: dict[str, Any], count: Tensor | None, begun: bool) -> Any:
+    """How many updates the param has had. Where that is no state, it is enough to know whether there was one: a
+    loaded optimizer has begun with a param whose states it has."""
+    if rule.counted:
+        return state.get("step", 0.0)
+    if not begun:
+        return 0.0
+    return (1.0 if state else 0.0) if count is None else count
+
+
+def build_tables(
+    rule: Rule, rows: Sequence[Row], groups: ParamGroups, scaler: Scaler, ema: WeightAverage | None
+) -> tuple[Scalars, list[Table]]:
+    """The hyperparameters of all groups, and a table for each device. Where something is summed over whole tensors,
+    those that are summed over the same processes have a table of their own."""
+    scalars = Scalars(len(groups), rule.clip_eps, scaler.bound_without_key(groups))
+    if ema is not None:
+        scalars.raw[:, EMA_DECAY] = ema.current
+    looks = scaler.looks_at(groups)
+    by_place: dict[tuple[torch.device, bool, Groups], list[Row]] = {}
+    for row in rows:
+        spread = groups_of(row.param) if looks or rule.trust else ()
+        alone = scaler.norm_group is not None and is_sharded(row.param)
+        by_place.setdefault((row.shard.device, alone, spread), []).append(row)
+    tables = [Table(rule, device, members, scalars, looks, spread) for (device, _, spread), members in by_place.items()]
+    return scalars, tables

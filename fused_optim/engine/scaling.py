@@ -1,0 +1,186 @@
+"""What a step multiplies the gradients by, and whether it takes place at all: GradScaler, a plain divisor, clipping by
+the norm of all gradients, skipping where they are not finite. All on the device: nothing here waits for it."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import Scaling, Tables
+from .dtensor import device_for, is_sharded, largest_over, reduce_over
+from .table import MAX_NORM, Table
+
+UNSCALED = Scaling()
+
+
+def largest_square(table: Table) -> Tensor:
+    """The square of the largest magnitude among the gradients that are clipped: float64 [1]. NaN where one of those
+    that are only looked at is not finite."""
+    bounds = table.scalars.raw[:, MAX_NORM].tolist()
+    rows = [(row.grad, bounds[row.group]) for row in table.rows_list]
+    found = [torch.zeros((), dtype=torch.float64, device=table.device)]
+    for counts in (True, False):
+        grads = [grad for grad, bound in rows if grad is not None and bound and (bound > 0) == counts]
+        norms = torch._foreach_norm([grad for grad in grads if grad.numel()], math.inf) if grads else []
+        if norms:
+            largest = torch.stack([norm.double() for norm in norms]).amax()
+            found.append(largest if counts else largest * 0.0)
+    return torch.stack(found).amax().square().reshape(1)
+
+
+def _moved(number: Tensor, device: torch.device) -> Tensor:
+    if number.device == device:  # `to` alone takes a microsecond to find nothing to do
+        return number
+    return number.to(device, non_blocking=device.type != "cpu")  # what goes to the host is read at once
+
+
+class Shared:
+    """Something that copies of its owner share, because it cannot be copied. Pickling it may fail, with a sentence that
+    calls it `name`."""
+
+    def __init__(self, value: Any, name: str) -> None:
+        self.value = value
+        self.name = name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        try:
+            pickle.dumps(self.value)
+        except Exception as error:
+            raise pickle.PicklingError(
+                f"this optimizer cannot be pickled, because its {self.name}, {self.value!r}, cannot be ({error}); save "
+                f"state_dict() and ema_state_dict() instead, or use {self.name} that pickle can save"
+            ) from error
+        return type(self), (self.value, self.name)
+
+
+class Scaler:
+    """Norm, clipping and skipping of one optimizer.
+
+    skipped: how many steps were skipped because a gradient was not finite or GradScaler had found one: int64 [].
+    """
+
+    def __init__(self, norm_type: float = 2.0, skip_nonfinite: bool = False, norm_group: Any = None) -> None:
+        self.norm_type = norm_type
+        self._group = Shared(norm_group, "norm_group")
+        self.skip_nonfinite = skip_nonfinite
+        self.skipped = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._last: tuple[Tensor, Tensor | None] | None = None  # squares and scale of the last step
+
+    @property
+    def norm_group(self) -> Any:
+        return self._group.value
+
+    @property
+    def norm(self) -> Tensor | None:
+        """Of the last step's gradients, after unscaling: float32 [], on the first param's device; None before."""
+        if self._last is None:
+            return None
+        squares, scale = self._last
+        norm = squares.sqrt().reshape(())
+        return (norm if scale is None else norm / scale).float()
+
+    def set_skipped(self, count: Any) -> None:
+        """In place, so that a captured graph counts on."""
+        self.skipped.copy_(torch.as_tensor(count))
+
+    def looks_at(self, groups: Sequence[dict[str, Any]]) -> bool:
+        return self.skip_nonfinite or self._clips(groups)
+
+    def bound_without_key(self, groups: Sequence[dict[str, Any]]) -> float:
+        """What stands for max_grad_norm in a group that has none, see csrc/tables.h."""
+        if not self.skip_nonfinite:
+            return 0.0
+        return -1.0 if self._clips(groups) else math.inf
+
+    @staticmethod
+    def _clips(groups: Sequence[dict[str, Any]]) -> bool:
+        return any(group.get("max_grad_norm") for group in groups)
+
+    def __call__(self, tables: Tables, looks: bool, scales: Sequence[Any], found_inf: Tensor | None) -> list[Scaling]:
+        """One Scaling per table. scales: numbers, one-element tensors or None; gradients are divided by all of them."""
+        given = [scale for scale in scales if scale is not None]
+        real = [bound for bound in tables if not bound.table.is_meta]
+        waited_for = looks and self.norm_group is not None  # by other processes, whatever there is here
+        if not (real or waited_for) or not (looks or given or found_inf is not None):
+            return [UNSCALED] * len(tables)
+        with torch.no_grad():
+            home = real[0].table.device if real else device_for(self.norm_group)
+            scale = self._product(given, home)
+            if found_inf is not None:
+                found_inf = _moved(found_inf, home).float()
+            squares = None
+            if looks:
+                squares = self._squares(real, home)
+                # GradScaler changes its tensor in place, once the step is done.
+                self._last = squares, None if scale is None else scale.clone()
+            if self.skip_nonfinite and squares is not None:
+                bad = (~self._is_finite(squares, scale, real)).float()
+                found_inf = bad if found_inf is None else bad + found_inf
+                self.skipped = self.skipped.to(home)
+                self.skipped += (found_inf != 0).reshape(())  # in place, so that a captured graph counts on
+            numbers = (scale, found_inf, squares)
+            return [
+                UNSCALED
+                if bound.table.is_meta
+                else Scaling(*(number if number is None else _moved(number, bound.table.device) for number in numbers))
+                for bound in tables
+            ]
+
+    @staticmethod
+    def _product(scales: Sequence[Any], home: torch.device) -> Tensor | None:
+        product = None
+        for scale in scales:
+            if isinstance(scale, Tensor):
+                factor = _moved(scale, home).float().reshape(())
+            else:  # filled in on the device: a copy would have to wait, and no graph could capture it
+                number = ctypes.c_float(scale).value  # inf where torch.full would refuse
+                factor = torch.full((), number, dtype=torch.float32, device=home)
+            product = factor if product is None else product * factor
+        return product
+
+    @staticmethod
+    def _is_finite(squares: Tensor, scale: Tensor | None, tables: Tables) -> Tensor:
+        """Whether rules see finite gradients. They multiply each one by 1 / scale, in their own precision: that factor
+        must be finite, not 0 (of a scale that is inf), and must not lift the norm out of the dtype's range."""
+        if scale is None:
+            return squares.isfinite()
+        wide = tables and all(bound.table.is_wide for bound in tables)
+        dtype = torch.float64 if wide else torch.float32
+        factor = scale.double().reciprocal()
+        norm = squares.sqrt() * factor
+        return squares.isfinite() & norm.to(dtype).isfinite() & factor.to(dtype).isfinite() & (factor != 0)
+
+    def _squares(self, tables: Tables, home: torch.device) -> Tensor:
+        sums = self.norm_type == 2
+        over = reduce_over if sums else largest_over
+        squares = []
+        for bound in tables:
+            if not sums:
+                squares.append(largest_square(bound.table))
+            elif bound.table.squares is not None:
+                bound.sum_squares(bound.table.squares)
+                squares.append(bound.table.squares)
+        squares = over(squares, [bound.table.groups for bound in tables])
+        if self.norm_group is not None:
+            spread = [is_sharded(bound.table.rows_list[0].param) for bound in tables]
+            plain = [square for square, it_is in zip(squares, spread, strict=True) if not it_is]
+            rest = [square for square, it_is in zip(squares, spread, strict=True) if it_is]
+            squares = rest + over([self._together(plain, home)], [(self.norm_group,)])
+        return self._together(squares, home)
+
+    def _together(self, squares: Sequence[Tensor], home: torch.device) -> Tensor:
+        if not squares:
+            return torch.zeros(1, dtype=torch.float64, device=home)
+        if len(squares) == 1:
+            return squares[0]
+        both = torch.stack([_moved(square, home) for square in squares])
+        return both.sum(0) if self.norm_type == 2 else both.amax(0)

@@ -1,0 +1,94 @@
+"""Converts states to the layout that kernels read, and makes those that are missing. Runs when tables are rebuilt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dtensor import like, local, spread_as
+from .table import DTYPE_CODES, Row, is_dense, real_dtype, same_strides
+from .validation import check_memory
+
+
+def target_of(param: Tensor) -> Tensor:
+    """The param itself, or a dense tensor to take its place in the kernel where it has holes."""
+    plain = is_dense(param) and not param.is_conj() and not param.is_neg()
+    return param if plain else torch.empty_like(param, requires_grad=False)
+
+
+def state_dtype_of(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    narrow = param.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return wanted if narrow and wanted is not None else param.dtype
+
+
+def allowed_dtype(param: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype a loaded state is kept in: its own, unless the arithmetic of the param is wider or narrower
+    altogether."""
+    same_width = (real_dtype(param.dtype) == torch.float64) == (real_dtype(dtype) == torch.float64)
+    fits = real_dtype(dtype) in DTYPE_CODES and dtype.is_complex == param.dtype.is_complex
+    return dtype if same_width and fits else param.dtype
+
+
+def conform_step(param: Tensor, step: Any) -> Tensor:
+    if not isinstance(step, Tensor):
+        step = torch.tensor(float(step))
+    return local(step).to(local(param).device, torch.float32).reshape(())
+
+
+def conform(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
+    """The states among `wanted` that are there: on the param's device, in its memory layout. The tensors themselves
+    where they fit.
+
+    Raises:
+        RuntimeError: a state has another shape than its param.
+    """
+    fitting: dict[str, Any] = {}
+    for name in wanted:
+        old = state.get(name)
+        if old is None:
+            continue
+        if old.shape != param.shape:
+            raise RuntimeError(
+                f'state "{name}" must have its param\'s shape, {tuple(param.shape)}, but has {tuple(old.shape)}'
+            )
+        old = spread_as(param, old, f'state "{name}"')
+        if param.grad is not None:
+            check_memory(old, f'state "{name}" of a param of shape {tuple(param.shape)}')
+        shard, shard_of_param, dtype = local(old), local(param), allowed_dtype(param, old.dtype)
+        laid_out = torch.empty_like(shard_of_param, device="meta")
+        if (
+            shard.device == shard_of_param.device
+            and shard.dtype == dtype
+            and same_strides(shard, laid_out)
+            and not (shard.is_conj() or shard.is_neg())
+        ):
+            fitting[name] = old
+        else:
+            fitting[name] = like(param, torch.empty_like(shard_of_param, dtype=dtype, requires_grad=False).copy_(shard))
+    return fitting
+
+
+def make_states(
+    param: Tensor, state: dict[str, Any], wanted: Sequence[str], dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Those of `wanted` that `state` lacks: zeros, but the maximum of an average starts from the average."""
+    made: dict[str, Any] = {}
+    for name in wanted:
+        if name in state:
+            continue
+        average = state.get(name.removeprefix("max_"))
+        if average is not None:
+            made[name] = like(param, local(average).clone())
+        else:
+            zeros = torch.zeros_like(local(param), dtype=state_dtype_of(param, dtype), requires_grad=False)
+            made[name] = like(param, zeros)
+    return made
+
+
+def make_row(param: Tensor, state: dict[str, Any], wanted: Sequence[str], step: Tensor, group: int) -> Row:
+    grad_dtype = param.dtype if param.grad is None else param.grad.dtype
+    shard = local(param)
+    return Row(param, shard, target_of(shard), [local(state[name]) for name in wanted], step, state, grad_dtype, group)

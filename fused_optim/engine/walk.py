@@ -1,0 +1,70 @@
+"""The walk over every table of an optimizer: one, or two where the rule has a trust ratio."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from .backend import Scaling, Tables
+from .dtensor import reduce_over
+from .table import Table
+
+
+def walk(tables: Tables, scalings: Sequence[Scaling]) -> None:
+    """Steps every table. All tables have one rule.
+
+    Raises:
+        RuntimeError: a walk has failed; says what has been changed.
+    """
+    fates = ["unchanged"] * len(tables)
+    try:
+        for number, (bound, scaling) in enumerate(zip(tables, scalings, strict=True)):
+            fates[number] = "perhaps changed in part"
+            bound.step(scaling)
+            fates[number] = "states and step counts updated, params not"
+            if not bound.table.rule.trust:
+                if bound.table.copies:
+                    copy_out(bound.table)
+                fates[number] = "updated"
+        if any(bound.table.rule.trust for bound in tables):
+            sum_over_processes([bound.table for bound in tables])
+            for number, bound in enumerate(tables):
+                bound.apply_update()
+                if bound.table.copies:
+                    copy_out(bound.table)
+                fates[number] = "updated"
+    except BaseException as error:
+        places = [bound.table.device for bound in tables]
+        found = "; ".join(f"{place}: {fate}" for place, fate in zip(places, fates, strict=True))
+        text = (
+            f"a step has ended before it was complete ({type(error).__name__}: {error}). Tensors on {found}. Load a "
+            "checkpoint to go on"
+        )
+        if isinstance(error, Exception):
+            raise RuntimeError(text) from error
+        warnings.warn(text, stacklevel=4)
+        raise
+
+
+@torch.no_grad()
+def copy_in(table: Table) -> None:
+    """Brings params that kernels cannot read as they are into the dense tensors that take their place."""
+    for row in table.copies:
+        row.target.copy_(row.shard)
+
+
+@torch.no_grad()
+def copy_out(table: Table) -> None:
+    for row in table.copies:
+        if row.param.grad is not None:
+            row.shard.copy_(row.target)
+
+
+def sum_over_processes(tables: Sequence[Table]) -> None:
+    """The squares that trust ratios are made of, where tensors are spread over processes."""
+    for table in tables:
+        if table.groups and table.sums is not None:
+            (total,) = reduce_over([table.sums], [table.groups])
+            table.sums.copy_(total)

@@ -1,0 +1,49 @@
+"""Registers the classes here with timm."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import fused_optim
+
+from ..optim.base import FusedOptimizer
+
+
+def register_timm(registry: Any = None) -> list[str]:
+    """Registers every class here with timm, for timm.optim.create_optimizer_v2 and timm's scripts. The names are
+    "fused-optim-adamw" and so on. (timm's "fusedadamw" is Apex's. An underscore in a name means Lookahead to timm.)
+
+    Args:
+        registry: a timm.optim.OptimizerRegistry. None: the one of create_optimizer_v2, for which timm has no public
+            name.
+
+    Returns:
+        The registered names.
+
+    Raises:
+        ImportError: timm is not installed, or older than 1.0.12, the first version with a registry.
+    """
+    try:
+        optim = importlib.import_module("timm.optim")
+        registry = registry or importlib.import_module("timm.optim._optim_factory").default_registry
+        info = optim.OptimInfo
+    except (ImportError, AttributeError) as error:
+        raise ImportError("register_timm needs timm 1.0.12 or newer: pip install 'timm>=1.0.12'") from error
+    names = []
+    for kind in vars(fused_optim).values():
+        if not (isinstance(kind, type) and issubclass(kind, FusedOptimizer) and kind is not FusedOptimizer):
+            continue
+        options = {key for key, *_ in kind.rule.columns}
+        names.append(f"fused-optim-{kind.__name__.removeprefix('Fused').lower()}")
+        registry.register(
+            info(
+                name=names[-1],
+                opt_class=kind,
+                description=f"fused_optim.{kind.__name__}: one fused step for all params",
+                has_eps="eps" in options,
+                has_momentum="momentum" in options,
+                has_betas="betas" in options,
+            )
+        )
+    return names

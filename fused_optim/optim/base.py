@@ -1,0 +1,404 @@
+"""FusedOptimizer: param groups, state, checkpoints and step() of every optimizer here. Subclasses name a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.compiler import is_dynamo_compiling
+
+from .. import backends
+from ..backends.device_tables import release
+from ..backends.trial import choose
+from ..engine.backend import Backend, Scaling
+from ..engine.build import build_states, build_tables, members_of, validate
+from ..engine.changes import REBUILD, detect_changes
+from ..engine.checkpoints import arrived, leaving_out, loading, without_update
+from ..engine.dtensor import local
+from ..engine.ema import Decay, WeightAverage, check_dtype, make_average
+from ..engine.forks import heed_fork
+from ..engine.graphs import refuse_capture
+from ..engine.scaling import Scaler
+from ..engine.table import Rule
+from ..engine.validation import check_param, may_get_grad
+from ..engine.walk import copy_in, walk
+from .options import (
+    BackendName,
+    Options,
+    check_grad_scale,
+    check_group,
+    check_keywords,
+    check_max_grad_norm,
+    check_norm_type,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# What copies and pickles hold besides torch's, and what an older pickle without it stands for.
+KEPT: dict[str, Callable[[], Any]] = {
+    "_backend": lambda: "auto",
+    "_state_dtype": lambda: None,
+    "_max_grad_norm": lambda: None,
+    "_scaler": Scaler,
+    "_ema": lambda: None,
+    "_steps": dict,
+}
+
+
+class FusedOptimizer(Options):
+    """Base of the fused optimizers; stands before a torch.optim class, or alone, among the bases of one.
+
+    Args:
+        backend: "auto", "triton", "cuda", "cpp" or "reference" (see fused_optim.backends). A named one that cannot run
+            the params is an error.
+        state_dtype: dtype of the states of real params narrower than float64, e.g. float32 averages for bfloat16
+            params; None: the param's own.
+        max_grad_norm: every step multiplies the gradients it sees by min(1, max_grad_norm / (norm + 1e-6)), with the
+            norm of all gradients together after unscaling; p.grad itself is left alone. None or 0: off. Groups may
+            have their own, and those with None are neither clipped nor part of the norm.
+        norm_type: 2 or inf.
+        skip_nonfinite: a step that would see NaN or inf in its gradients changes nothing, be they there from the start
+            or made by the division by grad_scale.
+        norm_group: processes that hold other gradients of the same model in plain tensors (ZeroRedundancyOptimizer,
+            FSDP1's flat params): the norm goes over all of them. That of DTensors always goes over all their shards.
+        ema_decay: each update of a param also takes a moving average of the weights along, ema_decay * average +
+            (1 - ema_decay) * param, which starts as a copy; see ema_weights. May be a function of the number of
+            step() calls before, asked at each one. None: no averages.
+        ema_dtype: dtype of the averages of real params narrower than float64; None: float32. In 16 bits an average
+            stands still where decay is near 1.
+
+    All other arguments go to the torch.optim class. These options are attributes, too. A new value holds from the next
+    step on; norm_group cannot be set.
+
+    Raises:
+        ValueError: state_dtype, max_grad_norm, norm_type, ema_decay or ema_dtype is none of these.
+        TypeError: a keyword argument that the class does not have.
+        RuntimeError: the named backend cannot run here, or differentiable=True.
+    """
+
+    rule: ClassVar[Rule]
+    _uncompiled_step: ClassVar[Any] = None  # step() with torch.compile disabled: a graph breaks here
+    _step_supports_amp_scaling = True  # GradScaler hands grad_scale and found_inf to step()
+
+    @_disable_dynamo  # as torch's constructor: where a graph breaks in it, what was set before would be gone
+    def __init__(
+        self,
+        *args: Any,
+        backend: BackendName = "auto",
+        state_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+        norm_type: float = 2.0,
+        skip_nonfinite: bool = False,
+        norm_group: ProcessGroup | None = None,
+        ema_decay: Decay | None = None,
+        ema_dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_keywords(type(self), kwargs)
+        backends.check_name(backend)
+        check_dtype(state_dtype, "state_dtype")
+        check_max_grad_norm(max_grad_norm)
+        check_norm_type(norm_type)
+        self._backend = backend
+        self._state_dtype = state_dtype
+        self._max_grad_norm = max_grad_norm
+        self._scaler = Scaler(norm_type, skip_nonfinite, norm_group)
+        self._ema = make_average(ema_decay, ema_dtype)
+        self._steps: dict[Tensor, Tensor] = {}  # of params whose rule keeps no `step` in its states
+        self._forget()
+        super().__init__(*args, **kwargs)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        check_group(param_group, self)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if self._max_grad_norm is not None:
+            group.setdefault("max_grad_norm", self._max_grad_norm)
+        if group.get("max_grad_norm") == 0:
+            group["max_grad_norm"] = None  # the same, but a group with None is still looked at by skip_nonfinite
+        try:
+            if group.get("differentiable"):
+                raise RuntimeError("`fused` does not support `differentiable`")
+            check_max_grad_norm(group.get("max_grad_norm"))
+            for param in group["params"]:
+                if may_get_grad(param):
+                    check_param(param)
+                    backends.pick(self._backend, local(param).device)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._forget()
+
+    @property
+    def last_grad_norm(self) -> Tensor | None:
+        """Of all gradients that are clipped (of all there are, where skip_nonfinite alone asks for it) in the last
+        step, after unscaling and before clipping: float32 [], on the first param's device. None before the first such
+        step."""
+        return self._scaler.norm
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps skip_nonfinite has skipped: int64 [], on the first param's device. A new tensor each time."""
+        return self._scaler.skipped.clone()
+
+    # ---- step
+
+    def step(self, closure: Callable[[], Any] | None = None, grad_scale: float | Tensor | None = None) -> Any:
+        """Updates every param that has a gradient: one launch per device.
+
+        Args:
+            closure: reevaluates the model, with grad enabled, and returns the loss.
+            grad_scale: gradients are divided by it, and by GradScaler's scale besides: the number of micro-batches
+                whose gradients were added up, say. A number above 0, or a one-element tensor, which is read on its
+                device. With skip_nonfinite a step whose grad_scale is 0, NaN or inf is skipped.
+
+        Raises:
+            ValueError: grad_scale is a number that cannot be divided by, or a tensor of several elements.
+            TypeError: grad_scale is neither a number nor a tensor.
+            RuntimeError: a gradient is sparse, or of another shape, dtype or device than its param allows. Nothing has
+                been changed then.
+        """
+        if is_dynamo_compiling():  # tracing would recompile for each value of lr and gain nothing
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._uncompiled_step(grad_scale=grad_scale)
+            return loss
+        if grad_scale is not None:
+            check_grad_scale(grad_scale, self._scaler.skip_nonfinite)
+        if self._on_cuda:
+            self._check_capture()
+        if self._ema is not None:
+            self._ema.begin()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        heed_fork()
+        averaged = 0 if self._ema is None else self._ema.steps
+        try:
+            scalings = self._prepare(grad_scale)
+        except BaseException:
+            if self._ema is not None:
+                self._ema.steps = averaged
+            self._forget()  # the devices may not know what has moved; new tables bring it over
+            raise
+        try:
+            walk(self._tables, scalings)
+        finally:
+            self._detector.done()
+        return loss
+
+    def _prepare(self, grad_scale: float | Tensor | None) -> list[Scaling]:
+        """All that comes before the first change of a param or state."""
+        watched = self._watched_state is self.state and self._watched_groups is self.param_groups
+        changes = self._detector.poll() if watched else REBUILD
+        if changes & REBUILD:
+            with torch.device("cpu"):  # of the host's arrays, whatever torch.set_default_device says
+                self._rebuild()
+            changes = 0  # new tables go to their device whole, when they are first used
+        if self._ema is not None:
+            changes |= self._ema.advance(self._tables)
+        for bound in self._tables:
+            bound.upload(changes)
+            if bound.table.copies:
+                copy_in(bound.table)
+        given = self.__dict__  # GradScaler puts its two tensors here, and takes them away after the step
+        scales = (given.get("grad_scale"), grad_scale)
+        return self._scaler(self._tables, self._looks, scales, given.get("found_inf"))
+
+    def _check_capture(self) -> None:
+        if "capturable" not in self.defaults:  # torch lets such optimizers be captured as they are
+            return
+        # The name before torch 2.10 is the second one.
+        check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
+        check()
+
+    # ---- tables
+
+    def _forget(self) -> None:
+        """Drops the tables: the next step looks at everything anew."""
+        if FusedOptimizer._uncompiled_step is None:  # not sooner: it imports Dynamo, as torch's constructor does
+            FusedOptimizer._uncompiled_step = torch.compiler.disable(
+                FusedOptimizer.step, reason="a fused optimizer's step is a kernel of its own, which nothing can enter"
+            )
+        # A CUDA graph goes on reading its tables.
+        self._captured: list[Backend] = self.__dict__.get("_captured", [])
+        self._captured += [bound for bound in self.__dict__.get("_tables", ()) if bound.captured]
+        self._detector: Any = None
+        self._watched_state: object = None
+        self._watched_groups: object = None
+        self._tables: list[Backend] = []
+        self._looks = False  # at all gradients, before the step
+        self._on_cuda = True
+
+    @torch.no_grad()
+    def _rebuild(self) -> None:
+        """New tables for what is there now: validates, builds states, builds tables, and installs all of it only when
+        everything has gone well.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured: its replays would make the states anew every time.
+        """
+        refuse_capture(
+            "an optimizer cannot take its first step, or its first one with other params, states or groups,",
+            "take one step before the capture",
+        )
+        self._forget()
+        groups, rule = self.param_groups, self.rule
+        validate(type(self).__name__, rule, groups, self._all_names(), self.state)
+        built = build_states(rule, groups, self.state, self._steps, self._state_dtype, self._ema)
+        scalars, made = build_tables(rule, built.rows, groups, self._scaler, self._ema)
+        tables = [choose(self._backend, table) for table in made]
+
+        # Nothing may fail from here to the detector, which fails only where another thread interferes.
+        params = [param for param, *_ in members_of(groups)]
+        if self._ema is not None:
+            self._ema.tensors.update(built.averages)
+            self._ema.keep_only(params)
+        for row in built.rows:  # the state dicts stay the same objects, which others may hold
+            fresh = built.fresh[row.param]
+            row.state = self.state[row.param] if fresh else self.state.get(row.param, {})
+            row.state.update(fresh)
+        if not rule.counted:
+            counted = {**self._steps, **built.steps}
+            self._steps = {param: counted[param] for param in params if param in counted}
+        detector = detect_changes(groups, self.state, rule, scalars, built.pending, made)
+        if detector.poll() & REBUILD:
+            raise RuntimeError(
+                "params, gradients or states changed while the step was being prepared; was another thread at them?"
+            )
+        self._detector, self._tables, self._looks = detector, tables, self._scaler.looks_at(groups)
+        # Nothing watches params on meta: with one of them every step looks at all params anew.
+        self._watched_state = None if any(table.is_meta for table in made) else self.state
+        self._watched_groups = groups
+        self._on_cuda = any(table.device.type == "cuda" for table in made)
+
+    def _all_names(self) -> list[str | None]:
+        """Of the params; None where they were given without names."""
+        groups = self.param_groups
+        return [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]
+
+    def release_captured(self) -> None:
+        """Frees what is kept for CUDA graphs in which steps of this optimizer were captured: tables, pinned buffers,
+        and states that have been replaced since. Without this call they live as long as the optimizer. Call it when
+        none of these graphs will be replayed again. It waits for the device.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured.
+        """
+        release([*self._captured, *self._tables])
+        self._captured.clear()
+
+    # ---- averages of the weights
+
+    @property
+    def ema(self) -> Mapping[Tensor, Tensor] | None:
+        """The averages by param, of params that have had a gradient; to be read outside of ema_weights(). None without
+        an ema_decay."""
+        return None if self._ema is None else MappingProxyType(self._ema.tensors)
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Inside of it the params hold their averages, in the same memory, and may be read alone:
+
+            with optimizer.ema_weights():
+                evaluate(model)
+
+        On leaving, in whatever way, every param has its own elements again, bit for bit. Params that have had no
+        gradient yet stay as they are. Averages of the params' dtype change places with them, one tensor after the
+        other; for others the params are copied.
+
+        Raises:
+            RuntimeError: the optimizer keeps no averages, or this is inside of another ema_weights().
+        """
+        with self._averages().lend(self._all_params()):
+            yield
+
+    def ema_state_dict(self) -> dict[str, Any]:
+        """The averages, to be saved beside state_dict(), which remains torch's: {"steps": how many step() calls there
+        were, "averages": tensors by the params' indices in state_dict()}. The tensors are the averages themselves.
+        Params whose updates have all been skipped have none.
+
+        Raises:
+            RuntimeError: the optimizer keeps no averages, or this is inside of ema_weights().
+        """
+        average = self._averages()
+        average.check_home("ema_state_dict() cannot be called")
+        average.unreached = {param for param in average.unreached if not self._count_of(param)}
+        numbered = [(i, param) for i, param in enumerate(self._all_params()) if param not in average.unreached]
+        return {
+            "steps": average.steps,
+            "averages": {index: average.tensors[param] for index, param in numbered if param in average.tensors},
+        }
+
+    def load_ema_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads what ema_state_dict gave, or the state_dict of a torch.optim.swa_utils.AveragedModel, where the
+        optimizer was made with named params. Averages keep the dtype that they were saved in; params without one in
+        state_dict begin theirs anew.
+
+        Raises:
+            RuntimeError: the optimizer keeps no averages, or this is inside of ema_weights().
+            ValueError: the averages are of other params, or state_dict is none of the two.
+        """
+        self._averages().load(self._all_params(), self._all_names(), state_dict)
+        self._forget()  # the tables have the addresses of others
+
+    def _count_of(self, param: Tensor) -> float:
+        """How many updates a param has had. Waits for its device."""
+        count = self.state.get(param, {}).get("step", self._steps.get(param, 0.0))
+        return 0.0 if isinstance(count, Tensor) and count.is_meta else float(count)
+
+    def _all_params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _averages(self) -> WeightAverage:
+        if self._ema is None:
+            raise RuntimeError(
+                "this optimizer keeps no average of its weights; make it with an ema_decay, such as ema_decay=0.999"
+            )
+        return self._ema
+
+    # ---- checkpoints
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this class, or of torch's class of the same rule.
+
+        States keep the dtype that they were saved in, `step` may be a number or a tensor of any device, and options
+        that the saved groups lack keep this optimizer's values. So does skipped_steps. Errors are torch's.
+        """
+        with loading(self):
+            super().load_state_dict(state_dict)
+        self._steps.clear()
+        if "skipped_steps" in state_dict:
+            self._scaler.set_skipped(state_dict["skipped_steps"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. A state that no update has reached yet (each was skipped) is left out where torch would not have
+        made it. With skip_nonfinite there is one key more, "skipped_steps", which torch's classes ignore."""
+        with leaving_out(self, without_update(self._steps, self.state)):
+            saved = super().state_dict()
+        return {**saved, "skipped_steps": self._scaler.skipped} if self._scaler.skip_nonfinite else saved
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in KEPT}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        arrived(state["state"], self.rule.counted)
+        defaults = dict(state.get("defaults") or self.defaults)  # before torch's class puts options of its own in
+        super().__setstate__(state)
+        for key, default in KEPT.items():
+            if key not in self.__dict__:
+                self.__dict__[key] = default()
+        for group in self.param_groups:
+            for key, value in defaults.items():
+                group.setdefault(key, value)
+        self._forget()

@@ -1,0 +1,38 @@
+"""Checks of hyperparameters, in torch's words, for the classes that have no counterpart in torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def check_adam_like(lr: float | Tensor, betas: Sequence[float], weight_decay: float, eps: float = 0.0) -> None:
+    """Raises ValueError for a hyperparameter out of range."""
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not lr >= 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not eps >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {eps}")
+    for index in range(2):
+        if not 0.0 <= betas[index] < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {betas[index]}")
+    if not weight_decay >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+
+
+def check_nus(nus: Sequence[float]) -> None:
+    """Raises ValueError where they are not two finite numbers."""
+    if len(nus) != 2:
+        raise ValueError(f"nus must be two numbers, but got {nus!r}")
+    for index, nu in enumerate(nus):
+        if not math.isfinite(nu):
+            raise ValueError(f"Invalid nu parameter at index {index}: {nu}")
+
+
+def check_trust_clip(trust_clip: Sequence[float] | None) -> None:
+    """Raises ValueError for bounds that bound nothing."""
+    if trust_clip is not None and not (len(trust_clip) == 2 and 0.0 <= trust_clip[0] <= trust_clip[1]):
+        raise ValueError(f"trust_clip must be (lowest, highest) with 0 <= lowest <= highest, but got {trust_clip!r}")

@@ -1,0 +1,246 @@
+"""The options that every optimizer here has besides torch's: their types, their checks, and their attributes."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import backends
+from ..engine.dtensor import local
+from ..engine.ema import Decay, WeightAverage, check_dtype
+from ..engine.scaling import Scaler
+from ..engine.validation import may_get_grad
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+BackendName = Literal["auto", "triton", "cuda", "cpp", "reference"]
+Convention = Literal["torch", "paper", "normalized"]
+
+
+class Whole(TypedDict, total=False):
+    """Keyword arguments of every class besides its own. FusedOptimizer says what they mean."""
+
+    backend: BackendName
+    state_dtype: torch.dtype | None
+    norm_type: float
+    skip_nonfinite: bool
+    norm_group: ProcessGroup | None
+    ema_decay: float | Callable[[int], float] | None
+    ema_dtype: torch.dtype | None
+
+
+class Common(Whole, total=False):
+    """With max_grad_norm, which LAMB has as an argument of its own."""
+
+    max_grad_norm: float | None
+
+
+class Decayed(Common, total=False):
+    """Of the classes with decoupled decay. fused_optim.decoupled.Decoupled says what they mean."""
+
+    decay: Convention
+    lr_reference: float | None
+    decay_period: float | None
+
+
+# A group cannot have its own.
+OF_THE_WHOLE = (*Whole.__annotations__, "decay")
+
+
+# ---- checks
+
+
+def check_max_grad_norm(bound: Any) -> None:
+    if bound is not None and not (isinstance(bound, Real | Tensor) and float(bound) >= 0.0):
+        raise ValueError(f"max_grad_norm must be 0 or more, or None for no clipping, but got {bound!r}")
+
+
+def check_norm_type(norm_type: Any) -> None:
+    if norm_type not in (2, math.inf):
+        raise ValueError(f"norm_type must be 2 or inf, but got {norm_type!r}")
+
+
+def check_group(group: Mapping[str, Any], optimizer: Options) -> None:
+    """Raises ValueError for a group with another value for an option of the whole optimizer. (ZeroRedundancyOptimizer
+    writes all options into its groups.)"""
+    for key in OF_THE_WHOLE:
+        if key in group and group[key] != getattr(optimizer, key, OF_THE_WHOLE):
+            raise ValueError(
+                f"a param group cannot have {key} of its own, because {key} is an option of the whole optimizer; take "
+                f"it out of the group and pass it to {type(optimizer).__name__}(...)"
+            )
+
+
+def check_grad_scale(scale: Any, may_skip: bool) -> None:
+    """Raises TypeError or ValueError for a step's grad_scale that is no positive number. The values of tensors are not
+    looked at, because that would wait for the device; and where steps may be skipped, what is unusable is skipped."""
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1 or scale.is_complex() or scale.dtype == torch.bool:
+            raise ValueError(
+                "grad_scale must be a number or a one-element tensor of a real dtype, but is a tensor of shape "
+                f"{tuple(scale.shape)} and {scale.dtype}; pass the one number that all gradients are divided by"
+            )
+        return
+    if not isinstance(scale, Real) or isinstance(scale, bool):
+        raise TypeError(
+            f"grad_scale must be a number or a one-element tensor, but got {scale!r}; pass the number that gradients "
+            "are divided by, such as the number of micro-batches"
+        )
+    largest = torch.finfo(torch.float32).max
+    usable = 1.0 / largest <= float(scale) <= largest
+    if not usable and (float(scale) < 0 or not may_skip):
+        raise ValueError(
+            f"grad_scale must be a finite float32 number above 0, whose reciprocal is finite, but got {scale!r}; skip "
+            "this step, or make the optimizer with skip_nonfinite=True, which skips it"
+        )
+
+
+@functools.cache
+def accepted(kind: type) -> tuple[str, ...]:
+    """The keyword arguments that a class and its bases name in their constructors."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = {
+        name: None
+        for base in kind.__mro__
+        if "__init__" in vars(base) and base is not object
+        for name, parameter in inspect.signature(vars(base)["__init__"]).parameters.items()
+        if parameter.kind in named
+    }
+    return tuple(found)
+
+
+def check_keywords(kind: type, given: Iterable[str]) -> None:
+    """Raises TypeError for a keyword argument that no constructor of the class knows."""
+    for name in given:
+        if name not in accepted(kind):
+            close = difflib.get_close_matches(name, accepted(kind), n=1)
+            hint = f'; did you mean "{close[0]}"?' if close else ""
+            raise TypeError(f'{kind.__name__}() got an unexpected keyword argument "{name}"{hint}')
+
+
+# ---- attributes
+
+
+class Options(Optimizer):
+    """The options as attributes. What is set is checked at once and holds from the next step on."""
+
+    _backend: BackendName
+    _state_dtype: torch.dtype | None
+    _max_grad_norm: float | None
+    _scaler: Scaler
+    _ema: WeightAverage | None
+
+    def _forget(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def backend(self) -> BackendName:
+        """Which backend steps the params; see fused_optim.backends."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: BackendName) -> None:
+        backends.check_name(name)
+        for param in (param for group in self.param_groups for param in group["params"]):
+            if may_get_grad(param):
+                backends.pick(name, local(param).device)
+        self._backend = name
+        self._forget()
+
+    @property
+    def state_dtype(self) -> torch.dtype | None:
+        """dtype of the states that are made from now on."""
+        return self._state_dtype
+
+    @state_dtype.setter
+    def state_dtype(self, dtype: torch.dtype | None) -> None:
+        check_dtype(dtype, "state_dtype")
+        self._state_dtype = dtype
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The max_grad_norm of all param groups; None where they have none. Setting it sets that of every group, and of
+        groups that are added later.
+
+        Raises:
+            AttributeError: the groups differ; each has its own in group["max_grad_norm"].
+        """
+        bounds = [group.get("max_grad_norm") for group in self.param_groups]
+        if any(bound != bounds[0] for bound in bounds):
+            raise AttributeError(
+                f'the param groups have different max_grad_norm, {bounds}; read group["max_grad_norm"] of each'
+            )
+        return bounds[0]
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, bound: float | None) -> None:
+        check_max_grad_norm(bound)
+        self._max_grad_norm = bound
+        for options in (self.defaults, *self.param_groups):
+            if "max_grad_norm" in options or (bound and options is not self.defaults):
+                options["max_grad_norm"] = bound or None
+
+    @property
+    def norm_type(self) -> float:
+        """2 or inf: the norm that max_grad_norm bounds."""
+        return self._scaler.norm_type
+
+    @norm_type.setter
+    def norm_type(self, norm_type: float) -> None:
+        check_norm_type(norm_type)
+        self._scaler.norm_type = norm_type
+
+    @property
+    def skip_nonfinite(self) -> bool:
+        """Whether a step whose gradients hold NaN or inf changes nothing."""
+        return self._scaler.skip_nonfinite
+
+    @skip_nonfinite.setter
+    def skip_nonfinite(self, skips: bool) -> None:
+        self._scaler.skip_nonfinite = bool(skips)
+        self._forget()
+
+    @property
+    def norm_group(self) -> ProcessGroup | None:
+        """The processes over which the norm goes. It cannot be set."""
+        return self._scaler.norm_group
+
+    @property
+    def ema_decay(self) -> Decay | None:
+        """What the averages of the weights keep of themselves at each step; None where there are none. Setting None
+        drops them."""
+        return None if self._ema is None else self._ema.decay
+
+    @ema_decay.setter
+    def ema_decay(self, decay: Decay | None) -> None:
+        if self._ema is not None:
+            self._ema.check_home("ema_decay cannot be set")
+        if decay is None:
+            self._ema = None
+        elif self._ema is None:
+            self._ema = WeightAverage(decay)
+        else:
+            self._ema.set_decay(decay)
+        self._forget()
+
+    @property
+    def ema_dtype(self) -> torch.dtype | None:
+        """dtype of the averages that are made from now on; None: float32 of 16-bit params, else the param's own."""
+        return None if self._ema is None else self._ema.dtype
+
+    @ema_dtype.setter
+    def ema_dtype(self, dtype: torch.dtype | None) -> None:
+        if self._ema is None:
+            raise ValueError("ema_dtype has a meaning only with ema_decay; set ema_decay first, to 0.999 say")
+        check_dtype(dtype)
+        self._ema.dtype = dtype

@@ -1,0 +1,128 @@
+"""SGD and SGDW, with momentum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..engine.table import BETAS, OWN, Rule
+from .base import FusedOptimizer
+from .decoupled import Decoupled
+from .options import Common, Decayed
+
+SGD = Rule(
+    name="sgd",
+    states=("momentum_buffer",),
+    switched={"momentum_buffer": "momentum"},
+    counted=False,
+    options=(("momentum", BETAS, 1), ("dampening", OWN, 1), ("nesterov", OWN + 1, 1)),
+)
+
+
+class FusedSGD(FusedOptimizer, torch.optim.SGD):
+    r"""SGD in one pass over memory, in place of torch.optim.SGD: same arguments, groups, states, errors and
+    checkpoints.
+
+    With $g$ the gradient, plus $\lambda p$ where weight_decay $\lambda$ is not 0:
+
+    $$ b = \mu b + (1 - dampening) g, \quad p = p - lr \cdot b $$
+
+    The first buffer is $g$ itself, whenever a param's first update comes. With nesterov $g + \mu b$ takes
+    the place of $b$, and without momentum $g$.
+
+    Args:
+        params: tensors, (name, tensor) pairs, or dicts of groups; float32, bfloat16, float16, float64 or complex, any
+            shape and memory layout.
+        lr: learning rate; a one-element tensor is read at every step, where it lies.
+        momentum: $\mu$, 0 or more.
+        dampening: keeps a share of the gradient out of the buffer.
+        weight_decay: L2 penalty.
+        nesterov: needs momentum and no dampening.
+        maximize: ascend.
+        foreach, fused: accepted and without effect.
+        differentiable: must be False.
+        ours: backend, state_dtype, max_grad_norm, norm_type, skip_nonfinite, ema_decay, ema_dtype: see FusedOptimizer.
+
+    Raises:
+        ValueError: a hyperparameter is out of range (torch's messages).
+        RuntimeError: differentiable=True, or the named backend cannot run here.
+
+    Source: torch.optim.SGD; Nesterov's form as in Sutskever et al., ICML 2013.
+    """
+
+    rule = SGD
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **ours: Unpack[Common],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+            **ours,
+        )
+
+
+class FusedSGDW(Decoupled, FusedSGD):
+    r"""SGD with decay decoupled from the gradient: every step multiplies each param by $1 - lr \cdot \lambda$
+    before its update, which knows nothing of the decay.
+
+    Args and errors as FusedSGD's; weight_decay is 1e-2 by default, and decay, lr_reference and decay_period say how it
+    is measured (see fused_optim.decoupled.Decoupled). Groups hold "decoupled_weight_decay" besides torch's keys.
+
+    Source: Loshchilov and Hutter, arXiv:1711.05101, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 1e-2,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **ours: Unpack[Decayed],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+            **ours,
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group({**param_group, "decoupled_weight_decay": True})

@@ -1,0 +1,1 @@
+"""What stands around a step: schedules, decay, param groups, the learning-rate finder, clipping."""

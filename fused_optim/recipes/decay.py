@@ -1,0 +1,232 @@
+"""Decoupled weight decay for any torch optimizer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Schedule = Callable[..., float]
+
+# Operators that round the factor itself to these turn a decay of 0.3 % into one of 0.4 %: foreach on the CPU (a loop
+# anyway), and any where the factor is a tensor.
+NARROW = (torch.bfloat16, torch.float16)
+
+
+class Decay:
+    """The handle that `decoupled` returns. It decays the params of an optimizer before each update, until `remove()`.
+
+    Args:
+        optimizer, weight_decay, schedule, convention: as decoupled's.
+
+    Attributes:
+        weight_decay: a number, or a list of one number per group. It may be changed between steps.
+        updates: number of calls of the optimizer's step() so far.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        weight_decay: float | Sequence[float],
+        schedule: Schedule | None,
+        convention: Literal["torch", "plain"],
+    ) -> None:
+        if convention not in ("torch", "plain"):
+            raise ValueError(f'convention must be "torch" or "plain", but is {convention!r}')
+        self.weight_decay = list(weight_decay) if isinstance(weight_decay, Sequence) else weight_decay
+        self.schedule = schedule
+        self.convention = convention
+        self.updates = 0
+        self._takes_step = schedule is not None and _takes_argument(schedule)
+        self._check(optimizer)
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    def remove(self) -> None:
+        """Ends the decay. The optimizer itself is unchanged."""
+        self._handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of updates and the weight decays. The schedule is a function and not saved."""
+        decay = self.weight_decay
+        return {"updates": self.updates, "weight_decay": list(decay) if isinstance(decay, list) else decay}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what state_dict() returned."""
+        decay = state_dict["weight_decay"]
+        self.updates = state_dict["updates"]
+        self.weight_decay = list(decay) if isinstance(decay, list) else decay
+
+    # ---- around the step
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._check(optimizer)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._decay(optimizer)
+            return None
+
+        # As in AdamW, gradients are computed before the decay. LBFGS evaluates several times in one step.
+        pending = True
+
+        def evaluate_then_decay() -> Any:
+            nonlocal pending
+            loss = closure()
+            if pending:
+                pending = False
+                self._decay(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": evaluate_then_decay}
+        return (args[0], evaluate_then_decay, *args[2:]), kwargs
+
+    @torch.no_grad()
+    def _decay(self, optimizer: Optimizer) -> None:
+        coefficients = self._coefficients(optimizer.param_groups)
+        self.updates += 1
+        found_inf = getattr(optimizer, "found_inf", None)  # GradScaler's; other optimizers' step() it does not call
+        if found_inf is not None and found_inf.device.type == "cpu":
+            if found_inf.item() != 0:
+                return
+            found_inf = None
+
+        # Factors known to the host: one call per device and dtype, because mixed lists leave the fused path. Otherwise
+        # the factor is a tensor on the device, and a call takes one factor.
+        fused: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[float]]] = {}
+        for group, coefficient in zip(optimizer.param_groups, coefficients, strict=True):
+            params = [param for param in group["params"] if param.grad is not None]
+            if isinstance(coefficient, Tensor) or found_inf is not None:
+                for device, dtype in dict.fromkeys((param.device, param.dtype) for param in params):
+                    members = [param for param in params if (param.device, param.dtype) == (device, dtype)]
+                    _multiply(members, _factor_on(device, coefficient, found_inf))
+            elif coefficient != 0:
+                for param in params:
+                    members, factors = fused.setdefault((param.device, param.dtype), ([], []))
+                    members.append(param)
+                    factors.append(1 - coefficient)
+        for (device, dtype), (members, factors) in fused.items():
+            if device.type == "cpu" and dtype in NARROW:
+                for param, factor in zip(members, factors, strict=True):
+                    param.mul_(factor)
+            else:
+                torch._foreach_mul_(members, factors)
+
+    def _decays(self, groups: list[dict[str, Any]]) -> list[float]:
+        return self.weight_decay if isinstance(self.weight_decay, list) else [self.weight_decay] * len(groups)
+
+    def _check(self, optimizer: Optimizer) -> None:
+        groups = optimizer.param_groups
+        for number, group in enumerate(groups):
+            if group.get("weight_decay", 0) != 0:
+                raise ValueError(
+                    f"decoupled() decays params itself, so every group of {type(optimizer).__name__} must have "
+                    f"weight_decay=0, but group {number} has {group['weight_decay']}; set it to 0"
+                )
+        decays = self._decays(groups)
+        if len(decays) != len(groups):
+            raise ValueError(
+                f"weight_decay must be a number or one number for each of the optimizer's {len(groups)} param groups, "
+                f"but got {len(decays)} numbers; add_param_group needs one more in the handle's weight_decay"
+            )
+        for decay in decays:
+            if not decay >= 0:
+                raise ValueError(f"weight_decay must not be negative, but is {decay}")
+
+    def _coefficients(self, groups: list[dict[str, Any]]) -> list[float | Tensor]:
+        """The decay of each group in this step, as a share of the params. A tensor if lr is one on a GPU."""
+        scale = 1.0
+        if self.schedule is not None:
+            scale = self.schedule(self.updates) if self._takes_step else self.schedule()
+        coefficients: list[float | Tensor] = []
+        for group, decay in zip(groups, self._decays(groups), strict=True):
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and lr.device.type == "cpu":
+                lr = lr.item()
+            if self.convention == "torch":
+                coefficients.append(lr * (decay * scale))
+            else:
+                coefficients.append((lr != 0) * (decay * scale))
+        return coefficients
+
+
+def _multiply(params: list[Tensor], factor: Tensor) -> None:
+    """Multiplies params of one device and dtype by a 0-dim tensor."""
+    dtype = params[0].dtype
+    if dtype in NARROW:
+        torch._foreach_copy_(params, torch._foreach_mul([param.float() for param in params], factor.float()))
+    else:
+        torch._foreach_mul_(params, factor.to(dtype))
+
+
+def _takes_argument(schedule: Schedule) -> bool:
+    try:
+        inspect.signature(schedule).bind()
+    except TypeError:
+        return True
+    return False
+
+
+def _factor_on(device: torch.device, coefficient: float | Tensor, found_inf: Tensor | None) -> Tensor:
+    """1 - coefficient as a 0-dim float64 tensor on the device, or 1 if the step is skipped."""
+    asynchronous = device.type != "cpu"  # a copy to the host must wait for its data
+    if isinstance(coefficient, Tensor):
+        lost = coefficient.to(device, torch.float64, non_blocking=asynchronous).reshape(())
+    else:
+        lost = torch.full((), coefficient, dtype=torch.float64, device=device)
+    if found_inf is not None:
+        lost = torch.where(
+            found_inf.to(device, non_blocking=asynchronous).reshape(()) == 0, lost, torch.zeros_like(lost)
+        )
+    return 1 - lost
+
+
+def decoupled(
+    optimizer: Optimizer,
+    weight_decay: float | Sequence[float],
+    schedule: Schedule | None = None,
+    *,
+    convention: Literal["torch", "plain"] = "torch",
+) -> Decay:
+    r"""Decoupled weight decay for any torch.optim.Optimizer. Before each update every param with a gradient is
+    multiplied by
+
+    $$ 1 - lr \cdot \lambda \cdot s(t) \;\; \text{("torch")} \quad 1 - \lambda \cdot s(t) \;\; \text{("plain")} $$
+
+    with $\lambda$ weight_decay, $s$ the schedule (1 without one) and $t$ the number of calls of step() so far. "torch"
+    is the convention of torch.optim.AdamW and follows the groups' lr. "plain" is the paper's: the schedule alone scales
+    the decay. If lr is 0 neither changes a param. torch's Adam with this decay equals torch's AdamW bit for bit; for
+    bfloat16 and float16 its for-loop implementation.
+
+    One fused call decays all params of a device and dtype, for any number of groups. If lr is a tensor on a GPU, or
+    GradScaler passes found_inf, there is one call per group. Nothing waits for the device.
+
+    - A step that GradScaler skips does not decay.
+    - With a closure, the decay comes after its first evaluation.
+    - Infinite params stay infinite. 0 times infinity, for a decay of the whole param, is NaN.
+    - A bfloat16 param keeps its value if the decay is less than half a unit in the last place, as in every optimizer
+      that rounds to nearest.
+    - A CUDA graph replays the factors of the capture, except for lr tensors.
+    - Copies of the optimizer (deepcopy, pickle) do not decay, because hooks are not copied.
+
+    Args:
+        optimizer: any optimizer whose groups have weight_decay 0, or no weight_decay.
+        weight_decay: a number, or one number per group; not negative.
+        schedule: function of t, or of no argument, that returns a number.
+        convention: "torch" or "plain".
+
+    Returns:
+        A handle with remove(), state_dict(), load_state_dict() and weight_decay.
+
+    Raises:
+        ValueError: a group has a weight_decay of its own, or the list has another length than there are groups. Groups
+            that are added later are checked in step(), before anything is changed.
+
+    Sources: Loshchilov and Hutter, arXiv:1711.05101. Decay outside the optimizer is the idea of fast.ai's use_wd_sched.
+    """
+    return Decay(optimizer, weight_decay, schedule, convention)
