@@ -55,10 +55,14 @@ def register_limit(kind: int) -> int:
     assembler spills a few registers to fit one more block per SM; a limit keeps it from that. Other kinds need fewer,
     and a limit would only make it use more."""
     streams, width = count_streams(kind), vector_width(kind)
-    if streams <= 2 or width == 4:
+    if streams == 1:
+        return 40
+    if streams == 2 or (width == 4 and streams < 5):
         return 0
-    if streams == 3:
+    if streams == 3 or (width == 4 and streams == 5):
         return 64
+    if width == 4:
+        return 72
     if width == 8:
         return 80  # six blocks per SM
     return 104 if streams > 5 else 96
