@@ -84,8 +84,8 @@ def test_kernels_need_no_stack(arch: str, tmp_path: Path) -> None:
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_stream_has_wide_accesses(arch: str, tmp_path: Path) -> None:
-    """Kernels take 16 bytes at a time of every stream (8 only of 2-byte dtypes among more than four streams that differ)
-    and leave alone those that they have no use for."""
+    """Kernels take 16 bytes at a time of every stream (8 only of 2-byte dtypes among more than four streams of several
+    dtypes) and leave alone those that they have no use for."""
     assert NVCC is not None
     ptx = tmp_path / "step.ptx"
     run([NVCC, *FLAGS, f"-arch={arch}", "-ptx", "-o", str(ptx), "csrc/cuda/step.cu"])

@@ -137,7 +137,7 @@ every_build = pytest.mark.parametrize(
         for name in (WALKS if target == HOPPER else ELSEWHERE)
     ],
 )
-# Of an SM's 65,536 registers: 64 leave 1,024 threads resident, 80 (of two-byte dtypes) 768 and 96 leave 640, each with a
+# Of an SM's 65,536 registers: 64 leave 1,024 threads resident, 80 (of two-byte dtypes) 768, 96 leave 640, each with a
 # vector per stream in flight. Six streams of float64 get 104, which leave 512.
 FEW_REGISTERS, NARROW_REGISTERS, MOST_REGISTERS, WIDE_REGISTERS = 64, 80, 96, 104
 # Instructions are counted as this version of Triton emits them; others may arrange the same differently.

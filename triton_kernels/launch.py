@@ -50,14 +50,18 @@ class Arrays(NamedTuple):
     trust: Tensor | None = None
 
 
-def register_limit(kind: int) -> int:
-    """How many registers a thread that walks rows of this kind may have; 0: no limit. Left to itself, NVIDIA's
+def register_limit(kinds: tuple[int, ...]) -> int:
+    """How many registers a thread that walks rows of these kinds may have; 0: no limit. Left to itself, NVIDIA's
     assembler spills a few registers to fit one more block per SM; a limit keeps it from that. Other kinds need fewer,
     and a limit would only make it use more."""
-    streams, width = count_streams(kind), vector_width(kind)
-    if streams == 1:
+    if len(kinds) > 1 and all(count_streams(kind) == 1 for kind in kinds):
         return 40
-    if streams == 2 or (width == 4 and streams < 5):
+    return max(map(_limit_of, kinds), default=0)
+
+
+def _limit_of(kind: int) -> int:
+    streams, width = count_streams(kind), vector_width(kind)
+    if streams <= 2 or (width == 4 and streams < 5):
         return 0
     if streams == 3 or (width == 4 and streams == 5):
         return 64
@@ -95,7 +99,7 @@ class Variant:
 
     def options(self, target: GPUTarget) -> dict[str, Any]:
         options = {"num_warps": max(1, self.threads // target.warp_size), "enable_fp_fusion": False}
-        if target.backend == "cuda" and (limit := max(map(register_limit, self.constants.get("KINDS", ())), default=0)):
+        if target.backend == "cuda" and (limit := register_limit(self.constants.get("KINDS", ()))):
             options["maxnreg"] = limit
         return options
 
