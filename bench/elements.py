@@ -140,9 +140,9 @@ def assembled(ptx: str, by_triton: bool) -> tuple[dict[str, int], dict[str, str]
 
 
 def turn_of(code: str, case: Case, walk: str, by_triton: bool) -> tuple[float, int] | None:
-    """Of the loop over whole blocks of vectors: instructions per element, and elements of a thread in a turn. None where
-    it cannot be told from the loops of other dtypes: nvcc's kernels serve all of a rule, and squares convert nothing that
-    would tell."""
+    """Of the loop over whole blocks of vectors: instructions per element, and elements of a thread in a turn. None
+    where it cannot be told from the loops of other dtypes: nvcc's kernels serve all of a rule, and squares convert
+    nothing that would tell."""
     streams, dtypes = READ[walk] + STATES_READ[walk] * states_of(case), {case.param}
     if STATES_READ[walk]:
         dtypes.add(case.states or case.param)

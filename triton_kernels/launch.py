@@ -204,6 +204,7 @@ def launch_squares(
 ) -> None:
     """out, float64 [1]: the sum of the squares of all gradients whose groups are clipped."""
     device, chunks = x.grads.device, x.desc.numel()
+    assert x.partials is not None
     if chunks:
         squares_variant(kinds).start(device, chunks, x.desc, x.rows, x.grads, x.raw, x.group, x.partials)
     launch_total(x.partials, chunks, out)
