@@ -1,10 +1,10 @@
-"""What does an element cost on a GPU? Instructions that the compiled kernels execute per element, and registers.
+"""Counts the instructions that the compiled GPU kernels execute per element, and their registers.
 
     python bench/elements.py
 
-writes the section "Per element" of bench/results/instructions.md. The PTX of both backends is executed by the
-interpreter of tests/ptx, on tensors of two sizes; the difference is what the elements cost, without prep and what each
-block does once. No GPU is needed, and nothing is timed.
+writes the section "Per element" of bench/results/instructions.md. The interpreter of tests/ptx executes the PTX of both
+backends on tensors of two sizes. The difference of the counts is the cost of the elements, without prep and without the
+work that each block does once. It needs no GPU and times nothing.
 """
 
 from __future__ import annotations
@@ -38,20 +38,24 @@ import fused_optim  # noqa: E402
 HEADING = "## Per element"
 CHUNK = 4096
 SIZES = (16 * CHUNK, 48 * CHUNK)
-# What these become in machine code for sm_90 (CUDA 13.0) unless a number lies near the ends of the range.
+# Instructions of each in machine code for sm_90 (CUDA 13.0), on the path for operands away from the ends of the range.
 EXPANDED = {"div.rn.f32": 10, "sqrt.rn.f32": 10}
-PASSES = {"E0": "update", "E1": "advance", "E2": "move"}  # of nvcc's names: enum Pass of csrc/cuda/kernels.cuh
+PASSES = {"E0": "update", "E1": "advance", "E2": "move"}  # enum Pass of csrc/cuda/kernels.cuh in nvcc's mangled names
 
 TEXT = """\
 `python bench/elements.py`, commit {commit}, Triton {triton}, {nvcc}.
 
-Instructions per element, and registers, of the walks over whole aligned vectors. Executed: instructions of PTX, by the
-interpreter of tests/ptx; a division and a root count as {expanded}, which they are in machine code, and moves
-between registers as none. Machine code: the longest way through the loop over vectors, but for the calls that divisions
-and roots of numbers near the ends of the range take; empty where nvcc's kernel, which serves all dtypes of a rule, has
-no loop for these dtypes alone. Turn: elements of a thread in one turn of that loop. Registers are those of the machine
-code for sm_{arch}; blocks, those of 128 threads that fit a multiprocessor's 65,536 registers. Bytes are what the walk
-reads and writes of each element."""
+Instructions per element, and registers, of the walks over whole aligned vectors.
+
+- Bytes: the walk reads and writes this many per element.
+- Executed: PTX instructions, counted by the interpreter of tests/ptx. A division and a square root count as {expanded}
+  each, as in machine code. Moves between registers count as none.
+- Machine code: instructions per element of the longest path through the loop over vectors, without the calls for
+  divisions and square roots of numbers near the ends of the range. Empty where nvcc's kernel has no loop for these
+  dtypes alone.
+- Elements: how many a thread processes in one iteration of that loop.
+- Registers: those of the machine code for sm_{arch}.
+- Blocks: how many blocks of 128 threads the 65,536 registers of a multiprocessor can hold."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def weight(statement: Statement) -> int:
 
 
 def issued(program: Program) -> int:
-    """Instructions of warps so far."""
+    """Instructions that all warps of the program have executed so far."""
     return sum(
         warps * sum(weight(step.statement) for step in program.steps[start:stop])
         for (start, stop), warps in program.executed.items()
@@ -98,7 +102,7 @@ def issued(program: Program) -> int:
 
 
 def executed(case: Case, backend: str, size: int) -> dict[Program, int]:
-    """What the second step executes, by kernel."""
+    """Instructions that the second step executes, by kernel."""
     param = torch.randn(size).to(case.param).requires_grad_()
     build = getattr(fused_optim, case.optimizer)
     optimizer = build([param], backend=backend, state_dtype=case.states, **case.options)
@@ -112,7 +116,7 @@ def executed(case: Case, backend: str, size: int) -> dict[Program, int]:
 
 
 def per_element(case: Case, backend: str) -> dict[Program, float]:
-    """Of the kernels that walk."""
+    """Instructions per element, by kernel that walks over elements."""
     small, large = (executed(case, backend, size) for size in SIZES)
     names = ("step_kernel", "squares_kernel")
     return {
@@ -124,7 +128,7 @@ def per_element(case: Case, backend: str) -> dict[Program, float]:
 
 @cache
 def assembled(ptx: str, by_triton: bool) -> tuple[dict[str, int], dict[str, str]]:
-    """Registers and machine code of the kernels of a module."""
+    """Registers and machine code of a module's kernels, each by kernel name."""
     ptxas = get_ptxas(ARCH).path if by_triton else str(Path(SETUP["nvcc"]()).resolve().parent / "ptxas")
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "module.ptx"), Path(folder, "module.cubin")
@@ -139,10 +143,10 @@ def assembled(ptx: str, by_triton: bool) -> tuple[dict[str, int], dict[str, str]
     return {name: int(registers) for name, registers in found}, code
 
 
-def turn_of(code: str, case: Case, walk: str, by_triton: bool) -> tuple[float, int] | None:
-    """Of the loop over whole blocks of vectors: instructions per element, and elements of a thread in a turn. None
-    where it cannot be told from the loops of other dtypes: nvcc's kernels serve all of a rule, and squares convert
-    nothing that would tell."""
+def iteration_of(code: str, case: Case, walk: str, by_triton: bool) -> tuple[float, int] | None:
+    """Instructions per element of the loop over whole blocks of vectors, and elements per thread and iteration. None
+    where this loop cannot be identified: nvcc's kernels have loops for several dtypes, and the squares convert nothing
+    that would tell them apart."""
     streams, dtypes = READ[walk] + STATES_READ[walk] * states_of(case), {case.param}
     if STATES_READ[walk]:
         dtypes.add(case.states or case.param)
@@ -156,9 +160,9 @@ def turn_of(code: str, case: Case, walk: str, by_triton: bool) -> tuple[float, i
         name = str(case.param).removeprefix("torch.")
         least = streams * (2 if name == "float32" and streams <= 4 else 1)
         found = [loop for loop in found if loop.dtypes == {name} and loop.wide == least]
-    # Of Triton's several loops that of whole blocks is the one without a mask, the shortest for what it loads.
-    turns = [(loop.turn, loop.wide // streams * width) for loop in found]
-    return min(((instructions / elements, elements) for instructions, elements in turns), default=None)
+    # Triton's kernels have a loop without a mask and one with a mask. The first is shorter.
+    counts = [(loop.instructions, loop.wide // streams * width) for loop in found]
+    return min(((instructions / elements, elements) for instructions, elements in counts), default=None)
 
 
 def row(case: Case, backend: str, program: Program, count: float) -> list[str]:
@@ -168,14 +172,14 @@ def row(case: Case, backend: str, program: Program, count: float) -> list[str]:
     registers, code = assembled(LAUNCHES.modules[program], by_triton)
     used = registers[name]
     blocks = 65536 // (-(-used // 8) * 8 * 128)
-    turn = turn_of(code[name], case, walk, by_triton)
+    iteration = iteration_of(code[name], case, walk, by_triton)
     return [
         backend.removesuffix("-ptx"),
         str(case),
         walk,
         str(bytes_of(case, walk)),
         f"{count:.1f}",
-        *(("", "") if turn is None else (f"{turn[0]:.1f}", str(turn[1]))),
+        *(("", "") if iteration is None else (f"{iteration[0]:.1f}", str(iteration[1]))),
         str(used),
         str(blocks),
     ]
@@ -186,7 +190,7 @@ def walk_of(name: str, case: Case, program: Program) -> str:
         return PASSES[f"E{found[1]}"]
     if case.optimizer != "FusedLAMB":
         return "update"
-    return "advance" if program.kernel.shared else "move"  # only the first walk adds up
+    return "advance" if program.kernel.shared else "move"  # only the first walk has a reduction in shared memory
 
 
 # Streams that a walk reads besides states, and whether it reads these.
@@ -207,7 +211,7 @@ def states_of(case: Case) -> int:
 
 
 def bytes_of(case: Case, walk: str) -> int:
-    """That a walk moves per element: what it reads and what it writes."""
+    """Bytes that a walk reads and writes per element."""
     param, state = case.param.itemsize, (case.states or case.param).itemsize
     states = states_of(case) * state
     average = 2 * AVERAGE.itemsize if averages(case, walk) else 0
@@ -220,7 +224,7 @@ def bytes_of(case: Case, walk: str) -> int:
 
 
 def section() -> str:
-    """The heading and what is under it."""
+    """The section with its heading."""
     register()
     rows = []
     for case in CASES:
@@ -230,7 +234,7 @@ def section() -> str:
     (version,) = re.findall(r"release [\d.]+", nvcc)
     facts = {"commit": commit(), "triton": triton.__version__, "nvcc": f"nvcc {version}", "arch": ARCH}
     text = TEXT.format(expanded=EXPANDED["div.rn.f32"], **facts)
-    header = ["backend", "optimizer", "walk", "bytes", "executed", "machine code", "turn", "registers", "blocks"]
+    header = ["backend", "optimizer", "walk", "bytes", "executed", "machine code", "elements", "registers", "blocks"]
     return f"{HEADING}\n\n{text}\n\n{markdown(header, rows)}\n"
 
 

@@ -1,4 +1,4 @@
-"""Loops of machine code over vectors: how many instructions a turn executes."""
+"""The loops over vectors in machine code: how many instructions an iteration executes."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import re
 from dataclasses import dataclass
 
 Line = tuple[int, str]  # address, instruction
-LEAST = -(10**9)  # longer than no way
+NONE = -(10**9)  # where no path leads to the end
 
 
 @dataclass(frozen=True)
 class Loop:
-    """wide: loads of 8 or 16 bytes. turn: instructions of the longest way through, without calls: these are for
-    divisions and roots of numbers near the ends of the range."""
+    """wide: loads of 8 or 16 bytes. instructions: on the longest path through the loop without calls, which are for
+    divisions and square roots of numbers near the ends of the range."""
 
     wide: int
-    turn: int
+    instructions: int
     text: str
 
     @property
@@ -24,7 +24,7 @@ class Loop:
 
     @property
     def dtypes(self) -> set[str]:
-        """Of float32, bfloat16, float16 and float64, those that it stores or converts."""
+        """Those of float32, bfloat16, float16 and float64 that it converts from or to."""
         if self.of_double:
             return {"float64"}
         narrow = {"bfloat16": r"F2FP\.BF16|F2F\.BF16", "float16": r"F2FP\.F16|HADD2|F2F\.F16"}
@@ -32,7 +32,7 @@ class Loop:
 
 
 def loops(code: str) -> list[Loop]:
-    """Of one kernel's code, as cuobjdump prints it, all that load vectors."""
+    """All loops with vector loads in one kernel's code, as cuobjdump prints it."""
     lines = [
         (int(address, 16), text)
         for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
@@ -45,7 +45,7 @@ def loops(code: str) -> list[Loop]:
             body = [line for line in lines if start <= line[0] <= address]
             wide = sum(bool(re.search(r"LDG\S*\.(64|128)\b", text)) for _, text in body)
             if wide:
-                found.append(Loop(wide, longest_way(body), "\n".join(text for _, text in body)))
+                found.append(Loop(wide, longest_path(body), "\n".join(text for _, text in body)))
     return found
 
 
@@ -54,16 +54,16 @@ def target(text: str) -> int | None:
     return int(jump[1], 16) if jump else None
 
 
-def longest_way(body: list[Line]) -> int:
-    """From the first line to the last, which jumps back."""
+def longest_path(body: list[Line]) -> int:
+    """Instructions from the first line to the last, which jumps back."""
     last = body[-1][0]
-    ways = {last: 1}
+    paths = {last: 1}
     below = last
     for address, text in reversed(body[:-1]):
         to = target(text)
         following = [] if re.match(r"(BRA|EXIT|RET)\b", text) or "CALL" in text else [below]
         if to is not None and address < to <= last:
             following.append(to)
-        ways[address] = 1 + max((ways.get(at, LEAST) for at in following), default=LEAST)
+        paths[address] = 1 + max((paths.get(at, NONE) for at in following), default=NONE)
         below = address
-    return ways[body[0][0]]
+    return paths[body[0][0]]

@@ -1,5 +1,5 @@
-"""`python -m fused_optim`: which backends work on this machine, and why not the others. With --model or --state-dict:
-what a step of an optimizer costs there."""
+"""`python -m fused_optim`: which backends work on this machine, and why the others do not. With --model or
+--state-dict: the cost of an optimizer step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import torch
 
 from . import __version__, backends
 from .backends import trial
-from .cost import state_dicts
-from .cost import step_cost as doctor
+from .cost import state_dicts, step_cost
 from .cost.shapes import MODELS
 from .engine import machine, modules
 
@@ -36,11 +35,11 @@ def print_machine() -> None:
         "triton": machine.triton_version() or "not installed",
         "devices": devices(),
         "instruction set": modules.instruction_set() or "C++ kernel not built",
-        "look at tensors": modules.look(),
+        "change detector": modules.poll_title(),
         "threads": str(torch.get_num_threads()),
     }
     reasons = backends.available()
-    if torch.cuda.is_available():  # say what a step would be told: compile and launch
+    if torch.cuda.is_available():  # as in a step, kernels are compiled and launched on trial
         reasons |= {name: trial.why_not(name, torch.device("cuda", 0)) for name in backends.ORDER["cuda"]}
     facts |= {f"backend {name}": reason or "ok" for name, reason in reasons.items()}
     width = max(map(len, facts))
@@ -65,7 +64,7 @@ def in_time(seconds: float) -> str:
 
 
 def print_rows(rows: Sequence[Sequence[str]]) -> None:
-    """The first column to the left, all others to the right."""
+    """Prints a table: the first column aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     widths[0] = max(widths[0], 10)
     for first, *others in rows:
@@ -74,7 +73,7 @@ def print_rows(rows: Sequence[Sequence[str]]) -> None:
     print()
 
 
-def print_cost(cost: doctor.Cost) -> None:
+def print_cost(cost: step_cost.Cost) -> None:
     print_rows([[name, f"{getattr(cost, name):,}"] for name in ("tensors", "elements", "groups")])
 
     per_element = 1 / max(cost.elements, 1)
@@ -86,7 +85,7 @@ def print_cost(cost: doctor.Cost) -> None:
     print_rows(rows)
 
     rows = [["launches per step", "ours", "torch fused"]]
-    for kernel in doctor.TORCH_LAUNCHES:
+    for kernel in step_cost.TORCH_LAUNCHES:
         if cost.torch_launches is None:
             torchs = "has none"
         else:
@@ -106,12 +105,12 @@ def print_times(moved: int, gbps: float | None) -> None:
         gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
         for device in [*gpus, torch.device("cpu")]:
             try:
-                speed, how = doctor.bandwidth(device)
+                speed, how = step_cost.bandwidth(device)
                 rows.append([str(device), in_time(moved / speed), f"{speed / 1e9:,.4g}", how])
-            except RuntimeError as error:  # torch's, where memory is short
+            except RuntimeError as error:  # not enough memory
                 rows.append([str(device), "", "", f"not measured: {str(error).partition(chr(10))[0]}"])
     print_rows(rows)
-    print("This is bytes over bandwidth, for tensors that lie out of cache; the host's time comes on top.")
+    print("The expected time is bytes over bandwidth, for tensors that are not in a cache. Add the time of the host.")
 
 
 def positive(text: str) -> float:
@@ -124,7 +123,7 @@ def positive(text: str) -> float:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         "python -m fused_optim",
-        description="Which backends work on this machine. With a model: what a step of an optimizer costs there.",
+        description="Prints which backends work on this machine. With a model: prints the cost of an optimizer step.",
     )
     model = made.add_mutually_exclusive_group()
     model.add_argument("--model", choices=MODELS, metavar="NAME", help=", ".join(MODELS))
@@ -133,39 +132,39 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="checkpoints of torch.save, or .safetensors files; several are parts of one model",
+        help="checkpoints of torch.save or .safetensors files; several files are parts of one model",
     )
-    names = ", ".join(doctor.OPTIMIZERS)
-    made.add_argument("--optimizer", choices=doctor.OPTIMIZERS, default="adamw", metavar="NAME", help=names)
-    made.add_argument("--dtype", choices=DTYPES, help="of params and gradients; float32, or what the files have")
-    made.add_argument("--state-dtype", choices=DTYPES, help="of states; the params' own unless said")
+    names = ", ".join(step_cost.OPTIMIZERS)
+    made.add_argument("--optimizer", choices=step_cost.OPTIMIZERS, default="adamw", metavar="NAME", help=names)
+    made.add_argument("--dtype", choices=DTYPES, help="of params and gradients; default: float32, or that of the files")
+    made.add_argument("--state-dtype", choices=DTYPES, help="of states; default: that of the params")
     made.add_argument(
         "--groups",
-        choices=doctor.GROUPS,
+        choices=step_cost.GROUPS,
         default="one",
-        help="one; decay: a second one for biases and all params of fewer than two dimensions; each: one per param",
+        help="one; decay: a second group for biases and params with fewer than two dimensions; each: one per param",
     )
     made.add_argument("--amsgrad", action="store_true", default=None)
-    made.add_argument("--momentum", type=float, metavar="NUMBER", help="of SGD; 0 unless said")
+    made.add_argument("--momentum", type=float, metavar="NUMBER", help="of SGD and SGDW; default: 0")
     made.add_argument(
         "--clip",
         action=argparse.BooleanOptionalAction,
-        help="clip by the norm of all gradients, as LAMB does by itself",
+        help="clip by the norm of all gradients; default: on for LAMB, else off",
     )
-    made.add_argument("--ema", action="store_true", help="with an average of the weights")
-    made.add_argument("--gbps", type=positive, metavar="NUMBER", help="the bandwidth, in place of measuring it")
+    made.add_argument("--ema", action="store_true", help="with a moving average of the weights")
+    made.add_argument("--gbps", type=positive, metavar="NUMBER", help="the bandwidth in GB/s; default: measured")
     return made
 
 
 def class_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Those of the optimizer's class that were given.
+    """The given options of the optimizer's class.
 
     Raises:
-        ValueError: the class has no such option.
+        ValueError: the class does not have an option.
     """
     given = {key: getattr(options, key) for key in ("amsgrad", "momentum") if getattr(options, key) is not None}
     for key in given:
-        if options.optimizer not in (takers := doctor.takers(key)):
+        if options.optimizer not in (takers := step_cost.takers(key)):
             raise ValueError(f"--{key} is an option of {', '.join(takers)}, but the optimizer is {options.optimizer}")
     if options.clip is not None:
         given["max_grad_norm"] = 1.0 if options.clip else None
@@ -179,14 +178,14 @@ def class_options(options: argparse.Namespace) -> dict[str, Any]:
 def print_model(options: argparse.Namespace) -> None:
     title, notes = options.model, list[str]()
     if options.model:
-        params = doctor.on_meta(MODELS[options.model](), torch.float32)
+        params = step_cost.on_meta(MODELS[options.model](), torch.float32)
     else:
         title = " ".join(path.name for path in options.state_dict)
         params, notes = state_dicts.read(options.state_dict)
     if options.dtype:
         params = {name: torch.empty_like(param, dtype=DTYPES[options.dtype]) for name, param in params.items()}
-    optimizer = doctor.prepare(params, options.optimizer, options.groups, **class_options(options))
-    cost = doctor.cost_of(optimizer)
+    optimizer = step_cost.prepare(params, options.optimizer, options.groups, **class_options(options))
+    cost = step_cost.cost_of(optimizer)
 
     dtypes = " and ".join(sorted({str(param.dtype).removeprefix("torch.") for param in params.values()}))
     said = {
@@ -212,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ValueError as error:
             made.error(str(error))
     elif options != made.parse_args([]):
-        made.error("the options say what a step costs, so one of --model and --state-dict must be there too")
+        made.error("these options describe a step of a model, so one of --model and --state-dict must be given")
     else:
         print_machine()
     return 0

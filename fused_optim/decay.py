@@ -1,4 +1,6 @@
-"""The public path of fused_optim.recipes.decay."""
+"""The public path of fused_optim.optim.decay."""
 
-from .recipes.decay import Decay as Decay
-from .recipes.decay import decoupled as decoupled
+from .optim.decay import CONVENTIONS as CONVENTIONS
+from .optim.decay import Decay as Decay
+from .optim.decay import Decoupled as Decoupled
+from .optim.decay import decoupled as decoupled

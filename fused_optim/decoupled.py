@@ -1,4 +1,4 @@
-"""The public path of fused_optim.optim.decoupled."""
+"""An older public path of fused_optim.decay.Decoupled."""
 
-from .optim.decoupled import CONVENTIONS as CONVENTIONS
-from .optim.decoupled import Decoupled as Decoupled
+from .optim.decay import CONVENTIONS as CONVENTIONS
+from .optim.decay import Decoupled as Decoupled

@@ -36,7 +36,7 @@ from fused_optim import (
     FusedSGDW,
     backends,
 )
-from fused_optim.decoupled import Decoupled
+from fused_optim.decay import Decoupled
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ for version in "$@"; do
   "$env/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall "$wheel"
   cd "$out"
   echo "== torch $version"
-  "$env/bin/python" -m fused_optim | grep -E '^(torch|instruction set|look|backend cpp)'
+  "$env/bin/python" -m fused_optim | grep -E '^(torch|instruction set|change detector|backend cpp)'
   "$env/bin/python" -m fused_optim | grep -qE '^backend cpp +ok'
   "$env/bin/python" -m pytest -q -n "${JOBS:-2}" -p no:cacheprovider \
     tests/test_numbers.py tests/test_changes.py tests/test_looks.py tests/test_torch_contract.py

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_optim
 from fused_optim.decay import decoupled
-from fused_optim.recipes import decay
+from fused_optim.optim import decay
 
 DEVICES = ["cpu"] + ["cuda"] * HAS_CUDA
 

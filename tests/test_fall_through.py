@@ -90,7 +90,7 @@ def test_auto_falls_through_before_anything_changes(case: Case, order: list[str]
     texts = [str(warning.message) for warning in caught if "fused_optim" in str(warning.message)]
     assert len(texts) == 2
     assert (
-        'by backend="steps", because uploads: its trial launch failed with Broken: no luck with an upload in'
+        'with backend="steps", because uploads: its trial launch failed with Broken: no luck with an upload in'
         in texts[0]
     )
     assert "plain PyTorch" in texts[1] and "a kernel in the second line" in texts[1]

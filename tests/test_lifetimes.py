@@ -153,7 +153,7 @@ def test_captures_without_end(runtime: Runtime) -> None:
     with runtime.capture() as graph:
         for _ in range(3 * device.SLAB):
             pair.begin(0.25)
-    with pytest.raises(RuntimeError, match="Take a step outside of captures"), runtime.capture():
+    with pytest.raises(RuntimeError, match="Take a step outside captures"), runtime.capture():
         for number in range(2 * device.SLAB):
             pair.begin(0.25 / (2 + number))
     pair.begin(0.5)

@@ -24,6 +24,7 @@ from commands import ROOT, run
 import fused_optim
 from fused_optim.engine import modules
 
+pytestmark = pytest.mark.slow
 VERSION = fused_optim.__version__
 FREE_OF_TORCH = [name for name in modules.NAMES if name != "_poll_aten"]
 BUILD_ENV = {"FUSED_OPTIM_CPP": "0", "PYTHONDONTWRITEBYTECODE": "", "PYTHONWARNINGS": "default"}
@@ -219,7 +220,7 @@ def test_broken_modules(tmp_path: Path) -> None:
         (package / f"{name}{EXTENSION_SUFFIXES[0]}").write_bytes(b"\x7fELF")
     kernels, look, loaded = falls_back(tmp_path)
     assert re.match(r"the C\+\+ kernel for \w+ does not load \(.+\); install fused_optim again", kernels), kernels
-    assert look.startswith("the compiled look at the tensors does not load (")
+    assert look.startswith("the compiled change detector does not load (")
     assert loaded == "loaded []"
 
 
@@ -229,7 +230,7 @@ def test_a_look_for_another_torch_is_not_even_loaded(tmp_path: Path) -> None:
     (package / f"_poll_aten{EXTENSION_SUFFIXES[0]}").write_bytes(b"\x7fELF built for torch 1.0.\0")
     code = FALLS_BACK + 'print(modules.load("_poll_aten"))'
     said = python(code, tmp_path).splitlines()[-1]
-    assert said.startswith("the look at the tensors with torch's headers was built for torch 1.0, and this is torch ")
+    assert said.startswith("the change detector with torch's headers was built for torch 1.0, and this is torch ")
     assert "install fused_optim again" in said
 
 
@@ -239,9 +240,9 @@ def test_a_look_for_another_torch_is_not_even_loaded(tmp_path: Path) -> None:
         (
             "0.0.1",
             "LAYOUT",
-            f"is of fused_optim 0.0.1, and the Python files are of {VERSION}; install fused_optim again",
+            f"is from fused_optim 0.0.1, and the Python files are from {VERSION}; install fused_optim again",
         ),
-        (VERSION, "(1, 2)", "and the Python files have different tables, (1, 2) and "),
+        (VERSION, "(1, 2)", "and the Python files have different layouts of tables, (1, 2) and "),
     ],
     ids=["version", "layout"],
 )
@@ -263,7 +264,7 @@ def test_sources_that_hide_the_installed_package(tmp_path: Path) -> None:
         (installed / f"{name}{EXTENSION_SUFFIXES[0]}").touch()
     for said in falls_back(checkout, site)[:2]:
         assert f"Python has imported the sources in {package}, where nothing is built, and not the installed " in said
-        assert f"package in {installed}; start it in another folder" in said
+        assert f"package in {installed}; start Python in another folder" in said
 
 
 def test_the_reason_why_a_module_was_not_built_is_kept(tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
-"""The backends: which there are, which work here, and how each takes a table.
+"""The backends: their names, where each works, and the choice of "auto".
 
-"triton"     GPUs; CPU tensors too when TRITON_INTERPRET=1 was set before the import of Triton
-"cuda"       NVIDIA GPUs, where the CUDA module was built; CPU tensors too when FUSED_OPTIM_CUDA_EMULATE=1 (the kernel's
-             body in a loop)
-"cpp"        CPU tensors, where the modules for CPUs were built
-"reference"  plain PyTorch, any device; it waits for the device at every step
-"auto"       the first of these that works: on GPUs "triton", "cuda", "reference"; on CPUs "cpp", "reference". What is
-             passed over is named in a warning, once, with the reason
+"triton"     GPUs. CPU tensors, too, if TRITON_INTERPRET=1 was set before Triton was imported.
+"cuda"       NVIDIA GPUs, if the CUDA module is built. With FUSED_OPTIM_CUDA_EMULATE=1 CPU tensors instead: the kernel's
+             body runs in a loop.
+"cpp"        CPU tensors, if the CPU modules are built.
+"reference"  Plain PyTorch on any device. Every step synchronizes with the device.
+"auto"       The first that works: "triton", "cuda", "reference" on GPUs; "cpp", "reference" on CPUs. If it is not the
+             first of the list, one warning names the others and the reasons.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ BACKENDS: dict[str, type[Backend]] = {kind.name: kind for kind in (Triton, Cuda,
 
 # "auto" tries them in this order.
 ORDER = {"cuda": ("triton", "cuda"), "cpu": ("cpp",)}
-# Why a backend failed on a device although why_not had nothing against it (see trial.py).
+# The reasons of failed trial launches, on devices that why_not had accepted (see trial.py).
 FAILED: dict[tuple[str, torch.device], str] = {}
 
 
 def available() -> dict[str, str | None]:
-    """Every backend's name, with None where it works here, or the reason why not."""
+    """The name of every backend, with None if it works on this machine, else the reason."""
     return {name: backend.why_not(None) for name, backend in BACKENDS.items()}
 
 
 @functools.cache
 def _warn(text: str) -> None:
-    """Once per text, at the line that called this package or torch."""
+    """Warns once per text. The warning points at the caller of this package or of torch."""
     packages = Path(__file__).parents[1], Path(torch.__file__).parent
     inside = tuple(f"{package}{os.sep}" for package in packages)
     frame, level = sys._getframe(), 1
@@ -50,18 +50,17 @@ def _warn(text: str) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError where there is no backend of that name."""
+    """Raises ValueError if there is no backend of that name."""
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f'backend must be "auto" or one of {", ".join(BACKENDS)}, but got {name!r}')
 
 
 def pick(name: str, device: torch.device) -> type[Backend]:
-    """The backend called `name` for that device; "auto" takes the first that works, and warns where that is not the
-    first of all.
+    """The backend called `name` for a device. "auto" takes the first that works and warns if an earlier one does not.
 
     Raises:
         ValueError: there is no backend of that name.
-        RuntimeError: the named backend cannot run tensors of that device; says why.
+        RuntimeError: the named backend cannot run tensors of that device. The message gives the reason.
     """
     if name == "auto":
         reasons: list[str] = []
@@ -71,8 +70,8 @@ def pick(name: str, device: torch.device) -> type[Backend]:
                 if reasons:
                     because = "; ".join(reasons)
                     _warn(
-                        f'fused_optim steps {device.type} tensors by backend="{candidate}", because {because}. '
-                        f'backend="{candidate}" chooses it without this warning.'
+                        f'fused_optim steps {device.type} tensors with backend="{candidate}", because {because}. '
+                        f'Pass backend="{candidate}" to choose it without this warning.'
                     )
                 return BACKENDS[candidate]
             reasons.append(f"{candidate}: {reason.rstrip('.')}")

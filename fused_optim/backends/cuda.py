@@ -1,4 +1,4 @@
-"""The backend "cuda": the CUDA C++ kernels; with FUSED_OPTIM_CUDA_EMULATE=1 the same code in a loop on the CPU."""
+"""The backend "cuda": the CUDA C++ kernels. With FUSED_OPTIM_CUDA_EMULATE=1 their code runs in a loop on the CPU."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Cuda(OnDevice):
         self._call("scale", (), squares)
 
     def _call(self, function: str, before: tuple[str, ...], *numbers: Tensor | None) -> None:
-        """The module's function of that name. before: its arguments before the table; numbers: those after it."""
+        """Calls a function of the module with the arguments `before`, the table and the addresses of `numbers`."""
         with self.current_device():
             if self._arrays is None:
                 self._arrays = arrays_of(self._module, self.table, self.arrays)

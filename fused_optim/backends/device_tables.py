@@ -1,4 +1,4 @@
-"""A table's arrays on its GPU, kept up to date without ever waiting for the device."""
+"""The copies of a table's arrays on its GPU. Updating them never synchronizes with the device."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..engine.changes import GRADS_MOVED, RAW_CHANGED
 from ..engine.graphs import capturing, refuse_capture
 from ..engine.table import Scalars, Table
 
-# Pinned buffers that are made at once, and how many must be left for captures, which can make none.
+# Pinned buffers per allocation, and the number kept spare for captures. A capture cannot allocate pinned memory.
 SLAB, SPARES = 32, 16
 
 
 def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)  # whatever the default device is
+    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)  # the default device may be another one
 
 
 def send(buffer: Tensor, on_device: Tensor) -> None:
@@ -26,14 +26,17 @@ def send(buffer: Tensor, on_device: Tensor) -> None:
 
 
 class Upload:
-    """A host array's copy on the device. The host array may be overwritten while older copies of it are still on their
-    way, so each one leaves from a pinned buffer of its own, used again once an event says that it has left.
+    """The copy of a host array on the device.
+
+    The host array may be overwritten while earlier copies are in flight. So each copy is sent from its own pinned
+    buffer. The buffer is reused when an event shows that the copy is complete.
 
     A captured graph reads its buffer at every replay, so that buffer is never written again. Pinned memory cannot be
-    allocated in a capture: steps outside of captures keep SPARES buffers ready.
+    allocated during a capture, so steps outside captures keep SPARES buffers ready.
 
-    ring: buffers of copies outside of captures, each with the event after its last copy. spare: buffers that nothing
-    uses. captured: those that graphs read.
+    ring: buffers of copies outside captures, each with the event after its last copy.
+    spare: unused buffers.
+    captured: buffers that graphs read.
     """
 
     def __init__(self, host: Tensor, device: torch.device) -> None:
@@ -58,43 +61,43 @@ class Upload:
         event.record()
 
     def _captured_buffer(self) -> Tensor:
-        """A buffer that holds what the host array holds now, and always will."""
+        """A buffer with the present content of the host array. It is never written again."""
         for buffer in self.captured:
             if torch.equal(buffer, self.host):
                 return buffer
         if not self.spare:
             raise RuntimeError(
-                "no pinned buffer is left for this capture, and none can be made in one: too many steps were captured "
-                "with no step between. Take a step outside of captures, which makes new ones, or call "
-                "release_captured() where older graphs are gone. Params and states have not been changed"
+                "no pinned buffer is left for this capture, and a capture cannot allocate one: too many steps were "
+                "captured without a step outside captures. Take a step outside captures, which allocates new buffers, "
+                "or call release_captured() if older graphs are deleted. Params and states have not been changed"
             )
         self.captured.append(self.spare.pop().copy_(self.host))
         return self.captured[-1]
 
     def release(self) -> None:
-        """No graph reads its buffers any longer."""
+        """Reuses the buffers of graphs. No graph may read them any longer."""
         self.spare += self.captured
         self.captured = []
 
 
 def sent_once(host: Tensor, device: torch.device) -> Tensor:
-    """A copy of a host array that never changes. torch keeps the pinned one until the copy has been made."""
+    """The copy of a constant host array on the device. torch keeps the pinned buffer until the copy is complete."""
     on_device = torch.empty_like(host, device=device)
     send(pinned(host.shape, host.dtype).copy_(host), on_device)
     return on_device
 
 
 class DeviceTable:
-    """The device's copies of desc, rows, grads, lr, raw, group and spans.
+    """The copies of desc, rows, grads, lr, raw, group and spans on the device.
 
-    captured: whether a CUDA graph writes here at every replay.
+    captured: whether a CUDA graph writes to them at every replay.
 
     Raises:
         RuntimeError: a CUDA graph is being captured.
     """
 
     def __init__(self, table: Table) -> None:
-        refuse_capture("a table cannot be brought to its device", "take one step before the capture")
+        refuse_capture("a table cannot be uploaded to its device", "take one step before the capture")
         self.table = table
         self.captured = False
         self.streams = {torch.cuda.current_stream(table.device).cuda_stream}
@@ -109,23 +112,23 @@ class DeviceTable:
         sums = (spans, table.partials, table.sums, table.trust)
         self.arrays = (desc, rows, self.grads.on_device, lr, raw, group, table.hyper, *sums)
 
-    def update(self, moved: int) -> None:
-        """Brings over what has `moved`."""
+    def update(self, changes: int) -> None:
+        """Uploads the arrays that changed. changes: flags of changes.py."""
         stream = torch.cuda.current_stream(self.table.device)
         if stream.cuda_stream not in self.streams:
             self.streams.add(stream.cuda_stream)
             self._keep_until_done(stream)
         self.captured |= capturing()
-        if self.captured:  # its graph writes here at every replay what it was captured with
-            moved |= GRADS_MOVED | RAW_CHANGED
-        if moved & GRADS_MOVED:
+        if self.captured:  # a replay may have overwritten the arrays with the values of its capture
+            changes |= GRADS_MOVED | RAW_CHANGED
+        if changes & GRADS_MOVED:
             self.grads()
-        if moved & RAW_CHANGED:
+        if changes & RAW_CHANGED:
             self.scalars()
 
     def _keep_until_done(self, stream: torch.cuda.Stream) -> None:
-        """Tells the allocator that this stream uses what was allocated on another one. Else a new table could get the
-        memory of this one while kernels on this stream still read it."""
+        """Tells the allocator that this stream uses memory that was allocated on another stream. Otherwise a new table
+        could get the memory of this one while kernels on this stream still read it."""
         table = self.table
         made = [tensor for row in table.rows_list for tensor in (row.step, *row.states, row.ema)]
         made += [row.target for row in table.copies]
@@ -134,7 +137,7 @@ class DeviceTable:
                 tensor.record_stream(stream)
 
     def release(self) -> None:
-        """No graph writes here any longer: what the last replay has left is replaced by what the host has."""
+        """Uploads the host arrays over the values of the last replay. No graph may write to the copies any longer."""
         self.grads.release()
         self.scalars.release()
         self.captured = False
@@ -143,8 +146,7 @@ class DeviceTable:
 
 
 class OnDevice(Backend):
-    """A backend whose kernels read the table's arrays on its device: copies on a GPU, the arrays themselves on the
-    CPU."""
+    """A backend whose kernels read the table's arrays on its device: copies on a GPU, the host arrays on the CPU."""
 
     device_table: DeviceTable | None = None
 
@@ -177,7 +179,7 @@ class OnDevice(Backend):
 
 
 def release(tables: Iterable[Backend]) -> None:
-    """Makes nothing keep what captured graphs have used of these tables. Waits for their devices.
+    """Frees the memory that these tables keep for captured graphs. Synchronizes with their devices.
 
     Raises:
         RuntimeError: a CUDA graph is being captured.

@@ -1,4 +1,4 @@
-"""Tables as the compiled modules take them: by the addresses of their arrays."""
+"""Passes tables to the compiled modules, as the addresses of their arrays."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def address_of(tensor: Tensor | None) -> int:
 
 
 def arrays_of(module: ModuleType, table: Table, arrays: Sequence[Tensor | None]) -> Any:
-    """Whoever keeps this keeps `arrays` alive: it holds addresses."""
+    """The module's Arrays object. It holds addresses only, so the caller must keep `arrays` alive."""
     addresses = list(map(address_of, arrays))
     return module.Arrays(addresses, table.desc.numel(), len(table.rows_list), table.elements, table.ema)

@@ -1,5 +1,5 @@
-"""The choice of the backend for a table. Kernels are compiled, loaded and launched before a step changes anything: what
-fails then can still be replaced."""
+"""Chooses the backend for a table. Its kernels are compiled, loaded and launched on trial before a step changes
+anything, so that another backend can take over if one of them fails."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ _passed: set[tuple[Any, ...]] = set()
 
 
 def choose(name: str, table: Table, steps: bool = True) -> Backend:
-    """Binds a table to the backend called `name`, after a trial of what that launches for it. "auto" falls through to
-    the next one where that fails, with a warning.
+    """Binds a table to the backend called `name`, after a trial of the kernels that it launches for this table. If the
+    trial fails, "auto" warns and goes on with the next backend.
 
-    steps: whether the table will be stepped; else its gradients are clipped where they stand.
+    steps: True if the table will be stepped; False if only its gradients are clipped in place.
 
     Raises:
         ValueError: there is no backend of that name.
-        RuntimeError: the named backend cannot run tensors of that device, or its trial failed; says why.
+        RuntimeError: the named backend cannot run tensors of that device, or its trial failed. The message gives the
+            reason.
     """
     while True:
         backend = backends.pick(name, table.device)
@@ -36,7 +37,7 @@ def choose(name: str, table: Table, steps: bool = True) -> Backend:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            reason = told_by(error)
+            reason = trial_failure(error)
             if name != "auto":
                 raise RuntimeError(
                     f'backend="{name}" cannot step tensors on {table.device}: {reason}. Nothing has been changed'
@@ -48,30 +49,30 @@ def choose(name: str, table: Table, steps: bool = True) -> Backend:
 
 
 def is_tried(backend: type[Backend], device: torch.device) -> bool:
-    """Whether its kernels are compiled or loaded at their first launch, which may fail."""
+    """Whether the backend compiles or loads its kernels at the first launch on that device. This can fail."""
     return device.type != "cpu" and backend.compiles
 
 
 def why_not(name: str, device: torch.device) -> str | None:
-    """As the backend's own why_not, and after a trial of AdamW in float32."""
+    """The reason why a backend does not work on a device, or None. Includes a trial of AdamW in float32."""
     backend = backends.BACKENDS[name]
     if (reason := backend.why_not(device)) is not None:
         return reason
     try:
         run_trial(backend, adamw_table(device), steps=True)
     except Exception as error:
-        return told_by(error)
+        return trial_failure(error)
     return None
 
 
-def told_by(error: Exception) -> str:
+def trial_failure(error: Exception) -> str:
     text = " ".join(str(error).split())[:2000].rstrip(". ")
     return f"its trial launch failed with {type(error).__name__}{': ' if text else ''}{text}"
 
 
 def run_trial(backend: type[Backend], table: Table, steps: bool) -> None:
-    """Launches every kernel that the table's steps will launch, and waits for them. No tensor of the table is touched:
-    they pass over others of the same dtypes, which have no gradient, and so leave them alone."""
+    """Launches every kernel that steps of the table launch, and waits for them. The kernels run on other tensors of the
+    same dtypes, which have no gradients and so stay unchanged. The tensors of the table are not touched."""
     trial = without_gradients(table)
     bound = backend.bind(trial)
     bound.upload(0)
@@ -88,7 +89,7 @@ def run_trial(backend: type[Backend], table: Table, steps: bool) -> None:
 
 
 def without_gradients(table: Table) -> Table:
-    """A table of the same kinds in the same order, each with one tensor of one element that has no gradient."""
+    """A table of the same kinds in the same order, with one row per kind: a one-element tensor without a gradient."""
     return _table_of(table.rule, table.device, table.kinds, table.clips, table.ema)
 
 

@@ -1,4 +1,4 @@
-"""The backend "triton": the Triton kernels; under TRITON_INTERPRET=1 they run on the CPU."""
+"""The backend "triton": the Triton kernels. With TRITON_INTERPRET=1 they run on the CPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Triton(OnDevice):
         if interpreted() and (device is None or device.type == "cpu"):
             return None
         if device is not None and device.type == "cpu":
-            return "Triton runs CPU tensors only under TRITON_INTERPRET=1"
+            return "Triton runs CPU tensors only with TRITON_INTERPRET=1"
         if device is not None and device.type != "cuda":
             return f"Triton kernels run on CUDA and ROCm devices, not on {device.type}"
         return machine.why_no_gpu() or machine.why_not_compiled_by_triton()
@@ -48,8 +48,7 @@ class Triton(OnDevice):
         self._call("launch_scale", (self.table.kinds,), squares)
 
     def _call(self, function: str, before: Sequence[Any], *after: Any) -> None:
-        """launch.py's function of that name. before: its arguments before the table's arrays; after: those after
-        them."""
+        """Calls a function of launch.py with the arguments `before`, the table's arrays and `after`."""
         from ..triton_kernels import launch  # imports Triton
 
         with self.current_device():

@@ -1,1 +1,1 @@
-"""What a step costs: launches, bytes, memory, time."""
+"""The cost of a step: launches, bytes moved, memory, time."""

@@ -1,4 +1,5 @@
-"""The floor pass: what the memory allows, which benchmarks and cost estimates hold a step against."""
+"""The floor pass: the reads and writes of a step without arithmetic. Its time is the least that a step can take, so
+benchmarks and cost estimates compare with it."""
 
 from __future__ import annotations
 
@@ -17,19 +18,20 @@ def floor_pass(
     threads: int | None = None,
     prefetch: int = 0,
 ) -> Callable[[], None]:
-    """A pass with the reads and writes of a step and no arithmetic, in one parallel region.
+    """A function that runs the floor pass in one parallel region.
 
     Args:
-        written: streams that are read and written, each a list of as many host tensors; 1 to 8.
-        read: those that are only read; 1 to 4.
-        piece: bytes of each stream that a thread takes at a time; 0: each thread has one contiguous share.
-        threads: how many; None: torch's number.
-        prefetch: distance in bytes of the software prefetch; 0 for none.
+        written: 1 to 8 streams that are read and written. A stream is a list of host tensors; all streams have lists
+            of one length.
+        read: 1 to 4 streams that are only read.
+        piece: bytes of each stream that a thread takes at a time. 0: each thread has one contiguous share.
+        threads: number of threads. None: torch's number.
+        prefetch: distance of the software prefetch in bytes. 0: no prefetch.
 
     Raises:
         RuntimeError: the C++ kernel is not built.
-        ValueError: piece, prefetch or threads is too small, there are too many streams, or two tensors at one place in
-            their lists differ in size.
+        ValueError: piece, prefetch or threads is too small, the number of streams is out of range, or tensors at the
+            same position in two streams differ in size.
     """
     module = modules.built(modules.cpu())
     sizes = [tensor.nbytes for tensor in read[0]] if read else []
@@ -38,7 +40,7 @@ def floor_pass(
             raise ValueError("the streams of a floor pass must hold tensors of the same sizes in bytes")
     if piece < 0 or prefetch < 0 or (threads is not None and threads < 1):
         raise ValueError(
-            "a floor pass takes piece and prefetch of 0 or more bytes and 1 thread or more, but got "
+            "the piece and prefetch of a floor pass must be 0 or more bytes and threads must be 1 or more, but got "
             f"{piece}, {prefetch} and {threads}"
         )
     held = written, read
@@ -46,7 +48,7 @@ def floor_pass(
     run = module.FloorPass(*addresses, sizes, piece, prefetch)
 
     def step() -> None:
-        assert held  # the tensors live as long as their addresses are used
+        assert held  # keeps the tensors alive while their addresses are in use
         run(torch.get_num_threads() if threads is None else threads)
 
     return step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +14,8 @@ from ..engine.table import DTYPE_CODES, real_dtype
 
 WRAPPERS = "state_dict", "model_state_dict", "model", "module", "params"  # where training loops put the model's tensors
 STATISTICS = "running_mean", "running_var"  # what torch's batch norms keep besides params
-HEADER_LIMIT = 100_000_000  # bytes, as the format has it
 
-# Names in safetensors' headers of the dtypes that optimizers take.
+# safetensors' names of the dtypes that optimizers take.
 SAFETENSORS = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -32,12 +30,14 @@ Found = tuple[dict[str, Tensor], list[str]]  # params by name; what was found wh
 def read(paths: Sequence[Path]) -> Found:
     """The params in checkpoint files that belong together, such as the shards of one model.
 
-    Files that end in .safetensors are read by their header, all others by torch.load(weights_only=True), mapped into
-    memory where they are zip archives. Tensors that share all their elements are one param. Those that no optimizer
-    here could step, and the running statistics of batch norms, are left out.
+    Files that end in .safetensors are read with the package safetensors, all others with
+    torch.load(weights_only=True), mapped into memory where they are zip archives. Tensors that share all their
+    elements are one param. Tensors that no optimizer here could step are left out. So are the running statistics of
+    batch norms.
 
     Raises:
-        ValueError: a file is missing or no such checkpoint, or its tensors are in several dicts; says what was found.
+        ValueError: a file is missing, or is not such a checkpoint, or has several dicts of tensors; or safetensors or
+            numpy is not installed. The message says what was found.
     """
     params: dict[str, Tensor] = {}
     notes: list[str] = []
@@ -60,20 +60,26 @@ def read(paths: Sequence[Path]) -> Found:
 
 def read_safetensors(path: Path) -> Found:
     try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if not 2 <= size <= min(HEADER_LIMIT, path.stat().st_size - 8):
-                raise ValueError(f"its header cannot have {size} bytes")
-            header = json.loads(file.read(size))
-        entries = {name: (str(e["dtype"]), tuple(e["shape"])) for name, e in header.items() if name != "__metadata__"}
-        metas = {
-            name: torch.empty(shape, dtype=SAFETENSORS[dtype], device="meta")
-            for name, (dtype, shape) in entries.items()
-            if dtype in SAFETENSORS
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        import numpy  # noqa: F401  (safe_open imports it)
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ValueError(
+            f"{path} is read with the packages safetensors and numpy, but {error.name} is not installed; "
+            "pip install safetensors numpy"
+        ) from None
+    metas: dict[str, Tensor] = {}
+    other: dict[str, str] = {}
+    try:
+        with safe_open(path, framework="numpy") as file:  # "pt" reserves memory for all data
+            for name in file.keys():  # noqa: SIM118  (the file is no mapping)
+                entry = file.get_slice(name)
+                dtype = entry.get_dtype()
+                if dtype in SAFETENSORS:
+                    metas[name] = torch.empty(entry.get_shape(), dtype=SAFETENSORS[dtype], device="meta")
+                else:
+                    other[name] = dtype
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} must be a safetensors file, but cannot be read as one: {error}") from None
-    other = {name: dtype for name, (dtype, _) in entries.items() if name not in metas}
     return selected(path, metas, other)
 
 

@@ -1,7 +1,7 @@
-"""What a step of an optimizer costs on a given list of params: launches, bytes, memory, and the time these bytes take.
+"""The cost of one optimizer step on given params: launches, bytes moved, memory, and the time to move the bytes.
 
-The numbers come from the optimizer itself, which is built on the meta device, with its states and tables and without
-their memory. A model is a dict of meta tensors by name.
+The optimizer is built on the meta device, so its states and tables exist without memory and can be counted. A model is
+a dict of meta tensors by name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OPTIMIZERS: dict[str, Callable[..., FusedOptimizer]] = {
     if name.startswith("Fused") and name != "FusedOptimizer"
 }
 GROUPS = "one", "decay", "each"
-MEASURED_BYTES = 128 << 20  # of each of the buffers that a bandwidth is measured on: more than caches hold
+MEASURED_BYTES = 128 << 20  # bytes of each buffer of the bandwidth measurement: larger than the caches
 
 
 def on_meta(shapes: Shapes, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -39,8 +39,11 @@ def on_meta(shapes: Shapes, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def param_groups(params: Mapping[str, Tensor], kind: str) -> list[dict[str, Any]]:
-    """kind: "one"; "decay", where biases and all params of fewer than two dimensions have a group without decay; or
-    "each", one per param."""
+    """The param groups of a model.
+
+    kind: "one" group; "decay": a second group without decay for biases and params with fewer than two dimensions;
+        "each": one group per param.
+    """
     if kind == "one":
         return [{"params": list(params.items())}]
     if kind == "each":
@@ -52,7 +55,7 @@ def param_groups(params: Mapping[str, Tensor], kind: str) -> list[dict[str, Any]
 
 
 def takers(option: str) -> list[str]:
-    """The optimizers whose groups have that option."""
+    """The names of the optimizers whose groups have that option."""
     one = [Parameter(torch.empty(1, device="meta"))]
     return [name for name, build in OPTIMIZERS.items() if option in build(one).defaults]
 
@@ -60,13 +63,13 @@ def takers(option: str) -> list[str]:
 def prepare(
     model: Mapping[str, Tensor], optimizer: str = "adamw", groups: str = "one", **options: Any
 ) -> FusedOptimizer:
-    """The optimizer with states and tables, ready for a step of the model on the meta device.
+    """An optimizer of the model on the meta device, with states and tables, ready for a step.
 
     Args:
-        model: at least one tensor by its name; shapes and dtypes count. Gradients have the dtypes of their params.
+        model: at least one tensor by name. Only shapes and dtypes matter. Gradients have the dtypes of their params.
         optimizer: a key of OPTIMIZERS.
         groups: one of GROUPS.
-        options: of the class; errors are its own.
+        options: keyword arguments of the optimizer's class, which raises its own errors.
     """
     params = {name: Parameter(torch.empty_like(tensor, device="meta")) for name, tensor in model.items()}
     for param in params.values():
@@ -78,10 +81,10 @@ def prepare(
 
 @dataclass(frozen=True)
 class TorchLaunch:
-    """What fits into the arguments of one launch of torch's fused kernels, each of whose blocks takes 65,536 elements
-    of one tensor.
+    """The limits of one launch of torch's fused kernels. A block takes 65,536 elements of one tensor.
 
-    tensors: how many, where each has 1, 2, ... addresses (param, gradient, states). blocks: of all together.
+    tensors: the most tensors in a launch, for 1, 2, ... addresses per tensor (param, gradient, states).
+    blocks: the most blocks in a launch.
 
     Source: ATen/native/cuda/MultiTensorApply.cuh.
     """
@@ -91,8 +94,8 @@ class TorchLaunch:
     blocks: int
 
     def count(self, sizes: Iterable[int], addresses: int) -> int:
-        """Launches for tensors of so many elements each. The next one begins where this one's blocks are full, perhaps
-        within a tensor, or with the last block of its last tensor."""
+        """The number of launches for tensors of these numbers of elements. A launch ends when its blocks are used up,
+        which can be inside a tensor, or with the last block of its last tensor."""
         done = tensors = blocks = 0
         for size in sizes:
             if size == 0:
@@ -114,9 +117,9 @@ TORCH_LAUNCHES = (
 
 
 def torch_lists(optimizer: FusedOptimizer) -> list[list[Row]] | None:
-    """The lists of tensors that torch's fused step hands to its kernel one by one: of each group and dtype. None where
-    torch has no fused kernel for that: it has only those of Adam, AdamW and SGD among ours, for states of their param's
-    dtype that is not complex."""
+    """The lists of tensors that torch's fused step passes to its kernel: one list per group and dtype. None if torch
+    has no fused kernel for the step. Of the optimizers here torch has fused kernels for Adam, AdamW and SGD, if params
+    are real and states have their param's dtype."""
     fused = any("fused" in inspect.signature(base).parameters for base in _torch_bases(optimizer))
     lists: dict[object, list[Row]] = {}
     for row in rows_of(optimizer):
@@ -135,15 +138,16 @@ def rows_of(optimizer: FusedOptimizer) -> list[Row]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step of one device.
+    """The cost of one step on one device.
 
-    params, grads, states, tables: bytes that lie there all the time; states with the counts of steps, and with the
-        average of the weights where there is one. moved: bytes that
-        a step reads or writes, each operand of each walk once.
-    clips: gradients are read once more, for their norm.
-    launches: kernels of a step on a GPU. loops: parallel loops of a step on the CPU.
-    torch_launches: torch's fused update, and the counting of its steps, by TorchLaunch.title. torch_loops: its fused
-        update on the CPU. None where it has none.
+    params, grads, states, tables: bytes in memory. states includes the step counts and the averages of the weights.
+    moved: bytes that a step reads or writes; each operand of each walk counts once.
+    clips: whether gradients are read a second time, for their norm.
+    launches: kernel launches of a step on a GPU.
+    loops: parallel loops of a step on the CPU.
+    torch_launches: launches of torch's fused update and of its step counts, by TorchLaunch.title. None if torch has no
+        fused kernel.
+    torch_loops: parallel loops of torch's fused update on the CPU. None if torch has no fused kernel.
     """
 
     tensors: int
@@ -170,7 +174,7 @@ def cost_of(optimizer: FusedOptimizer) -> Cost:
     average = sum(row.ema.nbytes for row in rows if row.ema is not None)
 
     moved = grads + 2 * params + 2 * states + 2 * average
-    if trust:  # one walk for states and norms, a second one that makes the update anew from the states
+    if trust:  # the second walk reads params and states again and recomputes the update
         moved += params + states
     if clips:
         moved += grads
@@ -195,7 +199,7 @@ def cost_of(optimizer: FusedOptimizer) -> Cost:
         tables=sum(_table_bytes(bound.table) for bound in optimizer._tables),
         moved=moved,
         clips=clips,
-        # Norm of the gradients: partial sums, their sum. Prep, update. Trust: sums by tensor, ratios, second walk.
+        # Norm of the gradients: partial sums, their sum. Prep, update. Trust: sums per tensor, ratios, second walk.
         launches=2 * clips + 2 + 3 * trust,
         loops=clips + 1 + trust,
         torch_launches=torch_launches,
@@ -211,11 +215,11 @@ def _table_bytes(table: Any) -> int:
 
 
 def bandwidth(device: torch.device, seconds: float = 0.5, size: int = MEASURED_BYTES) -> tuple[float, str]:
-    """Bytes per second that a pass without arithmetic reads and writes, the median over so many seconds, and how it was
-    measured.
+    """The bandwidth of a pass without arithmetic in bytes per second, and the name of the pass. Bytes read and bytes
+    written both count. The median of the runs within `seconds`, at least three.
 
     Raises:
-        torch.OutOfMemoryError, RuntimeError: there is no memory for it, four buffers of `size` bytes.
+        torch.OutOfMemoryError, RuntimeError: there is not enough memory for four buffers of `size` bytes.
     """
     how, run, moved = _pass_over(device, size)
     time_of = _on_gpu if device.type == "cuda" else _on_cpu
@@ -233,7 +237,7 @@ def _pass_over(device: torch.device, size: int) -> tuple[str, Callable[[], Any],
         return "a copy within the device", lambda: a.copy_(b), 2 * a.nbytes
     if isinstance(modules.cpu(), str):
         return "torch's a.add_(b)", lambda: a.add_(b), 3 * a.nbytes
-    return "a pass as AdamW's, without arithmetic", floor_pass([[a], [b], [c]], [[d]]), 7 * a.nbytes
+    return "AdamW's reads and writes, without arithmetic", floor_pass([[a], [b], [c]], [[d]]), 7 * a.nbytes
 
 
 def _on_cpu(run: Callable[[], Any]) -> float:

@@ -1,5 +1,5 @@
-"""The look before each step: has anything moved since the tables were built? Compiled (csrc/poll) where that module is
-built and torch is new enough, else in Python, which gives the same answers more slowly."""
+"""Change detection: each step first polls the change detector for what changed since the tables were built. A compiled
+one (csrc/poll) is used if it is built and torch is new enough. The one in Python gives the same answers more slowly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .validation import check_hyperparameter, is_wrapper
 
 REBUILD, GRADS_MOVED, RAW_CHANGED = 1, 2, 4
 
-# What torch's own classes say of a tensor, called without a look-up per tensor.
+# Methods and attributes of torch's base class, bound once: this saves a look-up per tensor.
 _Base = torch._C.TensorBase
 data_ptr, numel, stride, is_contiguous = _Base.data_ptr, _Base.numel, _Base.stride, _Base.is_contiguous
 get_device, is_neg, is_conj = _Base.get_device, _Base.is_neg, _Base.is_conj
@@ -45,7 +45,7 @@ def detect_changes(
     pending: Sequence[Tensor],
     tables: Sequence[Table],
 ) -> Any:
-    """A detector over all that tables were built from, except those on meta.
+    """A change detector over everything that the tables were built from, except tables on meta.
 
     pending: params that have had no gradient yet.
     """
@@ -61,7 +61,7 @@ def detect_changes(
 
     module = modules.poll()
     if not isinstance(module, str):
-        with contextlib.suppress(BufferError):  # a tensor that DLPack knows nothing of, on the meta device, say
+        with contextlib.suppress(BufferError):  # DLPack cannot describe a tensor, for example a state on meta
             return over(module.ChangeDetector)
     return over(ChangeDetector)
 
@@ -73,8 +73,8 @@ def laid_out_as(grad: Tensor, target: Tensor) -> Tensor:
 
 
 def dense_grad(grad: Tensor, target: Tensor) -> Tensor:
-    """The gradient in the memory layout of the tensor that it updates; itself where it has that layout already, or no
-    memory."""
+    """The gradient in the memory layout of the tensor that it updates. A gradient that has this layout or has no memory
+    is returned itself, any other as a copy."""
     if grad.numel() and not grad._is_zerotensor() and not grad.data_ptr():
         return grad
     if same_strides(grad, target) and not (grad.is_conj() or grad.is_neg() or grad._is_zerotensor()):
@@ -83,13 +83,13 @@ def dense_grad(grad: Tensor, target: Tensor) -> Tensor:
 
 
 def same_objects(now: Iterable[Any], then: Sequence[Any]) -> bool:
-    """Whether they are the same objects in the same order. `then` ends with END."""
+    """Whether both hold the same objects in the same order. `then` ends with END."""
     return all(map(is_, chain(now, (END,)), then))
 
 
 class Placements:
-    """Where tensors lay, and how. Lists of numbers are made and compared; shapes and strides one at a time, because
-    thousands of new tuples would set off Python's garbage collector."""
+    """The addresses and layouts of tensors. Most are compared as lists of numbers. Shapes and strides are compared one
+    at a time, because thousands of new tuples would start Python's garbage collector."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors = tensors
@@ -110,7 +110,7 @@ class Placements:
 
 
 class Hyperparameters:
-    """The columns of `raw` and `lr` that the options of the param groups fill."""
+    """The options of the param groups, and the columns of `raw` and `lr` that they fill."""
 
     def __init__(
         self,
@@ -128,11 +128,12 @@ class Hyperparameters:
         self.raw = (ctypes.c_double * raw.numel()).from_address(raw.data_ptr())
         self.lr = (ctypes.c_int64 * lr.numel()).from_address(lr.data_ptr())
         self.seen: list[list[Any]] = [[END] * len(self.keys) for _ in groups]
-        self.volatile = [False] * len(groups)  # holds tensors or lists, which change without changing identity
+        self.volatile = [False] * len(groups)  # whether a value is a tensor or list, which can change in place
         self.read()
 
     def read(self) -> int:
-        """RAW_CHANGED where a number has changed, and REBUILD where a switch was turned."""
+        """Updates the columns. Returns RAW_CHANGED if a number changed, plus REBUILD if a switch changed between zero
+        and non-zero."""
         answer = 0
         for index, group in enumerate(self.groups):
             values = list(map(group.get, self.keys))
@@ -171,7 +172,7 @@ class Hyperparameters:
 
 
 class Gradients:
-    """The gradients of the rows of one table, and their places in its `grads`."""
+    """The gradients of one table's rows, and their entries in its `grads`."""
 
     def __init__(self, memory: Tensor) -> None:
         self.memory = memory
@@ -190,7 +191,7 @@ class Gradients:
         self.addresses.append(0)
 
     def freeze(self) -> None:
-        """After the last row."""
+        """Records the layouts of the targets. Called after the last row."""
         self.shapes = list(map(shape_of, self.targets))
         dense = all(map(is_contiguous, self.targets))
         self.how: Callable[[Tensor], Any] = is_contiguous if dense else stride
@@ -215,7 +216,7 @@ class Gradients:
         return GRADS_MOVED
 
     def _usual(self, grads: list[Tensor | None]) -> list[int] | None:
-        """Addresses, where all gradients are plain tensors that lie as their targets do; else None."""
+        """The addresses if all gradients are plain tensors in the layout of their targets, else None."""
         there = [grad for grad in grads if grad is not None]
         asked: tuple[Callable[[Tensor], Any], ...] = (dtype_of, get_device, shape_of, self.how)
         expected: list[Iterable[Any]] = [self.dtypes, self.devices, self.shapes, self.layouts]
@@ -231,9 +232,9 @@ class Gradients:
                 if not all(map(eq, map(ask, there), values)):
                     return None
             addresses = list(map(data_ptr, there))
-        except RuntimeError:  # a sparse one has no strides
+        except RuntimeError:  # a sparse gradient has no strides
             return None
-        if not all(addresses):  # of no elements, or a zero tensor
+        if not all(addresses):  # a gradient without elements, or a zero tensor
             return None
         self.held = there
         if len(there) == len(grads):
@@ -242,7 +243,7 @@ class Gradients:
         return [0 if grad is None else next(found) for grad in grads]
 
     def _one_by_one(self, grads: list[Tensor | None]) -> list[int] | None:
-        """Addresses, of copies where gradients lie otherwise; None where new tables are due."""
+        """The addresses of the gradients, or of copies if their layout differs. None if new tables are needed."""
         addresses, self.held = [], []
         for param, target, dtype, grad in zip(self.params, self.targets, self.dtypes, grads, strict=True):
             if grad is None:
@@ -262,7 +263,7 @@ class Gradients:
         return addresses
 
     def done(self) -> list[Tensor]:
-        """The params that have been stepped."""
+        """Releases the gradients. Returns the params that were stepped."""
         self.held = []
         if self.stepped is None:
             rows = zip(self.params, self.addresses, strict=True)
@@ -271,7 +272,7 @@ class Gradients:
 
 
 class ChangeDetector:
-    """Same methods and answers as the compiled ChangeDetector; csrc/poll/change_detector.h says what they mean."""
+    """Has the methods and answers of the compiled ChangeDetector; csrc/poll/change_detector.h describes them."""
 
     def __init__(
         self,
@@ -295,7 +296,7 @@ class ChangeDetector:
         self, param: Tensor, target: Tensor, state: dict[str, Any], dtype: torch.dtype, grads: Tensor, row: int
     ) -> None:
         gradients = self.tables.setdefault(id(grads), Gradients(grads))
-        assert row == len(gradients.params), "the rows of a table come in their order"
+        assert row == len(gradients.params), "rows must be added in the order of the table"
         gradients.add(param, target, dtype)
 
     def poll(self) -> int:
@@ -306,7 +307,7 @@ class ChangeDetector:
         try:
             if not self.placements.unchanged():
                 return REBUILD
-        except RuntimeError:  # a tensor that has no memory any more
+        except RuntimeError:  # a tensor no longer has memory
             return REBUILD
         answer = self.hyperparameters.read()
         for gradients in self.tables.values():
@@ -323,7 +324,7 @@ class ChangeDetector:
         torch.autograd.graph.increment_version(changed)
 
     def _freeze(self) -> None:
-        """Remembers how all is now."""
+        """Records everything that poll() compares."""
         self.frozen = True
         self.then = [*self._objects(), END]
         self.states = [*self.state.values(), END]
@@ -339,7 +340,7 @@ class ChangeDetector:
             gradients.freeze()
 
     def _objects(self) -> Iterable[Any]:
-        """Of the groups and of optimizer.state: what may not be another object without new tables."""
+        """The objects in the groups and the keys of optimizer.state. If one is replaced, new tables are needed."""
         decides = [group.get(key) for group in self.groups for key in self.deciding] if self.deciding else ()
         members = chain.from_iterable(chain((group,), group["params"]) for group in self.groups)
         return chain(members, decides, self.state)

@@ -1,5 +1,5 @@
-"""Params that are spread over processes (DTensors): a step works on the shard that lies here, and what is summed over
-whole tensors is summed over processes too."""
+"""Params that are spread over processes (DTensors). A step updates the local shard. Sums over a whole tensor are also
+summed over the processes."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Groups = tuple[Any, ...]  # process groups, whose every member holds other elements
+Groups = tuple[Any, ...]  # process groups whose members hold different elements
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether it is a DTensor. Where nobody has imported these, there are none."""
+    """Whether the tensor is a DTensor. There are none if torch.distributed.tensor was never imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Any) -> Any:
-    """The shard that lies here: the very tensor that the DTensor holds, for it is compared by identity. Anything else
-    is given back as it is."""
+    """The local shard of a DTensor: the object that it holds, because callers compare identities. Anything else is
+    returned unchanged."""
     return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
 def is_same_memory(tensor: Any, earlier: Tensor) -> bool:
-    """Whether a tensor still has the memory, dtype and layout of `earlier`, the detached shard that it held then."""
+    """Whether the local shard of a tensor still has the memory, device, dtype and layout of `earlier`, which was
+    detached from it."""
     shard = local(tensor)
     places = [(t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) for t in (shard, earlier)]
     return places[0] == places[1]
 
 
 def like(param: Tensor, shard: Tensor) -> Tensor:
-    """`shard` as a DTensor that is spread as param is; itself where param is a plain tensor."""
+    """`shard` as a DTensor with the mesh and placements of param. If param is a plain tensor, `shard` itself."""
     if not is_sharded(param):
         return shard
     from torch.distributed.tensor import DTensor
@@ -51,22 +52,22 @@ def like(param: Tensor, shard: Tensor) -> Tensor:
 
 
 def check_spread(param: Any, tensor: Any, what: str) -> None:
-    """Raises RuntimeError where one of them is a DTensor and the other is not, or they lie on different meshes."""
+    """Raises RuntimeError if only one of the two is a DTensor, or if their device meshes differ."""
     if is_sharded(param) != is_sharded(tensor):
         kinds = ("a DTensor", "a plain tensor") if is_sharded(param) else ("a plain tensor", "a DTensor")
         raise RuntimeError(
             f"{what} must be {kinds[0]} like its param, but is {kinds[1]}; "
-            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict loads states that are spread otherwise"
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict loads states with any placements"
         )
     if is_sharded(param) and tensor.device_mesh != param.device_mesh:
         raise RuntimeError(
-            f"{what} must lie on its param's device mesh, {param.device_mesh}, but lies on {tensor.device_mesh}; "
-            "distribute it anew"
+            f"{what} must be on its param's device mesh, {param.device_mesh}, but is on {tensor.device_mesh}; "
+            "distribute it over the param's mesh"
         )
 
 
 def spread_as(param: Any, tensor: Any, what: str) -> Tensor:
-    """A tensor that belongs to param, spread as param is. Raises RuntimeError as check_spread."""
+    """A tensor that belongs to param, with param's placements. Raises RuntimeError as check_spread does."""
     check_spread(param, tensor, what)
     if not is_sharded(param) or tensor.placements == param.placements:
         return tensor
@@ -75,14 +76,14 @@ def spread_as(param: Any, tensor: Any, what: str) -> Tensor:
 
 
 def local_grad(param: Tensor, grad: Tensor) -> Tensor:
-    """The shard of a gradient that goes with param's, after whatever communication that takes."""
+    """The shard of a gradient that matches param's shard. Communicates if the placements differ."""
     shard = local(spread_as(param, grad, "a gradient"))
-    return shard.wait() if hasattr(shard, "wait") else shard  # of an asynchronous collective
+    return shard.wait() if hasattr(shard, "wait") else shard  # the result of an asynchronous collective
 
 
 def groups_of(param: Any) -> Groups:
-    """The processes over which the elements of param are spread: one group for each dimension of its mesh that shards
-    it, and none for those that replicate it."""
+    """The process groups over which the elements of param are spread: one for each dimension of its mesh that shards
+    it. Dimensions that replicate it have none."""
     if not is_sharded(param) or param.device_mesh.get_coordinate() is None:
         return ()
     mesh = param.device_mesh
@@ -91,14 +92,14 @@ def groups_of(param: Any) -> Groups:
 
 
 def device_for(group: Any) -> torch.device:
-    """Where its collectives take tensors from."""
+    """The device of the tensors that the group's collectives take."""
     on_gpus = torch.cuda.is_available() and "nccl" in torch.distributed.get_backend(group)
     return torch.device("cuda", torch.cuda.current_device()) if on_gpus else torch.device("cpu")
 
 
 def reduce_over(values: Sequence[Tensor], groups: Sequence[Groups], op: str = "SUM") -> list[Tensor]:
-    """Each value summed (or what ReduceOp has) over the processes of its groups, one collective for each group. The
-    values have one shape and dtype; those to be reduced are all of one device."""
+    """Each value reduced over the processes of its groups, with one collective per group. op: a name in ReduceOp. All
+    values have the same shape and dtype, and the values with groups are on one device."""
     reduced = list(values)
     if not any(groups):
         return reduced
@@ -112,7 +113,8 @@ def reduce_over(values: Sequence[Tensor], groups: Sequence[Groups], op: str = "S
 
 
 def largest_over(values: Sequence[Tensor], groups: Sequence[Groups]) -> list[Tensor]:
-    """The largest of each value over the processes of its groups; NaN if one is, which collectives do not promise."""
+    """The maximum of each value over the processes of its groups, or NaN if one of them is NaN. Collectives alone do
+    not guarantee the NaN."""
     if not any(groups):
         return list(values)
     both = [torch.stack([value.nan_to_num(math.inf, math.inf), value.isnan().to(value.dtype)]) for value in values]

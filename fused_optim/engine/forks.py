@@ -1,4 +1,4 @@
-"""Forked children of a process that has stepped on the CPU."""
+"""Handles forks of a process that has stepped on the CPU."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if hasattr(os, "register_at_fork"):
 
 
 def heed_fork() -> None:
-    """To be called before each walk. A child has none of its parent's OpenMP threads: torch, whose thread count the C++
-    walker follows too, would wait for them for ever."""
+    """Call this before each walk. OpenMP workers do not survive a fork, and the child would wait for them without end.
+    So the child sets torch's number of threads to 1, which the C++ walker follows."""
     global _in_child
     if _in_child:
         torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""CUDA graphs: what must not happen while one is being captured."""
+"""CUDA graphs: detects captures and refuses what cannot be captured."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ def capturing() -> bool:
 
 
 def refuse_capture(what: str, instead: str) -> None:
-    """Raises RuntimeError where a CUDA graph is being captured."""
+    """Raises RuntimeError if a CUDA graph is being captured."""
     if capturing():
         raise RuntimeError(f"{what} while a CUDA graph is being captured; {instead}")

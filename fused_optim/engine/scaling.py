@@ -1,5 +1,6 @@
-"""What a step multiplies the gradients by, and whether it takes place at all: GradScaler, a plain divisor, clipping by
-the norm of all gradients, skipping where they are not finite. All on the device: nothing here waits for it."""
+"""The scaling of gradients in a step: GradScaler's scale, a plain divisor, clipping by the norm of all gradients, and
+skipping of steps with non-finite gradients. All of it is computed on the device. Only copies to the host wait for it,
+which are needed if tensors are on several devices."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ UNSCALED = Scaling()
 
 
 def largest_square(table: Table) -> Tensor:
-    """The square of the largest magnitude among the gradients that are clipped: float64 [1]. NaN where one of those
-    that are only looked at is not finite."""
+    """The square of the largest magnitude among the clipped gradients: float64 [1]. NaN if a gradient that is checked
+    but not clipped (its bound is below 0) is not finite."""
     bounds = table.scalars.raw[:, MAX_NORM].tolist()
     rows = [(row.grad, bounds[row.group]) for row in table.rows_list]
     found = [torch.zeros((), dtype=torch.float64, device=table.device)]
@@ -35,13 +36,13 @@ def largest_square(table: Table) -> Tensor:
 
 
 def _moved(number: Tensor, device: torch.device) -> Tensor:
-    if number.device == device:  # `to` alone takes a microsecond to find nothing to do
+    if number.device == device:  # `to` takes a microsecond even if it has nothing to do
         return number
-    return number.to(device, non_blocking=device.type != "cpu")  # what goes to the host is read at once
+    return number.to(device, non_blocking=device.type != "cpu")  # the host reads its copy at once
 
 
 class Shared:
-    """Something that copies of its owner share, because it cannot be copied. Pickling it may fail, with a sentence that
+    """A value that copies of its owner share, because it cannot be copied. If it cannot be pickled either, the error
     calls it `name`."""
 
     def __init__(self, value: Any, name: str) -> None:
@@ -56,16 +57,16 @@ class Shared:
             pickle.dumps(self.value)
         except Exception as error:
             raise pickle.PicklingError(
-                f"this optimizer cannot be pickled, because its {self.name}, {self.value!r}, cannot be ({error}); save "
-                f"state_dict() and ema_state_dict() instead, or use {self.name} that pickle can save"
+                f"this optimizer cannot be pickled, because its {self.name}, {self.value!r}, cannot be pickled "
+                f"({error}); save state_dict() and ema_state_dict() instead, or use a {self.name} that can be pickled"
             ) from error
         return type(self), (self.value, self.name)
 
 
 class Scaler:
-    """Norm, clipping and skipping of one optimizer.
+    """The norm, the clipping and the skipping of one optimizer.
 
-    skipped: how many steps were skipped because a gradient was not finite or GradScaler had found one: int64 [].
+    skipped: number of steps that were skipped because a gradient was not finite, here or for GradScaler: int64 [].
     """
 
     def __init__(self, norm_type: float = 2.0, skip_nonfinite: bool = False, norm_group: Any = None) -> None:
@@ -81,7 +82,8 @@ class Scaler:
 
     @property
     def norm(self) -> Tensor | None:
-        """Of the last step's gradients, after unscaling: float32 [], on the first param's device; None before."""
+        """The norm of the last step's gradients, after unscaling: float32 [], on the first param's device. None before
+        the first such step."""
         if self._last is None:
             return None
         squares, scale = self._last
@@ -89,14 +91,15 @@ class Scaler:
         return (norm if scale is None else norm / scale).float()
 
     def set_skipped(self, count: Any) -> None:
-        """In place, so that a captured graph counts on."""
+        """Sets the count in place, because captured graphs write to its tensor."""
         self.skipped.copy_(torch.as_tensor(count))
 
     def looks_at(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether a step computes the norm of all gradients before the update."""
         return self.skip_nonfinite or self._clips(groups)
 
     def bound_without_key(self, groups: Sequence[dict[str, Any]]) -> float:
-        """What stands for max_grad_norm in a group that has none, see csrc/tables.h."""
+        """The bound for a group without max_grad_norm, see csrc/tables.h."""
         if not self.skip_nonfinite:
             return 0.0
         return -1.0 if self._clips(groups) else math.inf
@@ -106,10 +109,14 @@ class Scaler:
         return any(group.get("max_grad_norm") for group in groups)
 
     def __call__(self, tables: Tables, looks: bool, scales: Sequence[Any], found_inf: Tensor | None) -> list[Scaling]:
-        """One Scaling per table. scales: numbers, one-element tensors or None; gradients are divided by all of them."""
+        """One Scaling per table.
+
+        looks: the result of looks_at.
+        scales: numbers, one-element tensors or None; gradients are divided by all of them.
+        """
         given = [scale for scale in scales if scale is not None]
         real = [bound for bound in tables if not bound.table.is_meta]
-        waited_for = looks and self.norm_group is not None  # by other processes, whatever there is here
+        waited_for = looks and self.norm_group is not None  # other processes wait, even if this one has no tables
         if not (real or waited_for) or not (looks or given or found_inf is not None):
             return [UNSCALED] * len(tables)
         with torch.no_grad():
@@ -120,13 +127,13 @@ class Scaler:
             squares = None
             if looks:
                 squares = self._squares(real, home)
-                # GradScaler changes its tensor in place, once the step is done.
+                # A clone, because GradScaler changes its tensor in place after the step.
                 self._last = squares, None if scale is None else scale.clone()
             if self.skip_nonfinite and squares is not None:
                 bad = (~self._is_finite(squares, scale, real)).float()
                 found_inf = bad if found_inf is None else bad + found_inf
                 self.skipped = self.skipped.to(home)
-                self.skipped += (found_inf != 0).reshape(())  # in place, so that a captured graph counts on
+                self.skipped += (found_inf != 0).reshape(())  # in place, because captured graphs write to it
             numbers = (scale, found_inf, squares)
             return [
                 UNSCALED
@@ -141,16 +148,17 @@ class Scaler:
         for scale in scales:
             if isinstance(scale, Tensor):
                 factor = _moved(scale, home).float().reshape(())
-            else:  # filled in on the device: a copy would have to wait, and no graph could capture it
-                number = ctypes.c_float(scale).value  # inf where torch.full would refuse
+            else:  # filled on the device: a copy from the host would wait for it and could not be captured
+                number = ctypes.c_float(scale).value  # inf if out of range, where torch.full would raise
                 factor = torch.full((), number, dtype=torch.float32, device=home)
             product = factor if product is None else product * factor
         return product
 
     @staticmethod
     def _is_finite(squares: Tensor, scale: Tensor | None, tables: Tables) -> Tensor:
-        """Whether rules see finite gradients. They multiply each one by 1 / scale, in their own precision: that factor
-        must be finite, not 0 (of a scale that is inf), and must not lift the norm out of the dtype's range."""
+        """Whether rules get finite gradients. Rules multiply each gradient by 1 / scale in their own precision. So this
+        factor must be finite and not 0 (the factor of an infinite scale), and the scaled norm must be in the range of
+        the dtype."""
         if scale is None:
             return squares.isfinite()
         wide = tables and all(bound.table.is_wide for bound in tables)

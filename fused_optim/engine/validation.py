@@ -16,27 +16,27 @@ SUPPORTED = "float32, bfloat16, float16, float64, complex64 or complex128"
 
 
 def may_get_grad(param: Tensor) -> bool:
-    """False for frozen params, which may be of any kind: no step touches them."""
+    """Whether steps can touch the param. They do not touch frozen params, which may have any dtype and layout."""
     return param.requires_grad or param.grad is not None
 
 
 def is_wrapper(tensor: Tensor) -> bool:
-    """Whether its class decides what operations do, as those that wrap other tensors do."""
+    """Whether the class of the tensor overrides torch's operations, as classes that wrap other tensors do."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def check_memory(tensor: Any, who: str) -> None:
-    """Raises RuntimeError for elements that lie nowhere: kernels would end the process."""
+    """Raises RuntimeError if the elements have no memory: kernels would crash the process."""
     shard = local(tensor)
     if shard.numel() and shard.device.type != "meta" and not shard._is_zerotensor() and not shard.data_ptr():
         raise RuntimeError(
-            f"{who} has {shard.numel()} elements and no memory (its storage was resized to 0 bytes, perhaps); "
-            "give it its memory back before the step"
+            f"{who} has {shard.numel()} elements but no memory (its storage may have been resized to 0 bytes); "
+            "restore its memory before the step"
         )
 
 
 def check_param(param: Tensor) -> None:
-    """Raises RuntimeError or TypeError for a param that no backend could update."""
+    """Raises RuntimeError or TypeError for a param that no backend can update."""
     if real_dtype(param.dtype) not in DTYPE_CODES:
         raise TypeError(
             f"params must be {SUPPORTED}, but got one of {param.dtype}; leave it out of the optimizer or convert it"
@@ -44,16 +44,15 @@ def check_param(param: Tensor) -> None:
     shard = local(param)
     if is_traceable_wrapper_subclass(shard):
         raise RuntimeError(
-            f"params must be plain tensors or DTensors of these, but got a {type(shard).__name__}, which wraps others; "
-            "give the optimizer the tensors inside"
+            f"params must be plain tensors or DTensors of plain tensors, but got a {type(shard).__name__}, which wraps "
+            "other tensors; pass the tensors inside it to the optimizer"
         )
     if param.layout != torch.strided:
         raise RuntimeError(f"params must be dense tensors, but got one with layout {param.layout}")
     if any(stride == 0 and size > 1 for size, stride in zip(shard.shape, shard.stride(), strict=True)):
         raise RuntimeError(
-            f"a param of shape {tuple(shard.shape)} and strides {shard.stride()} has elements that "
-            f"share memory (it was expanded), "
-            "so it cannot be updated element by element; use param.clone()"
+            f"a param of shape {tuple(shard.shape)} and strides {shard.stride()} has elements that share memory (it "
+            "was expanded), so it cannot be updated element by element; use param.clone()"
         )
     if param.grad is not None:
         check_memory(param, f"a param of shape {tuple(param.shape)}")
@@ -80,17 +79,16 @@ def check_grad(optimizer: str, param: Tensor, grad: Tensor, name: str | None) ->
     narrow = {torch.float32, torch.bfloat16, torch.float16}
     if grad.dtype != param.dtype and not {grad.dtype, param.dtype} <= narrow:
         raise RuntimeError(
-            f"{who} must be {param.dtype} like the param (or float32, bfloat16 or float16 where the "
-            f"param is one of these), "
-            f"but is {grad.dtype}; convert it"
+            f"{who} must be {param.dtype} like the param (or float32, bfloat16 or float16 if the param is one of "
+            f"these), but is {grad.dtype}; convert it"
         )
     if not is_wrapper(local(grad)):
         check_memory(grad, who)
 
 
 def check_hyperparameter(key: str, value: Any, count: int) -> Sequence[Any]:
-    """The `count` numbers, or one-element tensors, of a group's option. Raises TypeError or ValueError where they are
-    something else."""
+    """The `count` numbers or one-element tensors of a group's option. Raises TypeError or ValueError for anything
+    else."""
     values = value if count > 1 else [value]
     if not isinstance(values, tuple | list) or len(values) != count:
         raise ValueError(f'option "{key}" of a param group must hold {count} numbers, but is {value!r}')
@@ -102,8 +100,8 @@ def check_hyperparameter(key: str, value: Any, count: int) -> Sequence[Any]:
                 )
             if number.device.type != "cpu" and (key != "lr" or number.dtype not in (torch.float32, torch.float64)):
                 raise TypeError(
-                    f'option "{key}" of a param group may not be a {number.dtype} tensor on '
-                    f"{number.device}; use a number (a float32 or float64 lr may be there)"
+                    f'option "{key}" of a param group cannot be a {number.dtype} tensor on {number.device}; use a '
+                    "number (only lr can be a float32 or float64 tensor on a GPU)"
                 )
         elif not isinstance(number, int | float) and not hasattr(number, "__float__"):
             raise TypeError(

@@ -1,4 +1,4 @@
-"""The walk over every table of an optimizer: one, or two where the rule has a trust ratio."""
+"""Walks over every table of an optimizer: once, or twice if the rule has a trust ratio."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def walk(tables: Tables, scalings: Sequence[Scaling]) -> None:
     """Steps every table. All tables have one rule.
 
     Raises:
-        RuntimeError: a walk has failed; says what has been changed.
+        RuntimeError: a walk failed. The message says what was changed.
     """
     fates = ["unchanged"] * len(tables)
     try:
         for number, (bound, scaling) in enumerate(zip(tables, scalings, strict=True)):
-            fates[number] = "perhaps changed in part"
+            fates[number] = "possibly changed in part"
             bound.step(scaling)
             fates[number] = "states and step counts updated, params not"
             if not bound.table.rule.trust:
@@ -39,8 +39,8 @@ def walk(tables: Tables, scalings: Sequence[Scaling]) -> None:
         places = [bound.table.device for bound in tables]
         found = "; ".join(f"{place}: {fate}" for place, fate in zip(places, fates, strict=True))
         text = (
-            f"a step has ended before it was complete ({type(error).__name__}: {error}). Tensors on {found}. Load a "
-            "checkpoint to go on"
+            f"a step ended before it was complete ({type(error).__name__}: {error}). Tensors on {found}. Load a "
+            "checkpoint to continue"
         )
         if isinstance(error, Exception):
             raise RuntimeError(text) from error
@@ -50,20 +50,21 @@ def walk(tables: Tables, scalings: Sequence[Scaling]) -> None:
 
 @torch.no_grad()
 def copy_in(table: Table) -> None:
-    """Brings params that kernels cannot read as they are into the dense tensors that take their place."""
+    """Copies params that kernels cannot read directly into the dense tensors that the kernels update instead."""
     for row in table.copies:
         row.target.copy_(row.shard)
 
 
 @torch.no_grad()
 def copy_out(table: Table) -> None:
+    """Copies these dense tensors back into their params."""
     for row in table.copies:
         if row.param.grad is not None:
             row.shard.copy_(row.target)
 
 
 def sum_over_processes(tables: Sequence[Table]) -> None:
-    """The squares that trust ratios are made of, where tensors are spread over processes."""
+    """Sums the squares for the trust ratios over the processes that hold shards of the same tensors."""
     for table in tables:
         if table.groups and table.sums is not None:
             (total,) = reduce_over([table.sums], [table.groups])

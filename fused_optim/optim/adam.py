@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..engine.table import BETAS, EPS, Rule
 from .base import FusedOptimizer
-from .decoupled import Decoupled
+from .decay import Decoupled
 from .options import Common, Decayed
 
 ADAM = Rule(
@@ -97,7 +97,7 @@ class FusedAdamW(Decoupled, torch.optim.AdamW):
     $$ p = (1 - lr \cdot \lambda) p - \text{Adam's update} $$
 
     Args and errors as FusedAdam's; weight_decay is 1e-2 by default, and decay, lr_reference and decay_period say how it
-    is measured (see fused_optim.decoupled.Decoupled).
+    is measured (see fused_optim.decay.Decoupled).
 
     Sources: Loshchilov and Hutter, arXiv:1711.05101; torch.optim.AdamW.
     """

@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from ..engine.table import BETAS, Rule
 from .checks import check_adam_like
-from .decoupled import Decoupled
+from .decay import Decoupled
 from .options import Decayed
 
 

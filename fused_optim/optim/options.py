@@ -46,7 +46,7 @@ class Common(Whole, total=False):
 
 
 class Decayed(Common, total=False):
-    """Of the classes with decoupled decay. fused_optim.decoupled.Decoupled says what they mean."""
+    """Of the classes with decoupled decay. fused_optim.decay.Decoupled says what they mean."""
 
     decay: Convention
     lr_reference: float | None

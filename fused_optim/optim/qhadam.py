@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from ..engine.table import BETAS, DECOUPLED, EPS, OWN, Rule
 from .base import FusedOptimizer
 from .checks import check_adam_like, check_nus
-from .decoupled import Decoupled
+from .decay import Decoupled
 from .options import Common, Decayed
 
 
@@ -116,7 +116,7 @@ class FusedQHAdamW(Decoupled, FusedQHAdam):
     r"""QHAdam with decay decoupled from the gradient: every step multiplies each param by $1 - lr \cdot \lambda$.
 
     Args and errors as FusedQHAdam's; decay, lr_reference and decay_period say how the decay is measured (see
-    fused_optim.decoupled.Decoupled).
+    fused_optim.decay.Decoupled).
 
     Sources: Ma and Yarats, arXiv:1810.06801; Loshchilov and Hutter, arXiv:1711.05101.
     """

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..engine.table import BETAS, OWN, Rule
 from .base import FusedOptimizer
-from .decoupled import Decoupled
+from .decay import Decoupled
 from .options import Common, Decayed
 
 SGD = Rule(
@@ -90,7 +90,7 @@ class FusedSGDW(Decoupled, FusedSGD):
     before its update, which knows nothing of the decay.
 
     Args and errors as FusedSGD's; weight_decay is 1e-2 by default, and decay, lr_reference and decay_period say how it
-    is measured (see fused_optim.decoupled.Decoupled). Groups hold "decoupled_weight_decay" besides torch's keys.
+    is measured (see fused_optim.decay.Decoupled). Groups hold "decoupled_weight_decay" besides torch's keys.
 
     Source: Loshchilov and Hutter, arXiv:1711.05101, algorithm 1.
     """

@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fused_optim import backends
-from fused_optim.cost import step_cost as doctor
+from fused_optim.cost import step_cost
 from fused_optim.cost.shapes import MODELS
 from fused_optim.engine import modules
 from fused_optim.groups import no_decay
 
-CUDA_13, CUDA_12 = doctor.TORCH_LAUNCHES
+CUDA_13, CUDA_12 = step_cost.TORCH_LAUNCHES
 ON_MOMENTUM = {"momentum": 0.9}
 
 
-def cost(shapes: Any, optimizer: str = "adamw", groups: str = "one", **options: Any) -> doctor.Cost:
+def cost(shapes: Any, optimizer: str = "adamw", groups: str = "one", **options: Any) -> step_cost.Cost:
     dtype = options.pop("dtype", torch.float32)
     named = shapes if isinstance(shapes, dict) else {str(i): shape for i, shape in enumerate(shapes)}
-    model = doctor.on_meta(named, dtype)
-    return doctor.cost_of(doctor.prepare(model, optimizer, groups, **options))
+    model = step_cost.on_meta(named, dtype)
+    return step_cost.cost_of(step_cost.prepare(model, optimizer, groups, **options))
 
 
 # Published: torchvision's num_params, and the numbers of elements in the checkpoints on Hugging Face.
@@ -59,8 +59,8 @@ def test_sizes_of_models(name: str) -> None:
 )
 def test_decay_groups_of_models(name: str, decay: int) -> None:
     """Convolutions, matrices and embeddings decay; biases and norms do not."""
-    params = doctor.on_meta(MODELS[name](), torch.float32)
-    first, second = (dict(group["params"]) for group in doctor.param_groups(params, "decay"))
+    params = step_cost.on_meta(MODELS[name](), torch.float32)
+    first, second = (dict(group["params"]) for group in step_cost.param_groups(params, "decay"))
     assert (len(first), len(second)) == (decay, len(params) - decay)
     assert all(key.endswith("weight") for key in first)
     assert all(key.endswith("bias") or "norm" in key.lower() or "bn" in key or ".ln_" in key or "downsample.1" in key
@@ -69,7 +69,7 @@ def test_decay_groups_of_models(name: str, decay: int) -> None:
 
 def test_decay_groups_as_no_decay_makes_them() -> None:
     model = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16), nn.LSTM(4, 4), nn.Bilinear(2, 3, 4), nn.PReLU()])
-    ours = doctor.param_groups(dict(model.named_parameters()), "decay")
+    ours = step_cost.param_groups(dict(model.named_parameters()), "decay")
     theirs = no_decay(model, 0.1, norms=False, embeddings=False)
     names = [{name for name, _ in group["params"]} for group in theirs]
     assert sorted(map(sorted, names)) == sorted(sorted(dict(group["params"])) for group in ours)
@@ -116,16 +116,16 @@ def test_bytes_per_element(optimizer: str, options: dict[str, Any], moved: int, 
     assert found.states == states * count + 4 * len(shapes)  # and a step per param
 
 
-@pytest.mark.parametrize("groups", doctor.GROUPS)
+@pytest.mark.parametrize("groups", step_cost.GROUPS)
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, MIXED], ids=["plain", "clipped", "mixed"])
-@pytest.mark.parametrize("name", doctor.OPTIMIZERS)
+@pytest.mark.parametrize("name", step_cost.OPTIMIZERS)
 def test_memory_is_what_a_real_step_leaves(name: str, options: dict[str, Any], groups: str) -> None:
     shapes = {"a.weight": (3, 5), "a.bias": (3,), "empty": (0, 2), "b.weight": (130, 101)}
-    options = {**options, **(ON_MOMENTUM if name in doctor.takers("momentum") else {})}
+    options = {**options, **(ON_MOMENTUM if name in step_cost.takers("momentum") else {})}
     dtype = options.get("dtype", torch.float32)
     params = {key: nn.Parameter(torch.zeros(shape, dtype=dtype)) for key, shape in shapes.items()}
     kept = {key: value for key, value in options.items() if key != "dtype"}
-    real = doctor.OPTIMIZERS[name](doctor.param_groups(params, groups), **kept)
+    real = step_cost.OPTIMIZERS[name](step_cost.param_groups(params, groups), **kept)
     for p in params.values():
         p.grad = torch.ones_like(p)
     real.step()
@@ -171,7 +171,7 @@ SIZE = st.integers(0, 12).flatmap(lambda n: st.sampled_from([0, 1, n * 65536, n 
 @settings(max_examples=300, deadline=None)
 @given(sizes=st.lists(SIZE, max_size=30), most_tensors=st.integers(1, 5), most_blocks=st.integers(2, 9))
 def test_torch_launches(sizes: list[int], most_tensors: int, most_blocks: int) -> None:
-    kernel = doctor.TorchLaunch("small", (99, most_tensors), most_blocks)
+    kernel = step_cost.TorchLaunch("small", (99, most_tensors), most_blocks)
     assert kernel.count(iter(sizes), addresses=2) == launches_one_by_one(sizes, most_tensors, most_blocks)
 
 
@@ -192,7 +192,7 @@ def test_torch_launches_by_hand() -> None:
 
 def test_torch_launches_by_dtype() -> None:
     model = {str(i): torch.empty(10, dtype=(torch.float32, torch.bfloat16)[i % 2], device="meta") for i in range(72)}
-    found = doctor.cost_of(doctor.prepare(model))
+    found = step_cost.cost_of(step_cost.prepare(model))
     assert found.torch_launches == {CUDA_13.title: (2, 2), CUDA_12.title: (2, 2)}
 
 
@@ -209,7 +209,7 @@ VARIANTS = pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"max
 
 
 @VARIANTS
-@pytest.mark.parametrize("name", doctor.OPTIMIZERS)
+@pytest.mark.parametrize("name", step_cost.OPTIMIZERS)
 def test_launches_are_those_of_the_launcher(
     name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,8 +218,8 @@ def test_launches_are_those_of_the_launcher(
 
     started: list[Any] = []
     monkeypatch.setattr(launch.Variant, "start", lambda self, *args: started.append(self.kernel))
-    model = doctor.on_meta({"a": (5000,), "b": (3, 3)}, torch.float32)
-    optimizer = doctor.prepare(model, name, **options)
+    model = step_cost.on_meta({"a": (5000,), "b": (3, 3)}, torch.float32)
+    optimizer = step_cost.prepare(model, name, **options)
     (bound,) = optimizer._tables
     table = bound.table
     arrays, squares = launch.Arrays(*table.arrays), None
@@ -228,11 +228,11 @@ def test_launches_are_those_of_the_launcher(
         launch.launch_squares(table.kinds, arrays, squares)
     launch.launch(table.rule.name, table.kinds, arrays, None, None, squares)
     launch.launch_move(table.rule.name, table.kinds, arrays)
-    assert doctor.cost_of(optimizer).launches == len(started) >= 2
+    assert step_cost.cost_of(optimizer).launches == len(started) >= 2
 
 
 @VARIANTS
-@pytest.mark.parametrize("name", doctor.OPTIMIZERS)
+@pytest.mark.parametrize("name", step_cost.OPTIMIZERS)
 def test_loops_are_the_calls_of_a_backend(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the three functions of the C++ backend is one parallel loop; the reference stands in for it."""
     calls: list[str] = []
@@ -251,7 +251,7 @@ def test_loops_are_the_calls_of_a_backend(name: str, options: dict[str, Any], mo
     params = [nn.Parameter(torch.ones(10)), nn.Parameter(torch.ones(2, 3))]
     for p in params:
         p.grad = torch.ones_like(p)
-    doctor.OPTIMIZERS[name](params, backend="reference", **options).step()
+    step_cost.OPTIMIZERS[name](params, backend="reference", **options).step()
     assert cost([(10,), (2, 3)], name, **options).loops == len(calls) >= 1
 
 
@@ -266,8 +266,8 @@ def test_bandwidth(built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not built:
         monkeypatch.setattr(modules, "cpu", lambda: "not built")
     clock = iter(range(1000))
-    monkeypatch.setattr(doctor.time, "perf_counter", lambda: next(clock))
-    speed, how = doctor.bandwidth(torch.device("cpu"), seconds=10, size=4096)
+    monkeypatch.setattr(step_cost.time, "perf_counter", lambda: next(clock))
+    speed, how = step_cost.bandwidth(torch.device("cpu"), seconds=10, size=4096)
     assert speed == (7 if built else 3) * 4096
     assert ("AdamW" in how) == built
     assert 10 <= next(clock) < 20
