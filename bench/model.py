@@ -41,7 +41,7 @@ class Walk:
     name: str
     bytes: int
     instructions: float
-    width: int  # elements of a thread in one turn of its loop
+    width: int  # elements per thread and iteration of the loop
     blocks: int
 
     @property
@@ -50,52 +50,54 @@ class Walk:
 
     @property
     def loads_ahead(self) -> bool:
-        """Whether a turn's loads are on their way during the arithmetic of the turn before."""
+        """Whether the loads of an iteration are issued before the arithmetic of the iteration before it."""
         four = "amsgrad" not in self.optimizer and self.name != "squares"
         return self.backend == "cuda" and self.only_bfloat16 and four
 
 
 def walks() -> list[Walk]:
-    """From the table in instructions.md. The machine code counts, where it is known."""
+    """From the table in instructions.md: instructions of machine code if they are known, else of PTX."""
     text = (ROOT / "bench/results/instructions.md").read_text().split("## Per element")[1]
     found = []
     for line in re.findall(r"^\| (?:triton|cuda) .*$", text, re.MULTILINE):
-        backend, optimizer, name, size, executed, machine, turn, _, blocks = (
+        backend, optimizer, name, size, executed, machine, width, _, blocks = (
             cell.strip() for cell in line.strip("|").split("|")
         )
-        found.append(Walk(backend, optimizer, name, int(size), float(machine or executed), int(turn or 8), int(blocks)))
+        found.append(
+            Walk(backend, optimizer, name, int(size), float(machine or executed), int(width or 8), int(blocks))
+        )
     return found
 
 
-def turns(walk: Walk, size: int) -> int:
-    """Of the loops of a block with so many elements: vectors, and what they leave one by one."""
+def iterations(walk: Walk, size: int) -> int:
+    """Of a block with so many elements: over vectors, and one over the elements after the last vector."""
     vectors, rest = divmod(size, walk.width)
     return math.ceil(vectors / THREADS) + (rest > 0)
 
 
 def seconds(walk: Walk, shapes: list[tuple[int, ...]]) -> tuple[float, float, float]:
-    """Of one kernel: by memory, by instructions, by the way of its blocks."""
+    """Of one kernel: by memory, by instructions, by the time that each of its blocks takes."""
     count = elements(shapes)
     sizes = [math.prod(shape) for shape in shapes]
     chunks = sum(math.ceil(size / CHUNK) for size in sizes)
     resident = min(MULTIPROCESSORS * walk.blocks, max(chunks, 1))
     memory, instructions = count * walk.bytes / BANDWIDTH, count * walk.instructions / ISSUED
-    # A warp of each block shares a scheduler: what the others issue, it waits for.
+    # Warps of several blocks share a scheduler: a warp gets the slots that the others leave.
     free = max(0.2, 1 - instructions / max(memory, instructions))
     arithmetic = walk.width * walk.instructions / CLOCK / free
-    turn = max(LATENCY, arithmetic) if walk.loads_ahead else LATENCY + arithmetic
-    first = LATENCY + arithmetic - turn  # more than the others: nothing was loaded before it
+    first = LATENCY + arithmetic
+    later = max(LATENCY, arithmetic) if walk.loads_ahead else first
 
-    def way(size: int) -> float:
-        return FRONT + first + turns(walk, size) * turn if size else 0.0
+    def block(size: int) -> float:
+        return FRONT + first + (iterations(walk, size) - 1) * later if size else 0.0
 
-    total = sum(size // CHUNK * way(CHUNK) + way(size % CHUNK) for size in sizes)
+    total = sum(size // CHUNK * block(CHUNK) + block(size % CHUNK) for size in sizes)
     return memory, instructions, total / resident
 
 
 def total_seconds(shapes: list[tuple[int, ...]]) -> float:
-    """Blocks add up a share each of what the chunks have left, then of what the shares have left: 1,024 threads, 4
-    loads of each on their way, then 10 steps that halve the sums. With the launches."""
+    """Blocks of 1,024 threads add up a share each of the sums of chunks, then of shares: 4 loads per thread, all
+    in flight, and 10 steps that halve the number of sums. With the launches."""
     numbers, launches = sum(math.ceil(math.prod(shape) / CHUNK) for shape in shapes), 1
     while numbers > SHARE:
         numbers, launches = math.ceil(numbers / SHARE), launches + 1

@@ -81,7 +81,7 @@ FUSED_HD void update_element(const Hyper<T>& h, T& param, T grad, T (&state)[S >
   else if constexpr (pass == Pass::kMove) param = param - h.lr * trusted_update<Rule, T, S>(h, param, state);
 }
 
-// sum + x * x. The square of a float is exact in double, so that both ways round once and give the same.
+// sum + x * x. The square of a float is exact in double, so fma gives the same result with one instruction less.
 template <class T>
 FUSED_HD double plus_square(double sum, T x) {
   const double wide = x;
@@ -99,8 +99,8 @@ FUSED_HD void measure_element(const Hyper<T>& h, T param, T grad, const T (&stat
   }
 }
 
-// One thread's share of the whole vectors of one chunk. kStored: the dtype of all streams, kAbsent where only the
-// streams themselves know. Returns how many elements these vectors have.
+// One thread's share of the whole vectors of one chunk. kStored: the dtype of all streams, kAbsent if they differ or
+// have another one. Returns how many elements the vectors of all threads have.
 template <Pass pass, class Rule, bool kAverages, Dtype kStored, class T, int S>
 FUSED_HD int update_vectors(const Hyper<T>& h, const Stream (&streams)[2 + S + kAverages], int count, int thread,
                             Sums& sums) {
@@ -119,7 +119,7 @@ FUSED_HD int update_vectors(const Hyper<T>& h, const Stream (&streams)[2 + S + k
       if (reads(pass, i)) load(stream[i], first, gap, pack[i]);
     }
   };
-  // Of bfloat16 the next loads are under way before the arithmetic, where registers allow.
+  // bfloat16: the loads of the next iteration are issued before the arithmetic of this one, if registers suffice.
   constexpr bool kAhead = kStored == kBFloat16 && pass != Pass::kSquares && !kAverages && kStreams <= 4;
   if (kAhead && thread * V < vectored) load_all(thread * V, kPart);
 
@@ -135,8 +135,8 @@ FUSED_HD int update_vectors(const Hyper<T>& h, const Stream (&streams)[2 + S + k
     for (int i = 0; i < kStreams; ++i) {
       if (reads(pass, i)) unpack(pack[i], stream[i].dtype, x[i]);
     }
-    // After the last turn the same once more, which is in the cache: to merge with what is there would take
-    // instructions.
+    // The last iteration loads its own vectors again, from the cache, and nobody uses them: a condition on these loads
+    // would cost an instruction per word.
     if (kAhead) load_all(first + kThreads * V < vectored ? first + kThreads * V : first, gap);
     for (int v = 0; v < V; ++v) {
       T state[S > 0 ? S : 1];
@@ -193,7 +193,7 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
   const bool aligned = !(reads(pass, kParamStream) && slow) && !(reads(pass, kGradStream) && grad % kAccess != 0);
   Sums sums{};
   int vectored = 0;
-  // The usual dtypes have loops of their own, without a question about dtypes in them.
+  // The usual dtypes have loops of their own, without branches on dtypes.
   if constexpr (sizeof(T) == 8) {
     if (aligned) vectored = update_vectors<pass, Rule, kAverages, kFloat64, T, S>(h, stream, count, thread, sums);
   } else if (aligned) {
@@ -314,9 +314,9 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(Tables t) {
   add_up(part, [&](double sum) { t.partials[blockIdx.x] = sum * counted; });
 }
 
-// Adds up numbers, a share of kShare neighbours per block: out[block] is the sum of numbers[block * kShare] onwards.
-// The order of the additions is the same on every GPU: thread t starts at 0 and adds the share's numbers t, t +
-// kTotalThreads, ... in turn; then add_up adds the threads' sums in pairs.
+// Adds up numbers, kShare of them per block: out[i] is the sum of share i. The order of the additions is the same on
+// every GPU: thread t adds the share's numbers t, t + kTotalThreads, ... to 0 in this order; then add_up adds the
+// threads' sums in pairs.
 __global__ void __launch_bounds__(kTotalThreads) total_kernel(const double* numbers, int64_t count, double* out) {
   __shared__ double part[kTotalThreads];
   const int64_t first = int64_t{blockIdx.x} * kShare;
@@ -354,7 +354,7 @@ void launch_move(const Tables& t, Launch&& launch) {
 template <class Launch>
 void launch_squares(const Tables& t, double* out, Launch&& launch) {
   launch(squares_kernel, t.chunks, kThreads, t);
-  // The sums of shares follow what they are sums of, until they are one share.
+  // The sums of shares are stored after their numbers. They are added up in turn until one share is left.
   const double* numbers = t.partials;
   int64_t count = t.chunks;
   for (double* sums = t.partials + count; count > kShare; sums += count) {
