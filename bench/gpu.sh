@@ -54,7 +54,7 @@ run() { # run NAME COMMAND...: keeps its output in $OUT/NAME.txt, and remembers 
 }
 
 build() { # for the GPU of this machine alone, where this has not been done
-  [ -e fused_optim/_build.json ] && [ -z "${FORCE:-}" ] && return
+  if [ -e fused_optim/_build.json ] && ! [ "$part" = build -a -n "${FORCE:-}" ]; then return; fi
   local cuda=1
   command -v "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" > /dev/null || {
     cuda=0
