@@ -45,8 +45,9 @@ as they did before there was any of these. An average of the weights and the sec
 of their own. Where nothing is asked for, a pass should cost what it cost at {other}. On the CPU the compiler decides
 anew how to inline and unroll whenever a source changes, which is worth a few percent either way.
 
-The GPU kernels have more loops than at 0039f90: Triton's kernels one for the vectors after the last whole block, nvcc's one
-each for float32 and bfloat16. These counts include all of them. The table "Per element" has what one element costs."""
+The GPU kernels have more loops than at 0039f90: Triton's kernels one for the vectors after the last whole block, nvcc's
+kernels one each for float32 and bfloat16. These counts include all loops. The table "Per element" has what an element
+costs."""
 
 
 class Rule(NamedTuple):
