@@ -125,7 +125,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--tensors", type=int, nargs="+", default=TENSORS)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="folder for dtensor.json and dtensor.md; bench/results/<machine>")
+    parser.add_argument("--out", type=Path, help="folder of dtensor.json, .md (default: bench/results/<machine>)")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         print("Nothing was measured: torch finds no GPU on this machine.", file=sys.stderr)

@@ -31,7 +31,7 @@ COMPILE_LIMIT = 500
 
 @dataclass(frozen=True)
 class Peer:
-    """One library's optimizers.
+    """One implementation of one or several optimizers.
 
     builds: a constructor by key of family.OPTIMIZERS.
     states: the dtype of its states: "param" (as the param), "float32", "own" (its own format), "any" (configurable).

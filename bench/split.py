@@ -1,7 +1,7 @@
 """Simulates how the CPU walker splits its work over many cores, for machines that are not available.
 
     python bench/split.py                     # 2 sockets of 64 cores, GPT-2 124M
-    python bench/split.py --pieces 31000      # more work per thread
+    python bench/split.py --chunks 500000     # a model of 2 billion params
 
 Threads take pieces as in csrc/cpu/threads.cpp: first their own share in order, then the far half of the share with the
 most pieces left. A claim costs one atomic operation, on the thread's own cache line or on another core's. A thread
@@ -19,7 +19,14 @@ from collections.abc import Callable
 OWN_LINE, OTHERS_LINE = 10.0, 150.0  # ns of an atomic operation on a cache line of this core, of another core
 SCAN = 20.0  # ns per cache line that a thread without work reads; these loads overlap
 
+CHUNK, PIECE_CHUNKS = 4096, 16  # elements of a chunk, and the most chunks of a piece
+
 Speeds = list[float]  # ns per piece, by thread
+
+
+def chunks_per_piece(chunks: int, threads: int) -> int:
+    """As in csrc/cpu/threads.cpp: at least 32 pieces for each thread if there are enough chunks."""
+    return max(1, min(chunks // (32 * threads), PIECE_CHUNKS))
 
 
 def shares(pieces: int, speeds: Speeds) -> tuple[float, int]:
@@ -70,10 +77,13 @@ def fixed(pieces: int, speeds: Speeds) -> tuple[float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=128)
-    parser.add_argument("--pieces", type=int, default=1906, help="of 65,536 elements each; GPT-2 124M has 1,906")
+    parser.add_argument("--chunks", type=int, default=30450, help="of 4,096 elements each; GPT-2 124M has 30,450")
     parser.add_argument("--gbps", type=float, default=500.0, help="bandwidth of the whole machine")
     options = parser.parse_args()
-    piece = 65536 * 28 / options.gbps * options.threads  # ns per piece and thread when all threads share the bandwidth
+    per_piece = chunks_per_piece(options.chunks, options.threads)
+    pieces = -(-options.chunks // per_piece)
+    # ns per piece and thread when all threads share the bandwidth: AdamW in float32 moves 28 bytes per element
+    piece = per_piece * CHUNK * 28 / options.gbps * options.threads
     generator = random.Random(0)
     spread = [piece * generator.uniform(0.9, 1.1) for _ in range(options.threads)]
     states: dict[str, Speeds] = {
@@ -87,13 +97,11 @@ def main() -> None:
         "one shared counter": counter,
         "fixed": fixed,
     }
-    print(
-        f"{options.threads} threads, {options.pieces} pieces of {piece / 1000:.1f} µs; time in units of the ideal time"
-    )
+    print(f"{options.threads} threads, {pieces} pieces of {piece / 1000:.1f} µs; time over the ideal time")
     for state, speeds in states.items():
-        ideal = options.pieces / sum(1 / speed for speed in speeds)
+        ideal = pieces / sum(1 / speed for speed in speeds)
         for name, split in splits.items():
-            end, steals = split(options.pieces, speeds)
+            end, steals = split(pieces, speeds)
             print(f"{state:31} {name:20} {end / ideal:5.2f}" + (f"  {steals} steals" if steals else ""))
 
 

@@ -1,4 +1,4 @@
-"""Times one optimizer step: ours, its peers, and the bandwidth probe that bounds them, in one run.
+"""Times one optimizer step: ours, its peers, and a bandwidth probe of the same memory traffic, in one run.
 
     python bench/step.py --case gpt2-124m,resnet50 --dtype float32,bf16
     python bench/step.py --optimizer lamb --case resnet50
@@ -66,7 +66,7 @@ def arguments() -> argparse.Namespace:
         help=f"the peer that ratios are against (default: {usual}, the first that works)",
     )
     parser.add_argument("--against", metavar="COMMIT", help="also build that commit, and compare ours with it")
-    parser.add_argument("--crowded", action="store_true", help="keep every core but one busy with another process")
+    parser.add_argument("--crowded", action="store_true", help="run a busy process for each core but one meanwhile")
     parser.add_argument("--amsgrad", action="store_true")
     parser.set_defaults(hot=False)
     heat = parser.add_mutually_exclusive_group()

@@ -30,7 +30,7 @@ DTYPES = {
 @dataclass(frozen=True)
 class Config:
     """One row of the grid. groups: "one", "two" (decay and no decay), "each" (one per tensor). hot: caches are not
-    flushed. optimizer: a key of family.OPTIMIZERS. crowded: another process keeps every core but one busy."""
+    flushed. optimizer: a key of family.OPTIMIZERS. crowded: a busy process for each core but one runs meanwhile."""
 
     case: str
     dtype: str = "float32"
