@@ -237,7 +237,7 @@ def test_tables_hold_nothing_that_nobody_has_written(target: Target, monkeypatch
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: real(*args, **kwargs).fill_(0.5))
     optimizer.step()
     ((table, _),) = optimizer._tables
-    assert (table.hyper.count_nonzero(dim=1) <= 1).all()
+    assert (table.tensor_scalars.count_nonzero(dim=1) <= 1).all()
 
 
 @on_every_target

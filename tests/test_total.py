@@ -9,7 +9,8 @@ from cases import Target, on_every_target
 from torch import Tensor
 
 from fused_optim import clip_grad_norm_
-from fused_optim.engine.table import SHARE, count_shares
+from fused_optim.engine.layout import SHARE
+from fused_optim.engine.table import count_shares
 from fused_optim.recipes import clip
 
 THREADS = 1024

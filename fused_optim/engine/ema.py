@@ -16,8 +16,8 @@ from .backend import Tables
 from .changes import RAW_CHANGED
 from .dtensor import is_same_memory, like, local
 from .scaling import Shared
-from .states import conform, state_dtype_of
-from .table import EMA_DECAY, Row
+from .states import match_layout, state_dtype_of
+from .table import Row
 
 Decay = float | Callable[[int], float]
 
@@ -89,7 +89,7 @@ class WeightAverage:
         self.steps += 1
         if not tables or not callable(self.decay):  # a number is there since the tables were built
             return 0
-        column = tables[0].table.scalars.raw[:, EMA_DECAY]  # one for all tables
+        column = tables[0].table.hparams.column("ema_decay")  # one for all tables
         if column[0] == self.current:
             return 0
         column.fill_(self.current)
@@ -103,7 +103,7 @@ class WeightAverage:
             self.unreached.discard(param)
         row.ema_begun = old is not None and param not in self.unreached
         if old is not None:
-            average = conform(param, {"average": old}, ["average"])["average"]
+            average = match_layout(param, {"average": old}, ["average"])["average"]
         else:
             # In 16 bits an average stands still where decay is near 1.
             dtype = state_dtype_of(param, torch.float32 if self.dtype is None else self.dtype)
@@ -173,7 +173,7 @@ class WeightAverage:
         self.steps = int(state["steps"])
         self.unreached = set()
         self.tensors = {
-            params[index]: conform(params[index], {"average": average.detach().clone()}, ["average"])["average"]
+            params[index]: match_layout(params[index], {"average": average.detach().clone()}, ["average"])["average"]
             for index, average in state["averages"].items()
         }
 

@@ -32,13 +32,13 @@ def allowed_dtype(param: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if same_width and fits else param.dtype
 
 
-def conform_step(param: Tensor, step: Any) -> Tensor:
+def match_step(param: Tensor, step: Any) -> Tensor:
     if not isinstance(step, Tensor):
         step = torch.tensor(float(step))
     return local(step).to(local(param).device, torch.float32).reshape(())
 
 
-def conform(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
+def match_layout(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
     """The states among `wanted` that are there: on the param's device, in its memory layout. The tensors themselves
     where they fit.
 

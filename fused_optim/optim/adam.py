@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..engine.table import BETAS, EPS, Rule
+from ..engine.table import Rule
 from .base import FusedOptimizer
 from .decay import Decoupled
 from .options import Common, Decayed
@@ -17,7 +17,7 @@ ADAM = Rule(
     name="adam",
     states=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     switched={"max_exp_avg_sq": "amsgrad"},
-    options=(("betas", BETAS, 2), ("eps", EPS, 1)),
+    options=(("betas", "beta1", 2), ("eps", "eps", 1)),
 )
 
 

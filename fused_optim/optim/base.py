@@ -21,7 +21,7 @@ from ..engine.changes import REBUILD, detect_changes
 from ..engine.checkpoints import arrived, leaving_out, loading, without_update
 from ..engine.dtensor import local
 from ..engine.ema import Decay, WeightAverage, check_dtype, make_average
-from ..engine.forks import heed_fork
+from ..engine.forks import reset_threads_after_fork
 from ..engine.graphs import refuse_capture
 from ..engine.scaling import Scaler
 from ..engine.table import Rule
@@ -183,7 +183,7 @@ class FusedOptimizer(Options):
             with torch.enable_grad():
                 loss = closure()
 
-        heed_fork()
+        reset_threads_after_fork()
         averaged = 0 if self._ema is None else self._ema.steps
         try:
             scalings = self._prepare(grad_scale)
@@ -257,7 +257,7 @@ class FusedOptimizer(Options):
         groups, rule = self.param_groups, self.rule
         validate(type(self).__name__, rule, groups, self._all_names(), self.state)
         built = build_states(rule, groups, self.state, self._steps, self._state_dtype, self._ema)
-        scalars, made = build_tables(rule, built.rows, groups, self._scaler, self._ema)
+        hparams, made = build_tables(rule, built.rows, groups, self._scaler, self._ema)
         tables = [choose(self._backend, table) for table in made]
 
         # Nothing may fail from here to the detector, which fails only where another thread interferes.
@@ -272,7 +272,7 @@ class FusedOptimizer(Options):
         if not rule.counted:
             counted = {**self._steps, **built.steps}
             self._steps = {param: counted[param] for param in params if param in counted}
-        detector = detect_changes(groups, self.state, rule, scalars, built.pending, made)
+        detector = detect_changes(groups, self.state, rule, hparams, built.pending, made)
         if detector.poll() & REBUILD:
             raise RuntimeError(
                 "params, gradients or states changed while the step was being prepared; was another thread at them?"

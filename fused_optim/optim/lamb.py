@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..engine.table import BETAS, DECOUPLED, EPS, OWN, TRUST_ALWAYS, Rule
+from ..engine.table import Rule
 from .base import FusedOptimizer
 from .checks import check_adam_like, check_trust_clip
 from .options import Whole, check_max_grad_norm
@@ -52,12 +52,12 @@ class FusedLAMB(FusedOptimizer):
         trust=True,
         clip_eps=0.0,
         options=(
-            ("betas", BETAS, 2),
-            ("eps", EPS, 1),
-            ("adam_w_mode", DECOUPLED, 1),
-            ("grad_averaging", OWN, 1),
-            ("bias_correction", OWN + 1, 1),
-            ("use_nvlamb", TRUST_ALWAYS, 1),
+            ("betas", "beta1", 2),
+            ("eps", "eps", 1),
+            ("adam_w_mode", "decoupled", 1),
+            ("grad_averaging", "option_a", 1),
+            ("bias_correction", "option_b", 1),
+            ("use_nvlamb", "trust_always", 1),
         ),
     )
 

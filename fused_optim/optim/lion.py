@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..engine.table import BETAS, Rule
+from ..engine.table import Rule
 from .checks import check_adam_like
 from .decay import Decoupled
 from .options import Decayed
@@ -26,7 +26,7 @@ class FusedLion(Decoupled):
     Source: Chen et al., arXiv:2302.06675, algorithm 2.
     """
 
-    rule = Rule(name="lion", states=("exp_avg",), counted=False, options=(("betas", BETAS, 2),))
+    rule = Rule(name="lion", states=("exp_avg",), counted=False, options=(("betas", "beta1", 2),))
 
     def __init__(
         self,

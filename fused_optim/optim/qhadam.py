@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..engine.table import BETAS, DECOUPLED, EPS, OWN, Rule
+from ..engine.table import Rule
 from .base import FusedOptimizer
 from .checks import check_adam_like, check_nus
 from .decay import Decoupled
@@ -42,7 +42,12 @@ class FusedQHAdam(FusedOptimizer):
     rule = Rule(
         name="qhadam",
         states=("exp_avg", "exp_avg_sq"),
-        options=(("betas", BETAS, 2), ("nus", OWN, 2), ("eps", EPS, 1), ("decouple_weight_decay", DECOUPLED, 1)),
+        options=(
+            ("betas", "beta1", 2),
+            ("nus", "option_a", 2),
+            ("eps", "eps", 1),
+            ("decouple_weight_decay", "decoupled", 1),
+        ),
     )
 
     def __init__(

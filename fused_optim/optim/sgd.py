@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..engine.table import BETAS, OWN, Rule
+from ..engine.table import Rule
 from .base import FusedOptimizer
 from .decay import Decoupled
 from .options import Common, Decayed
@@ -18,7 +18,7 @@ SGD = Rule(
     states=("momentum_buffer",),
     switched={"momentum_buffer": "momentum"},
     counted=False,
-    options=(("momentum", BETAS, 1), ("dampening", OWN, 1), ("nesterov", OWN + 1, 1)),
+    options=(("momentum", "beta1", 1), ("dampening", "option_a", 1), ("nesterov", "option_b", 1)),
 )
 
 
