@@ -103,8 +103,8 @@ FUSED_HD void measure_element(const TensorScalars<T>& h, T param, T grad, const 
 // One thread's share of the whole vectors of one chunk. kStored: the dtype of all streams, kAbsent if they differ or
 // have another one. Returns how many elements the vectors of all threads have.
 template <Pass pass, class Rule, bool kAverages, int kStored, class T, int S>
-FUSED_HD int update_vectors(const TensorScalars<T>& h, const Stream (&streams)[kStreamState0 + S + kAverages], int count, int thread,
-                            Sums& sums) {
+FUSED_HD int update_vectors(const TensorScalars<T>& h, const Stream (&streams)[kStreamState0 + S + kAverages],
+                            int count, int thread, Sums& sums) {
   constexpr int kAverage = kStreamState0 + S, kStreams = kAverage + kAverages, kPart = kAccess / sizeof(T);
   constexpr int V = kVector<T, kStored, kStreams - (pass == Pass::kApplyUpdate)>;
   Stream stream[kStreams];
