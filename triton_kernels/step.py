@@ -169,8 +169,8 @@ def walk(
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
-    """`count` elements of the streams of SIGNATURE. Of aligned streams all vectors: whole blocks of them, then the rest,
-    by the threads that have a vector there. All else element by element. Returns the sums, grown."""
+    """`count` elements of the streams of SIGNATURE. Aligned streams by vectors: whole blocks, then the rest, by the
+    threads that have a vector there. All else element by element. Returns the sums, grown."""
     WIDTH: tl.constexpr = vector_width(SIGNATURE)
     # One access per thread and stream: a larger block would take the vector width of another signature of the launch.
     BLOCK: tl.constexpr = THREADS * WIDTH
