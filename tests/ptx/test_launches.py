@@ -182,7 +182,7 @@ def test_nvcc_launches(name: str) -> None:
         assert (launch.blocks, launch.threads, launch.stream) == (blocks[count], threads, STREAM)
         offset, size = launch.kernel.parameters[next(iter(launch.kernel.parameters))]
         if kernel == "total_kernel":  # numbers, how many, and where the sum goes
-            expected_total = (table.partials.data_ptr(), table.desc.numel(), table.squares.data_ptr())
+            expected_total = (table.partials.data_ptr(), table.chunk_table.numel(), table.squares.data_ptr())
             assert struct.unpack("<QqQ", launch.parameters) == expected_total
             continue
         assert size == len(bytes(tables_type()()))
