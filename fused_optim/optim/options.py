@@ -1,4 +1,4 @@
-"""The options that every optimizer here has besides torch's: their types, their checks, and their attributes."""
+"""The options that every optimizer has in addition to torch's: their types, checks and attributes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Convention = Literal["torch", "paper", "normalized"]
 
 
 class Whole(TypedDict, total=False):
-    """Keyword arguments of every class besides its own. FusedOptimizer says what they mean."""
+    """Keyword arguments of every class, in addition to its own. FusedOptimizer describes them."""
 
     backend: BackendName
     state_dtype: torch.dtype | None
@@ -40,20 +40,20 @@ class Whole(TypedDict, total=False):
 
 
 class Common(Whole, total=False):
-    """With max_grad_norm, which LAMB has as an argument of its own."""
+    """The same with max_grad_norm, for all classes but LAMB, which declares max_grad_norm itself."""
 
     max_grad_norm: float | None
 
 
 class Decayed(Common, total=False):
-    """Of the classes with decoupled decay. fused_optim.decay.Decoupled says what they mean."""
+    """The same for the classes with decoupled decay. fused_optim.decay.Decoupled describes the additions."""
 
     decay: Convention
     lr_reference: float | None
     decay_period: float | None
 
 
-# A group cannot have its own.
+# Options of the whole optimizer, which a param group cannot set.
 OF_THE_WHOLE = (*Whole.__annotations__, "decay")
 
 
@@ -71,19 +71,19 @@ def check_norm_type(norm_type: Any) -> None:
 
 
 def check_group(group: Mapping[str, Any], optimizer: Options) -> None:
-    """Raises ValueError for a group with another value for an option of the whole optimizer. (ZeroRedundancyOptimizer
-    writes all options into its groups.)"""
+    """Raises ValueError if a group has another value for an option of the whole optimizer. The same value is accepted,
+    because ZeroRedundancyOptimizer writes all options into its groups."""
     for key in OF_THE_WHOLE:
         if key in group and group[key] != getattr(optimizer, key, OF_THE_WHOLE):
             raise ValueError(
-                f"a param group cannot have {key} of its own, because {key} is an option of the whole optimizer; take "
-                f"it out of the group and pass it to {type(optimizer).__name__}(...)"
+                f"a param group cannot have {key} of its own, because {key} is an option of the whole optimizer; "
+                f"remove it from the group and pass it to {type(optimizer).__name__}(...)"
             )
 
 
 def check_grad_scale(scale: Any, may_skip: bool) -> None:
-    """Raises TypeError or ValueError for a step's grad_scale that is no positive number. The values of tensors are not
-    looked at, because that would wait for the device; and where steps may be skipped, what is unusable is skipped."""
+    """Raises TypeError or ValueError if the grad_scale of a step is not a positive number. The values of tensors are not
+    checked, because that would wait for the device. may_skip: 0, NaN and inf are accepted, and the step is skipped."""
     if isinstance(scale, Tensor):
         if scale.numel() != 1 or scale.is_complex() or scale.dtype == torch.bool:
             raise ValueError(
@@ -101,13 +101,13 @@ def check_grad_scale(scale: Any, may_skip: bool) -> None:
     if not usable and (float(scale) < 0 or not may_skip):
         raise ValueError(
             f"grad_scale must be a finite float32 number above 0, whose reciprocal is finite, but got {scale!r}; skip "
-            "this step, or make the optimizer with skip_nonfinite=True, which skips it"
+            "this step, or pass skip_nonfinite=True to the optimizer, which skips such steps"
         )
 
 
 @functools.cache
 def accepted(kind: type) -> tuple[str, ...]:
-    """The keyword arguments that a class and its bases name in their constructors."""
+    """The names of the arguments in the constructors of a class and its bases."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     found = {
         name: None
@@ -120,7 +120,7 @@ def accepted(kind: type) -> tuple[str, ...]:
 
 
 def check_keywords(kind: type, given: Iterable[str]) -> None:
-    """Raises TypeError for a keyword argument that no constructor of the class knows."""
+    """Raises TypeError for a keyword argument that no constructor of the class has."""
     for name in given:
         if name not in accepted(kind):
             close = difflib.get_close_matches(name, accepted(kind), n=1)
@@ -132,7 +132,7 @@ def check_keywords(kind: type, given: Iterable[str]) -> None:
 
 
 class Options(Optimizer):
-    """The options as attributes. What is set is checked at once and holds from the next step on."""
+    """The options as attributes. A new value is checked at once and holds from the next step on."""
 
     _backend: BackendName
     _state_dtype: torch.dtype | None
@@ -145,7 +145,7 @@ class Options(Optimizer):
 
     @property
     def backend(self) -> BackendName:
-        """Which backend steps the params; see fused_optim.backends."""
+        """The name of the backend that steps the params; see fused_optim.backends."""
         return self._backend
 
     @backend.setter
@@ -159,7 +159,7 @@ class Options(Optimizer):
 
     @property
     def state_dtype(self) -> torch.dtype | None:
-        """dtype of the states that are made from now on."""
+        """The dtype of new states. None: the param's own."""
         return self._state_dtype
 
     @state_dtype.setter
@@ -169,16 +169,17 @@ class Options(Optimizer):
 
     @property
     def max_grad_norm(self) -> float | None:
-        """The max_grad_norm of all param groups; None where they have none. Setting it sets that of every group, and of
-        groups that are added later.
+        """The max_grad_norm of all param groups. None if they have none. A new value goes to every group, and to groups
+        that are added later.
 
         Raises:
-            AttributeError: the groups differ; each has its own in group["max_grad_norm"].
+            AttributeError: the groups have different values; read group["max_grad_norm"] of each.
         """
         bounds = [group.get("max_grad_norm") for group in self.param_groups]
         if any(bound != bounds[0] for bound in bounds):
             raise AttributeError(
-                f'the param groups have different max_grad_norm, {bounds}; read group["max_grad_norm"] of each'
+                f'the param groups have different values of max_grad_norm, {bounds}; read group["max_grad_norm"] of '
+                "each"
             )
         return bounds[0]
 
@@ -192,7 +193,7 @@ class Options(Optimizer):
 
     @property
     def norm_type(self) -> float:
-        """2 or inf: the norm that max_grad_norm bounds."""
+        """The type of the norm that max_grad_norm bounds: 2 or inf."""
         return self._scaler.norm_type
 
     @norm_type.setter
@@ -202,7 +203,7 @@ class Options(Optimizer):
 
     @property
     def skip_nonfinite(self) -> bool:
-        """Whether a step whose gradients hold NaN or inf changes nothing."""
+        """Whether a step with NaN or inf in its gradients is skipped. A skipped step changes nothing."""
         return self._scaler.skip_nonfinite
 
     @skip_nonfinite.setter
@@ -212,13 +213,12 @@ class Options(Optimizer):
 
     @property
     def norm_group(self) -> ProcessGroup | None:
-        """The processes over which the norm goes. It cannot be set."""
+        """The processes whose gradients the norm covers. It cannot be set."""
         return self._scaler.norm_group
 
     @property
     def ema_decay(self) -> Decay | None:
-        """What the averages of the weights keep of themselves at each step; None where there are none. Setting None
-        drops them."""
+        """The decay of the averages of the weights. None if there are none; setting None drops them."""
         return None if self._ema is None else self._ema.decay
 
     @ema_decay.setter
@@ -235,12 +235,12 @@ class Options(Optimizer):
 
     @property
     def ema_dtype(self) -> torch.dtype | None:
-        """dtype of the averages that are made from now on; None: float32 of 16-bit params, else the param's own."""
+        """The dtype of new averages. None: float32 for 16-bit params, else the param's own."""
         return None if self._ema is None else self._ema.dtype
 
     @ema_dtype.setter
     def ema_dtype(self, dtype: torch.dtype | None) -> None:
         if self._ema is None:
-            raise ValueError("ema_dtype has a meaning only with ema_decay; set ema_decay first, to 0.999 say")
+            raise ValueError("ema_dtype needs ema_decay; set ema_decay first, for example to 0.999")
         check_dtype(dtype)
         self._ema.dtype = dtype
