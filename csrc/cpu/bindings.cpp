@@ -1,5 +1,5 @@
-// The module of the CPU walker, one per instruction set: setup.py compiles this folder once for each, with FUSED_ISA
-// naming the namespace and FUSED_MODULE the module.
+// The module of the CPU walker, one per instruction set. setup.py compiles this folder once for each; FUSED_ISA is the
+// namespace and FUSED_MODULE the name of the module.
 #include "../bindings.h"
 
 #include "floor.h"
@@ -15,8 +15,8 @@ int threads_for(const Arrays& arrays, int threads) {
   return fused_optim::threads_for(arrays.elements, arrays.tables.chunks, threads);
 }
 
-// The floor pass over given memory, ready to run. Streams are lists of as many addresses each; what lies at address t
-// of every stream has sizes[t] bytes. piece and prefetch: of floor.h's pattern.
+// A floor pass over given memory. Streams are lists of addresses, all of one length. The memory at address t of each
+// stream has sizes[t] bytes. piece, prefetch: see FloorPattern.
 class FloorPass {
  public:
   using Streams = std::vector<std::vector<int64_t>>;
@@ -25,14 +25,14 @@ class FloorPass {
       : pattern_{piece, 1, prefetch}, written_(static_cast<int>(written.size())), read_(static_cast<int>(read.size())) {
     if (written_ < 1 || written_ > kFloorWritten || read_ < 1 || read_ > kFloorRead)
       throw py::value_error("a floor pass takes 1 to " + std::to_string(kFloorWritten) + " written streams and 1 to " +
-                            std::to_string(kFloorRead) + " that are read, but got " + std::to_string(written_) +
+                            std::to_string(kFloorRead) + " read streams, but got " + std::to_string(written_) +
                             " and " + std::to_string(read_));
     for (size_t t = 0; t < sizes.size(); ++t) {
       FloorRow row{{}, sizes[t]};
       for (const Streams* streams : {&written, &read}) {
         for (const auto& stream : *streams) {
           if (stream.size() != sizes.size())
-            throw py::value_error("every stream of a floor pass must have as many addresses as there are sizes");
+            throw py::value_error("every stream of a floor pass must have one address per size");
           row.streams.push_back(pointer<char>(stream[t]));
         }
       }

@@ -82,8 +82,8 @@ def check_group(group: Mapping[str, Any], optimizer: Options) -> None:
 
 
 def check_grad_scale(scale: Any, may_skip: bool) -> None:
-    """Raises TypeError or ValueError if the grad_scale of a step is not a positive number. The values of tensors are not
-    checked, because that would wait for the device. may_skip: 0, NaN and inf are accepted, and the step is skipped."""
+    """Raises TypeError or ValueError if the grad_scale of a step is not a positive number. The values of tensors are
+    not checked, because that would wait for the device. may_skip: 0, NaN and inf are accepted; the step is skipped."""
     if isinstance(scale, Tensor):
         if scale.numel() != 1 or scale.is_complex() or scale.dtype == torch.bool:
             raise ValueError(
