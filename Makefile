@@ -1,48 +1,56 @@
-# make demo   everything from nothing: environment, build, and a net trained with FusedAdamW beside torch's AdamW
-# make test   everything from nothing: environment, build, all tests that need no GPU
-# make test-ptx   the GPU kernels as they are compiled, run without a GPU by an interpreter: all tests that step on them
-# make study  which optimizer trains best: searches, five seeds, tables and plots into bench/results/study/
-# make docs   the documentation site, into site/; a broken link or reference fails it
-# make compat TORCH="2.11.0 2.14.1"   the wheel, built with the present torch, tested with these; some 5 GB each
-# make gpu    on a CUDA machine whose python3 has torch: build, tests, sanitizer, benchmarks into bench/results/; in parts
-#             by PARTS="build step" (see bench/gpu.sh)
+# Each target creates the environment and builds the package first where it needs them.
+# make demo   trains a net twice, with FusedAdamW and with torch's AdamW, and compares the two
+# make test   runs all tests that need no GPU
+# make quick  runs tests of every optimizer, errors, checkpoints, clipping, EMA and layouts, in a minute; chosen by markers
+# make test-ptx   runs all tests that step on the compiled GPU kernels; an interpreter executes the kernels on the CPU
+# make lint   checks style and types
+# make bench  times the optimizer steps on this CPU; results go to bench/results/
+# make study  compares how well the optimizers train: searches, five seeds, tables and plots in bench/results/study/
+# make docs   builds the documentation site in site/; a broken link or reference is an error
+# make compat TORCH="2.11.0 2.14.1"   builds the wheel with the installed torch and tests it with these; about 5 GB each
+# make compat-triton TRITON="3.5.1 3.6.0 3.9.0"   compiles the Triton kernels ahead of time with these; 0.5 GB each
+# make gpu    for a machine with a CUDA GPU whose python3 has torch: build, tests, sanitizer, and benchmarks into
+#             bench/results/; PARTS="build step" selects parts (see bench/gpu.sh)
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+TRITON ?= 3.5.1 3.6.0 3.9.0
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -q -n $(JOBS)
-# The tests that go over every backend; the others would only repeat themselves.
-ONCE := cuda_compile triton_compile walkers compile packaging docs pages trainers lightning timm lifetimes machine
-NUMBERS := tests --ignore=tests/ptx $(ONCE:%=--ignore=tests/test_%.py)
 PTX := triton-ptx,cuda-ptx
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test test-ptx lint bench study docs gpu asan compat clean
+.PHONY: demo test quick test-ptx lint bench study docs gpu asan compat compat-triton clean
 
 demo: $(VENV)/built
 	$(PY) demo.py
 
+quick: $(VENV)/built
+	$(PYTEST) tests -m "not (slow or distributed or trainers or codegen)"
+
 test: $(VENV)/built
-	$(PYTEST) tests
-	TRITON_INTERPRET=1 FUSED_OPTIM_TEST_BACKENDS=triton $(PYTEST) $(NUMBERS)
-	FUSED_OPTIM_CUDA_EMULATE=1 FUSED_OPTIM_TEST_BACKENDS=cuda $(PYTEST) $(NUMBERS)
-	FUSED_OPTIM_TEST_BACKENDS=$(PTX) $(PYTEST) $(NUMBERS) -m compiled
+	FUSED_OPTIM_CUDA_EMULATE=1 $(PYTEST) tests
+	TRITON_INTERPRET=1 FUSED_OPTIM_TEST_BACKENDS=triton $(PYTEST) tests -m backend
+	FUSED_OPTIM_TEST_BACKENDS=$(PTX) $(PYTEST) tests -m compiled
 	FUSED_OPTIM_ISA=baseline $(PYTEST) tests/test_numbers.py -k cpp
 	$(MAKE) asan
 
-# A part of it is in `test`.
+# `test` runs a part of these tests: those marked `compiled`.
 test-ptx: $(VENV)/built
-	FUSED_OPTIM_TEST_BACKENDS=$(PTX) $(PYTEST) $(NUMBERS) -k "ptx or triton_kernels or triton_sums"
+	FUSED_OPTIM_TEST_BACKENDS=$(PTX) $(PYTEST) tests -m backend
 
-# The modules built with the address sanitizer, under the tests that move memory about.
+# Builds the modules with the address sanitizer, and runs the tests of memory layouts and of changes between steps.
 asan: $(VENV)/built
 	PY=$(abspath $(PY)) bash tests/asan.sh
 
 compat: $(VENV)/built
 	PY=$(abspath $(PY)) JOBS=$(JOBS) bash tests/compat.sh $(TORCH)
+
+compat-triton: $(VENV)/built
+	PY=$(abspath $(PY)) JOBS=$(JOBS) bash tests/triton_versions.sh $(TRITON)
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .

@@ -1,7 +1,7 @@
-"""Trains one small convolutional net twice on real images: with FusedAdamW, and with torch.optim.AdamW in its place.
+"""Trains one small convolutional net twice on real images: with FusedAdamW and with torch.optim.AdamW.
 
-Both start from the same weights and see the same batches in the same order, so the curves should lie on top of each
-other. The images are scikit-learn's handwritten digits: 1,797 of 8 x 8 pixels, from the UCI repository.
+Both start from the same weights and see the same batches in the same order, so the loss curves should coincide. The
+images are scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels, from the UCI repository.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BATCH = 32
 
 
 def digits(seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Train images [N, 1, 8, 8] in -1..1, train labels [N], test images, test labels; a quarter is for the test."""
+    """Train images [N, 1, 8, 8] in -1..1, train labels [N], test images, test labels; a quarter is the test set."""
     bunch = load_digits()
     images = bunch.images[:, None] / 8.0 - 1.0
     split = train_test_split(images, bunch.target, test_size=0.25, random_state=seed, stratify=bunch.target)
@@ -35,8 +35,11 @@ def digits(seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def convolutional_net() -> nn.Sequential:
-    """Smooth throughout (GELU, strides for max pooling), so that a rounding error stays one: at a kink, or where
-    a gradient is zero but for rounding, as that of a bias before batch norm, Adam makes whole steps of it."""
+    """A smooth net: GELU in place of ReLU, strides in place of max pooling, group norm in place of batch norm.
+
+    Adam can turn a rounding error into a step of full size: at a kink, or if a gradient is zero except for rounding,
+    such as that of a bias before batch norm. This net has neither, so rounding errors stay small.
+    """
     return nn.Sequential(
         *(nn.Conv2d(1, 16, 3, padding=1), nn.GELU()),
         *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.GroupNorm(4, 32), nn.GELU()),
@@ -47,7 +50,7 @@ def convolutional_net() -> nn.Sequential:
 
 @dataclass
 class Trainee:
-    """A model, its optimizer and what was seen of them. losses: one per batch. step_us: one per optimizer step."""
+    """A model, its optimizer and the record of both. losses: one per batch. step_us: µs, one per optimizer step."""
 
     name: str
     model: nn.Module
@@ -79,7 +82,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def train(trainees: list[Trainee], data: tuple[Tensor, Tensor, Tensor, Tensor], epochs: int, seed: int) -> None:
-    """Each batch goes to both, who take turns in going first: neither always finds the other's data in the caches."""
+    """Trains all on the same batches. They take turns in going first, so that none always finds the data in cache."""
     train_x, train_y, test_x, test_y = data
     shuffle = torch.Generator().manual_seed(seed)
     print(f"{'epoch':>5}" + "".join(f"{t.name + ': loss':>26}{'test':>9}" for t in trainees), flush=True)
@@ -101,7 +104,7 @@ def largest_difference(a: nn.Module, b: nn.Module) -> float:
 
 
 def draw(path: Path, trainees: list[Trainee], difference: float) -> None:
-    """Both loss curves in one picture; the second one thin and dark on a broad light one, so that both can be seen."""
+    """Plots both loss curves: the second as a broad light line, the first as a thin dark line on top of it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -115,7 +118,7 @@ def draw(path: Path, trainees: list[Trainee], difference: float) -> None:
         top.plot(steps, trainee.losses, color=colour, linewidth=width, label=trainee.name)
     top.set_yscale("log")
     top.set_ylabel("training loss of the batch")
-    top.set_title(f"Digits, same seed and batches: params differ by {difference:.1e} at most in the end", loc="left")
+    top.set_title(f"Digits, same seed and batches: final params differ by at most {difference:.1e}", loc="left")
     top.legend(frameon=False)
     ours, theirs = (trainee.losses for trainee in trainees)
     bottom.plot(steps, [a - b for a, b in zip(ours, theirs, strict=True)], color="#1f2d3d", linewidth=0.9)
@@ -141,7 +144,7 @@ def main() -> int:
 
     torch.manual_seed(options.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.set_num_threads(1)  # images of 8 x 8 gain nothing from more, and sums come in the same order on every machine
+    torch.set_num_threads(1)  # enough for images of 8 x 8, and every machine sums in the same order
     device = torch.device(options.device)
     data = digits(options.seed, device)
     model = convolutional_net().to(device)
@@ -152,7 +155,7 @@ def main() -> int:
         Trainee("torch.optim.AdamW", twin, torch.optim.AdamW(twin.parameters(), lr=options.lr)),
     ]
     count = sum(p.numel() for p in model.parameters())
-    print(f"{len(data[0]):,} images to train on, {len(data[2]):,} to test; {count:,} parameters on {device}\n")
+    print(f"{len(data[0]):,} training images, {len(data[2]):,} test images; {count:,} parameters on {device}\n")
     train(trainees, data, options.epochs, options.seed)
 
     print()
@@ -160,7 +163,7 @@ def main() -> int:
         accuracy, median = trainee.accuracy(data[2], data[3]), statistics.median(trainee.step_us)
         print(f"{trainee.name:18} test accuracy {accuracy:.2%}, optimizer {median:7.1f} µs per step (median)")
     difference, steps = largest_difference(model, twin), len(trainees[0].losses)
-    print(f"\nLargest difference between the two models' parameters after {steps} steps: {difference:.2e}")
+    print(f"\nLargest difference between the parameters of the two models after {steps} steps: {difference:.2e}")
     draw(options.out, trainees, difference)
     print(f"Loss curves: {options.out}")
     return 0

@@ -1,9 +1,13 @@
-"""Builds the compiled modules: with torch's BuildExtension (ninja) where torch can be imported, else those for the CPU
-with setuptools alone.
+"""Builds the compiled modules.
 
-Environment: MAX_JOBS, CC, CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST as torch's own builds read them.
-FUSED_OPTIM_CPP=0|1    no compiled module at all (a pure Python wheel), or fail where one for the CPU cannot be built
-FUSED_OPTIM_CUDA=0|1   leave the CUDA module out, or build it even where torch has no CUDA, and fail where that fails
+If torch can be imported, its BuildExtension builds all of them with ninja. Otherwise setuptools builds those that need
+no torch: all but _poll_aten and _cuda.
+
+Environment: MAX_JOBS, CC, CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST have the same meaning as in torch's own builds.
+FUSED_OPTIM_CPP=0      build no compiled module (a pure Python wheel)
+FUSED_OPTIM_CPP=1      fail if a module for the CPU cannot be built
+FUSED_OPTIM_CUDA=0     leave out the CUDA module
+FUSED_OPTIM_CUDA=1     build the CUDA module even if torch has no CUDA, and fail if it cannot be built
 FUSED_OPTIM_DEBUG=1    -O1 -g with the address sanitizer
 """
 
@@ -35,30 +39,31 @@ ROOT = Path(__file__).resolve().parent
 BASE: type[build_ext] = build_ext if cpp_extension is None else cpp_extension.BuildExtension
 
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
-# What Python was built with comes before these: no debug symbols, and signed overflow may be taken not to happen.
+# These come after Python's own build flags and override them. -g0: no debug symbols. -fno-wrapv: the compiler assumes
+# that signed integers do not overflow.
 COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-g0", "-O3", "-fno-wrapv", *WARNINGS]
 DEBUG_FLAGS = ["-g", "-O1", "-fsanitize=address", "-fno-omit-frame-pointer"]
-# No errno: else every square root is a call. No traps: else selects cannot be vectorised. No contraction: the rules
-# say where they fuse.
+# Without -fno-math-errno every square root is a call. Without -fno-trapping-math selects cannot be vectorised.
+# -ffp-contract=off: the rules state every fused multiply-add themselves.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 INSTRUCTION_SETS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
-# Without contraction here too: the rules say where they fuse, and a * b + c elsewhere must round as it does on the CPU.
+# -fmad=false: the rules state every fused multiply-add themselves. Any other a * b + c must round as on the CPU.
 CUDA_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC"]
-CUDA_ARCHITECTURES = ["8.0", "9.0", "10.0"]  # those of them that the compiler knows, and PTX of the last for later ones
+CUDA_ARCHITECTURES = ["8.0", "9.0", "10.0"]  # those that nvcc knows; the last of these as PTX too, for later GPUs
 
 
 def switch(name: str) -> bool | None:
-    """True, False, or None where the environment does not say."""
+    """True, False, or None if the variable is unset or empty."""
     value = os.environ.get(name)
     return None if value in (None, "") else value != "0"
 
 
 def nvcc() -> str | None:
-    """Found as torch finds it: in CUDA_HOME or CUDA_PATH, on the PATH, in /usr/local/cuda."""
+    """The path of nvcc. Searches where torch does: CUDA_HOME or CUDA_PATH, the PATH, /usr/local/cuda."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
         return shutil.which("nvcc", path=os.path.join(home, "bin"))
@@ -66,7 +71,7 @@ def nvcc() -> str | None:
 
 
 def architectures(compiler: str) -> str:
-    """Stands for TORCH_CUDA_ARCH_LIST where it is not set: torch would build for the GPUs of this machine alone."""
+    """The default of TORCH_CUDA_ARCH_LIST. torch's own default covers only the GPUs of this machine."""
     known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
     entries = [entry for entry in CUDA_ARCHITECTURES if f"compute_{entry.replace('.', '')}" in known]
     return ";".join(entries) + "+PTX"
@@ -120,7 +125,7 @@ def cpu_modules() -> list[Extension]:
 
 
 def aten_module() -> Extension:
-    """The only one with torch's headers and libraries, in the C++ that this torch asks for. Others do without it."""
+    """The only module built with torch's headers and libraries, in the C++ standard that this torch requires."""
     assert cpp_extension is not None
     made = module("_poll_aten", sources("poll/*_changes.cpp", "poll/aten/*.cpp"), [])
     made.extra_compile_args = [flag for flag in made.extra_compile_args if not flag.startswith("-std")]
@@ -130,21 +135,21 @@ def aten_module() -> Extension:
 
 
 def why_not_cuda() -> str | None:
-    """What speaks against building the CUDA module; None where nothing does."""
+    """Why the CUDA module cannot be built, or None."""
     wanted = switch("FUSED_OPTIM_CUDA")
     if wanted is False:
         return "it was left out (FUSED_OPTIM_CUDA=0)"
     if cpp_extension is None:
         return (
-            "torch's build tools compile it, and this installation could not import torch; "
-            "pip install --no-build-isolation . builds beside the torch that is installed"
+            "torch's build tools compile it, but this build could not import torch; "
+            "pip install --no-build-isolation . builds with the installed torch"
         )
     import torch
 
     if torch.version.hip is not None:
-        return "it is for NVIDIA GPUs, and this torch is for AMD's"
+        return "it runs on NVIDIA GPUs, but this torch is built for ROCm"
     if wanted is None and torch.version.cuda is None:
-        return "this torch is for CPUs; FUSED_OPTIM_CUDA=1 builds it all the same"
+        return "this torch is built without CUDA; FUSED_OPTIM_CUDA=1 builds the module anyway"
     if nvcc() is None:
         return "there is no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda; install the CUDA toolkit"
     return None
@@ -153,12 +158,12 @@ def why_not_cuda() -> str | None:
 def cuda_module() -> Extension:
     compiler = nvcc()
     assert cpp_extension is not None and compiler is not None
-    if cpp_extension.CUDA_HOME is None:  # a torch for CPUs does not look for it
+    if cpp_extension.CUDA_HOME is None:  # a torch without CUDA does not search for it
         cpp_extension.CUDA_HOME = cpp_extension._find_cuda_home()
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(compiler)
-    # The runtime is linked statically, so that a module works with whatever CUDA a torch brings. nvcc may be a script
-    # that calls another one, so it is asked where it lies.
+    # The CUDA runtime is linked statically, so the module works with a torch of any CUDA version. nvcc may be a wrapper
+    # script, so its dry run gives the toolkit's folder.
     plan = subprocess.run([compiler, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
     home = Path(top[1].strip() if top else compiler).resolve()
@@ -174,26 +179,26 @@ def cuda_module() -> Extension:
 
 
 class Build(BASE):  # type: ignore[valid-type, misc]
-    """Builds the modules side by side and each by itself, so that one that fails leaves the others; _build.json says
-    which are missing, and why."""
+    """Builds the modules in parallel and independently: if one fails, the others are still built. _build.json lists the
+    missing modules with their reasons."""
 
     extensions: list[Extension]
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        if getattr(self, "editable_mode", False):  # setuptools' temporary folders would have all compiled again
+        if getattr(self, "editable_mode", False):  # setuptools' temporary folders would force a full rebuild each time
             kept = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
             self.build_temp, self.build_lib = str(kept / "temp"), str(kept / "lib")
 
     def run(self) -> None:
-        self.into_sources = bool(self.inplace)  # which the base takes back while it builds
+        self.into_sources = bool(self.inplace)  # the base class clears inplace during the build
         super().run()
 
     def build_extensions(self) -> None:
         try:
             import pybind11
         except ImportError:
-            sys.exit("fused_optim is built with the headers of pybind11, which is missing: pip install pybind11 ninja")
+            sys.exit("building fused_optim requires pybind11, which is not installed: pip install pybind11 ninja")
         self.compiler.include_dirs.append(pybind11.get_include())
 
         missing: dict[str, str] = {}
@@ -203,7 +208,7 @@ class Build(BASE):  # type: ignore[valid-type, misc]
             missing["_cuda"] = reason
         jobs = int(os.environ.get("MAX_JOBS") or processors())
         side_by_side = min(jobs, len(self.extensions))
-        os.environ["MAX_JOBS"] = str(jobs // side_by_side)  # of ninja, for each module
+        os.environ["MAX_JOBS"] = str(jobs // side_by_side)  # for each module's ninja
         with ThreadPoolExecutor(side_by_side) as pool:
             reasons = list(pool.map(self.build_alone, self.extensions))
         built = []
@@ -218,7 +223,7 @@ class Build(BASE):  # type: ignore[valid-type, misc]
             self.leave(missing, ROOT / PACKAGE)
 
     def build_alone(self, extension: Extension) -> str | None:
-        """Builds one module in a folder of its own; None, or why that failed."""
+        """Builds one module in its own folder. Returns why the build failed, or None."""
         alone = copy.copy(self)
         alone.compiler, alone.extensions = copy.copy(self.compiler), [extension]
         alone.build_temp = os.path.join(self.build_temp, extension.name)
@@ -227,7 +232,7 @@ class Build(BASE):  # type: ignore[valid-type, misc]
             if shutil.which(compiler) is None:
                 raise RuntimeError(f"there is no C++ compiler ({compiler}) on this machine; install g++, or set CXX")
             super(Build, alone).build_extensions()
-        except Exception as error:  # an optimizer without its fast kernel still works, and says why
+        except Exception as error:  # without a module the optimizers still work, and report why it is missing
             if switch("FUSED_OPTIM_CUDA" if extension.name.endswith("_cuda") else "FUSED_OPTIM_CPP"):
                 raise
             reason = " ".join(map(str, error.args)) or repr(error)
@@ -239,7 +244,7 @@ class Build(BASE):  # type: ignore[valid-type, misc]
         return None
 
     def leave(self, missing: dict[str, str], folder: Path) -> None:
-        """Writes the record, and takes away what an earlier build has left behind."""
+        """Writes _build.json, and deletes modules of earlier builds that this build did not make."""
         folder.mkdir(parents=True, exist_ok=True)
         built = {Path(self.get_ext_filename(extension.name)).name for extension in self.extensions}
         for file in folder.glob(f"_*{EXTENSION_SUFFIXES[0]}"):

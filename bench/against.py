@@ -1,4 +1,4 @@
-"""Another commit's package beside ours in one process, so that two kernels take turns on the same memory."""
+"""Imports the package of another commit next to the current one: one process times both on the same memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from environment import ROOT, git
 
 @contextmanager
 def worktree(commit: str) -> Iterator[Path]:
-    """That commit checked out in a temporary folder."""
+    """Checks the commit out into a temporary folder, and yields the folder."""
     with TemporaryDirectory() as folder:
         tree = Path(folder, "tree")
         run(["git", "-C", str(ROOT), "worktree", "add", "--quiet", "--detach", str(tree), commit], ROOT)
@@ -29,15 +29,15 @@ def worktree(commit: str) -> Iterator[Path]:
 
 @contextmanager
 def package_at(commit: str) -> Iterator[str]:
-    """The package of that commit, built, under a name of its own that can be imported.
+    """Builds the package of a commit and makes it importable under a separate name. Yields the name.
 
     Raises:
-        ValueError: there is no such commit.
-        RuntimeError: it cannot be built; holds the compiler's message.
+        ValueError: the commit does not exist.
+        RuntimeError: the build fails; the message holds the compiler's output.
     """
     short = git("rev-parse", "--verify", "--quiet", "--short", f"{commit}^{{commit}}")
     if short is None:
-        raise ValueError(f"--against takes a commit of this repository, but got {commit!r}")
+        raise ValueError(f"--against must be a commit of this repository, but got {commit!r}; git log lists them")
     name = f"fused_optim_at_{short}"
     with TemporaryDirectory() as folder, worktree(short) as tree:
         build(tree, Path(folder, "build"), name)
@@ -55,7 +55,7 @@ def package_at(commit: str) -> Iterator[str]:
 
 
 def build(tree: Path, out: Path, name: str) -> None:
-    # Both modules register classes of the same names with pybind11: theirs gets a registry of its own.
+    # Both packages register pybind11 classes of the same names. A separate ABI tag gives the other its own registry.
     compiler = f'{os.environ.get("CXX") or shutil.which("g++") or "c++"} -DPYBIND11_BUILD_ABI="_{name}"'
     command = [sys.executable, "setup.py", "--quiet", "build_ext"]
     run(

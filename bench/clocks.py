@@ -1,4 +1,4 @@
-"""One step's time: the wall on a CPU; the host's and the device's apart on a GPU."""
+"""Clocks that time one step: wall time on a CPU; host and device time separately on a GPU."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from fused_optim.cost.bandwidth_probe import floor_pass
 from fused_optim.engine import modules
 
 Step = Callable[[], Any]
-Times = dict[str, float]  # "ms" always; on a GPU also "device_ms", "host_us", and "graph_ms" where a graph was captured
+Times = dict[str, float]  # "ms" always; on a GPU also "device_ms", "host_us", and "graph_ms" if a graph was captured
 
 
 def last_level_cache() -> int:
-    """Bytes of the CPU's largest cache; 64 MiB where the system does not say."""
+    """Bytes of the CPU's largest cache; 64 MiB if the system does not report it."""
     files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     sizes = [re.fullmatch(r"(\d+)([KM])", file.read_text().strip()) for file in files]
     return max((int(size[1]) << (10 if size[2] == "K" else 20) for size in sizes if size), default=64 << 20)
@@ -48,11 +48,15 @@ class CpuClock:
 
 
 class CudaClock:
-    """ms: on the device's clock, from an idle device, so it holds the host's time wherever the device waits for it.
-    device_ms: the same behind a kernel that spins while the host enqueues, so it holds the device's time alone.
-    host_us: until step() returns."""
+    """Times a step by CUDA events.
 
-    SPIN_CYCLES_PER_SECOND = 2.5e9  # no lower than any GPU's clock: spinning longer does no harm
+    ms: the device is idle at the start, so the time includes every wait of the device for the host.
+    device_ms: the step is queued behind a kernel that spins while the host enqueues, so it is device time alone.
+    host_us: time until step() returns.
+    """
+
+    # Above the clock of most GPUs. A faster clock makes the spin shorter, which the factor 2 in `time` allows for.
+    SPIN_CYCLES_PER_SECOND = 2.5e9
 
     def __init__(self, device: torch.device) -> None:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -91,11 +95,11 @@ class CudaClock:
 
 @contextlib.contextmanager
 def crowd(processes: int) -> Iterator[None]:
-    """So many other processes that are always busy."""
+    """Keeps this many other processes busy."""
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
     try:
         if others:
-            time.sleep(0.5)  # until they have started
+            time.sleep(0.5)  # for their start
         yield
     finally:
         for process in others:
@@ -104,7 +108,7 @@ def crowd(processes: int) -> Iterator[None]:
 
 
 def capture(step: Step) -> torch.cuda.CUDAGraph:
-    """A graph of one step, after the warm-up on a side stream that a capture wants."""
+    """Captures one step, after the warm-up on a side stream that torch requires before a capture."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -122,18 +126,19 @@ PREFETCHES = (0, 512)  # bytes ahead
 
 
 def floor_steps(workload: Workload) -> dict[str, Step]:
-    """Passes that move the bytes of a step without arithmetic, by what they are. The fastest is a step's ceiling."""
+    """Bandwidth probes by description: passes that move the bytes of a step without arithmetic. The fastest of them is
+    the floor that a step is compared with."""
     if workload.device.type == "cuda":
         half = workload.bytes() // 2
         source, target = (torch.zeros(half, dtype=torch.uint8, device=workload.device) for _ in range(2))
-        return {"device-to-device copy of as many bytes": lambda: target.copy_(source)}
+        return {"device-to-device copy with the same traffic": lambda: target.copy_(source)}
     if modules.instruction_set() is None:
-        return {"separate torch passes over as many bytes": torch_floor(workload)}
+        return {"separate torch passes with the same traffic": torch_floor(workload)}
     streams = [lanes(workload, walk) for walk in workload.passes]
     steps: dict[str, Step] = {}
     for threads, (text, piece), ahead in itertools.product({1, torch.get_num_threads()}, PIECES.items(), PREFETCHES):
         if threads == 1 and piece:
-            continue  # one thread goes through everything in order anyway
+            continue  # one thread walks in order, whatever the piece size
         passes = [floor_pass(*of_walk, piece=piece, threads=threads, prefetch=ahead) for of_walk in streams]
         name = f"{threads} thread{'s' if threads > 1 else ''}, {text if threads > 1 else 'in order'}"
         steps[name + (", prefetched" if ahead else "")] = functools.partial(run_all, passes)
@@ -146,14 +151,14 @@ def run_all(steps: list[Step]) -> None:
 
 
 def fastest(steps: dict[str, Step], clock: CpuClock, hot: bool, count: int, tries: int = 3) -> dict[str, Step]:
-    """So many of the steps: those with the shortest times of a few tries."""
+    """The `count` fastest steps, by the minimum of a few tries."""
     times = {name: min(clock.time(step, hot)["ms"] for _ in range(tries)) for name, step in steps.items()}
     return {name: steps[name] for name in sorted(steps, key=times.__getitem__)[:count]}
 
 
 def lanes(workload: Workload, walk: Pass) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """The streams that a walk writes and those that it reads, as floor_pass wants them: a stream of a wider dtype than
-    the narrowest is cut into lists of tensors with as many bytes each."""
+    """The streams that a walk writes and those that it only reads, as arguments of floor_pass, which requires equal
+    sizes in bytes. So a stream of a wider dtype than the narrowest is cut into several."""
     width = min(workload.streams[name][0].dtype.itemsize for name in walk.read + walk.written)
 
     def cut(name: str) -> list[list[Tensor]]:
@@ -166,7 +171,7 @@ def lanes(workload: Workload, walk: Pass) -> tuple[list[list[Tensor]], list[list
 
 
 def torch_floor(workload: Workload) -> Step:
-    """Where the modules for CPUs are not built: one torch operation per stream, on flat buffers of integers."""
+    """The bandwidth probe without compiled modules: one torch operation per stream, on flat buffers of integers."""
     flat = {
         name: torch.zeros(sum(tensor.nbytes for tensor in stream) // 2, dtype=torch.int16)
         for name, stream in workload.streams.items()
@@ -183,8 +188,8 @@ def torch_floor(workload: Workload) -> Step:
 
 
 def trim() -> None:
-    """Hands freed memory back to the system, so that the next case starts as the first one did."""
+    """Returns freed memory to the system, so that every case starts alike."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,12 +1,12 @@
-"""What do DTensor params cost the host? A step over T shards of 8 elements, and over the same tensors unwrapped.
+"""Measures the host overhead of DTensor params: a step over T shards of 8 elements, against the same plain tensors.
 
     python bench/dtensor.py                 # into bench/results/<machine>/dtensor.json and dtensor.md
     python bench/dtensor.py --device cuda
 
-AdamW alone, and after clipping by the norm of all gradients (inside the step in ours). The mesh has one process, so no
-collective is timed: what differs between the columns is the wrapping. On a CPU the time is that of the whole step, in
-which 8 elements leave little but overhead; on a GPU it is until step() returns, the device having been idle. All params
-are compared with the plain for-loop's before anything is timed; peers take turns.
+AdamW runs alone and with clipping by the global gradient norm (ours clips inside the step). The mesh has one process,
+so no collective is timed, and the columns differ by the wrapping only. On a CPU the time is that of the whole step,
+which is mostly overhead at 8 elements per tensor. On a GPU it is the time until step() returns, on an idle device.
+Before the timing every peer's params are compared with those of torch's for-loop over plain tensors. Peers take turns.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ BUILD: dict[str, Callable[[list[Tensor], bool], Step]] = {
 
 
 def make(count: int, mesh: DeviceMesh, wrapped: bool) -> list[Tensor]:
-    """Params with gradients, the same at every call."""
+    """Params with gradients. Every call makes the same values."""
     torch.manual_seed(0)
     params: list[Tensor] = []
     for _ in range(count):
@@ -76,7 +76,11 @@ def make(count: int, mesh: DeviceMesh, wrapped: bool) -> list[Tensor]:
 
 
 def check(count: int, clip: bool, mesh: DeviceMesh, build: Callable[[list[Tensor], bool], Step], wrapped: bool) -> None:
-    """Raises AssertionError where two steps end elsewhere than the for-loop's over plain tensors."""
+    """Compares the params after two steps with those of torch's for-loop over plain tensors.
+
+    Raises:
+        AssertionError: they differ.
+    """
     got, want = make(count, mesh, wrapped), make(count, mesh, False)
     for step in (build(got, clip), torch_step(want, clip, foreach=False)):
         step()
@@ -86,7 +90,7 @@ def check(count: int, clip: bool, mesh: DeviceMesh, build: Callable[[list[Tensor
 
 
 def measure(count: int, clip: bool, mesh: DeviceMesh, rounds: int) -> dict[str, dict[str, float]]:
-    """Median µs of a step: by peer, over plain tensors and over DTensors."""
+    """Median µs of a step by peer, over plain tensors and over DTensors."""
     steps: dict[tuple[str, str], Step] = {}
     for name in PEERS:
         for kind in ("plain", "dtensor"):
@@ -121,10 +125,10 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--tensors", type=int, nargs="+", default=TENSORS)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="folder for dtensor.json and dtensor.md; bench/results/<machine>")
+    parser.add_argument("--out", type=Path, help="folder of dtensor.json, .md (default: bench/results/<machine>)")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("There is no GPU that torch can use on this machine, so nothing was measured.", file=sys.stderr)
+        print("Nothing was measured: torch finds no GPU on this machine.", file=sys.stderr)
         return 2
     device = torch.device(options.device)
     with tempfile.TemporaryDirectory() as scratch:
@@ -145,7 +149,7 @@ def main() -> int:
     (folder / "dtensor.json").write_text(json.dumps(content, indent=1) + "\n")
     facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
     text = f"# DTensor params on {device_name(device)}: AdamW, host time per step\n\n{facts}\n\n"
-    text += f"Medians over {options.rounds} rounds, peers taking turns; a mesh of one process.\n\n{table(results)}\n"
+    text += f"Medians over {options.rounds} rounds. Peers take turns. The mesh has one process.\n\n{table(results)}\n"
     (folder / "dtensor.md").write_text(text)
     return 0
 

@@ -1,10 +1,10 @@
-"""What does an element cost on a GPU? Instructions that the compiled kernels execute per element, and registers.
+"""Counts the instructions that the compiled GPU kernels execute per element, and their registers.
 
     python bench/elements.py
 
-writes the section "Per element" of bench/results/instructions.md. The PTX of both backends is executed by the
-interpreter of tests/ptx, on tensors of two sizes; the difference is what the elements cost, without prep and what each
-block does once. No GPU is needed, and nothing is timed.
+writes the section "Per element" of bench/results/instructions.md. The interpreter of tests/ptx executes the PTX of both
+backends on tensors of two sizes. The difference of the counts is the cost of the elements, without prep and without the
+work that each block does once. It needs no GPU and times nothing.
 """
 
 from __future__ import annotations
@@ -37,18 +37,22 @@ import fused_optim  # noqa: E402
 HEADING = "## Per element"
 CHUNK = 4096
 SIZES = (16 * CHUNK, 48 * CHUNK)
-# What these become in machine code for sm_90 (CUDA 13.0) unless a number lies near the ends of the range.
+# Instructions of each in machine code for sm_90 (CUDA 13.0), on the path for operands away from the ends of the range.
 EXPANDED = {"div.rn.f32": 10, "sqrt.rn.f32": 10}
-PASSES = {"E0": "update", "E1": "advance", "E2": "move"}  # of nvcc's names: enum Pass of csrc/cuda/kernels.cuh
+PASSES = {"E0": "update", "E1": "advance", "E2": "move"}  # enum Pass of csrc/cuda/kernels.cuh in nvcc's mangled names
 
 TEXT = """\
 `python bench/elements.py`, commit {commit}, Triton {triton}, {nvcc}.
 
-Instructions per element, and registers, of the walks over whole aligned vectors. Executed: instructions of PTX, by the
-interpreter of tests/ptx; a division and a root count as {expanded}, which they are in machine code, and moves
-between registers as none. Machine code: of the loop over vectors, where a kernel is of one kind; nvcc's kernels serve
-all dtypes of a rule, and have no such loop. Registers are those of the machine code for sm_{arch}; blocks, those of 128
-threads that fit a multiprocessor's 65,536 registers. Bytes are what the walk reads and writes of each element."""
+Instructions per element, and registers, of the walks over whole aligned vectors.
+
+- Bytes: the walk reads and writes this many per element.
+- Executed: PTX instructions, counted by the interpreter of tests/ptx. A division and a square root count as {expanded}
+  each, as in machine code. Moves between registers count as none.
+- Machine code: instructions of the loop over vectors, per element. Only kernels of one kind have such a loop; nvcc's
+  kernels serve all dtypes of a rule and have none.
+- Registers: those of the machine code for sm_{arch}.
+- Blocks: how many blocks of 128 threads the 65,536 registers of a multiprocessor can hold."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def weight(statement: Statement) -> int:
 
 
 def issued(program: Program) -> int:
-    """Instructions of warps so far."""
+    """Instructions that all warps of the program have executed so far."""
     return sum(
         warps * sum(weight(step.statement) for step in program.steps[start:stop])
         for (start, stop), warps in program.executed.items()
@@ -95,7 +99,7 @@ def issued(program: Program) -> int:
 
 
 def executed(case: Case, backend: str, size: int) -> dict[Program, int]:
-    """What the second step executes, by kernel."""
+    """Instructions that the second step executes, by kernel."""
     param = torch.randn(size).to(case.param).requires_grad_()
     build = getattr(fused_optim, case.optimizer)
     optimizer = build([param], backend=backend, state_dtype=case.states, **case.options)
@@ -109,7 +113,7 @@ def executed(case: Case, backend: str, size: int) -> dict[Program, int]:
 
 
 def per_element(case: Case, backend: str) -> dict[Program, float]:
-    """Of the kernels that walk."""
+    """Instructions per element, by kernel that walks over elements."""
     small, large = (executed(case, backend, size) for size in SIZES)
     names = ("step_kernel", "squares_kernel")
     return {
@@ -121,7 +125,7 @@ def per_element(case: Case, backend: str) -> dict[Program, float]:
 
 @cache
 def assembled(ptx: str, by_triton: bool) -> tuple[dict[str, int], dict[str, str]]:
-    """Registers and machine code of the kernels of a module."""
+    """Registers and machine code of a module's kernels, each by kernel name."""
     ptxas = get_ptxas(ARCH).path if by_triton else str(Path(SETUP["nvcc"]()).resolve().parent / "ptxas")
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "module.ptx"), Path(folder, "module.cubin")
@@ -137,7 +141,7 @@ def assembled(ptx: str, by_triton: bool) -> tuple[dict[str, int], dict[str, str]
 
 
 def loop_over_vectors(code: str) -> int | None:
-    """Instructions of the innermost loop with the most wide loads, if there is one."""
+    """Instructions of the innermost loop with the most wide loads, or None if no loop has any."""
     lines = [
         (int(address, 16), text)
         for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
@@ -182,14 +186,14 @@ def walk_of(name: str, case: Case, program: Program) -> str:
         return PASSES[f"E{found[1]}"]
     if case.optimizer != "FusedLAMB":
         return "update"
-    return "advance" if program.kernel.shared else "move"  # only the first walk adds up
+    return "advance" if program.kernel.shared else "move"  # only the first walk has a reduction in shared memory
 
 
 STATES = {"FusedAdamW": 2, "FusedSGD": 1, "FusedQHAdamW": 2, "FusedLAMB": 2, "FusedLion": 1}
 
 
 def bytes_of(case: Case, walk: str) -> int:
-    """That a walk moves per element: what it reads and what it writes."""
+    """Bytes that a walk reads and writes per element."""
     param, state = case.param.itemsize, (case.states or case.param).itemsize
     states = (STATES[case.optimizer] + ("amsgrad" in case.options)) * state
     average = 2 * param if "ema_decay" in case.options else 0
@@ -202,7 +206,7 @@ def bytes_of(case: Case, walk: str) -> int:
 
 
 def section() -> str:
-    """The heading and what is under it."""
+    """The section with its heading."""
     register()
     rows = []
     for case in CASES:

@@ -1,4 +1,4 @@
-"""What a result file says about where it came from."""
+"""The origin of a result file: machine, software and commit."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def git(*arguments: str) -> str | None:
 
 
 def commit() -> str:
-    """$FUSED_OPTIM_COMMIT where it is set: a copy of the tree may have no .git. Else the commit checked out, with
-    "+changes" where tracked files outside bench/results differ from it."""
+    """$FUSED_OPTIM_COMMIT if it is set, for copies of the tree without .git. Otherwise the commit that is checked out,
+    with "+changes" if tracked files outside bench/results differ from it."""
     if told := os.environ.get("FUSED_OPTIM_COMMIT"):
         return told
     name = git("rev-parse", "HEAD")

@@ -1,5 +1,4 @@
-"""The optimizers as the benchmarks see them: hyperparameters, states, formula in float64, and what a step reads and
-writes."""
+"""The optimizers of the benchmarks: hyperparameters, states, formula in float64, and the memory traffic of a step."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from torch import Tensor, maximum
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.999), 1e-8, 1e-2
 MOMENTUM, NUS, LION_BETAS = 0.9, (0.7, 1.0), (0.9, 0.99)
 
-# (count of this step, gradient, states) -> (update before lr, new states); elementwise, decay comes from outside.
+# (count of this step, gradient, states) -> (update before lr, new states). Elementwise. The caller adds the decay.
 Formula = Callable[[int, Tensor, list[Tensor]], tuple[Tensor, list[Tensor]]]
 
 
@@ -21,7 +20,7 @@ def averages(grad: Tensor, states: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def adam(count: int, grad: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """arXiv:1412.6980; with a third state amsgrad (Reddi et al., ICLR 2018)."""
+    """arXiv:1412.6980. With a third state: amsgrad (Reddi et al., ICLR 2018)."""
     exp_avg, exp_avg_sq = averages(grad, states)
     largest = [maximum(state, exp_avg_sq) for state in states[2:]]
     denom = ([exp_avg_sq, *largest][-1] / (1 - BETAS[1] ** count)).sqrt() + EPS
@@ -50,8 +49,8 @@ def lion(count: int, grad: Tensor, states: list[Tensor]) -> tuple[Tensor, list[T
 
 @dataclass(frozen=True)
 class Pass:
-    """One walk over memory: names of the streams ("param", "grad", states) that are only read, and of those that are
-    read and written."""
+    """One walk over memory. read: names of the streams ("param", "grad", states) that it only reads. written: names of
+    those that it reads and writes."""
 
     read: tuple[str, ...]
     written: tuple[str, ...]
@@ -59,9 +58,9 @@ class Pass:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """title: in running text. fused: the class of ours. options: the arguments that all peers take. decoupled: decay
-    goes past the gradient. trust: the update of each tensor is scaled by ‖param‖ / ‖update‖, so that a step takes two
-    walks."""
+    """title: the name in text. fused: the name of our class. options: arguments for all peers. decoupled: decay is not
+    added to the gradient. trust: the update of each tensor is scaled by ‖param‖ / ‖update‖, so a step takes two walks.
+    """
 
     title: str
     fused: str
@@ -72,8 +71,11 @@ class Optimizer:
     trust: bool = False
 
     def passes(self, states: tuple[str, ...]) -> list[Pass]:
-        """The fewest reads and writes of a step. The second walk makes the update anew from the states: what it would
-        read of a stored update, the first would have to write besides."""
+        """The walks of a step with the fewest reads and writes.
+
+        The second walk of a trust ratio computes the update from the states again. Storing the update would not move
+        fewer bytes: the first walk would write it, and the second would read it.
+        """
         if self.trust:
             return [Pass(("grad", "param"), states), Pass(states, ("param",))]
         return [Pass(("grad",), ("param", *states))]
@@ -97,4 +99,4 @@ OPTIMIZERS = {
     "lion": Optimizer("Lion", "FusedLion", _LION, ("exp_avg",), lion, True),
 }
 AMSGRAD = ("adam", "adamw")
-BASELINES = ("torch-fused", "torch-foreach", "foreach")  # ratios are to the first of these whose numbers are right
+BASELINES = ("torch-fused", "torch-foreach", "foreach")  # ratios are to the first of these that passes the check

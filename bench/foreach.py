@@ -1,5 +1,7 @@
-"""Optimizers that torch lacks, as one writes them in plain PyTorch: one _foreach_ call per operation for all tensors of
-a group. What ours must beat where there is no kernel to beat."""
+"""Optimizers that torch lacks, in plain PyTorch: one _foreach_ call per operation for all tensors of a group.
+
+They are the baseline for optimizers without a fused kernel in torch.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ Group = dict[str, Any]
 
 
 class Foreach(torch.optim.Optimizer):
-    """Groups hold "step", the number of updates so far. Subclasses name their states and update one group."""
+    """Base class. A group holds "step", the number of updates so far. Subclasses name their states and define `update`
+    for one group."""
 
     states: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
 
@@ -35,7 +38,7 @@ class Foreach(torch.optim.Optimizer):
 
 
 def advance(group: Group, grads: list[Tensor], states: list[list[Tensor]]) -> tuple[float, float]:
-    """Running averages of the gradients and their squares. Returns both bias corrections."""
+    """Updates the running averages of the gradients and of their squares. Returns both bias corrections."""
     beta1, beta2 = group["betas"]
     torch._foreach_lerp_(states[0], grads, 1 - beta1)
     torch._foreach_mul_(states[1], beta2)
@@ -68,7 +71,7 @@ class ForeachQHAdam(Foreach):
 
 
 class ForeachLAMB(Foreach):
-    """arXiv:1904.00962 with decoupled decay and without clipping."""
+    """arXiv:1904.00962, with decoupled decay and without clipping."""
 
     def update(self, group: Group, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]]) -> None:
         correction1, correction2 = advance(group, grads, states)
@@ -101,7 +104,7 @@ class ForeachLion(Foreach):
 
 
 class TorchSGDW(torch.optim.SGD):
-    """torch's SGD, in any of its implementations, after decoupled decay of the params."""
+    """Decoupled decay of the params, then torch's SGD in any of its implementations."""
 
     def __init__(self, groups: list[Group], **options: Any) -> None:
         super().__init__(

@@ -1,10 +1,10 @@
-"""What does the host pay per tensor? The time of one step over T tensors of one element, fitted as a + b T.
+"""Measures the host overhead per tensor: the time of one step over T tensors of one element, fitted as a + b T.
 
     python bench/host.py --json host.json
-    python bench/host.py --looks --tensors 148,2000    the looks before a step side by side, in warm and in cold caches
+    python bench/host.py --poll --tensors 148,2000     only the change detectors, in warm and in cold caches
 
-On a GPU the time is until step() returns, the device having been idle before; on a CPU it is the whole step, in which
-one element per tensor leaves nothing but the overhead.
+On a GPU the time is until step() returns, on an idle device. On a CPU it is the whole step, which is nothing but
+overhead at one element per tensor.
 """
 
 from __future__ import annotations
@@ -32,15 +32,14 @@ from report import markdown, number
 from workload import Config, Workload
 
 import fused_optim
-from fused_optim.engine import changes as watch
-from fused_optim.engine import modules
+from fused_optim.engine import changes, modules
 
 TENSORS = (1, 10, 148, 500, 2000, 20000)
 PEER_NAMES = ["torch-for", "torch-foreach", "torch-fused", "foreach", "ours"]
 
 
 def measure(tensors: int, optimizer: str, names: list[str], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median µs per step of each peer, which take turns in each round."""
+    """Median µs per step of each peer. The peers take turns in each round."""
     workload = Workload(Config("2000x1000", hot=True, optimizer=optimizer), device, shapes=[(1,)] * tensors)
     steps: dict[str, Step] = {}
     for name in names:
@@ -52,47 +51,49 @@ def measure(tensors: int, optimizer: str, names: list[str], device: torch.device
             step = PEERS[name].build(workload.groups(), workload.config, device).step
             for _ in range(3):
                 step()
-        except Exception as error:  # the others are worth timing all the same
+        except Exception as error:  # the other peers are still timed
             progress(f"{name} left out: {reason_of(error)}", done=True)
             continue
         steps[name] = step
     return host_times(steps, f"{tensors:,} tensors", rounds)
 
 
-LOOKS: dict[str, Callable[[], Any]] = {
+DETECTORS: dict[str, Callable[[], Any]] = {
     "with torch's headers": lambda: modules.load("_poll_aten"),
     "through DLPack": lambda: modules.load("_poll"),
-    "in Python": lambda: watch,
+    "in Python": lambda: changes,
 }
 
 
-def looking(tensors: int, module: Any) -> Any:
-    """What looks at the params, gradients and AdamW's states of so many tensors of 1,000 elements, by that module."""
+def detector_of(tensors: int, module: Any) -> Any:
+    """The change detector of a module, over AdamW with `tensors` params of 1,000 elements, after its first step."""
     params = [torch.nn.Parameter(torch.randn(1000)) for _ in range(tensors)]
     for param in params:
         param.grad = torch.randn(1000)
     optimizer = fused_optim.FusedAdamW(params)
-    with mock.patch.object(modules, "poll", lambda: "Python's own" if module is watch else module):
+    with mock.patch.object(modules, "poll", lambda: "not used here" if module is changes else module):
         optimizer.step()
     assert type(optimizer._detector) is module.ChangeDetector
     return optimizer._detector
 
 
-def measure_looks(tensors: int, cold: bool, rounds: int) -> dict[str, tuple[float, float, float]]:
-    """Of each look: median and least µs, and how many times the first one's in the same round; together with what comes
-    after the step (the gradients are let go, and version counters move on)."""
-    found = {name: module() for name, module in LOOKS.items()}
-    watches = {name: looking(tensors, module) for name, module in found.items() if not isinstance(module, str)}
-    clock, samples = CpuClock(torch.device("cpu")), dict[str, list[float]]((name, []) for name in watches)
+def measure_polls(tensors: int, cold: bool, rounds: int) -> dict[str, tuple[float, float, float]]:
+    """By change detector: median and minimum µs, and the median over rounds of the ratio to the first detector.
 
-    def look_of(watched: Any) -> Callable[[], None]:
-        def look() -> None:
-            assert watched.poll() == 0
-            watched.done()
+    A time covers poll() before the step and done() after it, which releases gradients and advances version counters.
+    """
+    found = {name: module() for name, module in DETECTORS.items()}
+    detectors = {name: detector_of(tensors, module) for name, module in found.items() if not isinstance(module, str)}
+    clock, samples = CpuClock(torch.device("cpu")), dict[str, list[float]]((name, []) for name in detectors)
 
-        return look
+    def poll_of(detector: Any) -> Callable[[], None]:
+        def poll() -> None:
+            assert detector.poll() == 0
+            detector.done()
 
-    steps = {name: look_of(watched) for name, watched in watches.items()}
+        return poll
+
+    steps = {name: poll_of(detector) for name, detector in detectors.items()}
     gc.collect()
     gc.disable()
     try:
@@ -107,18 +108,18 @@ def measure_looks(tensors: int, cold: bool, rounds: int) -> dict[str, tuple[floa
     return {name: (statistics.median(x), min(x), statistics.median(ratios[name])) for name, x in samples.items()}
 
 
-def print_looks(counts: list[int], rounds: int) -> None:
+def print_polls(counts: list[int], rounds: int) -> None:
     rows = []
     for count, cold in itertools.product(counts, (False, True)):
-        for name, (median, least, ratio) in measure_looks(count, cold, rounds).items():
+        for name, (median, least, ratio) in measure_polls(count, cold, rounds).items():
             caches = "cold" if cold else "warm"
             rows.append([f"{count:,}", caches, name, number(median), number(least), f"{ratio:.2f}"])
-    header = ["tensors", "caches", "look", "median µs", "least µs", "times the first"]
-    print("A look before a step of AdamW, and what comes after the step:\n\n" + markdown(header, rows))
+    header = ["tensors", "caches", "change detector", "median µs", "min µs", "ratio to the first"]
+    print("Change detection of one AdamW step, poll() and done() together:\n\n" + markdown(header, rows))
 
 
 def fit(medians: dict[int, float]) -> tuple[float, float]:
-    """a (µs per step) and b (µs per tensor) of the line with the least squares of relative errors."""
+    """a (µs per step) and b (µs per tensor) of the line that fits by least squares of the relative errors."""
     tensors, times = np.array(list(medians), dtype=float), np.array(list(medians.values()))
     design = np.stack([np.ones_like(tensors), tensors], axis=1) / times[:, None]
     a, b = np.linalg.lstsq(design, np.ones_like(times), rcond=None)[0]
@@ -133,17 +134,17 @@ def main() -> int:
     parser.add_argument("--tensors", default=",".join(map(str, TENSORS)), help="how many, comma-separated")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--looks", action="store_true", help="time the looks alone, by all that are built here")
+    parser.add_argument("--poll", action="store_true", help="time only the change detectors, all that are built here")
     options = parser.parse_args()
-    if options.looks:
-        print_looks([int(count) for count in options.tensors.split(",")], options.rounds)
+    if options.poll:
+        print_polls([int(count) for count in options.tensors.split(",")], options.rounds)
         return 0
     usual = [name for name in PEER_NAMES if options.optimizer in PEERS[name].builds]
     names = options.peers.split(",") if options.peers else usual
     if unknown := [name for name in names if name not in PEERS]:
-        parser.error(f"{', '.join(unknown)}: not among {', '.join(PEERS)}")
+        parser.error(f"--peers must name some of {', '.join(PEERS)}, but got {', '.join(unknown)}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("There is no GPU that torch can use on this machine, so nothing was measured.", file=sys.stderr)
+        print("Nothing was measured: torch finds no GPU on this machine.", file=sys.stderr)
         return 2
 
     counts = [int(count) for count in options.tensors.split(",")]
@@ -159,7 +160,7 @@ def main() -> int:
         [name, *(number(value) for value in values.values()), *([f"{a:.1f} + {b:.3f} T"] if fits else [])]
         for (name, values), (a, b) in ((item, fits.get(item[0], (0.0, 0.0))) for item in medians.items())
     ]
-    print("Median µs per step over tensors of one element each:\n\n" + markdown(header, rows))
+    print("Median µs per step over T tensors of one element:\n\n" + markdown(header, rows))
     if options.json:
         content = {"about": describe(torch.device(options.device)), "rounds": options.rounds, "median_us": medians}
         content["fit_us"] = {name: {"per_step": a, "per_tensor": b} for name, (a, b) in fits.items()}

@@ -1,7 +1,7 @@
-// How many instructions a step of the CPU walker executes: a child process takes it one at a time. Compiled together
-// with the CPU walker of any tree, found by -I; WALKER names its instruction set.
-// Arguments: rule, tensors, chunks of each, whether there is an average of the weights, whether gradients are scaled
-// and clipped, dtype codes of param, gradient and states. Prints the instructions of step() and of move().
+// Counts the instructions that a step of the CPU walker executes, by single-stepping a child process.
+// Compiled together with the CPU walker of any tree; -I gives the tree, WALKER the instruction set.
+// Arguments: rule; number of tensors; chunks per tensor; 1 with a weight average, else 0; 1 if gradients are scaled and
+// clipped, else 0; dtype codes of param, gradient and states. Prints the instructions of step() and of move().
 #include <sys/ptrace.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -23,14 +23,14 @@ namespace {
   std::exit(1);
 }
 
-// Up to a constant: that of the two signals.
+// The count includes a constant number of instructions for raising the two signals.
 template <class F>
 long long count_instructions(F&& work) {
   const pid_t child = fork();
   if (child < 0) fail("fork");
   if (child == 0) {
     if (ptrace(PTRACE_TRACEME, 0, nullptr, nullptr) != 0) fail("ptrace");
-    work();  // what the first call alone does is not counted
+    work();  // not counted: the first call also does one-time work
     raise(SIGSTOP);
     work();
     raise(SIGSTOP);

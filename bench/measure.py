@@ -1,4 +1,4 @@
-"""Measures one case: checks every peer's numbers, then times them in turn, A B A B, in one process."""
+"""Measures one case in one process: checks every peer's numbers, then times the peers in turn."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from shapes import CASES, elements
 from workload import Config, Workload, check
 
 FLOOR = "floor"
-FLOORS = 3  # ways of going over memory that take turns with the peers; the fastest is the floor
+FLOORS = 3  # bandwidth probes that take turns with the peers; the fastest is the floor
 Key = TypeVar("Key")
 
 
 def progress(text: str, done: bool = False) -> None:
-    """One line on stderr that overwrites itself on a terminal; only finished lines elsewhere."""
+    """Prints a line on stderr. A terminal shows each line in place of the last; elsewhere only `done` lines appear."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="\n" if done else "", file=sys.stderr, flush=True)
     elif done:
@@ -34,12 +34,12 @@ def progress(text: str, done: bool = False) -> None:
 
 @dataclass
 class Timed:
-    """One peer in one case. samples: lists of equal length, one value per round, keyed as clocks.Times."""
+    """One peer in one case. samples: one value per round, with the keys of clocks.Times; all lists have one length."""
 
     name: str
     backend: str | None = None
-    error: float | None = None  # as a share of the tolerance
-    first_step_s: float | None = None  # the very first step(): state, tables, compilation
+    error: float | None = None  # divided by the tolerance
+    first_step_s: float | None = None  # the first step(), with state creation, tables and compilation
     host_us: float | None = None
     samples: dict[str, list[float]] = field(default_factory=dict)
 
@@ -61,13 +61,16 @@ class Timed:
         return min(self.samples["ms"]) if self.samples else None
 
     def speed(self, other: Timed | None, key: str = "ms") -> float | None:
-        """How many times faster than the other: the median over the rounds, each of which timed both within moments."""
+        """How many times as fast as the other: the median over the rounds of the ratio within a round.
+
+        A round times both shortly after each other, so slow changes of the machine cancel out.
+        """
         if other is None or not other.samples or not self.samples:
             return None
         return statistics.median(b / a for a, b in zip(self.samples[key], other.samples[key], strict=True))
 
     def share_of(self, floor: Timed) -> float | None:
-        """Of the floor's speed, by the device's time where it is known: a copy is one launch, and a step is several."""
+        """The share of the floor's speed. By device time if it is known: the copy is one launch, a step is several."""
         return self.speed(floor, "device_ms" if "device_ms" in self.samples else "ms")
 
 
@@ -80,8 +83,8 @@ class Measured:
     floor: str
     timed: dict[str, Timed]
     skipped: dict[str, str]
-    load: float  # the system's load average when it was done
-    baseline: str  # the peer that ratios are taken to
+    load: float  # the system's load average at the end
+    baseline: str  # the peer that ratios are against
 
     def json(self) -> dict[str, Any]:
         peers = []
@@ -115,7 +118,7 @@ class Measured:
 
 
 def measured_from(content: dict[str, Any]) -> Measured:
-    """What `json` has made of it."""
+    """The inverse of `Measured.json`."""
     names = {entry.name for entry in fields(Timed)}
     timed = {peer["name"]: Timed(**{key: peer[key] for key in names}) for peer in content["peers"]}
     keys = ("tensors", "elements", "bytes", "floor", "skipped", "baseline")
@@ -135,7 +138,11 @@ def free_memory(device: torch.device) -> int:
 
 
 def ready(peer: Peer, workload: Workload, timed: Timed) -> Step:
-    """The peer's step, checked and given the shared states. Raises where it cannot run or its numbers are wrong."""
+    """Builds and checks the peer, gives it the shared states, and returns its step.
+
+    Raises:
+        ArithmeticError: its numbers are wrong. Any other exception comes from the peer.
+    """
     optimizer = peer.build(workload.groups(), workload.config, workload.device)
     timed.backend = backend_of(optimizer, workload.device)
 
@@ -149,7 +156,7 @@ def ready(peer: Peer, workload: Workload, timed: Timed) -> Step:
 
     timed.error = check(workload, step, peer.slack)
     if not timed.error <= 1:
-        raise ArithmeticError(f"numbers are wrong: the largest error is {timed.error:.3g} of the tolerance")
+        raise ArithmeticError(f"wrong numbers: the largest error is {timed.error:.3g} times the tolerance")
     workload.share(optimizer)
     run: Step = torch.compile(optimizer.step) if peer.compiled else optimizer.step
     for _ in range(3):
@@ -160,11 +167,11 @@ def ready(peer: Peer, workload: Workload, timed: Timed) -> Step:
 def measure(
     config: Config, device: torch.device, peers: list[str], baseline: str | None, rounds: int, graph: bool = False
 ) -> Measured | str:
-    """The case's figures, or why it cannot run here. baseline: None for the usual one."""
+    """The figures of the case, or why it cannot run here. baseline: None selects the first of BASELINES that works."""
     gc.collect()
     trim()
     if config.memory() > 0.9 * free_memory(device):
-        return f"needs {config.memory() / 2**30:.1f} GiB, and {free_memory(device) / 2**30:.1f} are free"
+        return f"needs {config.memory() / 2**30:.1f} GiB, but only {free_memory(device) / 2**30:.1f} GiB are free"
     torch.manual_seed(0)
     workload = Workload(config, device)
     timed: dict[str, Timed] = {}
@@ -178,7 +185,7 @@ def measure(
             try:
                 steps[name] = ready(PEERS[name], workload, candidate)
                 timed[name] = candidate
-            except Exception as error:  # whatever a stranger's optimizer raises is the reason why it is not timed
+            except Exception as error:  # a peer can raise anything; the report gives it as the reason
                 reason = reason_of(error)
         if reason is not None:
             skipped[name] = reason
@@ -188,9 +195,9 @@ def measure(
     floors = floor_steps(workload)
     with crowd(len(os.sched_getaffinity(0)) - 1 if config.crowded else 0):
         if isinstance(clock, CpuClock):
-            progress(f"{config}: looking for the floor")
+            progress(f"{config}: selecting bandwidth probes")
             floors = fastest(floors, clock, config.hot, FLOORS)
-        # The best of them takes part in every round as any peer does.
+        # The selected probes take part in every round, like the peers.
         tried = {name: Timed(FLOOR) for name in floors}
         take_turns(config, clock, {**steps, **floors}, {**timed, **tried}, skipped, rounds)
     for name in timed.keys() & skipped.keys():
@@ -219,8 +226,8 @@ def take_turns(
     skipped: dict[str, str],
     rounds: int,
 ) -> None:
-    """Every peer once per round, in random order, so that nobody always follows the same neighbour. One that fails is
-    left out from there on, with what it has shown before."""
+    """Times every peer once per round. The order is random, so that no peer always follows the same one. A peer that
+    fails is removed together with its earlier samples."""
     names, order = list(steps), random.Random(0)
     gc.collect()
     gc.disable()
@@ -248,7 +255,7 @@ def replay_graphs(
     skipped: dict[str, str],
     rounds: int,
 ) -> None:
-    """Times a captured graph of each step: launch-free device time, as a training loop under CUDA graphs sees it."""
+    """Times replays of each step's captured graph: device time without launches, as in a loop under CUDA graphs."""
     config = workload.config
     for name in steps:
         progress(f"{config}: graph of {name}")
@@ -264,7 +271,7 @@ def replay_graphs(
 
 
 def capturable_step(peer: Peer, workload: Workload) -> Step:
-    """Of an optimizer that was told of the graph; many refuse to be captured else. It has stepped once, as it must."""
+    """A step for capture. Many optimizers need capturable=True for that, and all a first step outside the graph."""
     optimizer = peer.build(workload.groups(), workload.config, workload.device, graph=True)
     optimizer.step()
     workload.share(optimizer)
@@ -272,7 +279,8 @@ def capturable_step(peer: Peer, workload: Workload) -> Step:
 
 
 def host_time(config: Config, names: set[str], timed: dict[str, Timed], rounds: int) -> None:
-    """The host's share, which on a CPU nothing tells apart: a step over as many tensors of one element each."""
+    """Sets the host time on a CPU, where a step's overhead cannot be timed by itself: the time of a step over the same
+    number of tensors with one element each."""
     workload = Workload(config, torch.device("cpu"), shapes=[(1,) * len(shape) for shape in CASES[config.case]()])
     probes = {}
     for name in sorted(names):
@@ -287,7 +295,7 @@ def host_time(config: Config, names: set[str], timed: dict[str, Timed], rounds: 
 
 
 def host_times(steps: dict[Key, Step], what: str, rounds: int) -> dict[Key, float]:
-    """Median µs until each step returns, the device being idle; they take turns."""
+    """Median µs until each step returns, on an idle device. The steps take turns."""
     samples: dict[Key, list[float]] = {key: [] for key in steps}
     gc.collect()
     gc.disable()

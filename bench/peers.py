@@ -1,4 +1,4 @@
-"""The optimizers that the benchmarks compare, each with how it is built and where it can run."""
+"""The peers: optimizers that the benchmarks compare, how each is built, and where each runs."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ from family import OPTIMIZERS
 from foreach import ForeachLAMB, ForeachLion, ForeachQHAdam, TorchSGDW
 from workload import DTYPES, Config, Workload
 
-# Last on the path, so that an installed fused_optim goes before the one in the checkout.
+# Last on the path: an installed fused_optim takes precedence over the checkout.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-# build(groups, config, device, graph): the optimizer; the groups hold params and weight_decay. graph: it will be
-# captured in a CUDA graph, so that capturable=True is given to those that have this option.
+# build(groups, config, device, graph) returns the optimizer. The groups hold params and weight_decay. graph: a CUDA
+# graph will capture the step, so optimizers with the option capturable get capturable=True.
 Groups = list[dict[str, Any]]
 Build = Callable[[Groups, Config, torch.device, bool], torch.optim.Optimizer]
 
-# torch.compile unrolls the step over the tensors and takes minutes beyond this many.
+# torch.compile unrolls the step over the tensors. Beyond this number of tensors it takes minutes.
 COMPILE_LIMIT = 500
 
 
 @dataclass(frozen=True)
 class Peer:
-    """builds: how it is made, for each of the optimizers (keys of family.OPTIMIZERS) that it has.
+    """One implementation of one or several optimizers.
 
-    states: the dtype it keeps them in: "param" (the param's), "float32", "own" (its own format), "any" (as told).
-    slack: see workload.check. note: what a reader of the figures should know.
+    builds: a constructor by key of family.OPTIMIZERS.
+    states: the dtype of its states: "param" (as the param), "float32", "own" (its own format), "any" (configurable).
+    slack: see workload.check.
+    note: an explanation for the report.
     """
 
     name: str
@@ -51,7 +53,7 @@ class Peer:
         return self.builds[config.optimizer](groups, config, device, graph)
 
     def why_not(self, workload: Workload) -> str | None:
-        """None where it can run this case, else the reason."""
+        """Why the peer cannot run this case, or None."""
         config = workload.config
         if config.optimizer not in self.builds:
             return f"has no {config.spec.title}"
@@ -64,7 +66,7 @@ class Peer:
         param_dtype, state_dtype = DTYPES[config.dtype]
         keeps = {"param": param_dtype, "float32": torch.float32}.get(self.states, state_dtype)
         if keeps != state_dtype:
-            return f"keeps its states in {str(keeps).removeprefix('torch.')}"
+            return f"stores its states in {str(keeps).removeprefix('torch.')}"
         if self.compiled and len(workload.params) > COMPILE_LIMIT:
             return f"compiling a step over more than {COMPILE_LIMIT} tensors takes minutes"
         return None
@@ -95,7 +97,7 @@ def torch_classes(**options: Any) -> dict[str, Build]:
 
 
 def capturable(cls: Callable[..., torch.optim.Optimizer]) -> Build:
-    """Counts its steps in tensors, so that torch.compile sees no Python number change from step to step."""
+    """Keeps its step counts in tensors: torch.compile recompiles for a Python number that changes at every step."""
 
     def build(groups: Groups, config: Config, device: torch.device, graph: bool) -> torch.optim.Optimizer:
         return made(cls, foreach=True, capturable=device.type == "cuda")(groups, config, device, graph)
@@ -113,8 +115,8 @@ def ours(backend: str, package: str = "fused_optim") -> dict[str, Build]:
     return dict.fromkeys(OPTIMIZERS, build)
 
 
-# How far one update of a peer with 8-bit states may lie from the formula's, as a share of lr: enough to tell a wrong
-# formula, no judgement of its accuracy.
+# Tolerance for one update of a peer with quantised states, as a share of lr. It detects a wrong formula. It does not
+# measure accuracy.
 QUANTISED = 0.5
 
 GPU = ("cuda",)
@@ -137,8 +139,9 @@ PEERS = {
             "torch-fused",
             torch_classes(fused=True),
             amsgrad=True,
-            note="torch has no SGDW: there torch-* are its SGD after a _foreach_mul_ of the params (bench/foreach.py). "
-            "On CPUs the fused SGD of torch 2.13 leaves most of bf16 and float16 params unchanged (pytorch#191763).",
+            note="torch has no SGDW: for it, torch-* are torch's SGD after a _foreach_mul_ of the params "
+            "(bench/foreach.py). On CPUs the fused SGD of torch 2.13 leaves most elements of bf16 and float16 params "
+            "unchanged (pytorch#191763).",
         ),
         Peer(
             "torch-compile",
@@ -153,13 +156,13 @@ PEERS = {
         Peer(
             "foreach",
             {**QHADAM, "lamb": made(ForeachLAMB), "lion": made(ForeachLion)},
-            note="plain PyTorch with torch's _foreach_ functions, as one writes it (bench/foreach.py)",
+            note="plain PyTorch with torch's _foreach_ functions (bench/foreach.py)",
         ),
         Peer(
             "qhoptim",
             {"qhadam": imported("qhoptim.pyt", "QHAdam"), "qhadamw": imported("qhoptim.pyt", "QHAdamW")},
             "qhoptim",
-            note="the package of QHAdam's authors, a loop over the tensors",
+            note="the package of QHAdam's authors; it loops over the tensors",
         ),
         Peer("ours", ours("auto"), "fused_optim", states="any", amsgrad=True),
         *(
@@ -185,7 +188,7 @@ PEERS = {
             },
             "apex",
             GPU,
-            note="Apex's LAMB reads the gradients once more, for their norm, even where nothing is clipped",
+            note="Apex's LAMB reads the gradients once more for their norm, even without clipping",
         ),
         Peer(
             "bitsandbytes",
@@ -211,7 +214,7 @@ PEERS = {
 
 
 def add_ours_at(package: str) -> str:
-    """Another commit's package as one more peer; returns the peer's name."""
+    """Adds the package of another commit as a peer. Returns the peer's name."""
     peer = Peer(
         package.replace("fused_optim_at_", "ours-at-"), ours("auto", package), package, states="any", amsgrad=True
     )
@@ -220,7 +223,7 @@ def add_ours_at(package: str) -> str:
 
 
 def backend_of(optimizer: torch.optim.Optimizer, device: torch.device) -> str | None:
-    """Which backend ours steps that device with; None for other optimizers."""
+    """The backend that our optimizer uses on the device; None for other optimizers."""
     name = getattr(optimizer, "backend", None)
     if not isinstance(name, str):
         return None

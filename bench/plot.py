@@ -1,4 +1,4 @@
-"""A picture of the figures: how many times faster than the baseline, per case and peer, with the floor marked."""
+"""Plots how many times as fast as the baseline each peer is, by case, with the floor marked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLOOR_COLOUR = "#111111"
 
 
 def draw(path: Path, results: list[Measured], title: str) -> None:
-    """One group of horizontal bars per case; a case that its baseline cannot run has no ratio and is left out."""
+    """Draws one group of horizontal bars per case. A case whose baseline was not timed has no ratio and is left out."""
     results = [measured for measured in results if measured.baseline in measured.timed]
     baselines = list(dict.fromkeys(measured.baseline for measured in results))
     names = list(
@@ -88,7 +88,7 @@ def draw(path: Path, results: list[Measured], title: str) -> None:
     axis.tick_params(length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
-    axis.set_xlabel(f"times as fast as {' or '.join(baselines)} (log scale; right of 1 is faster)")
+    axis.set_xlabel(f"times as fast as {' or '.join(baselines)} (log scale; above 1 is faster)")
     axis.set_title(title, loc="left", fontsize=11)
     handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     handles[f"{FLOOR} (same bytes, no arithmetic)"] = handles.pop(FLOOR)

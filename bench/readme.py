@@ -1,4 +1,4 @@
-"""Tables of measured figures in README.md and docs/benchmarks.md, made from the committed JSON.
+"""Writes the tables of measured figures in README.md and docs/benchmarks.md from the committed JSON.
 
 python bench/readme.py           # writes each table between its marks
 python bench/readme.py --check   # exits with 1 and names the page if a table differs from the JSON
@@ -23,14 +23,14 @@ STEPS: dict[str, dict[str, Any]] = {
     "GPT-2 124M, all bfloat16": {"case": "gpt2-124m", "dtype": "bf16"},
     "GPT-2 124M, bfloat16 with float32 states": {"case": "gpt2-124m", "dtype": "bf16-float32-states"},
     "ResNet-50, 161 tensors, float32": {"case": "resnet50", "crowded": False},
-    "the same, beside a busy process for each core but one": {"case": "resnet50", "crowded": True},
+    "the same, with a busy process for each core but one": {"case": "resnet50", "crowded": True},
     "2,000 tensors of 1,000, float32": {"case": "2000x1000", "hot": False},
     "the same, in cache": {"case": "2000x1000", "hot": True},
     "600 tensors of 1,000, in cache": {"case": "600x1000", "crowded": False},
-    "the same, beside a busy process for each core but one, mean": {"case": "600x1000", "crowded": True},
+    "the same, with a busy process for each core but one, mean": {"case": "600x1000", "crowded": True},
     "10,000 tensors of 64, float32": {"case": "10000x64"},
     "465 tensors of 1,000": {"case": "465x1000"},
-    "the same, a group each": {"case": "465-groups"},
+    "the same, one group per tensor": {"case": "465-groups"},
 }
 FAMILY = {"SGD, momentum": "sgd", "SGDW": "sgdw", "QHAdamW": "qhadamw", "LAMB, no clipping": "lamb", "Lion": "lion"}
 FAMILY_CASES = {"GPT-2 124M": "gpt2-124m", "ResNet-50": "resnet50", "2,000 tensors of 1,000": "2000x1000"}
@@ -42,7 +42,7 @@ def results(machine: str, suite: str) -> list[dict[str, Any]]:
 
 
 def find(measured: list[dict[str, Any]], wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of the case with these options, or None: older files have fewer options."""
+    """The result of the case with these options, or None. An option that an older file lacks counts as off."""
     defaults = {"dtype": "float32", "crowded": False, **wanted}
     for result in measured:
         if all(result["config"].get(key, False) == value for key, value in defaults.items()):
@@ -109,12 +109,16 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
 
 
 def filled(page: str, text: str) -> str:
-    """The page's text with every table as the JSON has it."""
+    """The page's text with every table replaced by the one from the JSON.
+
+    Raises:
+        ValueError: the page lacks a table's marks.
+    """
     for name, make in PAGES[page].items():
         begin, end = f"<!-- {name}: by bench/readme.py -->\n", "<!-- end -->\n"
         before, *after = text.split(begin)
         if len(after) != 1 or end not in after[0]:
-            raise ValueError(f"{page} must hold {begin!r} once, with {end!r} after it")
+            raise ValueError(f"{page} must hold {begin!r} once, followed by {end!r}, but does not; add the marks")
         text = before + begin + make() + "\n" + end + after[0].partition(end)[2]
     return text
 
@@ -132,7 +136,8 @@ def main() -> int:
         if not options.check:
             (ROOT / page).write_text(wanted)
     if options.check and stale:
-        print(f"tables differ from the committed JSON in {', '.join(stale)}: python bench/readme.py", file=sys.stderr)
+        pages = ", ".join(stale)
+        print(f"tables in {pages} differ from the committed JSON; run python bench/readme.py", file=sys.stderr)
     return int(options.check and bool(stale))
 
 

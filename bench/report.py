@@ -1,4 +1,4 @@
-"""The figures as a table, as JSON and as a picture."""
+"""Writes the figures as a table, as JSON and as a Markdown page."""
 
 from __future__ import annotations
 
@@ -28,20 +28,22 @@ COLUMNS = [
 GPU_COLUMNS = ["device ms", "graph ms"]
 
 METHOD = """\
-Peers take turns within each round, in random order, on the same memory, with random data; "x {baseline}" and "of floor"
-are medians over the rounds of the ratio within a round. GB/s counts each operand once per read and once per write, from
-the dtypes of the case, whatever a peer really moves. The floor is the fastest of several passes with the bytes of a
-step and no arithmetic, which take part in the same rounds: {floor}. Unless it says hot, everything is flushed from the
-caches before each step. {host} Error is the largest deviation of the params from the optimizer in float64 after three
-steps, as a share of the tolerance that bench/workload.py states; a peer above 1 is not timed."""
+- Rounds: each round times every peer once, in random order, on the same memory, with random data.
+- "x {baseline}" and "of floor": how many times as fast, as the median over the rounds of the ratio within a round.
+- GB/s: each operand counts once per read and once per write, in the dtypes of the case, whatever a peer moves.
+- Floor: the fastest of several bandwidth probes, which move the bytes of a step without arithmetic in the same rounds.
+  Here: {floor}.
+- Caches: flushed before each step, except in cases marked hot.
+{host}
+- Error: the largest deviation of the params from the optimizer in float64 after three steps, divided by the tolerance
+  that bench/workload.py defines. A peer above 1 is not timed."""
 
-BASELINE = f"The baseline of each case is the first of {', '.join(BASELINES)} whose numbers are right."
+BASELINE = f"The baseline of each case is the first of {', '.join(BASELINES)} that passes the check of its numbers."
 
-CPU_HOST = "Host time is that of a step over as many tensors of one element each."
-GPU_HOST = (
-    "ms holds the host's time where the device waits for it, device ms does not, and the floor's share is of the "
-    "latter; host time is until step() returns."
-)
+CPU_HOST = "- Host µs: the time of a step over the same number of tensors with one element each."
+GPU_HOST = """\
+- ms: includes every wait of the device for the host. Device ms does not. "of floor" compares device ms.
+- Host µs: the time until step() returns."""
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -51,13 +53,13 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def column_name(results: list[Measured]) -> str:
-    """What ratios are taken to: the baseline's name where all cases have the same."""
+    """The baseline's name if all cases have the same, else "baseline"."""
     names = {measured.baseline for measured in results if measured.baseline in measured.timed}
     return names.pop() if len(names) == 1 else "baseline"
 
 
 def notes(results: list[Measured]) -> str:
-    """What is to be said of the peers that were timed, one line each."""
+    """The notes on the peers that were timed, one line each."""
     timed = dict.fromkeys(
         name for measured in results if measured.config.optimizer not in AMSGRAD for name in measured.timed
     )
@@ -85,7 +87,7 @@ def row(measured: Measured, timed: Timed, gpu: bool) -> list[str]:
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table that is aligned as plain text too; text columns to the left, numbers to the right."""
+    """A Markdown table that is also aligned as plain text: text columns to the left, numbers to the right."""
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     left = [all(not line[i][:1].isdigit() or " " in line[i] for line in rows if line[i]) for i in range(len(header))]
 
@@ -104,8 +106,8 @@ def table(results: list[Measured], gpu: bool) -> str:
 
 
 def against_table(results: list[Measured], other: str) -> str:
-    """Ours beside another commit's: how many times as fast, by the rounds and by the best of each."""
-    header = ["case", f"{other}, median ms", "ours, median ms", "ours : other, by rounds", "by the minimum"]
+    """Compares ours with another commit: how many times as fast, by the median ratio and by the minima."""
+    header = ["case", f"{other}, median ms", "ours, median ms", "speed-up, by rounds", "speed-up, by minima"]
     rows = []
     for measured in results:
         theirs = measured.timed.get(other)
@@ -120,7 +122,7 @@ def against_table(results: list[Measured], other: str) -> str:
 
 
 def reasons(results: list[Measured], impossible: dict[str, str]) -> str:
-    """Who was left out of which cases, and why: one line per peer and reason."""
+    """Which peers were left out of which cases, and why: one line per peer and reason."""
     cases: dict[tuple[str, str], list[str]] = {}
     for measured in results:
         for name, reason in measured.skipped.items():
@@ -160,7 +162,7 @@ def document(
         f"# {title}",
         f"`{about['command']}`",
         f"{about['device']}{kernel}, {about['threads']} threads; {', '.join(versions)}; commit {about['commit']}; "
-        f"{about['date']}; {rounds} rounds; load average {max(m.load for m in results):.1f} at most.",
+        f"{about['date']}; {rounds} rounds; load average at most {max(m.load for m in results):.1f}.",
         METHOD.format(baseline=column_name(results), floor=floors, host=GPU_HOST if gpu else CPU_HOST),
         *filter(None, [BASELINE if column_name(results) == "baseline" else "", notes(results)]),
         f"![Speed of each peer against {column_name(results)}]({picture})",
@@ -179,7 +181,7 @@ def write_json(path: Path, about: dict[str, Any], results: list[Measured], impos
 
 
 def write_whole(path: Path, text: str) -> None:
-    """A program that is ended while it writes leaves the old file."""
+    """Writes the file in one step: a program that is killed meanwhile leaves the old file intact."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(text)
     unfinished.replace(path)

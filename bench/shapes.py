@@ -1,4 +1,4 @@
-"""The tensor lists that the benchmarks step: real architectures, and many small tensors."""
+"""Tensor shapes of the benchmark cases: real architectures, and many small tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fused_optim.cost.shapes import MODELS, Shape
 
 
 def shard(shapes: list[Shape], shards: int) -> list[Shape]:
-    """One of `shards` equal slices along dimension 0, as FSDP2 lays them out."""
+    """One of `shards` equal slices along dimension 0, as in FSDP2."""
     return [(shape[0] // shards, *shape[1:]) for shape in shapes]
 
 
@@ -32,7 +32,7 @@ CASES: dict[str, Callable[[], list[Shape]]] = {
     "465-groups": lambda: [(1000,)] * 465,
 }
 
-# Cases that say themselves how their tensors are grouped, whatever --groups says.
+# Cases with fixed param groups; --groups does not change them.
 OWN_GROUPS = {"465-groups": "each"}
 
 

@@ -1,4 +1,4 @@
-"""A few steps over awkward tensors with both GPU backends: small enough for compute-sanitizer."""
+"""A few steps over tensors of odd sizes and alignments on both GPU backends. Small enough for compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES = [0, 1, 31, 1000, 4096, 4097, 9000]
 
 
 def tensors(dtype: torch.dtype) -> list[torch.Tensor]:
-    """Each size once aligned, and once two elements into a longer buffer."""
+    """Each size twice: aligned, and as a view that starts at the third element of a longer buffer."""
     views = [torch.randn(size + 4, device="cuda", dtype=dtype)[2 : 2 + size] for size in SIZES]
     return [torch.randn(size, device="cuda", dtype=dtype) for size in SIZES] + views
 

@@ -1,12 +1,12 @@
-"""How does the CPU walker's split of work do on many cores? A simulation, for machines that are not at hand.
+"""Simulates how the CPU walker splits its work over many cores, for machines that are not available.
 
     python bench/split.py                     # 2 sockets of 64 cores, GPT-2 124M
-    python bench/split.py --pieces 31000      # more work per thread
+    python bench/split.py --chunks 500000     # a model of 2 billion params
 
-Threads take pieces as csrc/cpu/threads.cpp has them do it: their own share in order, then the far half of what the
-slowest one has left. A claim costs what an atomic operation on a line of its own costs, or of another core's; a thread
-that has run dry reads a line of each other one. Beside it: one shared counter, whose line goes from core to core, and a
-fixed split. The costs are those of a large server, in nanoseconds.
+Threads take pieces as in csrc/cpu/threads.cpp: first their own share in order, then the far half of the share with the
+most pieces left. A claim costs one atomic operation, on the thread's own cache line or on another core's. A thread
+without work reads the cache line of every thread. Two other splits are simulated for comparison: one shared counter,
+whose cache line moves from core to core, and a fixed split. The costs are those of a large server, in nanoseconds.
 """
 
 from __future__ import annotations
@@ -16,14 +16,21 @@ import heapq
 import random
 from collections.abc import Callable
 
-OWN_LINE, OTHERS_LINE = 10.0, 150.0  # ns of an atomic operation, where nobody else and where somebody else has the line
-SCAN = 20.0  # ns per line that a thread without work looks at: these loads overlap
+OWN_LINE, OTHERS_LINE = 10.0, 150.0  # ns of an atomic operation on a cache line of this core, of another core
+SCAN = 20.0  # ns per cache line that a thread without work reads; these loads overlap
+
+CHUNK, PIECE_CHUNKS = 4096, 16  # elements of a chunk, and the most chunks of a piece
 
 Speeds = list[float]  # ns per piece, by thread
 
 
+def chunks_per_piece(chunks: int, threads: int) -> int:
+    """As in csrc/cpu/threads.cpp: at least 32 pieces for each thread if there are enough chunks."""
+    return max(1, min(chunks // (32 * threads), PIECE_CHUNKS))
+
+
 def shares(pieces: int, speeds: Speeds) -> tuple[float, int]:
-    """Time until the last piece is done, and the number of steals."""
+    """Own shares, then stealing. Returns the time until the last piece is done, and the number of steals."""
     threads = len(speeds)
     left = [[i * pieces // threads, (i + 1) * pieces // threads] for i in range(threads)]
     ready = [(0.0, i) for i in range(threads)]
@@ -49,7 +56,7 @@ def shares(pieces: int, speeds: Speeds) -> tuple[float, int]:
 
 
 def counter(pieces: int, speeds: Speeds) -> tuple[float, int]:
-    """One shared counter and pieces of a quarter of the size: claims come one after the other."""
+    """One shared counter, and pieces of a quarter of the size. Claims are serialised."""
     pieces, speeds = 4 * pieces, [speed / 4 for speed in speeds]
     ready = [(0.0, i) for i in range(len(speeds))]
     free = end = 0.0
@@ -63,35 +70,39 @@ def counter(pieces: int, speeds: Speeds) -> tuple[float, int]:
 
 
 def fixed(pieces: int, speeds: Speeds) -> tuple[float, int]:
+    """Equal shares without stealing."""
     return max(pieces / len(speeds) * speed for speed in speeds), 0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=128)
-    parser.add_argument("--pieces", type=int, default=1906, help="of 65,536 elements; GPT-2 124M has 1,906")
-    parser.add_argument("--gbps", type=float, default=500.0, help="of the whole machine")
+    parser.add_argument("--chunks", type=int, default=30450, help="of 4,096 elements each; GPT-2 124M has 30,450")
+    parser.add_argument("--gbps", type=float, default=500.0, help="bandwidth of the whole machine")
     options = parser.parse_args()
-    piece = 65536 * 28 / options.gbps * options.threads  # ns that one of all threads takes for it
+    per_piece = chunks_per_piece(options.chunks, options.threads)
+    pieces = -(-options.chunks // per_piece)
+    # ns per piece and thread when all threads share the bandwidth: AdamW in float32 moves 28 bytes per element
+    piece = per_piece * CHUNK * 28 / options.gbps * options.threads
     generator = random.Random(0)
     spread = [piece * generator.uniform(0.9, 1.1) for _ in range(options.threads)]
     states: dict[str, Speeds] = {
-        "all alike": [piece] * options.threads,
-        "within 10 %": spread,
-        "one at half speed": [2 * piece, *spread[1:]],
-        "half of them at half speed": [speed * (1 + i % 2) for i, speed in enumerate(spread)],
+        "equal threads": [piece] * options.threads,
+        "threads within 10 %": spread,
+        "one thread at half speed": [2 * piece, *spread[1:]],
+        "half the threads at half speed": [speed * (1 + i % 2) for i, speed in enumerate(spread)],
     }
     splits: dict[str, Callable[[int, Speeds], tuple[float, int]]] = {
         "shares and stealing": shares,
         "one shared counter": counter,
         "fixed": fixed,
     }
-    print(f"{options.threads} threads, {options.pieces} pieces of {piece / 1000:.1f} µs; time over the ideal")
+    print(f"{options.threads} threads, {pieces} pieces of {piece / 1000:.1f} µs; time over the ideal time")
     for state, speeds in states.items():
-        ideal = options.pieces / sum(1 / speed for speed in speeds)
+        ideal = pieces / sum(1 / speed for speed in speeds)
         for name, split in splits.items():
-            end, steals = split(options.pieces, speeds)
-            print(f"{state:27} {name:20} {end / ideal:5.2f}" + (f"  {steals} steals" if steals else ""))
+            end, steals = split(pieces, speeds)
+            print(f"{state:31} {name:20} {end / ideal:5.2f}" + (f"  {steals} steals" if steals else ""))
 
 
 if __name__ == "__main__":

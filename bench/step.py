@@ -1,14 +1,14 @@
-"""How long does one step take? Ours beside its peers, with the ceiling measured in the same run.
+"""Times one optimizer step: ours, its peers, and a bandwidth probe of the same memory traffic, in one run.
 
     python bench/step.py --case gpt2-124m,resnet50 --dtype float32,bf16
     python bench/step.py --optimizer lamb --case resnet50
-    python bench/step.py --case gpt2-124m --against HEAD~1   (another commit's kernels beside ours, in one process)
-    python bench/step.py --suite cpu      (writes bench/results/<machine>/step-cpu.{json,md,png}; the other suites
-                                          likewise: family on the CPU, gpu and gpu-family)
+    python bench/step.py --case gpt2-124m --against HEAD~1   (compares with the kernels of another commit)
+    python bench/step.py --suite cpu      (writes bench/results/<machine>/step-cpu.{json,md,png}; the other suites are
+                                          family on the CPU, gpu and gpu-family)
 
-Every peer's numbers are checked against float64 before it is timed; one that is wrong or cannot run is left out, with
-its reason. Files are written after each case; --resume takes the cases from them that an earlier run has finished.
-Exits with 1 when the numbers of one of ours are wrong.
+Every peer's numbers are checked against float64 before it is timed. A peer that is wrong or cannot run is left out, and
+the output gives the reason. Files are written after each case; --resume keeps the cases that they already hold.
+Exits with 1 if one of our optimizers computes wrong numbers.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ MIN_ROUNDS = 10
 
 
 def listed(known: Collection[str]) -> Callable[[str], list[str]]:
-    """A parser of comma-separated names, each of which must be known."""
+    """A parser of comma-separated names; unknown names are an error."""
 
     def parse(text: str) -> list[str]:
         names = list(dict.fromkeys(text.split(",")))
         if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(known)}")
+            raise argparse.ArgumentTypeError(f"must be among {', '.join(known)}, but got {', '.join(unknown)}")
         return names
 
     return parse
@@ -50,7 +50,7 @@ def listed(known: Collection[str]) -> Callable[[str], list[str]]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=SUITES, help="a whole grid; sets device, optimizers, cases, peers and files")
+    parser.add_argument("--suite", choices=SUITES, help="a fixed grid; sets device, optimizers, cases, peers and files")
     parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--case", type=listed(CASES), default=["gpt2-124m"], help=", ".join(CASES))
@@ -63,10 +63,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--baseline",
         choices=PEERS,
-        help=f"the peer that ratios are taken to: {usual}, the first that works, unless said",
+        help=f"the peer that ratios are against (default: {usual}, the first that works)",
     )
-    parser.add_argument("--against", metavar="COMMIT", help="build that commit too, and compare ours with it")
-    parser.add_argument("--crowded", action="store_true", help="beside a busy process for each core but one")
+    parser.add_argument("--against", metavar="COMMIT", help="also build that commit, and compare ours with it")
+    parser.add_argument("--crowded", action="store_true", help="run a busy process for each core but one meanwhile")
     parser.add_argument("--amsgrad", action="store_true")
     parser.set_defaults(hot=False)
     heat = parser.add_mutually_exclusive_group()
@@ -74,18 +74,18 @@ def arguments() -> argparse.Namespace:
         "--cold", dest="hot", action="store_false", default=False, help="flush the caches before each step (default)"
     )
     heat.add_argument("--hot", dest="hot", action="store_true", help="step twice and time the second")
-    parser.add_argument("--rounds", type=int, help=f"at least {MIN_ROUNDS}; {Suite.rounds} unless said")
-    parser.add_argument("--graph", action="store_true", help="time the replay of a captured CUDA graph too")
-    parser.add_argument("--threads", type=int, help="torch's threads")
+    parser.add_argument("--rounds", type=int, help=f"at least {MIN_ROUNDS} (default: {Suite.rounds})")
+    parser.add_argument("--graph", action="store_true", help="also time the replay of a captured CUDA graph")
+    parser.add_argument("--threads", type=int, help="number of torch's threads")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
-    parser.add_argument("--resume", action="store_true", help="leave out the cases that the JSON file has already")
-    parser.add_argument("--out", type=Path, help="folder for a suite's files, in place of bench/results/<machine>")
+    parser.add_argument("--resume", action="store_true", help="skip the cases that the JSON file already holds")
+    parser.add_argument("--out", type=Path, help="folder for a suite's files (default: bench/results/<machine>)")
     options = parser.parse_args()
     if options.rounds is not None and options.rounds < MIN_ROUNDS:
-        parser.error(f"--rounds must be at least {MIN_ROUNDS}: medians of fewer say little")
+        parser.error(f"--rounds must be at least {MIN_ROUNDS}, or medians are too noisy, but got {options.rounds}")
     if options.amsgrad and options.optimizer not in AMSGRAD:
-        parser.error(f"--amsgrad is an option of {' and '.join(AMSGRAD)}, not of {options.optimizer}")
+        parser.error(f"--amsgrad requires --optimizer {' or '.join(AMSGRAD)}, but got {options.optimizer}")
     return options
 
 
@@ -109,17 +109,17 @@ def main() -> int:
 
 
 def compare(options: argparse.Namespace, other: str | None) -> int:
-    """other: the peer that is ours of another commit."""
+    """Runs all cases. other: the name of the peer that is another commit of ours."""
     suite = chosen(options)
     if suite.device == "cuda" and not torch.cuda.is_available():
-        print("There is no GPU that torch can use on this machine, so nothing was measured.", file=sys.stderr)
+        print("Nothing was measured: torch finds no GPU on this machine.", file=sys.stderr)
         return 2
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(suite.device)
     if device.type == "cpu" and (load := os.getloadavg()[0]) > 0.5:
-        # A parallel region waits for its last thread: one that lost its core costs whole time slices, not per cents.
-        print(f"Load average {load:.1f}: other processes are busy, and will be in the figures.", file=sys.stderr)
+        # A parallel region waits for its last thread. A thread that loses its core delays it by a whole time slice.
+        print(f"Load average {load:.1f}: other busy processes will distort the figures.", file=sys.stderr)
 
     results, impossible = earlier(options, suite, device) if options.resume else ([], {})
     finished = {str(measured.config) for measured in results} | impossible.keys()
@@ -127,7 +127,7 @@ def compare(options: argparse.Namespace, other: str | None) -> int:
         peers = suite.peers_of(config, options.peers, options.baseline) + ([other] if other else [])
         try:
             measured = measure(config, device, peers, options.baseline, options.rounds or suite.rounds, suite.graph)
-        except Exception as error:  # the other cases are worth having all the same
+        except Exception as error:  # the other cases still run
             measured = reason_of(error)
         if isinstance(measured, str):
             impossible[str(config)] = measured
@@ -152,7 +152,7 @@ def compare(options: argparse.Namespace, other: str | None) -> int:
 
 
 def files(options: argparse.Namespace, device: torch.device) -> tuple[Path | None, Path | None, Path | None]:
-    """Where figures go: JSON, Markdown and picture. Only a suite has all three."""
+    """The paths for JSON, Markdown and picture, each None if it is not written. A suite writes all three."""
     if not options.suite:
         return options.json, None, options.plot
     folder = options.out or ROOT / "bench" / "results" / folder_name(device)
@@ -162,7 +162,7 @@ def files(options: argparse.Namespace, device: torch.device) -> tuple[Path | Non
 
 
 def earlier(options: argparse.Namespace, suite: Suite, device: torch.device) -> tuple[list[Measured], dict[str, str]]:
-    """The figures of the cases of this suite that the JSON file has."""
+    """This suite's figures that the JSON file already holds."""
     path = files(options, device)[0]
     if path is None or not path.exists():
         return [], {}
@@ -190,10 +190,10 @@ def write(
 
 
 def finish(options: argparse.Namespace, suite: Suite, results: list[Measured], device: torch.device) -> None:
-    """What is worth saying and drawing of all cases alone."""
+    """Prints the goals and draws the plot. Both need all cases."""
     _, text_file, plot_file = files(options, device)
     if text_file:
-        print(f"\n{goals_table(suite.goals, results)}\n\nWrote {text_file}, and .json and .png beside it")
+        print(f"\n{goals_table(suite.goals, results)}\n\nWrote {text_file}, .json and .png")
     if plot_file:
         try:
             from plot import draw

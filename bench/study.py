@@ -1,15 +1,15 @@
-"""Which optimizer trains best here? The study behind fast.ai's article on AdamW and super-convergence, in small.
+"""Compares how well optimizers train: a small version of the study in fast.ai's article on AdamW and super-convergence.
 
-Adam with L2 and AdamW, each without and with amsgrad, SGDW, AdamWR, QHAdamW and LAMB train an image net from scratch,
-two language models, and a net that is fine-tuned, each with its own lr and decay from a search on validation data;
-1cycle is held against a step and a constant schedule. Every run is a line in runs.jsonl: a study that was stopped goes
-on from there. The page study.md says what came of it.
+The optimizers are Adam with L2 and AdamW, each without and with amsgrad, SGDW, AdamWR, QHAdamW and LAMB. They train an
+image net from scratch, two language models, and a net that is fine-tuned. Each optimizer gets its own lr and decay from
+a search on validation data. A further task compares 1cycle with a step and a constant schedule. Every run is a line in
+runs.jsonl, and a study that was stopped continues from there. The results are in study.md.
 
     python bench/study.py                      about 20 minutes on two cores
     python bench/study.py --quick --out DIR    a smoke run
-    python bench/study.py --data DIR           on CIFAR-10 and WikiText-2, where DIR holds data_batch_1 and so on and
-                                               wiki.train.tokens and so on
-    python bench/study.py --report             the page anew from the runs that are done
+    python bench/study.py --data DIR           on CIFAR-10 and WikiText-2, if DIR holds their files (data_batch_1, ...;
+                                               wiki.train.tokens, ...)
+    python bench/study.py --report             writes the page again from the recorded runs
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Done = list[tuple[Run, Outcome]]
 
 
 def advance(chain: study_plan.Chain, outcome: Outcome | None) -> Run | None:
-    """The chain's next run, after it has been sent the last one's outcome; None at its end."""
+    """Sends the chain the outcome of its last run (None at the start). Returns its next run, or None at its end."""
     try:
         return next(chain) if outcome is None else chain.send(outcome)
     except StopIteration:
@@ -46,7 +46,7 @@ def advance(chain: study_plan.Chain, outcome: Outcome | None) -> Run | None:
 
 
 def recall(chain: study_plan.Chain, run: Run | None, records: Records, done: Done) -> Run | None:
-    """Goes on along the chain over the runs that are recorded, to the first one that is not."""
+    """Moves the chain past its recorded runs, and adds them to `done`. Returns the first run that is not recorded."""
     while run is not None and (outcome := records.get(run)) is not None:
         done.append((run, outcome))
         run = advance(chain, outcome)
@@ -54,7 +54,7 @@ def recall(chain: study_plan.Chain, run: Run | None, records: Records, done: Don
 
 
 def recorded(chains: list[study_plan.Chain], records: Records) -> Done:
-    """The runs of the plan that are recorded; a chain ends at its first one that is not."""
+    """The recorded runs of the plan. Each chain stops at its first run that is not recorded."""
     done: Done = []
     for chain in chains:
         recall(chain, advance(chain, None), records, done)
@@ -62,7 +62,7 @@ def recorded(chains: list[study_plan.Chain], records: Records) -> Done:
 
 
 class Here(Executor):
-    """Does the work in this process, at once."""
+    """Executes the work in this process, inside `submit`."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -73,7 +73,7 @@ class Here(Executor):
 def carry_out(
     chains: list[study_plan.Chain], records: Records, place: Place, executor: Executor, jobs: int
 ) -> Iterator[Run]:
-    """Trains and records what is not recorded yet, this many runs at once; yields each run when it is done."""
+    """Trains and records the runs that are not recorded yet, `jobs` at once. Yields each run when it is done."""
     made = about(place)
     waiting: dict[Future[Outcome], tuple[study_plan.Chain, Run]] = {}
     ready = deque((chain, recall(chain, advance(chain, None), records, [])) for chain in chains)
@@ -87,7 +87,7 @@ def carry_out(
             outcome = future.result()
             records.add(run, outcome, made)
             yield run
-            # In front, so that chain after chain is finished.
+            # In front: one chain is finished before the next one starts.
             ready.appendleft((chain, recall(chain, advance(chain, outcome), records, [])))
 
 
@@ -97,7 +97,7 @@ def about(place: Place) -> dict[str, Any]:
 
 
 def start_worker(threads: int) -> None:
-    """A worker ends with the study, even where that was killed and could tell it nothing."""
+    """Initialises a worker. The worker ends together with the study, even if the study is killed."""
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -118,12 +118,12 @@ def workers(jobs: int, threads: int) -> Executor:
 
 
 def names(known: Iterable[str]) -> Callable[[str], list[str]]:
-    """Reads names between commas, all of them known."""
+    """A parser of comma-separated names; unknown names are an error."""
 
     def read(text: str) -> list[str]:
         found = [name.strip() for name in text.split(",")]
         if unknown := [name for name in found if name not in known]:
-            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known are {', '.join(known)}")
+            raise argparse.ArgumentTypeError(f"must be among {', '.join(known)}, but got {', '.join(unknown)}")
         return found
 
     return read
@@ -136,14 +136,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--optimizers", type=names(optimizers), default=optimizers, metavar="A,B", help=", ".join(optimizers)
     )
-    parser.add_argument("--seeds", type=int, default=None, help="final runs of each optimizer (5, or 2 with --quick)")
-    parser.add_argument("--quick", action="store_true", help="everything once, far too short to mean anything")
+    parser.add_argument("--seeds", type=int, help="final runs of each optimizer (default: 5, or 2 with --quick)")
+    parser.add_argument("--quick", action="store_true", help="runs everything, far too briefly for meaningful results")
     parser.add_argument("--data", type=Path, help="folder with the files of CIFAR-10 or WikiText-2")
     parser.add_argument("--out", type=Path, default=environment.ROOT / "bench" / "results" / "study")
-    parser.add_argument("--report", action="store_true", help="train nothing, write the page from what is recorded")
+    parser.add_argument("--report", action="store_true", help="train nothing; write the page from the recorded runs")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--jobs", type=int, default=cpus, help="runs at once (one for each CPU)")
-    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--jobs", type=int, default=cpus, help="runs at once (default: one for each CPU)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     if options.seeds is None:

@@ -1,4 +1,4 @@
-"""What the study's runs say: about each finding of the article, whether it shows here."""
+"""Tests the findings of the article on the study's runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ METRICS = {
 
 
 class Results:
-    """The runs that are done, by task."""
+    """The runs that are done, selected by task and split."""
 
     def __init__(self, done: Done) -> None:
         self.done = done
@@ -39,7 +39,7 @@ class Results:
         return list(dict.fromkeys((run.optimizer, run.variant) for run, _ in self.of(name, "test")))
 
     def values(self, name: str, optimizer: str, metric: str, variant: str = "") -> dict[int, float]:
-        """By seed; runs that diverged have none."""
+        """The metric of the final runs, by seed. Runs that diverged have no value."""
         return {
             run.seed: outcome[metric]
             for run, outcome in self.of(name, "test")
@@ -51,10 +51,10 @@ class Results:
 
 
 def epochs_to_target(results: Results) -> dict[str, tuple[float, dict[str, dict[int, float]]]]:
-    """By optimizer: the target and, by schedule and seed, after how many epochs a run first reached it.
+    """By optimizer: the target error, and by schedule and seed the first epoch at which a run reached it.
 
-    The target is the error at which the constant schedule ends, mean over seeds. The runs of all lengths count, each at
-    every epoch; a schedule of which none gets there counts as one epoch more than the longest.
+    The target is the final error of the constant schedule, averaged over seeds. Runs of all lengths count, at every
+    epoch. If no run with this schedule and seed reaches the target, the value is one epoch more than the longest run.
     """
     made: dict[str, tuple[float, dict[str, dict[int, float]]]] = {}
     runs = [(run, outcome) for run, outcome in results.of("schedules", "test") if "curve" in outcome]
@@ -78,7 +78,7 @@ def epochs_to_target(results: Results) -> dict[str, tuple[float, dict[str, dict[
 
 @dataclass(frozen=True)
 class Claim:
-    """That the first is better than the second. expected: whether the article found so, None where it says nothing."""
+    """The claim that the first is better than the second. expected: the article's finding, None if it has none."""
 
     finding: str
     text: str
@@ -115,7 +115,7 @@ PAIRS = (
 
 
 def claims(results: Results) -> list[Claim]:
-    """All comparisons for which there are seeds enough."""
+    """All comparisons with enough seeds."""
     made: list[Claim] = []
 
     def compare(
@@ -151,7 +151,7 @@ def claims(results: Results) -> list[Claim]:
 
 
 def sentence(made: list[Claim]) -> str:
-    """What shows in how many of these comparisons."""
+    """How many of these comparisons have which verdict, as a sentence."""
     counts = Counter(claim.found.verdict for claim in made)
     told = ", ".join(f"{verdict} in {count}" for verdict, count in counts.most_common())
     return f"Of {counts.total()} comparisons: {told}."

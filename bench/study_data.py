@@ -1,4 +1,4 @@
-"""What the study trains on: small data that installs with Python and scikit-learn, larger data from files."""
+"""The study's data: small data sets that come with Python and scikit-learn, larger ones from files."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SPLIT_SEED = 20170715  # splits are the same in every run; seeds of runs change weights, order and noise only
+SPLIT_SEED = 20170715  # splits are the same in every run; a run's seed affects only weights, order and noise
 UNKNOWN, END = "<unk>", "<end>"
 
 
 @dataclass(frozen=True)
 class Images:
-    """Each part: images float32 [N, C, H, W], labels int64 [N]."""
+    """Each part is (images float32 [N, C, H, W], labels int64 [N])."""
 
     train: tuple[Tensor, Tensor]
     valid: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
 
     def only(self, classes: range) -> Images:
-        """The images of these classes, which are numbered from 0 then."""
+        """The images of these classes only, with labels from 0."""
 
         def keep(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             images, labels = part
@@ -38,7 +38,7 @@ class Images:
         return Images(keep(self.train), keep(self.valid), keep(self.test))
 
     def first(self, count: int) -> Images:
-        """As many train images of each class at most."""
+        """At most `count` train images of each class."""
         images, labels = self.train
         kept = torch.cat([(labels == label).nonzero()[:count, 0] for label in labels.unique()])
         return Images((images[kept], labels[kept]), self.valid, self.test)
@@ -46,7 +46,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Corpus:
-    """vocabulary: words by number; each part: int64 [N], the words in their order."""
+    """vocabulary: words by number. Each part: int64 [N], the text as word numbers."""
 
     vocabulary: list[str]
     train: Tensor
@@ -55,7 +55,7 @@ class Corpus:
 
 
 def checksum(*tensors: Tensor) -> str:
-    """Names the data in the result file, so that results of other data are never taken for these."""
+    """Identifies the data in the result file, so that results from other data cannot be confused with these."""
     value = 0
     for tensor in tensors:
         value = zlib.crc32(tensor.contiguous().numpy().tobytes(), value)
@@ -67,8 +67,10 @@ def checksum(*tensors: Tensor) -> str:
 
 @lru_cache
 def digits(longest: int) -> Images:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels in -1..1 (UCI repository, E. Alpaydin and C. Kaynak); 600
-    to train on, 300 to validate on; at most this many of each part."""
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels in -1..1 (UCI repository, E. Alpaydin and C. Kaynak).
+
+    600 are for training, 300 for validation, the rest for the test. longest: at most this many images per part.
+    """
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -81,13 +83,14 @@ def digits(longest: int) -> Images:
 
 
 def find(folder: Path | None, name: str) -> Path | None:
-    """The folder in or below this one that holds the file."""
+    """The first folder in or below this one that holds the file, or None."""
     return next((path.parent for path in sorted(folder.rglob(name))), None) if folder else None
 
 
 @lru_cache
 def cifar10(folder: Path, valid: int = 5000) -> Images:
-    """CIFAR-10 from its Python files (A. Krizhevsky, 2009), standardised by channel; the last train images validate."""
+    """CIFAR-10 from its Python files (A. Krizhevsky, 2009), standardised by channel. The last `valid` train images are
+    the validation split."""
 
     def read(names: Iterable[str]) -> tuple[Tensor, Tensor]:
         batches = [pickle.loads((folder / name).read_bytes(), encoding="bytes") for name in names]
@@ -104,19 +107,21 @@ def cifar10(folder: Path, valid: int = 5000) -> Images:
 
 # ---- text
 
-BORDER = re.compile(r"[^a-z\d]*")  # rules of tables and underlines
+BORDER = re.compile(r"[^a-z\d]*")  # table rules and underlines
 WORD = re.compile(r"[a-z]+(?:'[a-z]+)?|\d+|([^\sa-z\d])\1*")
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words, numbers and runs of one punctuation mark."""
+    """Lower-case words, numbers, and runs of one punctuation mark."""
     lines = [line for line in text.lower().splitlines() if not BORDER.fullmatch(line.strip())]
     return [match.group() for line in lines for match in WORD.finditer(line)]
 
 
 def without_repetition(topics: dict[str, str]) -> dict[str, list[str]]:
-    """The words of each topic, less the paragraphs that stand in a longer one too: Python's help repeats whole
-    chapters under several names, and a test on what was trained on would be none."""
+    """The words of each topic. A paragraph that occurs several times is kept once, in the longest topic that has it.
+
+    Python's help repeats whole chapters under several names. Test text must not occur in the training text.
+    """
     seen: set[tuple[str, ...]] = set()
     kept: dict[str, list[str]] = {}
     for name, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
@@ -129,8 +134,11 @@ def without_repetition(topics: dict[str, str]) -> dict[str, list[str]]:
 
 
 def split_topics(topics: dict[str, list[str]], share: float = 0.1) -> Iterator[list[str]]:
-    """Names of the topics to train on, to validate on and to test on. The two held out hold this share of the words
-    each and no topic longer than a quarter of that, so that none is about a single subject."""
+    """Names of the topics for training, validation and test.
+
+    Validation and test get about this share of the words each. No topic in them is longer than a quarter of that, so
+    each covers several subjects.
+    """
     total = sum(map(len, topics.values()))
     names = sorted(topics)
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
@@ -147,7 +155,7 @@ def split_topics(topics: dict[str, list[str]], share: float = 0.1) -> Iterator[l
 
 
 def number(parts: list[list[str]], size: int | None) -> Corpus:
-    """parts: train, valid, test. The vocabulary is the most frequent words of the first one."""
+    """Turns words into numbers. parts: train, valid, test. The vocabulary is the most frequent words of train."""
     counts = Counter(parts[0])
     common = sorted(counts, key=lambda word: (-counts[word], word))
     vocabulary = [UNKNOWN, *(word for word in common if word != UNKNOWN)][:size]
@@ -157,8 +165,10 @@ def number(parts: list[list[str]], size: int | None) -> Corpus:
 
 @lru_cache
 def python_topics(size: int, longest: int) -> Corpus:
-    """The help texts of the running Python (pydoc_data.topics), of which some differ from one Python version to the
-    next. size: words in the vocabulary; longest: at most as many words of each part."""
+    """The help texts of the running Python (pydoc_data.topics). Some of them differ between Python versions.
+
+    size: words in the vocabulary. longest: at most this many words per part.
+    """
     from pydoc_data import topics
 
     texts = without_repetition(topics.topics)

@@ -1,4 +1,4 @@
-"""The image model of the study, and what is done to images before training and at the test."""
+"""The study's image model, its training augmentation and its test-time augmentation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from torch.nn.functional import pad, relu
 
 
 class Block(nn.Module):
-    """Two convolutions, each after batch norm and ReLU, and a shortcut: [N, inputs, H, W] to [N, outputs, h, w]."""
+    """A residual block: two convolutions, each preceded by batch norm and ReLU, and a shortcut.
+
+    Maps [N, inputs, H, W] to [N, outputs, H / stride, W / stride], rounded up.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -57,13 +60,14 @@ class WideResNet(nn.Module):
         return self.head(relu(self.norm(features)).mean((2, 3)))
 
     def depth(self, name: str) -> int:
-        """Of a param, by its name: 0 in the stem, then by stage; the last norm and the head are at the top."""
+        """The depth of a param, by its name: 0 in the stem, then by stage; the last norm and the head are deepest."""
         first, second, *_ = name.split(".")
         return {"stem": 0, "stages": 1 + int(second) if second.isdigit() else 0}.get(first, 1 + len(self.stages))
 
 
 def shifted(images: Tensor, reach: int, generator: torch.Generator, mirror: bool) -> Tensor:
-    """Each image moved by up to reach pixels in both directions, edge pixels filling up, and mirrored half the time."""
+    """Moves each image at random by up to `reach` pixels along both axes, with edge pixels as padding. mirror: also
+    mirrors each image with probability 0.5."""
     count, _, height, width = images.shape
     windows = pad(images, (reach,) * 4, mode="replicate").unfold(2, height, 1).unfold(3, width, 1)
     down, right = torch.randint(2 * reach + 1, (2, count), generator=generator).to(images.device)
@@ -75,8 +79,8 @@ def shifted(images: Tensor, reach: int, generator: torch.Generator, mirror: bool
 
 
 def views(images: Tensor, reach: int, mirror: bool) -> list[Tensor]:
-    """For test-time augmentation: the images as they are, mirrored where that keeps their meaning, and moved by reach
-    pixels to each side."""
+    """The views for test-time augmentation: the plain images, the mirrored ones if `mirror`, and the images moved by
+    `reach` pixels in each of the four directions."""
     _, _, height, width = images.shape
     padded = pad(images, (reach,) * 4, mode="replicate")
     places = [(0, reach), (2 * reach, reach), (reach, 0), (reach, 2 * reach)]
@@ -86,7 +90,7 @@ def views(images: Tensor, reach: int, mirror: bool) -> list[Tensor]:
 
 @torch.no_grad()
 def logits(model: nn.Module, images: Tensor, batch: int = 512) -> Tensor:
-    """[N, classes], the model in its evaluation mode."""
+    """The logits [N, classes], in evaluation mode."""
     model.eval()
     return torch.cat([model(part.contiguous(memory_format=torch.channels_last)) for part in images.split(batch)])
 

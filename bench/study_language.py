@@ -1,5 +1,7 @@
-"""The language models of the study: AWD-LSTM (Merity et al., arXiv:1708.02182) and QRNN (Bradbury et al.,
-arXiv:1611.01576)."""
+"""The study's language models.
+
+AWD-LSTM: Merity et al., arXiv:1708.02182. QRNN: Bradbury et al., arXiv:1611.01576.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,13 @@ State = tuple[Tensor, ...]
 
 
 def locked_dropout(steps: Tensor, p: float, training: bool) -> Tensor:
-    """Drops the same elements of [T, B, H] at each time (variational dropout, Gal and Ghahramani, arXiv:1512.05287)."""
+    """Drops the same elements of [T, B, H] at every time step: variational dropout (Gal and Ghahramani,
+    arXiv:1512.05287)."""
     return steps * dropout(torch.ones_like(steps[:1]), p, training)
 
 
 class DroppedEmbedding(nn.Embedding):
-    """Drops whole words, the same ones for the whole batch: [T, B] numbers to [T, B, H]."""
+    """An embedding that drops whole words, the same ones in the whole batch: word numbers [T, B] to [T, B, H]."""
 
     def __init__(self, words: int, size: int, p: float) -> None:
         super().__init__(words, size)
@@ -29,8 +32,10 @@ class DroppedEmbedding(nn.Embedding):
 
 
 class WeightDropLSTM(nn.Module):
-    """One LSTM layer whose hidden-to-hidden weights are dropped, the same ones for the whole sequence (DropConnect):
-    [T, B, inputs] to [T, B, outputs]."""
+    """One LSTM layer with dropout on its hidden-to-hidden weights, the same for the whole sequence (DropConnect).
+
+    Maps [T, B, inputs] to [T, B, outputs].
+    """
 
     def __init__(self, inputs: int, outputs: int, p: float) -> None:
         super().__init__()
@@ -45,7 +50,7 @@ class WeightDropLSTM(nn.Module):
         return zeros, zeros
 
     def forward(self, steps: Tensor, state: State) -> tuple[Tensor, State]:
-        # nn.LSTM holds its weights in a list of its own, past which a dropped weight set on the module may go unseen.
+        # torch.lstm takes the weights as arguments. nn.LSTM keeps a list of them and can miss one that is replaced.
         weight_hh = dropout(self.weight_hh, self.p, self.training)
         weights = [self.weight_ih, weight_hh, self.bias, torch.zeros_like(self.bias)]
         output, h, c = torch.lstm(steps, state, weights, True, 1, 0.0, self.training, False, False)
@@ -53,8 +58,10 @@ class WeightDropLSTM(nn.Module):
 
 
 def fo_pool(z: Tensor, forget: Tensor, output: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """c_t = f_t c_{t-1} + (1 - f_t) z_t and h_t = o_t c_t. z, forget, output: [T, B, H]; c: [B, H], that before the
-    first step. Returns h [T, B, H] and the last c."""
+    """c_t = f_t c_{t-1} + (1 - f_t) z_t and h_t = o_t c_t.
+
+    z, forget, output: [T, B, H]. c: [B, H], the cell before the first step. Returns h [T, B, H] and the last c.
+    """
     cells = []
     for z_t, f_t in zip(z.unbind(), forget.unbind(), strict=True):
         c = torch.lerp(z_t, c, f_t)
@@ -63,8 +70,8 @@ def fo_pool(z: Tensor, forget: Tensor, output: Tensor, c: Tensor) -> tuple[Tenso
 
 
 class QRNN(nn.Module):
-    """One quasi-recurrent layer: gates by a causal convolution over window words, fo-pooling, zoneout on the forget
-    gate: [T, B, inputs] to [T, B, outputs]."""
+    """One quasi-recurrent layer: gates from a causal convolution over `window` words, fo-pooling, and zoneout on the
+    forget gate. Maps [T, B, inputs] to [T, B, outputs]."""
 
     def __init__(self, inputs: int, outputs: int, window: int, zoneout: float) -> None:
         super().__init__()
@@ -80,7 +87,7 @@ class QRNN(nn.Module):
         past = torch.cat([before, steps])
         seen = torch.cat([past[lag : lag + len(steps)] for lag in range(self.window)], dim=-1)
         z, forget, output = self.gates(seen).chunk(3, dim=-1)
-        # A unit that is zoned out keeps its cell: 1 - f is dropped, and without the usual scaling.
+        # A unit that is zoned out keeps its cell. So 1 - f is dropped, without the usual scaling.
         through = torch.sigmoid(-forget)
         if self.training and self.zoneout:
             through = through * (torch.rand_like(through) >= self.zoneout)
@@ -93,8 +100,8 @@ class QRNN(nn.Module):
 class LanguageModel(nn.Module):
     """Embedding, recurrent layers with locked dropout around them, and a decoder that shares the embedding's weights.
 
-    words: int64 [T, B]; returns logits [T, B, V], the last layer's output before and after its dropout, both
-    [T, B, H], and the state that the next words go on from.
+    words: int64 [T, B]. Returns the logits [T, B, V], the last layer's output before and after its dropout, both
+    [T, B, H], and the state for the next words.
     """
 
     def __init__(
@@ -117,7 +124,7 @@ class LanguageModel(nn.Module):
         return [layer.begin(batch) for layer in self.recurrent]  # type: ignore[operator]
 
     def read(self, words: Tensor, states: list[State]) -> tuple[Tensor, list[State]]:
-        """The last layer's output, before its dropout, and the state to go on from."""
+        """The last layer's output before its dropout, and the state for the next words."""
         steps = locked_dropout(self.embedding(words), self.input_p, self.training)
         after: list[State] = []
         for number, (layer, state) in enumerate(zip(self.recurrent, states, strict=True)):
@@ -128,7 +135,7 @@ class LanguageModel(nn.Module):
         return steps, after
 
     def decode(self, hidden: Tensor) -> Tensor:
-        """[..., H] to logits [..., V]."""
+        """Maps [..., H] to logits [..., V]."""
         return linear(hidden, self.embedding.weight, self.bias)
 
     def forward(self, words: Tensor, states: list[State]) -> tuple[Tensor, Tensor, Tensor, list[State]]:
@@ -142,25 +149,26 @@ def awd_lstm(words: int, size: int, layers: int) -> LanguageModel:
 
 
 def qrnn(words: int, size: int, layers: int) -> LanguageModel:
-    """The first layer sees two words at a time, the others one, as in the AWD-QRNN of Merity et al.,
+    """The window is two words in the first layer and one in the others, as in the AWD-QRNN of Merity et al.,
     arXiv:1803.08240."""
     return LanguageModel([QRNN(size, size, 1 if number else 2, zoneout=0.1) for number in range(layers)], words, size)
 
 
 def activation_penalty(raw: Tensor, dropped: Tensor, alpha: float, beta: float) -> Tensor:
-    """AR and TAR: alpha times the mean square of the dropped output, beta times that of the raw one's changes."""
+    """AR and TAR: alpha times the mean square of the output after dropout, plus beta times the mean square of the
+    differences between consecutive outputs before dropout."""
     return alpha * dropped.square().mean() + beta * (raw[1:] - raw[:-1]).square().mean()
 
 
 def streams(words: Tensor, batch: int) -> Tensor:
-    """Words [N] as [N // batch, batch]: each column goes on through the text; the few that are left over are cut."""
+    """Reshapes words [N] to [N // batch, batch]. Each column is a contiguous part of the text; the remainder is cut."""
     length = len(words) // batch
     return words[: length * batch].view(batch, length).t().contiguous()
 
 
 @torch.no_grad()
 def outputs(model: LanguageModel, words: Tensor, bptt: int = 500) -> Tensor:
-    """The last layer's output for each word of a text [N] read in one stream, in evaluation mode: [N, H]."""
+    """The last layer's output [N, H] for each word of a text [N], read as one stream in evaluation mode."""
     model.eval()
     states, read = model.begin(1), []
     for part in words[:, None].split(bptt):
@@ -171,7 +179,7 @@ def outputs(model: LanguageModel, words: Tensor, bptt: int = 500) -> Tensor:
 
 @torch.no_grad()
 def cross_entropy(model: LanguageModel, words: Tensor, batch: int = 10, bptt: int = 70) -> float:
-    """Mean negative log-probability of the next word, in nats; memory for bptt words at a time only."""
+    """Mean negative log-probability of the next word, in nats. Evaluates bptt words at a time, to save memory."""
     model.eval()
     columns = streams(words, batch).to(model.bias.device)
     states, total = model.begin(batch), 0.0

@@ -1,4 +1,4 @@
-"""Who takes part in the study: optimizers, where the search for their lr and decay starts, and schedules."""
+"""The optimizers of the study, the start points of the search for their lr and decay, and the schedules."""
 
 from __future__ import annotations
 
@@ -22,8 +22,12 @@ Groups = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Contender:
-    """decay: where its search starts. lr: the same, by the kind of task. momentum: least and largest value that 1cycle
-    gives to betas[0] or to momentum. torch_class: torch's own, with its arguments, or None where torch has none."""
+    """An optimizer of the study.
+
+    decay: start point of the search. lr: start points by kind of task. momentum: smallest and largest value that 1cycle
+    gives to betas[0] or momentum. torch_class: torch's own class, with the arguments torch_options; None if torch has
+    none.
+    """
 
     name: str
     make: Callable[[Groups, float], Optimizer]
@@ -35,7 +39,7 @@ class Contender:
     torch_options: dict[str, Any] = field(default_factory=dict)
 
     def peers(self, params: list[Tensor], lr: float, decay: float) -> dict[str, Optimizer]:
-        """torch's own class in its default implementation and in its fused one."""
+        """torch's own class, in its default and in its fused implementation."""
         if self.torch_class is None:
             return {}
         options = {**self.torch_options, "lr": lr, "weight_decay": decay}
@@ -45,7 +49,7 @@ class Contender:
         }
 
 
-# Start points are round numbers about which the optimizers are known to work on nets of this size with 1cycle's peak.
+# The start points are round numbers near peak lrs of 1cycle that are known to work for nets of this size.
 ADAM = {"images": 1e-2, "finetune": 1e-2, "language": 3e-2}
 SGD = {"images": 1e-1, "finetune": 3e-1, "language": 10.0}
 LAMB = {"images": 3e-2, "finetune": 3e-2, "language": 3e-2}
@@ -122,9 +126,15 @@ def scheduler_for(
     batches: int,
     restart: int,
 ) -> LRScheduler:
-    """Stepped after every batch. "1cycle": torch's OneCycleLR; "restarts": cosine from each group's lr, the first
-    period of restart epochs, each next one twice as long; "step": a tenth after half and after three quarters;
-    "constant"."""
+    """The scheduler, to be stepped after every batch.
+
+    "1cycle": torch's OneCycleLR. "restarts": cosine from each group's lr; the first period has `restart` epochs, and
+    each further one is twice as long. "step": a tenth of the lr after one half and again after three quarters.
+    "constant": the lr does not change.
+
+    Raises:
+        ValueError: the schedule is none of these.
+    """
     total = epochs * batches
     if schedule == "1cycle":
         peaks = [float(group["lr"]) for group in optimizer.param_groups]
@@ -136,14 +146,14 @@ def scheduler_for(
         return MultiStepLR(optimizer, [math.ceil(total / 2), math.ceil(total * 3 / 4)], gamma=0.1)
     if schedule == "constant":
         return ConstantLR(optimizer, factor=1.0)
-    raise ValueError(f"The schedule must be 1cycle, restarts, step or constant, but is {schedule!r}")
+    raise ValueError(f"The schedule must be 1cycle, restarts, step or constant, but got {schedule!r}")
 
 
 class Clock:
-    """Times the optimizer and torch's own class side by side in one training.
+    """Times the optimizer and torch's own class in the same training.
 
-    At every few steps torch's class steps copies of the params on the same gradients; all take turns in going first,
-    so that none always finds the gradients in the caches. The model sees nothing of the copies.
+    At every EVERY-th step torch's class also steps, on copies of the params with the same gradients. They take turns in
+    going first, so that none always finds the gradients in cache. The copies do not affect the model.
     """
 
     EVERY = 4
@@ -163,7 +173,7 @@ class Clock:
 
     @property
     def compares(self) -> bool:
-        """Whether the next step is one of those that all take, and whose whole duration counts for nothing."""
+        """Whether all optimizers take the next step. The duration of such a training step is not recorded."""
         return self.count % self.EVERY == self.EVERY - 1
 
     def step(self) -> None:
@@ -178,8 +188,8 @@ class Clock:
         self.count += 1
 
     def summary(self) -> dict[str, float]:
-        """Medians in milliseconds: "whole" training step, and the optimizer's by name; the first tenth, in which
-        states are made and caches fill, is left out."""
+        """Medians in milliseconds: "whole" is the training step; the other keys name the optimizers' steps. The first
+        tenth is left out, because states are created and caches fill there."""
         measured = {"whole": self.whole_ms, **self.step_ms}
         return {name: median(times[math.ceil(len(times) / 10) :] or times) for name, times in measured.items() if times}
 

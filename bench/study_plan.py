@@ -1,6 +1,6 @@
-"""Which runs the study consists of: the settings of its tasks, the search for each optimizer's lr and decay, the seeds.
+"""The plan of the study: settings of the tasks, the search for each optimizer's lr and decay, and the final runs.
 
-A chain is a generator that yields runs and is sent their outcomes; chains do not depend on one another.
+A chain is a generator that yields runs and receives their outcomes. Chains are independent of each other.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ Chain = Generator[Run, Outcome, None]
 Search = Generator[Run, Outcome, tuple[float, float]]
 
 TASKS = ("images", "awd-lstm", "qrnn", "finetune", "schedules")
-SEARCH_SEED = 1000  # far from those of the final runs
+SEARCH_SEED = 1000  # differs from the seeds of the final runs
 LR_FACTOR, DECAY_FACTOR = 10**0.5, 10.0
-CYCLED = ("AdamW", "SGDW")  # who runs in the schedules' task
+CYCLED = ("AdamW", "SGDW")  # the optimizers of the schedules' task
 SCHEDULES = ("1cycle", "step", "constant")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done. lr_trials and decay_trials: runs of one search; lengths: epochs of the schedules' task."""
+    """The amount of work. lr_trials, decay_trials: runs of one search. lengths: epochs in the schedules' task."""
 
     lr_trials: int = 5
     decay_trials: int = 3
@@ -38,8 +38,11 @@ QUICK = Size(lr_trials=2, decay_trials=1, lengths=(1, 2))
 
 
 def ladder(scores: dict[float, float]) -> float:
-    """The rung to try next, given the scores (less is better) of those tried: 0 first, then beyond the end while the
-    best one is at an end, else half-way from it to its better neighbour."""
+    """The rung to try next. scores: by rung tried so far; less is better.
+
+    The first rung is 0. While the best rung is at an end, the next one lies beyond that end. Otherwise it lies half-way
+    between the best rung and its better neighbour.
+    """
     if not scores:
         return 0.0
     rungs = sorted(scores)
@@ -64,8 +67,8 @@ def score(outcome: Outcome) -> float:
 
 
 def search(make: Callable[[float, float], Run], contender: Contender, kind: str, size: Size) -> Search:
-    """First the lr at the decay to start from, then the decay at the best lr; returns the best pair. Every optimizer
-    has the same number of runs."""
+    """Searches for the lr at the start decay, then for the decay at the best lr. Returns the best pair. Every optimizer
+    gets the same number of runs."""
     lrs: dict[float, float] = {}
     best_lr, best_decay = contender.lr[kind], contender.decay
     while len(lrs) < size.lr_trials:
@@ -87,8 +90,8 @@ Task = dict[str, str | int | float | bool]
 
 
 def tasks(folder: Path | None, quick: bool) -> dict[str, Task]:
-    """Settings of all tasks: on the data in the folder where it holds CIFAR-10 or WikiText-2, else on what comes with
-    Python and scikit-learn."""
+    """The settings of all tasks. The data are CIFAR-10 or WikiText-2 if the folder holds them, else the data that come
+    with Python and scikit-learn."""
     images: Task = {"data": "scikit-learn's digits", "depth": 10, "k": 1, "batch": 32, "reach": 1, "mirror": False}
     images |= {"epochs": 14, "restart": 2, "pretraining": 6, "per class": 10, "small batch": 10}
     images["images"] = 96 if quick else 1000  # at most, of each part
@@ -128,7 +131,7 @@ def tasks(folder: Path | None, quick: bool) -> dict[str, Task]:
 
 
 def contest(task: Task, contender: Contender, variant: str, seeds: range, size: Size) -> Chain:
-    """Searches, then trains with what was found, once for each seed."""
+    """Searches for lr and decay, then trains with them, once for each seed."""
     settings, epochs = tuple(task.items()), int(task["epochs"])
     kind = {"images": "images", "finetune": "finetune"}.get(str(task["name"]), "language")
 
@@ -141,8 +144,8 @@ def contest(task: Task, contender: Contender, variant: str, seeds: range, size: 
 
 
 def race(task: Task, contender: Contender, schedule: str, seeds: range, size: Size) -> Chain:
-    """The schedules' task: lr searched for at one length, then every length with it. A constant schedule needs the
-    longest only: the shorter ones are its beginning."""
+    """The schedules' task: searches for the lr at one length, then trains at every length with it. The constant
+    schedule runs only at the longest length, because its shorter runs are the beginning of that one."""
     settings = tuple((name, value) for name, value in task.items() if name != "epochs")
     middle = size.lengths[len(size.lengths) // 2]
 
@@ -174,7 +177,7 @@ def chains(names: list[str], optimizers: list[str], seeds: range, folder: Path |
 
 
 def count(names: list[str], optimizers: list[str], seeds: range, quick: bool) -> int:
-    """How many runs the plan has; known beforehand, since every search has its fixed number."""
+    """The number of runs in the plan. It is known beforehand, because every search has a fixed number of runs."""
     size = QUICK if quick else Size()
     contest_runs = size.lr_trials + size.decay_trials + len(seeds)
     total = 0

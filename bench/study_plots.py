@@ -1,4 +1,4 @@
-"""The study's pictures."""
+"""The plots of the study."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def save(figure: plt.Figure, out: Path, name: str) -> str:
 
 
 def contest(out: Path, results: Results, name: str) -> str:
-    """One line per optimizer: every seed a dot, the mean a stroke; without and with augmentation or pointer."""
+    """One line per optimizer: a dot per seed and a stroke at the mean, without and with augmentation or pointer."""
     who = results.contestants(name)
     figure, axis = plt.subplots(figsize=(8, 1.1 + 0.42 * len(who)), layout="constrained")
     for metric, colour, offset in zip(METRICS[name], (FIRST, SECOND), (-0.14, 0.14), strict=True):
@@ -55,8 +55,8 @@ def contest(out: Path, results: Results, name: str) -> str:
 
 
 def schedules(out: Path, results: Results) -> str:
-    """Left: error by epoch in the longest runs, mean over seeds, and where shorter ones ended. Right: epochs to the
-    target, every seed a dot. One row per optimizer."""
+    """One row per optimizer. Left: error by epoch in the longest runs, averaged over seeds, and the final errors of all
+    lengths. Right: epochs to the target, a dot per seed."""
     runs = [(run, outcome) for run, outcome in results.of("schedules", "test") if "curve" in outcome]
     optimizers = list(dict.fromkeys(run.optimizer for run, _ in runs))
     targets = epochs_to_target(results)
@@ -83,7 +83,7 @@ def schedules(out: Path, results: Results) -> str:
         left.set_xticks(sorted({run.epochs for run, _ in mine}))
         left.set_ylabel("test error, %")
         left.set_xlabel("epoch")
-        left.set_title(f"{optimizer}: dots are where runs of that length end", loc="left", fontsize=10)
+        left.set_title(f"{optimizer}: dots are final errors of runs of that length", loc="left", fontsize=10)
         left.legend(frameon=False, fontsize=9)
         tidy(left, "both")
         if optimizer in targets:
@@ -97,7 +97,7 @@ def schedules(out: Path, results: Results) -> str:
             right.set_xlim(0, longest + 2)
             right.set_yticks(range(len(reached)), list(reached))
             right.invert_yaxis()
-            right.set_xlabel(f"epochs to {target:.2f} % (right of the line: not reached)")
+            right.set_xlabel(f"epochs to an error of {target:.2f} % (right of the line: not reached)")
             tidy(right, "x")
         else:
             right.set_axis_off()
@@ -105,7 +105,7 @@ def schedules(out: Path, results: Results) -> str:
 
 
 def cost(out: Path, costs: dict[tuple[str, str], dict[str, float]]) -> str:
-    """Milliseconds of one optimizer step: torch's default, torch's fused, ours. One column per task."""
+    """Milliseconds of one optimizer step: torch's default, torch's fused, and ours. One column per task."""
     bars = (("torch", FIRST), ("torch fused", "#5b6b7a"), ("ours", SECOND))
     tasks = list(dict.fromkeys(task for task, _ in costs))
     optimizers = list(dict.fromkeys(optimizer for _, optimizer in costs))

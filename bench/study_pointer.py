@@ -1,5 +1,7 @@
-"""The continuous cache: a language model that points back to the words it has just read (Grave et al.,
-arXiv:1612.04426)."""
+"""The continuous cache pointer: it raises the probability of words that the model has just read.
+
+Source: Grave et al., arXiv:1612.04426.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,12 @@ SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
 
 def cache_weights(hidden: Tensor, start: int, stop: int, theta: float, window: int) -> Tensor:
-    """How much the outputs start..stop of a text look back at each of those before: softmax of theta h_t . h_i over
-    the last window ones. hidden: [N, H]; returns [stop - start, stop - first] with first = max(0, start - window);
-    each line sums to one, but that of the very first output, which has none before it, to nothing."""
+    """The weights of earlier outputs for each of the outputs start..stop: softmax of theta h_t . h_i over the last
+    `window` outputs.
+
+    hidden: [N, H]. Returns [stop - start, stop - first] with first = max(0, start - window). Each row sums to 1, except
+    that of the first output of the text: it has no earlier output and sums to 0.
+    """
     first = max(0, start - window)
     scores = theta * hidden[start:stop] @ hidden[first:stop].t()
     places = torch.arange(first, stop, device=hidden.device)
@@ -29,8 +34,8 @@ def cache_weights(hidden: Tensor, start: int, stop: int, theta: float, window: i
 def cache_probabilities(
     hidden: Tensor, following: Tensor, words: int, theta: float, window: int, block: int = 256
 ) -> Iterator[Tensor]:
-    """For block after block of a text, the cache's probability of each word [block, words]: an output that looks back
-    at an earlier one points to the word that followed that. hidden: [N, H]; following: int64 [N]."""
+    """The cache's probability of each word, [block, words] for one block of the text after the other. The weight of an
+    earlier output counts for the word that followed it. hidden: [N, H]. following: int64 [N]."""
     for start in range(0, len(hidden), block):
         stop = min(start + block, len(hidden))
         weights = cache_weights(hidden, start, stop, theta, window)
@@ -39,15 +44,16 @@ def cache_probabilities(
 
 
 def mixed(model: Tensor, cache: Tensor, filled: Tensor, share: float) -> Tensor:
-    """(1 - share) of the model's probabilities and share of the cache's; the model's alone where the cache is not
-    filled yet. All [N], or model and cache [N, words] and filled [N, 1]."""
+    """(1 - share) times the model's probabilities plus share times the cache's; the model's alone while the cache is
+    empty. All [N], or model and cache [N, words] and filled [N, 1]."""
     share_now = share * filled
     return (1 - share_now) * model + share_now * cache
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The probabilities that model and cache gave to the words that came, and whether the cache held any: all [N]."""
+    """For each word of a text: its probability by the model and by the cache, and 1 if the cache held any word, else 0.
+    All [N]."""
 
     model: Tensor
     cache: Tensor
@@ -60,8 +66,10 @@ class Scored:
 
 @torch.no_grad()
 def score(decode: Callable[[Tensor], Tensor], hidden: Tensor, following: Tensor, theta: float, window: int) -> Scored:
-    """decode: the model's outputs [block, H] to its probabilities [block, words]; one block at a time, since those of
-    a whole text over a whole vocabulary would fill the memory."""
+    """Scores a text. decode: maps the model's outputs [block, H] to its probabilities [block, words].
+
+    It works on one block at a time, because the probabilities of a whole text would not fit in memory.
+    """
     model, cache, filled = [], [], []
     start = 0
     words = decode(hidden[:1]).shape[1]
@@ -78,7 +86,7 @@ def score(decode: Callable[[Tensor], Tensor], hidden: Tensor, following: Tensor,
 def tune(
     decode: Callable[[Tensor], Tensor], hidden: Tensor, following: Tensor, window: int
 ) -> tuple[float, float, float]:
-    """The theta, the share and the nats per word of the mixture that fits a (validation) text best."""
+    """Tries all THETAS and SHARES on a validation text. Returns the best theta, its share and its nats per word."""
     tried = []
     for theta in THETAS:
         scored = score(decode, hidden, following, theta, window)

@@ -1,4 +1,4 @@
-"""The study's runs: what identifies one, and the file that remembers those that are done."""
+"""The study's runs: the configuration that identifies a run, and the file that records the runs that are done."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Outcome = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One training. task: all settings of the task by name, numbers and strings. split: the part of the data that
-    scores it, "valid" in the search and "test" in the end."""
+    """One training. task: all settings of the task, as (name, value). split: the part of the data that scores the run,
+    "valid" in the search and "test" in final runs."""
 
     task: tuple[tuple[str, str | int | float | bool], ...]
     optimizer: str
@@ -32,7 +32,7 @@ class Run:
 
     @property
     def key(self) -> str:
-        """The full configuration as JSON; equal for equal runs in every process."""
+        """The full configuration as JSON. Equal runs have equal keys in every process."""
         return json.dumps({**asdict(self), "task": self.settings}, sort_keys=True)
 
     def __str__(self) -> str:
@@ -43,16 +43,16 @@ class Run:
 class Records:
     """A file of JSON lines, one for each run that is done: {"run": configuration, "outcome": ..., "made": ...}.
 
-    A line that a killed study left unfinished is cut off when the file is opened.
+    A killed study can leave an incomplete last line. Opening the file removes it.
 
     Raises:
-        ValueError: another line is no record.
+        ValueError: any other line is not a record.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.outcomes: dict[str, Outcome] = {}
-        self.made: list[dict[str, Any]] = []  # where and by what, each way once
+        self.made: list[dict[str, Any]] = []  # the distinct machines, versions and commits
         if path.exists():
             self._read()
 
@@ -67,7 +67,7 @@ class Records:
                 self._remember(json.dumps(record["run"], sort_keys=True), record["outcome"], record["made"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"Line {number} of {self.path} must be a record of this study, but is not ({error!r}); remove it"
+                    f"Line {number} of {self.path} must be a record of this study, but is not ({error!r}); delete it"
                 ) from error
 
     def _remember(self, key: str, outcome: Outcome, made: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The study's page: tables, plots, and what they allow to say."""
+"""Writes the study's page: tables, plots and findings."""
 
 from __future__ import annotations
 
@@ -24,46 +24,46 @@ TITLES = {
 
 ABOUT = {
     "images": """\
-A wide ResNet (pre-activation) of depth {depth} and width {k} on {data}, {epochs} epochs in batches of {batch}; each
-train image moved by up to {reach} pixels{mirrored}. Test-time augmentation: the mean of the logits over the plain
-image{mirror_view} and the image moved by {reach} pixels up, down, left and right.""",
+A wide ResNet (pre-activation) of depth {depth} and width {k} trains on {data} for {epochs} epochs in batches of
+{batch}. Each train image is moved at random by up to {reach} pixels{mirrored}. Test-time augmentation averages the
+logits of the plain image{mirror_view} and the image moved by {reach} pixels up, down, left and right.""",
     "language": """\
-{layers} layers of {size} units on {data}, embedding and decoder tied, {epochs} epochs in batches of {batch} x {bptt}
-words, AR {alpha:g} and TAR {beta:g}, gradient norm clipped to 0.25. The pointer looks back over {window} words; its
-sharpness and its share fit the validation text, for each run anew.""",
+{layers} layers of {size} units train on {data} for {epochs} epochs in batches of {batch} x {bptt} words. Embedding and
+decoder are tied. AR is {alpha:g}, TAR is {beta:g}, and the gradient norm is clipped to 0.25. The pointer covers the
+last {window} words. Its sharpness and its share are fitted to the validation text in each run.""",
     "finetune": """\
-The net of the images' task learns classes 0 to 4 first ({pretraining} epochs, AdamW, the same weights for all who go on
-from there), then gets a new head and {per class} images of each of the classes 5 to 9. One learning rate for all, or
-layer-wise ones: each stage 2.6 times less than the one above it.""",
+The net of the images' task first learns classes 0 to 4 with AdamW for {pretraining} epochs, once for each seed. All
+optimizers continue from these weights, with a new head and {per class} images of each of the classes 5 to 9. All layers
+have one learning rate, or they have layer-wise ones: each stage has that of the stage above it divided by 2.6.""",
     "schedules": """\
-The images' task at several lengths. lr was searched for at one length, for each schedule; the decay is the one that the
-search for lr started from. Step: a tenth of the lr after half and after three quarters. The target is the error at
-which the constant schedule ends (mean over seeds); what counts is the first epoch at which one of a schedule's runs, of
-whatever length, is there, and one epoch more than the longest run where none is.""",
+The images' task at several lengths. The lr comes from a search at one length for each schedule. The decay is the start
+point of that search. The step schedule divides the lr by 10 after one half and after three quarters. The target is the
+final error of the constant schedule, averaged over seeds. For each schedule and seed the result is the first epoch at
+which a run of any length reaches the target, or one epoch more than the longest run if none does.""",
 }
 
 COST = """\
-Medians of the final runs, in milliseconds. At every fourth step torch's own class (Adam or AdamW, on copies of the
-params, with the same gradients) stepped beside ours, taking turns in going first: "torch" in its default
-implementation, which is {default}; "torch fused" with fused=True. torch has no SGDW, QHAdamW or LAMB; AdamWR is held
-against torch's AdamW. Shares are of a whole training step: forward, backward, clipping, optimizer and scheduler. With
-more than one job, other runs of the study worked on the other CPUs meanwhile."""
+Medians over the final runs, in milliseconds. At every fourth step torch's own class (Adam or AdamW) also steps, on
+copies of the params with the same gradients; they take turns in going first. "torch" is its default implementation,
+{default}. "torch fused" has fused=True. torch has no SGDW, QHAdamW or LAMB. AdamWR is compared with torch's AdamW.
+Shares are of a whole training step: forward, backward, clipping, optimizer and scheduler. With more than one job, other
+runs of the study were running on the other CPUs."""
 
 INTRODUCTION = """\
-Written by `{command}` from {count:,} runs, which took {minutes:.1f} minutes of one worker each in all, made with:
+Written by `{command}` from {count:,} runs, which took {minutes:.1f} minutes of worker time in total. Made with:
 
 {made}
 
-Each optimizer has its own lr and decay, from a search with the same number of runs for each, on a validation split and
-with a seed of its own; the final runs train on the same data with other seeds and are scored on the test split, which
-nothing else has seen. Adam, AdamW, SGDW, QHAdamW and LAMB follow 1cycle, AdamWR its warm restarts. Numbers are mean ±
-standard deviation over seeds."""
+Each optimizer has its own lr and decay, from a search on a validation split. The search has the same number of runs for
+each optimizer, and a seed that the final runs do not use. The final runs train on the same data with other seeds. They
+are scored on the test split, which the search never sees. Adam, AdamW, SGDW, QHAdamW and LAMB use 1cycle; AdamWR uses
+warm restarts. Numbers are mean ± standard deviation over seeds."""
 
 
 def findings(made: list[Claim]) -> list[str]:
-    """A heading, a sentence and a table for each."""
+    """A heading, a sentence and a table for each finding."""
     parts = []
-    header = ["task", "comparison", "measure", "less by (95 % interval)", "spread over seeds", "what shows"]
+    header = ["task", "comparison", "measure", "less by (95 % interval)", "spread over seeds", "verdict"]
     for finding in dict.fromkeys(claim.finding for claim in made):
         mine = [claim for claim in made if claim.finding == finding]
         rows = [
@@ -108,7 +108,7 @@ def schedules_tables(results: Results) -> str:
                 rows.append([optimizer, f"{target:.2f}", schedule, shown, f"{len(by_seed) - never} of {len(by_seed)}"])
     if rows:
         parts.append(
-            markdown(["optimizer", "target error, %", "schedule", "epochs, median", "seeds that got there"], rows)
+            markdown(["optimizer", "target error, %", "schedule", "epochs, median", "seeds that reached it"], rows)
         )
     return "\n\n".join(parts)
 
@@ -134,7 +134,7 @@ def contest_table(results: Results, name: str) -> str:
 
 
 def search_table(results: Results, name: str) -> str:
-    """All trials: lr / decay: validation score."""
+    """All trials, as "lr / decay: validation score"."""
     trials: dict[tuple[str, ...], list[str]] = {}
     for run, outcome in results.of(name, "valid"):
         who = (run.optimizer, run.variant or run.schedule)
@@ -146,8 +146,8 @@ def search_table(results: Results, name: str) -> str:
 
 
 def costs(results: Results) -> dict[tuple[str, str], dict[str, float]]:
-    """By task and optimizer: medians over the final runs, in milliseconds, of the whole training step and of each
-    optimizer's step."""
+    """Medians over the final runs, in milliseconds, by task and optimizer: the whole training step ("whole") and the
+    step of each optimizer."""
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for run, outcome in results.done:
         if "ours" in outcome.get("cost", {}) and run.split == "test":
@@ -191,7 +191,7 @@ def section(results: Results, name: str, out: Path) -> list[str]:
     else:
         parts += [f"![Every seed]({study_plots.contest(out, results, name)})", contest_table(results, name)]
     what = "nats per word" if kind == "language" else "cross-entropy"
-    log = f"<details><summary>The search: {what} of the validation split, in the order of the trials</summary>"
+    log = f"<details><summary>The search: {what} on the validation split, in the order of the trials</summary>"
     return [*parts, log, search_table(results, name), "</details>"]
 
 
@@ -204,16 +204,16 @@ def write(out: Path, done: Done, made: list[dict[str, Any]], quick: bool) -> Pat
     about = "\n".join("- " + ", ".join(f"{key} {value}" for key, value in way.items() if value) for way in made)
     parts = [
         "# Which optimizer trains best: the study",
-        *(["**A quick run: far too short to mean anything.**"] if quick else []),
+        *(["**A quick run: far too short for meaningful results.**"] if quick else []),
         INTRODUCTION.format(
             command=shlex.join(["python", *sys.argv]), count=len(done), minutes=seconds / 60, made=about
         ),
     ]
-    parts.append("## What shows")
+    parts.append("## Findings")
     if found:
         parts += [RULE.format(count=len(found), expected=len(found) / 20), *findings(found)]
     else:
-        parts.append(f"Nothing can be said: no comparison has the {FEWEST} seeds that one needs.")
+        parts.append(f"There are no findings: no comparison has the required {FEWEST} seeds.")
     for name in TASKS:
         parts += section(results, name, out)
     if measured := costs(results):

@@ -1,4 +1,4 @@
-"""What a few seeds allow to say: means, spreads, and whether a difference shows, by a rule that is fixed beforehand."""
+"""Statistics over a few seeds: means, spreads, and the verdict on a difference, by a rule that was fixed beforehand."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-FEWEST = 3  # seeds of a comparison
+FEWEST = 3  # seeds that a comparison requires
 NOTHING = "no difference shows"
 
 RULE = """\
-Two sides are compared seed by seed: the same seed means the same first weights and the same order of batches. One is
-*better* when the 95 % interval of the mean difference over the seeds (Student's t) leaves zero out and that mean is
-larger than the spread of either side (standard deviation over seeds). It is *slightly* better when the interval leaves
-zero out, but seeds differ by more. Else *no difference shows*, which is no proof that there is none. Of {count}
-comparisons, {expected:.1f} would leave zero out by chance alone if nothing differed."""
+Two sides are compared seed by seed. The same seed means the same initial weights and the same order of batches. The
+verdict depends on the 95 % interval of the mean difference over the seeds (Student's t), and on the spread of each side
+(standard deviation over seeds). One side is *better* if the interval excludes zero and the mean difference is larger
+than both spreads. It is *slightly better* if the interval excludes zero but the mean difference is not larger than both
+spreads. Otherwise *no difference shows*, which does not prove that there is none. Without any real difference,
+{expected:.1f} of {count} intervals would exclude zero by chance."""
 
 
 def spread(values: list[float]) -> float:
-    """Standard deviation of a sample; NaN of a single value."""
+    """Standard deviation of a sample; NaN for a single value."""
     return stdev(values) if len(values) > 1 else math.nan
 
 
@@ -33,8 +34,8 @@ def plus_minus(values: list[float], digits: int = 2) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much less (better) the first one is, seed by seed: mean, half of the 95 % interval, larger spread of the
-    two."""
+    """By how much the first is less than the second; less is better. mean: the mean over seeds. half: half the width of
+    its 95 % interval. spread: the larger spread of the two."""
 
     mean: float
     half: float
@@ -53,7 +54,7 @@ class Difference:
 
 
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference:
-    """Of two sets of values by seed, of which less is better; seeds that only one of them has are left out.
+    """The difference of two sets of values by seed. Less is better. Seeds that only one set has are left out.
 
     Raises:
         ValueError: they share fewer than three seeds.

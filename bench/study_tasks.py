@@ -1,4 +1,4 @@
-"""The tasks of the study: what a run's settings mean, and how it is trained and scored."""
+"""The tasks of the study: trains and scores a run by its settings."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from fused_optim.groups import layerwise
 
 Settings = dict[str, Any]
 LANGUAGE_MODELS = {"awd-lstm": study_language.awd_lstm, "qrnn": study_language.qrnn}
-CLIP = 0.25  # largest gradient norm of a language model, as in AWD-LSTM
-OLD, NEW = range(0, 5), range(5, 10)  # classes to pretrain and to fine-tune on
+CLIP = 0.25  # maximum gradient norm of the language models, as in AWD-LSTM
+OLD, NEW = range(0, 5), range(5, 10)  # classes for pretraining and for fine-tuning
 ONE_LR, LAYERWISE = "one lr", "layer-wise lrs"
-LAYER_FACTOR = 1 / 2.6  # from each stage of the net to the one below it: ULMFiT, Howard and Ruder, arXiv:1801.06146
+LAYER_FACTOR = 1 / 2.6  # lr of each stage relative to the one above it: ULMFiT, Howard and Ruder, arXiv:1801.06146
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where runs find their data and do their work; nothing that changes a result's meaning."""
+    """Where runs find their data and where they execute. It does not affect the results' meaning."""
 
     folder: Path | None = None
     device: str = "cpu"
@@ -40,11 +40,11 @@ class Place:
 
 
 class Diverged(Exception):
-    """The loss is not finite any more."""
+    """The loss is infinite or NaN."""
 
 
 class Learner:
-    """A model's optimizer, schedule and clock. groups: each with its params and its lr."""
+    """A model's optimizer, schedule and clock. groups: param groups, each with its lr."""
 
     def __init__(self, run: Run, groups: Groups, batches: int, clip: float | None = None) -> None:
         contender = CONTENDERS[run.optimizer]
@@ -108,13 +108,13 @@ def wide_resnet(settings: Settings, data: study_data.Images, classes: int, place
 
 
 def error(scores: Tensor, labels: Tensor) -> float:
-    """Percent of the labels that the scores [N, classes] miss."""
+    """Percentage of the labels that the highest of the scores [N, classes] misses."""
     return 100 * (scores.argmax(1) != labels).double().mean().item()
 
 
 def fit_images(run: Run, model: WideResNet, groups: Groups, data: study_data.Images, place: Place) -> Outcome:
-    """Trains, and scores on the run's split: cross-entropy, errors without and with test-time augmentation in percent.
-    Runs of the schedules' task leave a curve: the error after each epoch."""
+    """Trains, and scores on the run's split: the cross-entropy and the error in percent. The test split adds the error
+    with test-time augmentation, and in the schedules' task the curve of the error after each epoch."""
     settings = run.settings
     images, labels = data.train
     reach, mirror = settings["reach"], settings["mirror"]
@@ -154,7 +154,7 @@ def train_images(run: Run, place: Place) -> Outcome:
 
 @lru_cache(maxsize=16)
 def pretrained(task: tuple[tuple[str, str | int | float | bool], ...], seed: int, place: Place) -> dict[str, Tensor]:
-    """The weights of a net that has learned the old classes; the same for every optimizer that goes on from there."""
+    """The weights of a net trained on the old classes with this seed. All optimizers start from the same weights."""
     settings = dict(task)
     data = on_device(images_of(settings, place), place).only(OLD)
     torch.manual_seed(seed)
@@ -190,8 +190,8 @@ def corpus_of(settings: Settings, place: Place) -> study_data.Corpus:
 
 
 def train_language(run: Run, place: Place) -> Outcome:
-    """Scores: nats per word of the validation text; on the test split perplexities without and with the pointer, whose
-    theta and share fit the validation text."""
+    """Trains, and scores the nats per word on the validation text. The test split adds perplexities without and with
+    the pointer, whose theta and share are fitted to the validation text."""
     settings = run.settings
     corpus = corpus_of(settings, place)
     make = LANGUAGE_MODELS[settings["name"]]
@@ -237,11 +237,11 @@ def score_language(model: study_language.LanguageModel, corpus: study_data.Corpu
     }
 
 
-# ---- any of them
+# ---- any task
 
 
 def train(run: Run, place: Place) -> Outcome:
-    """Trains and scores a run. A run that diverged has no score."""
+    """Trains and scores a run. A run that diverges has the score None."""
     name = run.settings["name"]
     work = {"finetune": train_finetune, "awd-lstm": train_language, "qrnn": train_language}.get(name, train_images)
     torch.manual_seed(run.seed)

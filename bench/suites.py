@@ -1,4 +1,4 @@
-"""The grids that the committed results hold, and the goals that their figures are held against."""
+"""The grids of the committed results, and the goals for their figures."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ HOST_US, HOST_US_PER_TENSOR = 20.0, 0.1
 
 @dataclass(frozen=True)
 class Goal:
-    """What ours must reach in one case. Unset: no goal of that kind."""
+    """What our optimizer must reach in one case. None: no goal of that kind."""
 
     share_of_floor: float | None = None
-    speed: float | None = None  # against the case's baseline
-    no_more_than: Config | None = None  # at most 1.1 times the time of ours there
+    speed: float | None = None  # times as fast as the case's baseline
+    no_more_than: Config | None = None  # at most 1.1 times our own time in this other case
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Suite:
         return f"{' and '.join([', '.join(names[:-1]), names[-1]] if names[1:] else names)} on"
 
     def peers_of(self, config: Config, asked: list[str] | None, baseline: str | None) -> list[str]:
-        """Those asked for, or all that have the optimizer; a baseline in any case."""
+        """The peers asked for, or all that have the optimizer. A baseline is always among them."""
         names = asked or [name for name in self.peers if config.optimizer in PEERS[name].builds]
         usual = [name for name in BASELINES if config.optimizer in PEERS[name].builds]
         if baseline is None and not set(usual) & set(names):
@@ -136,7 +136,7 @@ SUITES = {"cpu": CPU, "gpu": GPU, "family": FAMILY, "gpu-family": GPU_FAMILY}
 
 
 def verdicts(goal: Goal, measured: Measured, others: dict[Config, Measured]) -> list[tuple[str, str, str, bool]]:
-    """(peer, goal, figure, met) for each of ours in one case."""
+    """(peer, goal, figure, met) for each of our peers in one case."""
     rows = []
     for timed in (timed for name, timed in measured.timed.items() if name.startswith("ours")):
         for wanted, figure, text in (

@@ -1,11 +1,15 @@
-"""What does it save Hugging Face's Trainer to clip inside the step? Clipping and step, timed in real trainings.
+"""Measures what clipping inside the step saves in Hugging Face's Trainer: clipping and step, timed in real trainings.
 
     python bench/trainer_clip.py          # into bench/results/<machine>/trainer_clip.md and trainer_clip.json
 
-A small GPT-2 is trained on random tokens by four Trainers, which take turns in random order: torch's fused AdamW and
-ours, both clipped by the Trainer, and ours with max_grad_norm inside the step, once with the norm that the Trainer
-computes for its log all the same, and once without (docs/trainers.md says how). The time is that of the Trainer's
-clipping or norm and of optimizer.step() together. All must end with the same params, but for rounding.
+Four Trainers train a small GPT-2 on random tokens, in random order in each round:
+- torch's fused AdamW, clipped by the Trainer
+- ours, clipped by the Trainer
+- ours with max_grad_norm, which clips inside the step; the Trainer still computes the norm for its log
+- the same without the Trainer's norm (see docs/trainers.md)
+
+The time is the sum of the Trainer's clipping or norm and of optimizer.step(). All must end with the same params, except
+for rounding errors.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
 from fused_optim import FusedAdamW
 
-MAX_NORM = 0.5  # below the norms here, so that clipping has to write
+MAX_NORM = 0.5  # below the norms of these gradients, so that clipping scales them
 LR = 1e-4
 STEPS, ROUNDS = 6, 7
 TORCHS, OURS = "torch fused, clipped by the Trainer", "ours, clipped by the Trainer"
@@ -55,7 +59,7 @@ def timed(call: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
 
 
 def train(transformers: Any, peer: str, folder: str) -> tuple[float, torch.nn.Module]:
-    """Milliseconds of clipping and step, the median over a training, and the trained model."""
+    """Trains one model. Returns the median milliseconds of clipping and step together, and the model."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=8192, n_positions=32, n_embd=512, n_layer=8, n_head=8, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
@@ -85,9 +89,12 @@ def train(transformers: Any, peer: str, folder: str) -> tuple[float, torch.nn.Mo
     trainer.optimizer.step = timed(trainer.optimizer.step, steps)
     trainer.train()
     if len(steps) != STEPS or len(clips) not in (0, STEPS):
-        raise RuntimeError(f"{STEPS} steps were to be timed, but {len(steps)} steps and {len(clips)} clippings were")
+        raise RuntimeError(
+            f"{STEPS} steps must be timed, with as many clippings or none, but got {len(steps)} steps and {len(clips)} "
+            "clippings; this benchmark does not support the installed version of transformers"
+        )
     both = [step + clip for step, clip in zip(steps, clips or [0.0] * STEPS, strict=True)]
-    return 1e3 * statistics.median(both[1:]), model  # the first makes states and tables
+    return 1e3 * statistics.median(both[1:]), model  # without the first, which makes states and tables
 
 
 def main() -> None:
@@ -111,10 +118,10 @@ def main() -> None:
         rows.append([peer, f"{statistics.median(times):.1f}", f"{min(times):.1f}", f"{statistics.median(ratios):.2f}"])
     elements = sum(p.numel() for p in models[TORCHS].parameters())
     text = (
-        f"# Clipping in Hugging Face's Trainer\n\n{device_name(device)}, GPT-2 of {elements:,} float32 params, "
+        f"# Clipping in Hugging Face's Trainer\n\n{device_name(device)}, GPT-2 with {elements:,} float32 params, "
         f"{ROUNDS} trainings of {STEPS} steps each.\n\n"
-        + markdown(["clipping and step", "median ms", "least ms", f"x {TORCHS}"], rows)
-        + "\n\nThe ratio is the median over the rounds of the ratio within a round.\n"
+        + markdown(["clipping and step", "median ms", "min ms", f"x {TORCHS}"], rows)
+        + "\n\nThe last column is the median over the rounds of the ratio within a round.\n"
     )
     folder_ = ROOT / "bench" / "results" / folder_name(device)
     folder_.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""The whole update between backward() and the next forward, against torch's composition of the same work.
+"""Times the whole update between backward() and the next forward, against the same work composed of torch's functions.
 
     python bench/update.py                        # every case and feature on the CPU, into bench/results/<machine>/
     python bench/update.py --device cuda --case gpt2-124m --feature clip
 
-Every peer's params are compared with those of torch's composition before anything is timed; peers take turns. Files are
-written after each case; --resume goes on where an earlier run has ended.
+Before the timing every peer's params are compared with those of torch's composition. Peers take turns. Files are
+written after each case; --resume skips the cases that they already hold.
 """
 
 from __future__ import annotations
@@ -32,18 +32,21 @@ from workload import DTYPES, Config, Workload
 
 sys.path.append(str(ROOT))
 
-MAX_NORM = 0.5  # below any of these gradients' norms, so that clipping has to write
+MAX_NORM = 0.5  # below the norm of the gradients in every case, so that clipping scales them
 SCALE = 1024.0
 BASELINE = "torch"
-# (case, dtype, feature): how many times faster than torch's composition ours must be
+# (case, dtype, feature): ours must be this many times as fast as torch's composition
 GOALS = {("resnet50", "float32", "clip"): 1.8, ("gpt2-124m", "bf16", "clip"): 2.2} | {
     (case, dtype, "clip+ema"): 2.0 for case in ("resnet50", "gpt2-124m") for dtype in ("float32", "bf16")
 }
 
-# What is done besides the step: clipping by the global norm; GradScaler's unscaling and its check before that; the
-# division of gradients that were added up over micro-batches; the check that all gradients are finite; the moving
-# average of the weights after it. "clip alone" is
-# clipping in place without a step: torch's function, and ours of the same name.
+# The work besides the step:
+#   clip         clips by the global norm
+#   unscale      GradScaler's unscaling and overflow check, before clipping
+#   accumulate   divides gradients that are sums over micro-batches
+#   skip         skips the step unless all gradients are finite
+#   ema          updates the moving average of the weights after the step
+#   clip alone   clips in place without a step, by torch's clip_grad_norm_ and by ours
 CLIP_ALONE = "clip alone"
 FEATURES = (
     "step",
@@ -60,7 +63,7 @@ EMA_DECAY = 0.999
 
 
 def torch_update(workload: Workload, feature: str, **options: Any) -> Step:
-    """As training loops compose it of torch's functions."""
+    """The update composed of torch's functions, as in training loops."""
     optimizer = torch.optim.AdamW(workload.groups(), lr=LR, **options)
     foreach = True if options.get("foreach") else None
     scaler = torch.amp.GradScaler(workload.device.type, init_scale=SCALE, growth_interval=1 << 30)
@@ -80,10 +83,10 @@ def torch_update(workload: Workload, feature: str, **options: Any) -> Step:
             norm = clip_grad_norm_(workload.params, MAX_NORM, foreach=foreach)
             if feature == CLIP_ALONE:
                 return
-            if "skip" in feature and not norm.isfinite():  # waits for the device, as such loops do
+            if "skip" in feature and not norm.isfinite():  # waits for the device, as in training loops
                 return
         optimizer.step()
-        if averages:  # as torch.optim.swa_utils.get_ema_multi_avg_fn has it
+        if averages:  # as in torch.optim.swa_utils.get_ema_multi_avg_fn
             torch._foreach_lerp_(averages, params, 1 - EMA_DECAY)
 
     return update
@@ -108,7 +111,7 @@ def ours(workload: Workload, feature: str) -> Step:
 
     def update() -> None:
         if "unscale" in feature:
-            # What GradScaler does for an optimizer that scales by itself: it looks for overflow with a scale of 1.
+            # For an optimizer that scales by itself, GradScaler checks for overflow with a scale of 1.
             torch._amp_foreach_non_finite_check_and_unscale_(workload.grads, found, torch.ones_like(scale))
             optimizer.grad_scale, optimizer.found_inf = scale, found  # type: ignore[attr-defined]
             optimizer.step()
@@ -130,7 +133,7 @@ PEERS: dict[str, Callable[[Workload, str], Step]] = {
 
 
 def after_one(workload: Workload, step: Step, feature: str) -> list[torch.Tensor]:
-    """The params (where nothing steps, the gradients) after one update; params and gradients are put back."""
+    """The params after one update; for "clip alone" the gradients. Restores params and gradients."""
     kept = copy.deepcopy([*[p.detach() for p in workload.params], *workload.grads])
     step()
     changed = workload.grads if feature == CLIP_ALONE else workload.params
@@ -141,9 +144,13 @@ def after_one(workload: Workload, step: Step, feature: str) -> list[torch.Tensor
 
 
 def check(workload: Workload, steps: dict[str, Step], feature: str) -> None:
-    """Raises ArithmeticError where a peer's params after its first update are not those of torch's composition."""
+    """Compares each peer's result of the first update with that of torch's composition.
+
+    Raises:
+        ArithmeticError: they differ.
+    """
     eps, slack = torch.finfo(DTYPES[workload.config.dtype][0]).eps, 0.1 * LR
-    if feature == CLIP_ALONE:  # torch sums float32 squares in float32 on the CPU: 1e-3 off in a tensor of 40 million
+    if feature == CLIP_ALONE:  # on the CPU torch sums squares in float32: off by 1e-3 for 40 million elements
         eps, slack = max(eps, 1e-3), torch.finfo(torch.float32).tiny
     with torch.no_grad():
         truth = after_one(workload, steps[BASELINE], feature)
@@ -151,7 +158,7 @@ def check(workload: Workload, steps: dict[str, Step], feature: str) -> None:
             for got, want in zip(after_one(workload, steps[name], feature), truth, strict=True):
                 error = ((got - want).abs() / (eps * want.abs() + slack)).max().item()
                 if not error <= 2:
-                    raise ArithmeticError(f"{name}: an error of {error:.3g} times the tolerance")
+                    raise ArithmeticError(f"{name}: the error must be at most 2 tolerances, but is {error:.3g}")
 
 
 def measure(config: Config, feature: str, device: torch.device, rounds: int) -> dict[str, Any]:
@@ -164,7 +171,7 @@ def measure(config: Config, feature: str, device: torch.device, rounds: int) -> 
             candidate = build(workload, feature)
             check(workload, {BASELINE: steps.get(BASELINE, candidate), name: candidate}, feature)
             steps[name] = candidate
-        except Exception as error:  # the others are worth timing all the same
+        except Exception as error:  # the other peers are still timed
             if name == BASELINE:
                 raise
             skipped[name] = reason_of(error)
@@ -180,7 +187,7 @@ def measure(config: Config, feature: str, device: torch.device, rounds: int) -> 
         for name in names[first:] + names[:first]:
             torch._foreach_copy_(workload.grads, kept)  # torch's composition writes to them
             times = clock.time(steps[name], False)
-            if turn:  # the first round makes states and tables
+            if turn:  # the first round makes states and tables, so it does not count
                 samples[name].append(times["ms"])
     gc.enable()
     progress(f"{config}, {feature}: done", done=True)
@@ -222,11 +229,11 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bf16"])
     parser.add_argument("--feature", nargs="+", choices=FEATURES, default=list(FEATURES))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--resume", action="store_true", help="leave out what update.json has already")
-    parser.add_argument("--out", type=Path, help="folder for update.json and update.md; bench/results/<machine>")
+    parser.add_argument("--resume", action="store_true", help="skip the cases that update.json already holds")
+    parser.add_argument("--out", type=Path, help="folder for update.json, update.md (default: bench/results/<machine>)")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("There is no GPU that torch can use on this machine, so nothing was measured.", file=sys.stderr)
+        print("Nothing was measured: torch finds no GPU on this machine.", file=sys.stderr)
         return 2
     device = torch.device(options.device)
     folder = options.out or ROOT / "bench" / "results" / folder_name(device)
@@ -239,7 +246,7 @@ def main() -> int:
             continue
         try:
             results.append(measure(Config(case, dtype), feature, device, options.rounds))
-        except Exception as error:  # the other cases are worth having all the same
+        except Exception as error:  # the other cases still run
             failed = True
             print(f"{case}, {dtype}, {feature}: {reason_of(error)}", file=sys.stderr, flush=True)
             continue
@@ -253,7 +260,7 @@ def write(folder: Path, results: list[dict[str, Any]], device: torch.device, rou
     write_whole(folder / "update.json", json.dumps({"about": about, "results": results}, indent=1) + "\n")
     facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
     title = f"# The whole update on {device_name(device)}: AdamW, weight decay {WEIGHT_DECAY}"
-    text = f"{title}\n\n{facts}\n\nMedians over {rounds} rounds, peers taking turns.\n\n{table(results)}\n"
+    text = f"{title}\n\n{facts}\n\nMedians over {rounds} rounds. Peers take turns.\n\n{table(results)}\n"
     write_whole(folder / "update.md", text)
 
 

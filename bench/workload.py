@@ -1,4 +1,4 @@
-"""What one benchmark case steps: tensors, groups, the bytes a step must move, and the check of a peer's numbers."""
+"""One benchmark case: its tensors and groups, the bytes that a step must move, and the check of a peer's numbers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from family import LR, OPTIMIZERS, WEIGHT_DECAY, Optimizer, Pass
 from shapes import CASES, OWN_GROUPS, Shape
 from torch import Tensor
 
-# Each with the gradient times this: powers of two are exact, and their signs and sizes tell every beta apart.
+# The gradient's factor in each step of the check. Powers of two are exact; signs and sizes differ, so that a wrong beta
+# changes the result.
 CHECKED_STEPS = (1.0, -0.0625, -0.25)
-SAMPLED = 1024  # elements taken from the head, the tail and the middle of each tensor for the check
-ROUNDINGS = 8  # of lr, see check
-PIECE = 1 << 15  # elements of a tensor that are looked at in float64 at a time
+SAMPLED = 1024  # elements that the check takes from the head and from the tail of each tensor; twice that in between
+ROUNDINGS = 8  # tolerance of an update in units of eps lr, see check
+PIECE = 1 << 15  # elements of a tensor that are converted to float64 at a time
 
 # dtype of params and gradients, dtype of the states
 DTYPES = {
@@ -28,8 +29,8 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Config:
-    """One row of the grid. groups: "one", "two" (decay and no decay), "each" (one per tensor). hot: no flushing.
-    optimizer: a key of family.OPTIMIZERS. crowded: a busy process for each core but one."""
+    """One row of the grid. groups: "one", "two" (decay and no decay), "each" (one per tensor). hot: caches are not
+    flushed. optimizer: a key of family.OPTIMIZERS. crowded: a busy process for each core but one runs meanwhile."""
 
     case: str
     dtype: str = "float32"
@@ -54,21 +55,21 @@ class Config:
         return (*self.spec.states, *(["max_exp_avg_sq"] if self.amsgrad else []))
 
     def memory(self) -> int:
-        """Bytes of params, gradients and states, of the check's copy of the gradients, and of one more set of states,
-        which a peer holds until it shares ours."""
+        """Bytes of params, gradients and states, of the check's copy of the gradients, and of a second set of states:
+        a peer has its own until it gets the shared ones."""
         param, state = (dtype.itemsize for dtype in DTYPES[self.dtype])
         count = sum(int(torch.Size(shape).numel()) for shape in CASES[self.case]())
         return count * (3 * param + 2 * len(self.state_names) * state)
 
 
 def random_gradient(like: Tensor) -> Tensor:
-    """Random signs, sizes between 0.5 and 1.5: squares of much smaller ones vanish from anybody's float16 states."""
+    """Random signs, magnitudes between 0.5 and 1.5. Squares of much smaller values underflow in float16 states."""
     uniform = torch.empty_like(like).uniform_(-1, 1)
     return uniform.add_((uniform >= 0).to(uniform.dtype).sub_(0.5))
 
 
 class Workload:
-    """Params, gradients and states of one case. All peers step the same memory, so that none has luckier pages."""
+    """Params, gradients and states of one case. All peers step the same memory, so page placement favours none."""
 
     def __init__(self, config: Config, device: torch.device, shapes: list[Shape] | None = None) -> None:
         self.config, self.device = config, device
@@ -96,7 +97,7 @@ class Workload:
         return [{"params": self.params, "weight_decay": WEIGHT_DECAY}]
 
     def share(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gives the optimizer our states in place of its own, where those have the same name, shape and dtype."""
+        """Replaces the optimizer's states by the shared ones of the same name, shape and dtype."""
         for index, param in enumerate(self.params):
             state = optimizer.state[param]
             for name, ours in self.states.items():
@@ -110,7 +111,7 @@ class Workload:
 
     @property
     def streams(self) -> dict[str, list[Tensor]]:
-        """The tensors by what they are: "param", "grad", and the states' names."""
+        """The tensors by role: "param", "grad", and the states' names."""
         return {"param": [param.detach() for param in self.params], "grad": self.grads, **self.states}
 
     @property
@@ -118,7 +119,7 @@ class Workload:
         return self.config.spec.passes(self.config.state_names)
 
     def bytes(self) -> int:
-        """What one step must move: each operand of each walk read once, and written once where it is written."""
+        """Bytes that one step must move: each walk reads each operand once, and writes each result once."""
         size = {name: sum(tensor.nbytes for tensor in stream) for name, stream in self.streams.items()}
         return sum(
             sum(size[name] for name in walk.read) + 2 * sum(size[name] for name in walk.written) for walk in self.passes
@@ -126,7 +127,7 @@ class Workload:
 
 
 class Sample:
-    """The same elements of every tensor of a list, as float64: head, tail and some between, all of small ones."""
+    """The same elements of every tensor in a list, as float64: head, tail and some in between; small tensors whole."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.places: list[Tensor | slice] = []
@@ -152,10 +153,10 @@ class Sample:
 def trust_ratios(
     workload: Workload, grads: list[Tensor], decays: list[float], count: int, unit: list[Tensor]
 ) -> list[float]:
-    """‖param‖ / ‖update‖ of each whole tensor in step `count`, in float64; 1 where there is no decay, as in Apex.
+    """‖param‖ / ‖update‖ of each whole tensor in step `count`, in float64. The ratio is 1 without decay, as in Apex.
 
-    grads are the gradients of the first step. All later ones are multiples of them, so the states are too: `unit` holds
-    those that a gradient of 1 leads to.
+    grads: the gradients of the first step. Those of later steps are multiples of them.
+    unit: the states before this step if the first gradient is 1. Those of a gradient g are unit[0] g and unit[1] g².
     """
     ratios = []
     for param, grad, decay in zip(workload.params, grads, decays, strict=True):
@@ -171,11 +172,11 @@ def trust_ratios(
 
 
 def check(workload: Workload, step: Callable[[], Any], slack: float) -> float:
-    """Largest error of the params after three steps against the optimizer in float64, as a share of tolerance.
+    """Largest error of the params after three steps against the optimizer in float64, divided by the tolerance.
 
-    Tolerance per step: 2 eps |param| for the param's roundings and (ROUNDINGS eps + slack) lr for those of the update
-    (lr times the trust ratio where there is one), where eps is that of the coarsest dtype in play, and slack is what a
-    peer with quantised states is allowed on top.
+    Tolerance per step: 2 eps |param| for the roundings of the param, plus (ROUNDINGS eps + slack) lr for those of the
+    update. With a trust ratio, lr is lr times the ratio. eps is that of the coarsest dtype of the case. slack is the
+    allowance for a peer with quantised states.
     """
     spec, config = workload.config.spec, workload.config
     sample = Sample(workload.params)

@@ -2,6 +2,7 @@
 
 from .recipes.groups import EMBEDDINGS as EMBEDDINGS
 from .recipes.groups import NORMS as NORMS
+from .recipes.groups import Group as Group
 from .recipes.groups import depths as depths
 from .recipes.groups import layers as layers
 from .recipes.groups import layerwise as layerwise

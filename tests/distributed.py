@@ -31,7 +31,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import EMULATED, HAS_CUDA, INTERPRETED
+from cases import HAS_CUDA
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 LIMIT = 30  # seconds; a test takes about one
@@ -85,13 +85,6 @@ def in_every_world(body: Callable[..., None]) -> Any:
         [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
     )
     return pytest.mark.parametrize("world", worlds(), ids=str)(test)
-
-
-# These go over numbers of processes, not over backends.
-by_default_backend = pytest.mark.skipif(
-    INTERPRETED or EMULATED,
-    reason="runs with the default backend, in the test run without Triton's interpreter or the emulated CUDA kernels",
-)
 
 
 def run(body: Callable[..., None], arguments: dict[str, Any], folder: Path, limit: float = LIMIT) -> None:

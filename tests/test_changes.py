@@ -26,6 +26,7 @@ from fused_optim import FusedAdamW
 
 SHAPES = [(5, 3), (), (40,), (9,)]
 
+pytestmark = pytest.mark.host
 Change = Callable[[list[torch.nn.Parameter], torch.optim.Optimizer], None]
 
 

@@ -30,6 +30,7 @@ from cases import (
 from compare import assert_equal, assert_like_torch, checked_step, states
 from torch import Tensor
 
+pytestmark = pytest.mark.host
 SHAPES = [(5, 3), (), (0,), (40,)]
 
 WAYS: dict[str, Callable[[Any], Any]] = {"as-is": lambda state: state, "deepcopy": copy.deepcopy}

@@ -107,6 +107,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 @on_every_target
 @pytest.mark.skipif(sys.platform != "linux", reason="says how Linux ends a process that writes where it may not")
 def test_what_is_not_clipped_is_not_written(target: Target) -> None:
@@ -130,6 +131,7 @@ def test_what_is_not_clipped_is_not_written(target: Target) -> None:
     assert done.stdout.startswith("norm 110.8") and done.returncode == -signal.SIGSEGV, (done.stdout, done.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_fork() -> None:
     """A forked child has none of its parent's worker threads."""

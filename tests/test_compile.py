@@ -33,8 +33,8 @@ import fused_optim
 from fused_optim.decay import decoupled
 from fused_optim.schedules import OneCycle
 
+pytestmark = [pytest.mark.once, pytest.mark.slow]  # once: Dynamo sees nothing of a backend
 STEPS, WARM = 5, 2
-# Dynamo sees nothing of a backend: where the rest is the same, one of them will do.
 USABLE = [row for row in targets() if not row.marks]
 ON_GPU = [row for row in USABLE if row.values[0].device == "cuda"]
 on_one_target = pytest.mark.parametrize("target", (ON_GPU or USABLE or targets())[:1])

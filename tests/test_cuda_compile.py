@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT, SETUP, run
 
+pytestmark = pytest.mark.codegen
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 FLAGS: list[str] = SETUP["CUDA_FLAGS"]
 # In PTX, which every CUDA toolkit can print; an access that stands there in asm is one instruction of the GPU, too.

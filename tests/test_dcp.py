@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases import ADAMW, build_torch, copies, make_params, parameters, train
 from compare import assert_equal, assert_like_torch
-from distributed import World, by_default_backend, in_every_world, run, worlds
+from distributed import World, in_every_world, run, worlds
 from spread import (
     CLASSES,
     Spread,
@@ -44,7 +44,7 @@ from torch.distributed.tensor import DTensor
 
 from fused_optim import FusedAdamW, backends
 
-pytestmark = by_default_backend
+pytestmark = pytest.mark.distributed
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 NESTED = StateDictOptions()

@@ -135,6 +135,7 @@ def test_period_and_reference_changed_between_steps(case: Case, target: Target) 
         checked_step(ours, case.rule, 3.0)
 
 
+@pytest.mark.host
 @on_every_target
 @for_every_decoupled
 def test_groups_hold_only_what_their_convention_reads(case: Case, target: Target) -> None:
@@ -149,6 +150,7 @@ def test_groups_hold_only_what_their_convention_reads(case: Case, target: Target
         assert not {"decay", "lr_reference", "decay_period"} & plain
 
 
+@pytest.mark.host
 @on_every_target
 @for_every_decoupled
 @for_every_convention
@@ -180,6 +182,7 @@ def train_alike(optimizers: list[Any]) -> None:
         assert_equal(states(optimizer)[: len(params)], states(optimizers[0]))
 
 
+@pytest.mark.host
 @on_every_target
 @for_every_decoupled
 def test_checkpoints_without_the_keys_leave_ours(case: Case, target: Target) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import parameters
-from distributed import World, by_default_backend, in_every_world, run
+from distributed import World, in_every_world, run
 from spread import CLASSES, ELEMENTWISE, assert_alike, assert_close, assert_same, backward, build, in_turn, make_net
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fused_optim import FusedAdamW
 
-pytestmark = by_default_backend
+pytestmark = pytest.mark.distributed
 
 
 def ddp(world: World, **options: Any) -> nn.Module:

@@ -19,6 +19,7 @@ from commands import ROOT
 import fused_optim
 
 # A test sees to it that nothing public is missing here.
+pytestmark = pytest.mark.slow
 MODULES = [
     "fused_optim",
     *(f"fused_optim.{name}" for name in ("clip", "schedules", "decay", "groups", "lr_finder", "convert")),

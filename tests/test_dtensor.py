@@ -54,6 +54,7 @@ def plain(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+@pytest.mark.host
 @on_every_target
 @for_every_class
 @pytest.mark.parametrize("bound", [None, 0.5])

@@ -149,6 +149,7 @@ def test_what_is_not_finite(case: Case, target: Target) -> None:
 # ---- which averages move
 
 
+@pytest.mark.host
 @on_every_target
 @for_every_rule
 def test_params_without_gradient(case: Case, target: Target) -> None:
@@ -232,6 +233,7 @@ def test_momentum_may_begin_later(target: Target) -> None:
 # ---- decay
 
 
+@pytest.mark.host
 @on_every_target
 @for_every_rule
 def test_a_function_of_the_steps_so_far(case: Case, target: Target) -> None:

@@ -206,6 +206,7 @@ def test_averages_that_cannot_be_told_apart() -> None:
 # ---- what is kept, and what can be saved
 
 
+@pytest.mark.slow
 @on_every_target
 def test_params_that_were_taken_out_are_let_go(target: Target) -> None:
     for case in (ADAMW, BY_NAME["sgdw-nesterov"]):  # the second one counts out of sight

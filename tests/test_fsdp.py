@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import copies, parameters
-from distributed import World, by_default_backend, in_every_world
+from distributed import World, in_every_world
 from looks import LOOKS, class_of, only
 from spread import (
     CLASSES,
@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from fused_optim import FusedAdamW
 from fused_optim.engine import modules
 
-pytestmark = by_default_backend
+pytestmark = pytest.mark.distributed
 
 
 in_every_way = pytest.mark.parametrize("spread", DTENSORS, ids=lambda way: way.__name__)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT
 
+pytestmark = pytest.mark.slow
 SCRIPT = ROOT / "bench" / "gpu.sh"
 
 

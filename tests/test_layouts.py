@@ -12,11 +12,14 @@ import torch
 from cases import (
     ADAMW,
     AMSGRAD,
+    BY_NAME,
     INTERPRETED,
+    ONE_EACH,
     Case,
     Target,
     build,
     build_torch,
+    every,
     for_every_case,
     for_every_class_of_torch,
     for_every_rule,
@@ -137,6 +140,7 @@ hyperparameters = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @on_every_target
 @for_every_case
 @examples(12)
@@ -174,6 +178,7 @@ def test_any_layout(
             guard.assert_nothing_around_moved()
 
 
+@pytest.mark.slow
 @on_every_target
 @for_every_rule
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -226,9 +231,11 @@ def test_states_have_the_layout_of_torchs(case: Case, target: Target, layout: st
         assert key == "step" or value.stride() == torch.zeros_like(guard.param).stride()
 
 
+# Each rule, and Adam and SGD with fewer states: more of a case does not change how a kernel goes over a tensor.
+@pytest.mark.slow
 @pytest.mark.compiled
 @on_every_target
-@for_every_case
+@every([*ONE_EACH, ADAMW, BY_NAME["sgd-plain"]])
 def test_sizes_around_the_chunk(case: Case, target: Target) -> None:
     """Vector widths and chunk borders, all in one step, aligned and off by one element."""
     if INTERPRETED and case is not AMSGRAD:

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from trainers import assert_stepped, assert_trained_alike, loader, loss_of, net, on_cpp, ours, require, run_page, torchs
 
 pytestmark = [
+    pytest.mark.trainers,
     on_cpp,
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),  # advice on workers and logging intervals
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated"),  # how Lightning uses torch

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from trainers import assert_stepped, assert_trained_alike, loader, loss_of, net, on_cpp, run_page
 
+pytestmark = pytest.mark.slow
 MICRO, BOUND = 2, 0.5  # batches per step, and what their mean gradient is clipped to
 Batch = list[Tensor]
 

@@ -96,7 +96,7 @@ def test_every_step_rounds_once(case: Case, target: Target, dtype: torch.dtype) 
     eps = 1e-3 if dtype == torch.float16 else 1e-8
     optimizer = build(case, target, params, **case.known(eps=eps))
     bound = one_step_bound(dtype)
-    for step in range(quick(target, 8, 2)):
+    for step in range(quick(target, 4, 2)):
         set_grads(params, random_grads(params, step))
         checked_step(optimizer, case.rule, bound)
 
@@ -106,7 +106,7 @@ def test_every_step_rounds_once(case: Case, target: Target, dtype: torch.dtype) 
 def test_like_torch_for_loop(case: Case, target: Target) -> None:
     ours = build(case, target, make_params(device=target.device))
     theirs = build_torch(case, make_params(device=target.device))
-    train([ours, theirs], quick(target, 20, 2))
+    train([ours, theirs], quick(target, 8, 2))
     assert_like_torch(ours, theirs)
 
 
@@ -116,7 +116,7 @@ def test_float64_like_torch_for_loop(case: Case, target: Target) -> None:
     """With 29 more bits than float32 the formulas must agree, not only the rounding."""
     ours = build(case, target, make_params(dtype=torch.float64, device=target.device))
     theirs = build_torch(case, make_params(dtype=torch.float64, device=target.device))
-    train([ours, theirs], quick(target, 20, 2))
+    train([ours, theirs], quick(target, 8, 2))
     assert_like_torch(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
@@ -131,7 +131,7 @@ def test_mixed_dtypes_in_one_optimizer(case: Case, target: Target) -> None:
     options = case.known(eps=1e-3, max_grad_norm=None)  # LAMB clips by the norm of all gradients together
     optimizer = build(case, target, mixed, **options)
     alone = [build(case, target, [p], **options) for p in copies(mixed)]
-    for step in range(quick(target, 8, 2)):
+    for step in range(quick(target, 4, 2)):
         grads = random_grads(mixed, step)
         set_grads(mixed, grads)
         optimizer.step()
@@ -150,7 +150,7 @@ def test_mixed_dtypes_in_one_optimizer(case: Case, target: Target) -> None:
 def test_float32_states_for_16bit_params(case: Case, target: Target, dtype: torch.dtype) -> None:
     params = make_params(dtype=dtype, device=target.device)
     optimizer = build(case, target, params, state_dtype=torch.float32, **case.known(eps=1e-3))
-    for step in range(quick(target, 8, 2)):
+    for step in range(quick(target, 4, 2)):
         set_grads(params, random_grads(params, step))
         worst = checked_step(optimizer, case.rule, ONE_STEP)
         assert worst["param"] <= ONE_STEP_16BIT
@@ -158,6 +158,7 @@ def test_float32_states_for_16bit_params(case: Case, target: Target, dtype: torc
         assert all(value.dtype == torch.float32 for value in state.values())
 
 
+@pytest.mark.slow
 @on_every_target
 @for_every_rule
 @pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -247,18 +248,20 @@ def test_lr_zero_moves_nothing(case: Case, target: Target, dtype: torch.dtype) -
     assert all(state["step"] == 2 for state in states(optimizer) if "step" in state)
 
 
+@pytest.mark.slow
 @on_every_target
 @every(RUN, "eps")
 def test_eps_zero(case: Case, target: Target) -> None:
     """Nothing but the elements themselves may be divided: a zero past the end of a tensor would make NaN."""
     params = make_params([(n,) for n in (1, 3, 17, 255, 257)], device=target.device)
     optimizer = build(case, target, params, eps=0.0)
-    for step in range(quick(target, 8, 2)):
+    for step in range(quick(target, 4, 2)):
         set_grads(params, [g.sign() * (g.abs() + 1e-3) for g in random_grads(params, step)])
         checked_step(optimizer, case.rule, ONE_STEP)
         assert all(p.isfinite().all() for p in params)
 
 
+@pytest.mark.slow
 @on_every_target
 @every(ONE_EACH, "betas")
 @pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.0), (0.0, 0.0), (0.99, 0.99999), (0.5, 0.9)], ids=str)
@@ -266,7 +269,7 @@ def test_eps_zero(case: Case, target: Target) -> None:
 def test_unusual_betas(case: Case, target: Target, betas: tuple[float, float], dtype: torch.dtype) -> None:
     params = make_params(dtype=dtype, device=target.device)
     optimizer = build(case, target, params, betas=betas, weight_decay=0.0)
-    for step in range(quick(target, 8, 2)):
+    for step in range(quick(target, 4, 2)):
         set_grads(params, random_grads(params, step))
         # beta1 = 0.9 with beta2 = 0 lets a step grow to any size beside what is averaged; and 1 - beta2**t loses more
         # digits the nearer beta2 is to 1.
@@ -309,7 +312,7 @@ def test_every_group_has_its_own_numbers(case: Case, target: Target) -> None:
     ]
     groups = [{"params": [p], **case.known(**option)} for p, option in zip(params, options, strict=True)]
     optimizer = build(case, target, groups)
-    for step in range(quick(target, 8, 2)):
+    for step in range(quick(target, 4, 2)):
         set_grads(params, random_grads(params, step))
         checked_step(optimizer, case.rule, ONE_STEP)
 

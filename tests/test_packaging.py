@@ -24,6 +24,7 @@ from commands import ROOT, run
 import fused_optim
 from fused_optim.engine import modules
 
+pytestmark = pytest.mark.slow
 VERSION = fused_optim.__version__
 FREE_OF_TORCH = [name for name in modules.NAMES if name != "_poll_aten"]
 BUILD_ENV = {"FUSED_OPTIM_CPP": "0", "PYTHONDONTWRITEBYTECODE": "", "PYTHONWARNINGS": "default"}

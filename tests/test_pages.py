@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from commands import ROOT, run
-from distributed import World, by_default_backend, in_every_world
+from distributed import World, in_every_world
 from pages import PAGES, blocks, examples
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+pytestmark = pytest.mark.slow
 # Their sections run in the tests of these trainers and converters.
 ELSEWHERE = {"docs/trainers.md", "docs/migration.md"}
 DISTRIBUTED = "docs/distributed.md"
@@ -79,7 +80,7 @@ class Net(nn.Module):
         return x
 
 
-@by_default_backend
+@pytest.mark.distributed
 @in_every_world
 def test_the_examples_of_distributed_training_run(world: World, tmp_path: Path) -> None:
     """Each section with a model of its own, whose params its optimizer moves."""

@@ -136,6 +136,7 @@ def trained_by_package(steps: int, betas: tuple[float, float], device: str) -> A
 BETAS = [(0.9, 0.999), (0.99, 0.9), (0.0, 0.999), (0.9, 0.0), (0.0, 0.0), (0.5, 0.5)]
 
 
+@pytest.mark.slow
 @on_every_target
 @pytest.mark.parametrize("steps", [2, 3, 50, 3000])
 @pytest.mark.parametrize("betas", BETAS, ids=str)

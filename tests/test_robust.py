@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 
 import ptx.backends
 import pytest
@@ -42,6 +43,7 @@ from fused_optim.engine import modules
 SHAPES = [(5, 3), (), (40,), (9,)]
 
 
+@pytest.mark.slow
 @on_every_target
 @for_every_case
 def test_two_optimizers_from_two_threads(case: Case, target: Target) -> None:
@@ -72,6 +74,7 @@ def test_two_optimizers_from_two_threads(case: Case, target: Target) -> None:
         assert_equal(states(together[index]), states(alone[index]))
 
 
+@pytest.mark.slow
 @on_every_target
 def test_gil_is_released(target: Target) -> None:
     """With an endless switch interval another thread runs only while somebody lets go of the GIL unasked."""
@@ -119,6 +122,7 @@ def run_python(code: str, timeout: float = 120, **environment: str) -> subproces
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.parametrize("steps_before", [0, 1], ids=["after-import", "after-a-step"])
 def test_fork(steps_before: int) -> None:
@@ -146,11 +150,22 @@ def test_fork(steps_before: int) -> None:
     assert "parent" in done.stdout
 
 
+@pytest.fixture
+def only_new_objects() -> Iterator[None]:
+    """The garbage collector lists no object that is here already, which makes its list short."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def live_tensors() -> int:
     gc.collect()
     return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
 
 
+@pytest.mark.host
+@pytest.mark.usefixtures("only_new_objects")
 @on_every_target
 @for_every_class
 def test_steps_leave_no_tensors_behind(case: Case, target: Target) -> None:
@@ -158,11 +173,14 @@ def test_steps_leave_no_tensors_behind(case: Case, target: Target) -> None:
     optimizer = build(case, target, params)
     train([optimizer], 3)
     before = live_tensors()
+    assert before >= len(params)
     train([optimizer], quick(target, 20, 3))
     optimizer.zero_grad()
     assert live_tensors() <= before
 
 
+@pytest.mark.host
+@pytest.mark.usefixtures("only_new_objects")
 @on_every_target
 @for_every_class
 def test_a_dead_optimizer_lets_its_params_go(case: Case, target: Target) -> None:
@@ -240,6 +258,7 @@ def test_params_that_share_a_block_of_memory(target: Target) -> None:
     assert_like_torch(optimizer, theirs)
 
 
+@pytest.mark.slow
 def test_report_of_backends() -> None:
     """`python -m fused_optim` names every backend, each with ok or the reason why not."""
     from fused_optim import backends
@@ -285,6 +304,7 @@ if "fused_optim._poll" in BLOCKED:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["triton"], ["triton", *(f"fused_optim.{name}" for name in modules.NAMES)]], ids=str)
 def test_import_needs_neither_triton_nor_the_extension(names: list[str]) -> None:
     done = run_python(BLOCKED.replace("{names!r}", repr(names)), TRITON_INTERPRET="0", FUSED_OPTIM_CUDA_EMULATE="0")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +73,30 @@ def test_reads_checkpoints(saved: Any, where: str | None, zipped: bool, tmp_path
         assert "2 running statistics" in text and "1 tensors of dtype int64" in text
 
 
+BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "C64": 8, "F8_E4M3": 1}
+
+
 def save_safetensors(path: Path, tensors: dict[str, tuple[str, list[int]]], **more: Any) -> Path:
-    """The header alone: whoever looks at the data fails."""
-    header = {
-        name: {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]} for name, (dtype, shape) in tensors.items()
-    }
+    """The data are a hole in the file, which takes no room on the disk."""
+    header, end = dict[str, Any](), 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + BYTES[dtype] * prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps({**header, **more}).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(file.tell() + end)
     return path
 
 
 def test_reads_safetensors(tmp_path: Path) -> None:
-    tensors = {"a": ("BF16", [3, 2]), "b.bias": ("F32", [4]), "scalar": ("F64", []), "bn.running_var": ("F32", [4])}
+    tensors = {
+        "a": ("BF16", [3, 2]),
+        "b.bias": ("F32", [4]),
+        "scalar": ("F64", []),
+        "z": ("C64", [2]),
+        "bn.running_var": ("F32", [4]),
+    }
     first = save_safetensors(
         tmp_path / "1.safetensors", {**tensors, "q": ("F8_E4M3", [9])}, __metadata__={"format": "pt"}
     )
@@ -92,11 +106,33 @@ def test_reads_safetensors(tmp_path: Path) -> None:
         "a": ((3, 2), torch.bfloat16),
         "b.bias": ((4,), torch.float32),
         "scalar": ((), torch.float64),
+        "z": ((2,), torch.complex64),
         "c": ((5,), torch.float16),
     }
+    assert all(param.is_meta for param in params.values())
     assert notes == ["Left out: 1 running statistics of norms.", "Left out: 1 tensors of dtype F8_E4M3."]
     with pytest.raises(ValueError, match="c is in more than one"):
         state_dicts.read([second, second])
+
+
+def test_reads_no_data_of_safetensors(tmp_path: Path) -> None:
+    """A file of 2 TiB, which no machine of ours could hold in memory."""
+    path = save_safetensors(tmp_path / "large.safetensors", {"a": ("F32", [2**19, 2**20])})
+    params, _ = state_dicts.read([path])
+    assert shapes_of(params.items()) == {"a": ((2**19, 2**20), torch.float32)}
+
+
+@pytest.mark.parametrize("missing", ["safetensors", "numpy"])
+def test_says_where_safetensors_is_missing(
+    missing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_safetensors(tmp_path / "a.safetensors", {"a": ("F32", [4])})
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--state-dict", str(path), "--gbps", "1"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and f"{path} is read with" in last
+    assert last.endswith(f"but {missing} is not installed; pip install safetensors numpy")
 
 
 class Own:

@@ -1,4 +1,4 @@
-"""How bench/study.py searches, times, remembers and reports."""
+"""How bench/study.py searches, times and remembers, and the statistics that it reports."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 import study
 import study_plan
 import study_tasks
-from study_claims import Claim
+from study_claims import Claim, Results, claims, epochs_to_target
 from study_images import WideResNet
 from study_optimizers import CONTENDERS, Clock, scheduler_for
 from study_records import Outcome, Records, Run
-from study_statistics import difference
+from study_statistics import difference, plus_minus, spread
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +169,7 @@ def test_fine_tuning_starts_from_one_net_and_moves_low_layers_less(monkeypatch: 
     assert data.train[1].unique().tolist() == [0, 1, 2, 3, 4] and weights["head.weight"].shape[0] == 5
 
 
-# ---- result file and page
+# ---- result file
 
 
 def test_a_killed_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +182,7 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest
         return made_up(run)
 
     monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(study.study_report, "write", lambda *_: None)
     tasks = ["images", "finetune", "schedules"]
     arguments = ["--quick", "--jobs", "1", "--seeds", "3", "--out", str(tmp_path), "--tasks", ",".join(tasks)]
     with pytest.raises(KeyboardInterrupt):
@@ -197,12 +200,6 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest
     keys = [json.dumps(json.loads(line)["run"], sort_keys=True) for line in file.read_text().splitlines()]
     assert len(keys) == len(set(keys)) == total
 
-    page = (tmp_path / "study.md").read_text()
-    (tmp_path / "study.md").unlink()
-    monkeypatch.setattr(study, "train", None)
-    study.main([*arguments, "--report"])
-    assert (tmp_path / "study.md").read_text() == page
-
 
 def test_a_line_that_is_no_record_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "runs.jsonl"
@@ -211,23 +208,47 @@ def test_a_line_that_is_no_record_is_refused(tmp_path: Path) -> None:
         Records(file)
 
 
-def test_the_page_of_a_quick_study(tmp_path: Path) -> None:
-    """Trains for real, on everything but the number of steps."""
-    arguments = ["--quick", "--jobs", "1", "--seeds", "3", "--optimizers", "Adam,AdamW", "--out", str(tmp_path)]
-    study.main([*arguments, "--tasks", "images,qrnn"])
-    page = (tmp_path / "study.md").read_text()
-    records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    errors = [
-        record["outcome"]["error"]
-        for record in records
-        if record["run"]["split"] == "test"
-        and record["run"]["optimizer"] == "AdamW"
-        and record["run"]["task"]["name"] == "images"
+# ---- statistics
+
+
+def test_means_and_spreads() -> None:
+    assert spread([2.0, 4.0, 4.0, 4.0, 5.0, 5.0, 7.0, 9.0]) == pytest.approx(math.sqrt(32 / 7))
+    assert math.isnan(spread([3.0]))
+    assert [plus_minus(values) for values in ([1.0, 2.0, 3.0], [2.5], [])] == ["2.00 ± 1.00", "2.50", ""]
+
+
+def final_run(schedule: str, seed: int, curve: list[float]) -> tuple[Run, Outcome]:
+    settings = (("name", "schedules"),)
+    run = Run(settings, "AdamW", 0.1, 0.01, len(curve), schedule, seed, "test", "")
+    return run, {"curve": curve}
+
+
+def test_epochs_to_the_target_by_hand() -> None:
+    """The target is the mean of the constant schedule's last errors: 20."""
+    done = [
+        final_run("constant", 0, [50.0, 30.0, 22.0, 18.0]),
+        final_run("constant", 1, [50.0, 20.0, 25.0, 22.0]),
+        final_run("1cycle", 0, [30.0, 19.0]),
+        final_run("1cycle", 0, [40.0, 30.0, 10.0]),  # the shorter run was there first
+        final_run("1cycle", 1, [30.0, 21.0]),
+        final_run("step", 1, [30.0, 20.0, 10.0]),
     ]
-    assert len(errors) == 3 and f"{sum(errors) / 3:.2f} ±" in page
-    assert "AdamW against Adam" in page and "torch fused, ms" in page and "perplexity with pointer" in page
-    for picture in ("images.png", "qrnn.png", "cost.png"):
-        assert (tmp_path / picture).stat().st_size > 5000 and f"({picture})" in page
+    ((optimizer, (target, reached)),) = epochs_to_target(Results(done)).items()
+    assert (optimizer, target) == ("AdamW", 20.0)
+    assert reached == {"constant": {0: 4.0, 1: 2.0}, "1cycle": {0: 2.0, 1: 5.0}, "step": {1: 2.0}}
+
+
+def test_comparisons_need_three_seeds_and_go_by_the_right_side() -> None:
+    def runs(optimizer: str, errors: list[float]) -> list[tuple[Run, Outcome]]:
+        settings = (("name", "images"),)
+        make = lambda seed: Run(settings, optimizer, 0.1, 0.01, 1, "1cycle", seed, "test", "")  # noqa: E731
+        return [(make(seed), {"error": e, "error with tta": e - 1}) for seed, e in enumerate(errors)]
+
+    done = [*runs("AdamW", [1.0, 1.1, 1.2]), *runs("Adam", [3.0, 3.1, 3.3]), *runs("LAMB", [2.0, 2.0])]
+    made = {claim.text: claim for claim in claims(Results(done))}
+    assert made.keys() == {"AdamW against Adam", "AdamW, error with tta", "Adam, error with tta"}
+    assert made["AdamW against Adam"].words == "better: as in the article"
+    assert made["AdamW against Adam"].found.mean == pytest.approx((2.0 + 2.0 + 2.1) / 3)
 
 
 @pytest.mark.parametrize(

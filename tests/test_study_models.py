@@ -24,6 +24,8 @@ from study_pointer import cache_probabilities, mixed, score, tune
 
 # ---- language models
 
+pytestmark = pytest.mark.slow
+
 
 def lstm_by_hand(steps: Tensor, layer: WeightDropLSTM, weight_hh: Tensor) -> Tensor:
     h = c = torch.zeros(steps.shape[1], weight_hh.shape[1])

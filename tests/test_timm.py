@@ -16,6 +16,8 @@ from fused_optim.integrations import register_timm
 
 STEPS = 6
 
+pytestmark = pytest.mark.trainers
+
 
 @pytest.fixture(scope="module")
 def timm() -> ModuleType:

@@ -139,6 +139,7 @@ def test_unknown_backend_is_refused(case: Case) -> None:
         case.ours(make_params(), backend="quantum")
 
 
+@pytest.mark.host
 @on_every_target
 @for_every_case_of_torch
 def test_groups_and_states_are_torchs(case: Case, target: Target) -> None:
@@ -168,6 +169,8 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.host
 @on_every_target
 @for_every_rule
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -227,6 +230,7 @@ def test_tensor_betas(case: Case, target: Target) -> None:
         checked_step(optimizer, case.rule, 3.0)
 
 
+@pytest.mark.host
 @on_every_target
 @for_every_case
 def test_options_changed_between_steps(case: Case, target: Target) -> None:

@@ -29,7 +29,7 @@ from trainers import (
 
 from fused_optim import FusedAdamW
 
-pytestmark = on_cpp
+pytestmark = [pytest.mark.trainers, on_cpp]
 STEPS = 8
 
 

@@ -12,7 +12,7 @@ from triton_tables import BF16, DEVICE, F16, F32, F64, KINDS, RUNS, Group, Row, 
 
 # Elsewhere there is nothing that could run a kernel: collect nothing.
 __test__ = RUNS
-pytestmark = pytest.mark.compiled
+pytestmark = [pytest.mark.compiled, pytest.mark.backend]
 
 SIZES = (0, 1, 31, 4095, 4096, 4097, 9000)
 

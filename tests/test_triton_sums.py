@@ -10,7 +10,7 @@ from triton_tables import BF16, DEVICE, F16, F32, F64, KINDS, RUNS, Group, Row, 
 
 # Elsewhere there is nothing that could run a kernel: collect nothing.
 __test__ = RUNS
-pytestmark = pytest.mark.compiled
+pytestmark = [pytest.mark.compiled, pytest.mark.backend]
 
 # One norm over the first two groups, which clips only one of them.
 CLIPPED = [Group(max_norm=0.5), Group(max_norm=1e5, clip_eps=0.0), Group()]

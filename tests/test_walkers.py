@@ -10,6 +10,7 @@ import pytest
 import torch
 from commands import ROOT, SETUP, run
 
+pytestmark = pytest.mark.codegen
 WALKERS = {
     "cpu": ["tests/cpp/walk_cpu.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("step", "grads", "floor", "threads"))],
     "cuda-emulated": ["tests/cpp/walk_cuda.cpp", "csrc/cuda/emulate.cpp"],

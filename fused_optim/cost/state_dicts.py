@@ -1,8 +1,7 @@
-"""Reads the shapes and dtypes of the params in checkpoint files, as tensors on the meta device. No data is read."""
+"""Shapes and dtypes of the params in checkpoint files, as tensors on the meta device: no data is read."""
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,11 +12,10 @@ from torch import Tensor
 
 from ..engine.table import DTYPE_CODES, real_dtype
 
-WRAPPERS = "state_dict", "model_state_dict", "model", "module", "params"  # keys that training loops save models under
-STATISTICS = "running_mean", "running_var"  # buffers of torch's batch norms
-HEADER_LIMIT = 100_000_000  # bytes, set by the format
+WRAPPERS = "state_dict", "model_state_dict", "model", "module", "params"  # where training loops put the model's tensors
+STATISTICS = "running_mean", "running_var"  # what torch's batch norms keep besides params
 
-# The dtypes that optimizers take, by their names in safetensors headers.
+# safetensors' names of the dtypes that optimizers take.
 SAFETENSORS = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -26,19 +24,20 @@ SAFETENSORS = {
     "C64": torch.complex64,
 }
 
-Found = tuple[dict[str, Tensor], list[str]]  # params by name; notes on where they were and what was left out
+Found = tuple[dict[str, Tensor], list[str]]  # params by name; what was found where, and what was left out
 
 
 def read(paths: Sequence[Path]) -> Found:
-    """The params in checkpoint files that together hold one model, such as its shards.
+    """The params in checkpoint files that belong together, such as the shards of one model.
 
-    Of a .safetensors file only the header is read. All other files are read by torch.load(weights_only=True) and mapped
-    into memory if they are zip archives. Tensors that share all their elements count as one param. Tensors that no
-    optimizer here can step and the running statistics of batch norms are left out.
+    Files that end in .safetensors are read with the package safetensors, all others with
+    torch.load(weights_only=True), mapped into memory where they are zip archives. Tensors that share all their
+    elements are one param. Tensors that no optimizer here could step are left out. So are the running statistics of
+    batch norms.
 
     Raises:
-        ValueError: a file is missing or is not a checkpoint, or its tensors are in several dicts. The message says what
-            was found.
+        ValueError: a file is missing, or is not such a checkpoint, or has several dicts of tensors; or safetensors or
+            numpy is not installed. The message says what was found.
     """
     params: dict[str, Tensor] = {}
     notes: list[str] = []
@@ -55,33 +54,39 @@ def read(paths: Sequence[Path]) -> Found:
         params |= found
         notes += more
     if not params:
-        raise ValueError(f"{', '.join(map(str, paths))}: found no param for an optimizer. {' '.join(notes)}".rstrip())
+        raise ValueError(f"{', '.join(map(str, paths))}: no param for an optimizer in it. {' '.join(notes)}".rstrip())
     return params, notes
 
 
 def read_safetensors(path: Path) -> Found:
     try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if not 2 <= size <= min(HEADER_LIMIT, path.stat().st_size - 8):
-                raise ValueError(f"its header cannot have {size} bytes")
-            header = json.loads(file.read(size))
-        entries = {name: (str(e["dtype"]), tuple(e["shape"])) for name, e in header.items() if name != "__metadata__"}
-        metas = {
-            name: torch.empty(shape, dtype=SAFETENSORS[dtype], device="meta")
-            for name, (dtype, shape) in entries.items()
-            if dtype in SAFETENSORS
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        import numpy  # noqa: F401  (safe_open imports it)
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ValueError(
+            f"{path} is read with the packages safetensors and numpy, but {error.name} is not installed; "
+            "pip install safetensors numpy"
+        ) from None
+    metas: dict[str, Tensor] = {}
+    other: dict[str, str] = {}
+    try:
+        with safe_open(path, framework="numpy") as file:  # "pt" reserves memory for all data
+            for name in file.keys():  # noqa: SIM118  (the file is no mapping)
+                entry = file.get_slice(name)
+                dtype = entry.get_dtype()
+                if dtype in SAFETENSORS:
+                    metas[name] = torch.empty(entry.get_shape(), dtype=SAFETENSORS[dtype], device="meta")
+                else:
+                    other[name] = dtype
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} must be a safetensors file, but cannot be read as one: {error}") from None
-    other = {name: dtype for name, (dtype, _) in entries.items() if name not in metas}
     return selected(path, metas, other)
 
 
 def read_torch(path: Path) -> Found:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # on a damaged or foreign file the unpickler can raise any exception
+    except Exception as error:  # whatever a damaged or foreign file makes of the unpickler
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"{path} must hold a state_dict, saved by torch.save, but torch.load(weights_only=True) says: {reason}"
@@ -92,7 +97,7 @@ def read_torch(path: Path) -> Found:
     if len(candidates) > 1:
         found = ", ".join(f"{len(tensors)} {place(keys)}" for keys, tensors in candidates.items())
         raise ValueError(
-            f"{path} must hold one dict of tensors, but has several: {found}. Save the dict of the model in a file of "
+            f"{path} must hold one dict of tensors, but has several: {found}. Save the one that is meant in a file of "
             "its own"
         )
     ((keys, tensors),) = candidates.items()
@@ -103,7 +108,7 @@ def read_torch(path: Path) -> Found:
     for name, tensor in tensors.items():
         same = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
         if tensor.numel() and first.setdefault(same, name) != name:
-            tied.append(f"Tied: {name} is {first[same]}.")
+            tied.append(f"{name} is {first[same]} once more.")
         elif takes(tensor):
             metas[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     other = {name: str(t.dtype) for name, t in tensors.items() if not takes(t)}
@@ -112,8 +117,8 @@ def read_torch(path: Path) -> Found:
 
 
 def named_tensors(saved: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """The dicts of tensors in a checkpoint, each with the keys that lead to it. If a key is in WRAPPERS, only the dicts
-    under this key. The states of optimizers are skipped."""
+    """The dicts of tensors in a checkpoint, with the keys that lead there. Where one is called as a model's usually is,
+    it alone; never those of an optimizer."""
     if not isinstance(saved, Mapping) or "param_groups" in saved:
         return
     for key in WRAPPERS:
@@ -128,7 +133,7 @@ def named_tensors(saved: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str
 
 
 def takes(tensor: Tensor) -> bool:
-    """Whether the optimizers here can step a param of that dtype."""
+    """Whether an optimizer here would step a param of that dtype."""
     return real_dtype(tensor.dtype) in DTYPE_CODES
 
 
@@ -144,8 +149,7 @@ def outline(saved: Any) -> str:
 
 
 def selected(path: Path, metas: dict[str, Tensor], other: dict[str, str]) -> Found:
-    """The params without running statistics, and notes on what is left out. other: dtypes of the tensors that no
-    optimizer takes, by name."""
+    """other: dtypes of the tensors that no optimizer takes."""
     statistics = [name for name in metas if name.rpartition(".")[2] in STATISTICS]
     notes = []
     if statistics:

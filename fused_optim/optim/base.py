@@ -150,7 +150,8 @@ class FusedOptimizer(Options):
     # ---- step
 
     def step(self, closure: Callable[[], Any] | None = None, grad_scale: float | Tensor | None = None) -> Any:
-        """Updates every param that has a gradient: one launch per device.
+        """Updates every param that has a gradient. On each GPU this takes two launches, prepare and update; clipping
+        adds two, LAMB three.
 
         Args:
             closure: reevaluates the model, with grad enabled, and returns the loss.

@@ -1,5 +1,5 @@
-"""Decoupled weight decay. `Decoupled` is a base class of the optimizers here. `decoupled` adds decoupled decay to the
-step of any other optimizer, in one fused pass."""
+"""Decoupled weight decay: `Decoupled` is a base class of the optimizers here; `decoupled` decays the params of any
+other optimizer before its step."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ CONVENTIONS = "torch", "paper", "normalized"
 
 
 class Decoupled(FusedOptimizer):
-    r"""Base class of the optimizers with decoupled weight decay: each step multiplies every param by 1 minus a decay
-    coefficient. The decay is not part of the gradient.
+    r"""Base of the optimizers with decoupled weight decay. Each step multiplies every param by $1 - d$ before its
+    update. The convention determines $d$. With $\lambda$ the weight_decay:
+
+    - "torch": $d = lr \cdot \lambda$, as in torch.optim.AdamW.
+    - "paper": $d = \eta \lambda$, where $\eta$ is lr / lr_reference. The schedule alone scales the decay, so the best
+      decay does not depend on the base lr. If lr_reference is 0 nothing decays.
+    - "normalized": $d = \eta \lambda / \sqrt{T}$, where $T$ is decay_period. The best decay does not depend on the
+      length of the training either.
 
     Args:
-        decay: the convention for the coefficient, where $\lambda$ is weight_decay.
-            "torch": $lr \cdot \lambda$, as in torch.optim.AdamW.
-            "paper": $\eta \lambda$, where $\eta$ is lr / lr_reference, which is the schedule alone. So the best decay
-            does not depend on the base lr. If lr_reference is 0, so is $\eta$.
-            "normalized": $\eta \lambda / \sqrt{T}$, where $T$ is decay_period. So the best decay does not depend on
-            the length of the training, either.
-        lr_reference: the lr at which $\eta$ is 1. None: each group's initial lr.
-        decay_period: number of updates in the current restart period, batches per epoch times epochs.
+        decay: "torch", "paper" or "normalized".
+        lr_reference: the lr at which $\eta$ is 1; None: each group's lr at the start.
+        decay_period: number of updates in the current restart period: batches per epoch times epochs.
 
-    Groups hold "lr_reference" and "decay_period" only if the convention uses them. Both can be changed between steps.
+    Groups hold "lr_reference" and "decay_period" only if the convention uses them. Both may be changed between steps.
 
     Raises:
         ValueError: decay is not one of the three, lr_reference is negative or not used, or decay_period is missing, not
@@ -61,7 +62,7 @@ class Decoupled(FusedOptimizer):
 
     @property
     def decay(self) -> Convention:
-        """The convention. It cannot be set, because the options of the groups depend on it."""
+        """The convention. It cannot be set, because the groups hold options for it."""
         return self._decay
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

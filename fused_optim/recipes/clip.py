@@ -48,13 +48,14 @@ def clip_grad_norm_(
     squares, unless the gradients are float64.) The factor is rounded once, to float32, or to float64 for float64
     gradients. torch computes both in the gradients' dtype.
 
-    These calls are passed to torch's function:
+    torch's function is called instead in these cases:
 
-    - a norm_type other than 2, or a max_norm that is not above 0;
-    - gradients that are sparse, tensor subclasses such as DTensor, not dense, not on a CPU or a GPU, or that share
-    memory; - dtypes other than float32, bfloat16, float16, float64, complex64 and complex128;
-    - calls that torch.compile traces;
-    - calls in the capture of a CUDA graph, unless such gradients were clipped outside of captures since the last
+    - Another norm_type than 2, or a max_norm that is not above 0.
+    - Gradients that are sparse, not dense, tensor subclasses such as DTensor, not on a CPU or a GPU, or that share
+      memory.
+    - Dtypes other than float32, bfloat16, float16, float64, complex64 and complex128.
+    - A call that torch.compile traces.
+    - A call in the capture of a CUDA graph, unless such gradients were clipped outside of captures since the last
       captured call.
 
     Args:

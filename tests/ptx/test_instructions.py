@@ -16,7 +16,7 @@ from ptx.machine import Program
 from ptx.memory import AccessError, Memory
 from ptx.toolchain import missing
 
-pytestmark = pytest.mark.skipif(missing("gcc") is not None, reason=str(missing("gcc")))
+pytestmark = [pytest.mark.codegen, pytest.mark.skipif(missing("gcc") is not None, reason=str(missing("gcc")))]
 
 F32, F64, I32, I64, F16 = torch.float32, torch.float64, torch.int32, torch.int64, torch.float16
 

@@ -23,6 +23,7 @@ from ptx.toolchain import missing
 
 MISSING = missing("gcc", "nvcc")
 pytestmark = [
+    pytest.mark.codegen,
     pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, which runs the kernels itself"),
     pytest.mark.skipif(launching.triton.knobs.runtime.interpret, reason="Triton interprets its kernels here"),
