@@ -32,8 +32,8 @@ struct PolledGroup {
 class GroupChanges {
  public:
   // deciding: keys without columns that determine the tables, so a new value needs new tables. The values of all other
-  // keys can change freely. raw: float64 [groups, kRawWidth]. lr: int64 [groups]. Both are host tensors and are written
-  // here.
+  // keys can change freely. raw: float64 [groups, kGroupWidth]. lr: int64 [groups]. Both are host tensors and are
+  // written here.
   GroupChanges(py::list groups, const std::vector<ColumnSpec>& columns, const std::vector<std::string>& deciding,
                py::object raw, py::object lr);
 
