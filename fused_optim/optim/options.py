@@ -57,11 +57,11 @@ class Decayed(Common, total=False):
     """The same for the classes with decoupled decay. fused_optim.decay.Decoupled describes the additions in full."""
 
     decay: Convention
-    """Default "torch": lr * weight_decay per step. "paper" and "normalized" measure it by lr / lr_reference."""
+    """Default "torch": lr * weight_decay per step. "paper" and "normalized" use lr / lr_reference in place of lr."""
     lr_reference: float | None
-    """Default None: each group's lr at the start. The lr at which lr / lr_reference is 1."""
+    """Default None: each group's initial lr. "paper" and "normalized" divide lr by it."""
     decay_period: float | None
-    """Default None. Updates in the current restart period; decay="normalized" needs it."""
+    """Default None. The number of updates in the current restart period; required by decay="normalized"."""
 
 
 # Options of the whole optimizer, which a param group cannot set.
@@ -131,7 +131,7 @@ def accepted(kind: type) -> tuple[str, ...]:
 
 
 def signature_of(kind: type) -> inspect.Signature:
-    """The signature of a class's constructor, with the options that `**ours: Unpack[...]` stands for one by one."""
+    """The signature of a class's constructor, in which `**ours: Unpack[...]` is replaced by its options."""
     _, *named = inspect.signature(vars(kind)["__init__"]).parameters.values()
     if not (named and str(named[-1].annotation).startswith("Unpack[")):
         return inspect.Signature(named)
