@@ -77,7 +77,7 @@ def load(name: str) -> ModuleType | str:
 
 
 def why_stale(name: str, module: ModuleType, version: str) -> str | None:
-    """Why a module that is there does not belong to these Python files; None where it does."""
+    """Why a built module does not belong to these Python files. None if it does."""
     if (built := getattr(module, "VERSION", "unknown")) != version:
         return f"{_TITLES[name]} is from fused_optim {built}, and the Python files are from {version}; {REINSTALL}"
     layout = getattr(module, "LAYOUT", {})
@@ -87,8 +87,8 @@ def why_stale(name: str, module: ModuleType, version: str) -> str | None:
 
 
 def stale() -> dict[str, str]:
-    """The modules that are built and cannot be used with these Python files, and why. Tests fail where there is one,
-    because they would only be skipped."""
+    """The modules that are built but cannot be used with these Python files, and the reasons. The tests fail if there
+    is one, because otherwise they would skip it."""
     reasons = {name: load(name) for name in NAMES if importlib.util.find_spec(f"fused_optim.{name}") is not None}
     return {name: reason for name, reason in reasons.items() if isinstance(reason, str)}
 
