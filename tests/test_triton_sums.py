@@ -57,7 +57,7 @@ def check_scaled(table: Table) -> None:
     norm = math.sqrt(table.squares.item())
     assert norm == pytest.approx(expected, rel=1e-13)
     for row, (param, grad), around in zip(table.rows, before, outside, strict=True):
-        group = table.process_groups[row.group_index]
+        group = table.groups[row.group_index]
         factor = min(1.0, group.max_norm / (norm + group.clip_eps)) if group.max_norm and row.grad_address else 1.0
         wide = grad if grad.dtype == F64 else grad.float()
         assert torch.equal(row.views[0], param) and torch.equal(row.views[1], (wide * factor).to(grad.dtype))
