@@ -55,7 +55,7 @@ compat-triton: $(VENV)/built
 lint: $(VENV)/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files 'csrc/**' 'tests/cpp/*' 'tests/ptx/native/*' 'bench/*.cpp')
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files 'csrc/**' 'tests/cpp/*' 'tests/ptx/native/*' 'bench/*.cpp' ':!*.py')
 	$(PY) -m mypy
 
 bench: $(VENV)/built

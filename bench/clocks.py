@@ -19,7 +19,7 @@ from family import Pass
 from torch import Tensor
 from workload import Workload
 
-from fused_optim.cost.bandwidth_probe import floor_pass
+from fused_optim.cost.bandwidth_probe import bandwidth_probe
 from fused_optim.engine import modules
 
 Step = Callable[[], Any]
@@ -139,7 +139,7 @@ def floor_steps(workload: Workload) -> dict[str, Step]:
     for threads, (text, piece), ahead in itertools.product({1, torch.get_num_threads()}, PIECES.items(), PREFETCHES):
         if threads == 1 and piece:
             continue  # one thread walks in order, whatever the piece size
-        passes = [floor_pass(*of_walk, piece=piece, threads=threads, prefetch=ahead) for of_walk in streams]
+        passes = [bandwidth_probe(*of_walk, piece=piece, threads=threads, prefetch=ahead) for of_walk in streams]
         name = f"{threads} thread{'s' if threads > 1 else ''}, {text if threads > 1 else 'in order'}"
         steps[name + (", prefetched" if ahead else "")] = functools.partial(run_all, passes)
     return steps
@@ -157,8 +157,8 @@ def fastest(steps: dict[str, Step], clock: CpuClock, hot: bool, count: int, trie
 
 
 def lanes(workload: Workload, walk: Pass) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """The streams that a walk writes and those that it only reads, as arguments of floor_pass, which requires equal
-    sizes in bytes. So a stream of a wider dtype than the narrowest is cut into several."""
+    """The streams that a walk writes and those that it only reads, as arguments of bandwidth_probe, which requires
+    equal sizes in bytes. So a stream of a wider dtype than the narrowest is cut into several."""
     width = min(workload.streams[name][0].dtype.itemsize for name in walk.read + walk.written)
 
     def cut(name: str) -> list[list[Tensor]]:

@@ -33,13 +33,17 @@ from ptx.machine import Program  # noqa: E402
 from ptx.toolchain import ARCH, SETUP, missing  # noqa: E402
 
 import fused_optim  # noqa: E402
+from fused_optim.engine.layout import CHUNK  # noqa: E402
 
 HEADING = "## Per element"
-CHUNK = 4096
 SIZES = (16 * CHUNK, 48 * CHUNK)
 # Instructions of each in machine code for sm_90 (CUDA 13.0), on the path for operands away from the ends of the range.
 EXPANDED = {"div.rn.f32": 10, "sqrt.rn.f32": 10}
-PASSES = {"E0": "update", "E1": "advance", "E2": "move"}  # enum Pass of csrc/cuda/kernels.cuh in nvcc's mangled names
+PASSES = {
+    "E0": "update",
+    "E1": "update_moments",
+    "E2": "apply_update",
+}  # of nvcc's names: enum Pass of csrc/cuda/kernels.cuh
 
 TEXT = """\
 `python bench/elements.py`, commit {commit}, Triton {triton}, {nvcc}.
@@ -186,7 +190,7 @@ def walk_of(name: str, case: Case, program: Program) -> str:
         return PASSES[f"E{found[1]}"]
     if case.optimizer != "FusedLAMB":
         return "update"
-    return "advance" if program.kernel.shared else "move"  # only the first walk has a reduction in shared memory
+    return "update_moments" if program.kernel.shared else "apply_update"  # only the first walk adds up
 
 
 STATES = {"FusedAdamW": 2, "FusedSGD": 1, "FusedQHAdamW": 2, "FusedLAMB": 2, "FusedLion": 1}
@@ -199,8 +203,8 @@ def bytes_of(case: Case, walk: str) -> int:
     average = 2 * param if "ema_decay" in case.options else 0
     return {
         "update": 3 * param + 2 * states + average,
-        "advance": 2 * param + 2 * states,
-        "move": 2 * param + states + average,
+        "update_moments": 2 * param + 2 * states,
+        "apply_update": 2 * param + states + average,
         "squares": param,
     }[walk]
 

@@ -1,7 +1,7 @@
 // Counts the instructions that a step of the CPU walker executes, by single-stepping a child process.
-// Compiled together with the CPU walker of any tree; -I gives the tree, WALKER the instruction set.
+// Compiled together with the CPU walker of its own tree; -I gives the tree, WALKER the instruction set.
 // Arguments: rule; number of tensors; chunks per tensor; 1 with a weight average, else 0; 1 if gradients are scaled and
-// clipped, else 0; dtype codes of param, gradient and states. Prints the instructions of step() and of move().
+// clipped, else 0; dtype codes of param, gradient and states. Prints the instructions of step() and of apply_update().
 #include <sys/ptrace.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -56,15 +56,16 @@ long long count_instructions(F&& work) {
 int main(int, char** arguments) {
   const char* rule = *++arguments;
   const int64_t tensors = std::atoi(*++arguments), chunks = std::atoi(*++arguments);
-  [[maybe_unused]] const bool averages = std::atoi(*++arguments);
+  const bool averages = std::atoi(*++arguments);
   const bool clips = std::atoi(*++arguments);
   std::vector<int64_t> dtypes;
   while (*++arguments != nullptr) dtypes.push_back(std::atoi(*arguments));
 
   std::vector<float> steps(tensors);
-  std::vector<int64_t> desc, spans, grads, rows(tensors * kRowWidth), lr(1);
-  std::vector<int32_t> group(tensors);
-  std::vector<double> hyper(tensors * kHyperWidth), raw(kRawWidth), trust(tensors, 1.0), sums(2 * tensors);
+  std::vector<int64_t> chunk_table, row_offsets, grads, rows(tensors * kRowWidth), lr(1);
+  std::vector<int32_t> group_index(tensors);
+  std::vector<double> tensor_scalars(tensors * kScalarWidth), group_hparams(kGroupWidth), trust(tensors, 1.0),
+      sums(2 * tensors);
   const auto new_tensor = [&] {
     void* memory = std::aligned_alloc(64, chunks * kChunk * 8 + 64);
     std::fill_n(static_cast<char*>(memory), chunks * kChunk * 8, '\0');
@@ -72,38 +73,39 @@ int main(int, char** arguments) {
   };
   for (int64_t row = 0; row < tensors; ++row) {
     int64_t* columns = &rows[row * kRowWidth];
-    columns[kNumel] = chunks * kChunk, columns[kParam] = new_tensor();
-    columns[kStep] = reinterpret_cast<int64_t>(&steps[row]);
-    for (int stream = 0; stream < 6; ++stream) {
+    columns[kRowNumel] = chunks * kChunk, columns[kRowParam] = new_tensor();
+    columns[kRowStep] = reinterpret_cast<int64_t>(&steps[row]);
+    for (int stream = 0; stream < kStreamEma; ++stream) {
       const bool present = stream < static_cast<int>(dtypes.size());
-      columns[kSignature] |= (present ? dtypes[stream] : int64_t{kAbsent}) << (4 * stream);
-      if (present && stream >= 2) columns[kFirstState + stream - 2] = new_tensor();
+      columns[kRowDtypeSignature] |= in_signature(present ? dtypes[stream] : kAbsent, stream);
+      if (present && stream >= kStreamState0) columns[address_column(stream)] = new_tensor();
     }
-#ifdef HAS_AVERAGE
-    columns[kSignature] |= (averages ? int64_t{kFloat32} : int64_t{kAbsent}) << (4 * kEmaStream);
-    if (averages) columns[kEma] = new_tensor();
-#endif
+    columns[kRowDtypeSignature] |= in_signature(averages ? int{kFloat32} : kAbsent, kStreamEma);
+    if (averages) columns[kRowEma] = new_tensor();
     grads.push_back(new_tensor());
-    spans.push_back(static_cast<int64_t>(desc.size()));
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) desc.push_back(chunk << 32 | row << 8);
+    row_offsets.push_back(static_cast<int64_t>(chunk_table.size()));
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) chunk_table.push_back(chunk_entry(chunk, row, 0, false));
   }
-  spans.push_back(static_cast<int64_t>(desc.size()));
-  std::vector<double> partials(2 * desc.size() + 1);
-  raw[kLr] = 1e-3, raw[kBeta1] = 0.9, raw[kBeta2] = 0.999, raw[kEps] = 1e-8;
-  raw[kWeightDecay] = 0.01, raw[kDecoupled] = 1, raw[kLrReference] = 1, raw[kDecayPeriod] = 1;
-  raw[kTrustHigh] = INFINITY, raw[kMaxNorm] = clips ? 1 : 0;
+  row_offsets.push_back(static_cast<int64_t>(chunk_table.size()));
+  std::vector<double> partials(2 * chunk_table.size() + 1);
+  double* group = group_hparams.data();
+  group[kGroupLr] = 1e-3, group[kGroupBeta1] = 0.9, group[kGroupBeta2] = 0.999, group[kGroupEps] = 1e-8;
+  group[kGroupWeightDecay] = 0.01, group[kGroupDecoupled] = 1, group[kGroupLrReference] = 1,
+  group[kGroupDecayPeriod] = 1;
+  group[kGroupTrustHigh] = INFINITY, group[kGroupMaxNorm] = clips ? 1 : 0;
 
   const float scale = 4, found = 0;
   const double squares = 9;
   Tables t{};
-  t.desc = desc.data(), t.rows = rows.data(), t.grads = grads.data(), t.lr = lr.data(), t.raw = raw.data();
-  t.group = group.data(), t.hyper = hyper.data(), t.spans = spans.data(), t.partials = partials.data();
-  t.sums = sums.data(), t.trust = trust.data(), t.chunks = static_cast<int64_t>(desc.size()), t.tensors = tensors;
+  t.chunk_table = chunk_table.data(), t.rows = rows.data(), t.grads = grads.data(), t.lr = lr.data(),
+  t.group_hparams = group_hparams.data();
+  t.group_index = group_index.data(), t.tensor_scalars = tensor_scalars.data(), t.row_offsets = row_offsets.data(),
+  t.partials = partials.data();
+  t.sums = sums.data(), t.trust = trust.data(), t.chunks = static_cast<int64_t>(chunk_table.size()),
+  t.tensors = tensors;
   if (clips) t.grad_scale = &scale, t.found_inf = &found, t.squares = &squares;
-#ifdef HAS_AVERAGE
   t.ema = averages;
-#endif
   if (!WALKER::walker.step(rule, t, 1)) fail("no such rule");
   std::printf("%lld ", count_instructions([&] { WALKER::walker.step(rule, t, 1); }));
-  std::printf("%lld\n", count_instructions([&] { WALKER::walker.move(rule, t, 1); }));
+  std::printf("%lld\n", count_instructions([&] { WALKER::walker.apply_update(rule, t, 1); }));
 }

@@ -1,6 +1,6 @@
 """What does a feature cost that is switched off? The instructions of every kernel, here and at another commit.
 
-    python bench/instructions.py --against 0039f90
+    python bench/instructions.py --against dc4e120
 
 writes instructions.md and instructions.json. GPU kernels are compiled ahead of time for sm_90 and their machine code is
 counted; the CPU kernel executes 4,096 elements, an instruction at a time. No GPU is needed, and nothing is timed.
@@ -31,7 +31,8 @@ from triton.backends.compiler import GPUTarget
 SM = 90
 DTYPES = {"float32": (0, 0), "bf16": (1, 1), "bf16, float32 states": (1, 0)}  # codes of param and gradient, of states
 FLOAT32 = 0  # of the average
-WALKS = ("update", "advance", "move")  # enum Pass of csrc/cuda/kernels.cuh
+WALKS = ("update", "update_moments", "apply_update")  # enum Pass of csrc/cuda/kernels.cuh
+FORMER = {"advance": "update_moments", "move": "apply_update"}  # what the walks were called before
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S", re.MULTILINE)
 CPU = "cpu, executed"
 
@@ -71,10 +72,6 @@ def rules(tree: Path) -> list[Rule]:
     return [Rule(struct, name, trust == "true", range(int(a), int(b) + 1)) for struct, name, trust, a, b in found]
 
 
-def has_average(tree: Path) -> bool:
-    return "kEmaStream" in (tree / "csrc/tables.h").read_text()
-
-
 def kinds(tree: Path) -> Iterator[tuple[Rule, str, str, tuple[int, ...]]]:
     """Rule, its name with the number of states where it has a choice, dtypes, their codes: param, gradient, states."""
     for rule in rules(tree):
@@ -107,13 +104,12 @@ def triton_counts(tree: Path, folder: Path) -> Iterator[Count]:
         return len(INSTRUCTION.findall(machine_code(cubin)))
 
     for clips in (False, True):
-        yield Kernel("triton", "", "prep", "", "clipping" * clips), count(launch.prep_variant(clips, False))
+        yield Kernel("triton", "", "prep", "", "clipping" * clips), count(launch.prep_variant(None, clips, False))
     for rule, name, dtypes, kind in kinds(tree):
-        walks = {"advance": launch.step_variant, "move": launch.move_variant}
+        walks = {"update_moments": launch.step_variant, "apply_update": launch.apply_update_variant}
         for walk, variant in walks.items() if rule.trust else [("update", launch.step_variant)]:
-            off = (False,) if has_average(tree) else ()  # the argument came with the average
-            yield Kernel("triton", name, walk, dtypes, ""), count(variant(rule.name, (kind,), *off))
-            if off and walk != "advance":
+            yield Kernel("triton", name, walk, dtypes, ""), count(variant(rule.name, (kind,), False))
+            if walk != "update_moments":
                 averaging = variant(rule.name, ((*kind, FLOAT32),), True)
                 yield Kernel("triton", name, walk, dtypes, "average"), count(averaging)
 
@@ -140,14 +136,14 @@ def cpu_counts(tree: Path, folder: Path) -> Iterator[Count]:
     setup = runpy.run_path(str(tree / "setup.py"), run_name="not main")
     walker, program = instruction_set(), folder / "instructions"
     flags = ["-std=c++17", "-O3", "-fopenmp", *setup["KERNEL_FLAGS"], *setup["INSTRUCTION_SETS"][walker]]
-    defined = [f"-DFUSED_ISA={walker}", f"-DWALKER={walker}", *["-DHAS_AVERAGE"] * has_average(tree)]
-    # Not what Python sees of them, and not what chooses an instruction set.
-    sources = [str(file) for file in (tree / "csrc/cpu").glob("*.cpp") if file.stem not in ("bindings", "simd")]
-    sources.append(str(ROOT / "bench/instructions.cpp"))
+    defined = [f"-DFUSED_ISA={walker}", f"-DWALKER={walker}"]
+    # Not what Python sees of them.
+    sources = [str(file) for file in (tree / "csrc/cpu").glob("*.cpp") if file.stem != "bindings"]
+    sources.append(str(tree / "bench/instructions.cpp"))
     run([os.environ.get("CXX", "g++"), *flags, *defined, f"-I{tree / 'csrc'}", *sources, "-o", str(program)])
 
     def executed(rule: str, *numbers: int) -> list[int]:
-        """Of step and of move."""
+        """Of step and of apply_update."""
         output = run(
             [str(program), rule, *(f"{number:d}" for number in numbers)], env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
@@ -157,10 +153,10 @@ def cpu_counts(tree: Path, folder: Path) -> Iterator[Count]:
         few, many = (executed("adam", tensors, 0, False, clips, 0, 0, 0, 0)[0] for tensors in (10, 110))
         yield Kernel(CPU, "", "prep", "", "clipping" * clips), (many - few) / 100
     for rule, name, dtypes, kind in kinds(tree):
-        for average in (False, True) if has_average(tree) else (False,):
+        for average in (False, True):
             one, two = (executed(rule.name, 1, chunks, average, False, *kind) for chunks in (1, 2))
             for walk, first, second in zip(WALKS[1:] if rule.trust else WALKS[:1], one, two, strict=False):
-                if not (average and walk == "advance"):
+                if not (average and walk == "update_moments"):
                     yield Kernel(CPU, name, walk, dtypes, "average" * average), second - first
 
 
@@ -176,12 +172,13 @@ def collect(tree: Path) -> None:
 
 
 def counts_of(tree: Path) -> Counts:
-    """Of that tree's sources, in a process of its own, which imports that tree's modules."""
+    """Of that tree's sources, by that tree's own script: each knows the layout of its own tables."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, "--collect", str(tree)]
+    command = [sys.executable, str(tree / "bench/instructions.py"), "--collect", str(tree)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return {Kernel(*kernel): count for *kernel, count in lines}
+    kernels = {Kernel(*kernel): count for *kernel, count in lines}
+    return {kernel._replace(walk=FORMER.get(kernel.walk, kernel.walk)): count for kernel, count in kernels.items()}
 
 
 def counts_at(name: str) -> Counts:
@@ -218,7 +215,7 @@ def verdicts(here: Counts, there: Counts, name: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", metavar="COMMIT", default="0039f90", help="0039f90 is the last without clipping")
+    parser.add_argument("--against", metavar="COMMIT", default="dc4e120", help="has a bench/instructions.py of its own")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder for the two files")
     parser.add_argument("--collect", type=Path, metavar="TREE", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -22,6 +22,8 @@ from environment import ROOT
 from report import markdown
 from shapes import CASES, elements
 
+from fused_optim.engine.layout import CHUNK
+
 sys.path[:0] = [str(ROOT / "tests")]
 
 MULTIPROCESSORS, SCHEDULERS, CLOCK = 132, 4, 1.755e9  # of an H100 SXM
@@ -29,7 +31,7 @@ BANDWIDTH = 3.0e12  # bytes per second that a copy reaches, of 3.35e12
 LATENCY = 0.8e-6  # of one access to memory under load
 LAUNCH = 3e-6  # from the end of one kernel to the first work of the next
 FRONT = 3 * LATENCY  # of a block: its entry, then its row, then its elements
-CHUNK, THREADS = 4096, 128
+THREADS = 128  # of a block
 ISSUED = MULTIPROCESSORS * SCHEDULERS * 32 * CLOCK  # instructions of threads per second
 
 
@@ -103,7 +105,7 @@ def predicted(backend: str, optimizer: str, case: str) -> list[str]:
     names = [walk.name for walk in chosen]
     if "squares" in names:
         device += total_seconds(shapes) + LAUNCH
-    if "advance" in names:  # the sums of each tensor, and the ratios
+    if "update_moments" in names:  # the sums of each tensor, and the ratios
         device += 2 * LAUNCH + 2 * LATENCY * math.ceil(len(shapes) / (MULTIPROCESSORS * 16))
     floor = bytes_moved / BANDWIDTH + LAUNCH
     issue = sum(elements(shapes) * walk.instructions for walk in chosen) / ISSUED

@@ -15,7 +15,9 @@ namespace py = pybind11;
 // fused_optim/engine/modules.py compares these with the Python files' own before it uses a module.
 inline void add_identity(py::module_& m) {
   m.attr("VERSION") = FUSED_OPTIM_VERSION;
-  m.attr("LAYOUT") = py::make_tuple(kChunk, kRowWidth, kRawWidth, kHyperWidth);
+  py::dict layout;
+  for (const LayoutEntry& entry : kLayout) layout[entry.name] = entry.number;
+  m.attr("LAYOUT") = layout;
 }
 
 template <class T>
@@ -29,20 +31,23 @@ struct Arrays {
   int64_t elements;
 };
 
-inline Arrays make_arrays(const std::vector<int64_t>& x, int64_t chunks, int32_t tensors, int64_t elements, bool ema) {
-  if (x.size() != 11) throw py::value_error("a table has 11 arrays, but got " + std::to_string(x.size()));
+inline Arrays make_arrays(const std::vector<int64_t>& addresses, int64_t chunks, int32_t tensors, int64_t elements,
+                          bool ema) {
+  if (addresses.size() != kArrayWidth)
+    throw py::value_error("a table has " + std::to_string(kArrayWidth) + " arrays, but got " +
+                          std::to_string(addresses.size()));
   Tables t{};
-  t.desc = pointer<const int64_t>(x[0]);
-  t.rows = pointer<const int64_t>(x[1]);
-  t.grads = pointer<const int64_t>(x[2]);
-  t.lr = pointer<const int64_t>(x[3]);
-  t.raw = pointer<const double>(x[4]);
-  t.group = pointer<const int32_t>(x[5]);
-  t.hyper = pointer<double>(x[6]);
-  t.spans = pointer<const int64_t>(x[7]);
-  t.partials = pointer<double>(x[8]);
-  t.sums = pointer<double>(x[9]);
-  t.trust = pointer<double>(x[10]);
+  t.chunk_table = pointer<const int64_t>(addresses[kArrayChunkTable]);
+  t.rows = pointer<const int64_t>(addresses[kArrayRows]);
+  t.grads = pointer<const int64_t>(addresses[kArrayGrads]);
+  t.lr = pointer<const int64_t>(addresses[kArrayLr]);
+  t.group_hparams = pointer<const double>(addresses[kArrayGroupHparams]);
+  t.group_index = pointer<const int32_t>(addresses[kArrayGroupIndex]);
+  t.tensor_scalars = pointer<double>(addresses[kArrayTensorScalars]);
+  t.row_offsets = pointer<const int64_t>(addresses[kArrayRowOffsets]);
+  t.partials = pointer<double>(addresses[kArrayPartials]);
+  t.sums = pointer<double>(addresses[kArraySums]);
+  t.trust = pointer<double>(addresses[kArrayTrust]);
   t.chunks = chunks;
   t.tensors = tensors;
   t.ema = ema;

@@ -31,16 +31,11 @@ bool visit_rule(const char* name, F&& f) {
   return AllRules::visit(name, static_cast<F&&>(f));
 }
 
-// Dtype of a stream of a row: 0 is the param, 1 the gradient, 2 and up the states.
-FUSED_HD constexpr Dtype dtype_of(int64_t signature, int stream) {
-  return static_cast<Dtype>((signature >> (4 * stream)) & 15);
-}
-
 // Calls f(std::integral_constant<int, S>{}) with S the number of states in the signature, within what the rule allows.
 template <class Rule, int S = Rule::min_states, class F>
 FUSED_HD void visit_states(int64_t signature, F&& f) {
   if constexpr (S < Rule::max_states) {
-    if (dtype_of(signature, 2 + S) != kAbsent) {
+    if (format_of(signature, kStreamState0 + S) != kAbsent) {
       visit_states<Rule, S + 1>(signature, static_cast<F&&>(f));
       return;
     }

@@ -1,20 +1,19 @@
 // Rules: the arithmetic of each optimizer, on values. No pointers, no torch, no CUDA headers: g++ and nvcc compile the
-// same lines. A rule gets the hyperparameters, the param, the gradient and the S states of one element, changes the
-// states, and returns the update that the walker subtracts from the param. T is float, or double for float64 tensors.
+// same lines. A rule gets the scalars of the tensor, and the param, the gradient and the S states of one element. It
+// changes the states and returns the update that the walker subtracts from the param. T is float, or double for float64
+// tensors.
 //
-// A rule with `trust` is walked twice, because each tensor's update is scaled by the ratio of two norms: `advance`
-// changes the states, `direction` makes the update of them alone, before lr and decay.
+// A rule with `trust` is walked twice, because each tensor's update is scaled by the ratio of two norms:
+// `update_moments` changes the states, `direction` makes the update of them alone, before lr and decay.
+//
+// A rule may have a function `scalars`, which makes scalars of its own from the options of the tensor's group.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 
-#ifdef __CUDACC__
-#define FUSED_HD __host__ __device__ __forceinline__
-#else
-#define FUSED_HD inline __attribute__((always_inline))
-#endif
+#include "layout.h"
 
 namespace fused_optim {
 
@@ -30,26 +29,15 @@ FUSED_HD float bits_float(uint32_t bits) {
   return x;
 }
 
-// What a rule reads. One per tensor, written by prep in float64, rounded once to T. The order is that of `hyper` in the
-// table.
-template <class T>
-struct Hyper {
-  T lr;
-  T beta1;
-  T ema_weight;  // of the new param in the average of the weights
-  T eps;
-  T weight1;      // 1 - beta1
-  T weight2;      // 1 - beta2
-  T step_size;    // lr / bias_correction1
-  T denom_scale;  // 1 / sqrt(bias_correction2)
-  T grad_scale;   // multiplies the gradient: unscaling, and the sign of maximize
-  T l2;           // weight decay that goes into the gradient
-  T decay;        // weight decay that goes past it, lr included (but where a trust ratio follows)
-  T skip;         // 1: leave this tensor alone
-  T first;        // 1 on the first update of this tensor
-  T weight_a;     // 1 - a and 1 - b, of the rule's own numbers
-  T weight_b;
-  T debias;  // 1 / bias_correction1
+// Numbers of a rule's own that `scalars` makes: once per tensor and step, in double precision. A rule reads them as
+// own_a to own_d.
+struct OwnScalars {
+  double a = 0.0, b = 0.0, c = 0.0, d = 0.0;
+};
+
+// The step of a tensor, counted from 1, and 1 - beta**step of both betas.
+struct BiasCorrections {
+  double beta1, beta2, step, correction1, correction2;
 };
 
 // GCC vectorises these builtins; without FMA hardware a call per element would cost more than the second rounding.
@@ -131,7 +119,7 @@ struct Adam {
   static constexpr int min_states = 2, max_states = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
 
   template <class T, int S>
-  FUSED_HD static T update(const Hyper<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
+  FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
     T exp_avg = state[0] = lerp(state[0], grad, h.weight1);
     T exp_avg_sq = state[1] = lerp_square(state[1], grad, h.weight2);
     if constexpr (S == 3) exp_avg_sq = state[2] = maximum(state[2], exp_avg_sq);
@@ -139,59 +127,72 @@ struct Adam {
   }
 };
 
-// SGD as in torch: the first buffer is the gradient itself. beta1: momentum, a: dampening, b: nesterov.
+// SGD as in torch: the first buffer is the gradient itself. Options: beta1 is the momentum; dampening, nesterov.
 struct Sgd {
   static constexpr const char* name = "sgd";
   static constexpr bool trust = false;
   static constexpr int min_states = 0, max_states = 1;  // momentum_buffer
 
+  // Weights of gradient and buffer in the new buffer, momentum, nesterov.
+  FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
+    const bool first = at.step == 1.0;
+    return {first ? 1.0 : 1.0 - group.option_a, first ? 0.0 : group.beta1, group.beta1, group.option_b};
+  }
+
   template <class T, int S>
-  FUSED_HD static T update(const Hyper<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
+  FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
     if constexpr (S == 0) {
       return h.lr * grad;
     } else {
-      const T weight = h.first != T(0) ? T(1) : h.weight_a;
-      const T momentum = h.first != T(0) ? T(0) : h.beta1;
-      const T buffer = state[0] = fma(momentum, state[0], weight * grad);
-      return h.lr * (h.weight_b == T(0) ? fma(h.beta1, buffer, grad) : buffer);
+      const T buffer = state[0] = fma(h.own_b, state[0], h.own_a * grad);
+      return h.lr * (h.own_d != T(0) ? fma(h.own_c, buffer, grad) : buffer);
     }
   }
 };
 
-// QHAdam, arXiv:1810.06801, section 4.2. a, b: nu1, nu2.
+// QHAdam, arXiv:1810.06801, section 4.2. Options: the two nus.
 struct QHAdam {
   static constexpr const char* name = "qhadam";
   static constexpr bool trust = false;
   static constexpr int min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
 
+  // Weights of the gradient beside the two averages.
+  FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections&) {
+    return {1.0 - group.option_a, 1.0 - group.option_b};
+  }
+
   template <class T, int S>
-  FUSED_HD static T update(const Hyper<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
+  FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
     const T exp_avg = state[0] = lerp(state[0], grad, h.weight1);
     const T exp_avg_sq = state[1] = lerp_square(state[1], grad, h.weight2);
-    const T mean = lerp(h.debias * exp_avg, grad, h.weight_a);
-    const T mean_sq = lerp_square(h.denom_scale * h.denom_scale * exp_avg_sq, grad, h.weight_b);
+    const T mean = lerp(h.debias * exp_avg, grad, h.own_a);
+    const T mean_sq = lerp_square(h.denom_scale * h.denom_scale * exp_avg_sq, grad, h.own_b);
     return h.lr * (mean / (square_root(mean_sq) + h.eps));
   }
 };
 
-// LAMB, arXiv:1904.00962, with the choices of NVIDIA Apex. a: grad_averaging, b: bias_correction.
+// LAMB, arXiv:1904.00962, with the choices of NVIDIA Apex. Options: grad_averaging, bias_correction.
 struct Lamb {
   static constexpr const char* name = "lamb";
   static constexpr bool trust = true;
   static constexpr int min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
 
+  // Weight of the gradient in exp_avg; debias and denom_scale, 1 without bias correction.
+  FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
+    const bool debias = group.option_b != 0.0;
+    return {group.option_a != 0.0 ? 1.0 - group.beta1 : 1.0, debias ? 1.0 / at.correction1 : 1.0,
+            debias ? 1.0 / ::sqrt(at.correction2) : 1.0};
+  }
+
   template <class T, int S>
-  FUSED_HD static void advance(const Hyper<T>& h, T grad, T (&state)[S]) {
-    const T weight = h.weight_a != T(0) ? T(1) : h.weight1;
-    state[0] = fma(weight, grad, fma(-h.weight1, state[0], state[0]));
+  FUSED_HD static void update_moments(const TensorScalars<T>& h, T grad, T (&state)[S]) {
+    state[0] = fma(h.own_a, grad, fma(-h.weight1, state[0], state[0]));
     state[1] = lerp_square(state[1], grad, h.weight2);
   }
 
   template <class T, int S>
-  FUSED_HD static T direction(const Hyper<T>& h, const T (&state)[S]) {
-    const T debias = h.weight_b != T(0) ? T(1) : h.debias;
-    const T scale = h.weight_b != T(0) ? T(1) : h.denom_scale;
-    return debias * (state[0] / fma(square_root(state[1]), scale, h.eps));
+  FUSED_HD static T direction(const TensorScalars<T>& h, const T (&state)[S]) {
+    return h.own_b * (state[0] / fma(square_root(state[1]), h.own_c, h.eps));
   }
 };
 
@@ -202,7 +203,7 @@ struct Lion {
   static constexpr int min_states = 1, max_states = 1;  // exp_avg
 
   template <class T, int S>
-  FUSED_HD static T update(const Hyper<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
+  FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
     const T mixed = lerp(state[0], grad, h.weight1);
     state[0] = lerp(state[0], grad, h.weight2);
     return h.lr * sign(mixed);

@@ -37,6 +37,11 @@ from fused_optim import (
     backends,
 )
 from fused_optim.decay import Decoupled
+from fused_optim.engine import modules
+
+# A module that was built from other sources would only be passed over, and its tests skipped.
+if STALE := modules.stale():
+    raise RuntimeError("; ".join(STALE.values()))
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,15 @@ from torch.optim import Optimizer
 
 
 def states(optimizer: Optimizer) -> list[dict[str, Tensor]]:
-    """The states of every parameter as a checkpoint has them: without buffers that no update has reached yet."""
+    """The states of every parameter that its rule makes, as a checkpoint has them: without buffers that no update has
+    reached yet. The averages of the weights have a comparison of their own, checked_average."""
     params = parameters(optimizer)
-    if not set(optimizer.state) <= set(params):  # a param taken out leaves its state, and torch cannot save that
-        return [optimizer.state.get(p, {}) for p in params]
-    saved = optimizer.state_dict()["state"]
-    return [saved.get(index, {}) for index in range(len(params))]
+    if set(optimizer.state) <= set(params):
+        saved = optimizer.state_dict()["state"]
+        found = [saved.get(index, {}) for index in range(len(params))]
+    else:  # a param taken out leaves its state, and torch cannot save that
+        found = [optimizer.state.get(p, {}) for p in params]
+    return [{key: value for key, value in state.items() if key != "ema"} for state in found]
 
 
 def updates(optimizer: Any, params: Sequence[Tensor]) -> list[float]:

@@ -16,7 +16,7 @@ FLAGS: list[str] = SETUP["CUDA_FLAGS"]
 # In PTX, which every CUDA toolkit can print; an access that stands there in asm is one instruction of the GPU, too.
 ACCESS = re.compile(r"\b(ld|st)\.global\.(v4\.u32|v2\.u32)")
 SHARED = {"sum_kernel": 128 * 16, "squares_kernel": 128 * 8, "total_kernel": 1024 * 8}  # bytes, of partial sums
-UPDATE, ADVANCE, MOVE = range(3)  # enum Pass
+UPDATE, UPDATE_MOMENTS, APPLY_UPDATE = range(3)  # enum Pass
 NVCC: str | None = SETUP["nvcc"]()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
@@ -33,24 +33,29 @@ class Streaming:
     shared: int  # bytes
 
 
-def streaming_kernels() -> list[Streaming]:
-    """Of every rule that dispatch.h lists: one kernel, or with a trust ratio two; and each that writes params again
-    with an average of the weights."""
-    listed = re.search(r"RuleList<(.*?)>;", (ROOT / "csrc/dispatch.h").read_text())
+def listed_rules() -> list[str]:
+    """Those of dispatch.h."""
+    listed = re.search(r"RuleList<(.*?)>;", (ROOT / "csrc/dispatch.h").read_text(), re.DOTALL)
     assert listed
+    return re.split(r",\s+", listed.group(1))
+
+
+def streaming_kernels() -> list[Streaming]:
+    """Of every rule: one kernel, or with a trust ratio two; and each that writes params again with an average of the
+    weights."""
     rules = (ROOT / "csrc/rules.h").read_text()
     kernels = [Streaming("squares_kernel", range(1), 1, 0, False, SHARED["squares_kernel"])]
     kernels.append(Streaming("scale_kernel", range(1), 1, 1, False, 0))
-    for rule in listed.group(1).split(", "):
+    for rule in listed_rules():
         has_trust = rf"struct {rule} {{.*?trust = (\w+);.*?"
         traits = re.search(has_trust + r"min_states = (\d), max_states = (\d);", rules, re.DOTALL)
         assert traits, rule
         states = range(int(traits.group(2)), int(traits.group(3)) + 1)
         passes = [(UPDATE, 2, 1, True, 0)]
         if traits.group(1) == "true":
-            passes = [(ADVANCE, 2, 0, True, 128 * 16), (MOVE, 1, 1, False, 0)]
+            passes = [(UPDATE_MOMENTS, 2, 0, True, 128 * 16), (APPLY_UPDATE, 1, 1, False, 0)]
         for number, reads, writes, writes_states, shared in passes:
-            for average in (0, 1) if number != ADVANCE else (0,):  # of the weights, which is read and written
+            for average in (0, 1) if number != UPDATE_MOMENTS else (0,):  # of the weights, which is read and written
                 symbol = f"step_kernelILNS_4PassE{number}ENS_{len(rule)}{rule}ELb{average}E"
                 kernels.append(Streaming(symbol, states, reads + average, writes + average, writes_states, shared))
     return kernels
@@ -66,7 +71,8 @@ def test_kernels_need_no_stack(arch: str, tmp_path: Path) -> None:
     log = run([NVCC, *FLAGS, f"-arch={arch}", "-Xptxas", "-v", *output, "csrc/cuda/step.cu"])
     assert "warning" not in log, log
     entries = {entry.split("'")[1]: entry for entry in re.split(r"Compiling entry function", log)[1:]}
-    shared = {"prep_kernel": 0, "trust_kernel": 0, **SHARED}
+    shared = {"trust_kernel": 0, **SHARED}
+    shared |= {f"prep_kernelINS_{len(rule)}{rule}E": 0 for rule in listed_rules()}
     shared |= {kernel.symbol: kernel.shared for kernel in streaming_kernels()}
     assert len(entries) == len(shared), sorted(entries)
     for kernel, size in shared.items():

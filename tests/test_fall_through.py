@@ -165,7 +165,7 @@ def test_a_trial_touches_nothing(case: Case, target: Target, monkeypatch: pytest
     optimizer.step()
     assert {type(made) for made in trials} == {trial.Table}
     for table in trials:
-        assert len(table.rows_list) == 2 and table.kinds == optimizer._tables[0].table.kinds
+        assert len(table.rows_list) == 2 and table.dtype_signatures == optimizer._tables[0].table.dtype_signatures
         for row in table.rows_list:
             assert all(bool((tensor == 0).all()) for tensor in (row.step, *row.tensors))
     assert updates(optimizer, params) == [1.0] * len(params)

@@ -93,7 +93,7 @@ p.grad, q.grad = torch.ones(10), torch.ones(10)
 ours.step()
 theirs.step()
 torch.testing.assert_close(p, q)
-print(fused_optim.modules.cpu())
+print(fused_optim.engine.modules.cpu())
 """
 
 
@@ -188,7 +188,8 @@ FALLS_BACK = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
 import warnings, torch, fused_optim
-from fused_optim import FusedAdamW, modules
+from fused_optim import FusedAdamW
+from fused_optim.engine import modules
 print(modules.cpu())
 print(modules.poll())
 p = torch.nn.Parameter(torch.ones(10))
@@ -242,13 +243,18 @@ def test_a_look_for_another_torch_is_not_even_loaded(tmp_path: Path) -> None:
             "LAYOUT",
             f"is from fused_optim 0.0.1, and the Python files are from {VERSION}; install fused_optim again",
         ),
-        (VERSION, "(1, 2)", "and the Python files have different layouts of tables, (1, 2) and "),
+        (
+            VERSION,
+            "LAYOUT | {'CHUNK': 8192}",
+            "was built for another layout of the tables (CHUNK is 8192 there and 4096 here); install fused_optim again",
+        ),
     ],
     ids=["version", "layout"],
 )
 def test_modules_of_another_build(version: str, layout: str, message: str, tmp_path: Path) -> None:
     package = copy_of_the_package(tmp_path)
-    text = f"from .modules import LAYOUT as OURS\nVERSION = {version!r}\nLAYOUT = {layout.replace('LAYOUT', 'OURS')}\n"
+    theirs = layout.replace("LAYOUT", "OURS")
+    text = f"from .engine.layout import LAYOUT as OURS\nVERSION = {version!r}\nLAYOUT = {theirs}\n"
     for name in modules.NAMES:
         (package / f"{name}.py").write_text(text)
     kernels, look, _ = falls_back(tmp_path)

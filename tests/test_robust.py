@@ -238,8 +238,8 @@ def test_tables_hold_nothing_that_nobody_has_written(target: Target, monkeypatch
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: real(*args, **kwargs).fill_(0.5))
     optimizer.step()
     (bound,) = optimizer._tables
-    assert len(bound.table.hyper) == len(params)
-    assert (bound.table.hyper.count_nonzero(dim=1) <= 1).all()
+    assert len(bound.table.tensor_scalars) == len(params)
+    assert (bound.table.tensor_scalars.count_nonzero(dim=1) <= 1).all()
 
 
 @on_every_target

@@ -225,12 +225,12 @@ def test_launches_are_those_of_the_launcher(
     optimizer = step_cost.prepare(model, name, **options)
     (bound,) = optimizer._tables
     table = bound.table
-    arrays, squares = launch.Arrays(*table.arrays), None
+    arrays, squares = table.arrays, None
     if optimizer._looks:
         squares = torch.empty(1, dtype=torch.float64, device="meta")
-        launch.launch_squares(table.kinds, arrays, squares)
-    launch.launch(table.rule.name, table.kinds, arrays, None, None, squares)
-    launch.launch_move(table.rule.name, table.kinds, arrays)
+        launch.launch_squares(table.dtype_signatures, arrays, squares)
+    launch.launch(table.rule.name, table.dtype_signatures, arrays, None, None, squares)
+    launch.launch_apply_update(table.rule.name, table.dtype_signatures, arrays)
     assert step_cost.cost_of(optimizer).launches == len(started) >= 2
 
 

@@ -17,12 +17,13 @@ import torch
 import triton
 from fused_optim.triton_kernels import launch as launching
 from fused_optim.triton_kernels.launch import (
-    SPANS,
+    ROW_SUMS,
+    RULES,
     TOTAL,
     TRUST,
-    Kinds,
+    Signatures,
     Variant,
-    move_variant,
+    apply_update_variant,
     prep_variant,
     scale_variant,
     squares_variant,
@@ -32,11 +33,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel, make_backend
 from triton.runtime.jit import compute_cache_key, create_function_from_signature
 
+from fused_optim.engine.layout import FORMAT_BYTES, Format, TableArrays
+
 pytestmark = pytest.mark.codegen
 __test__ = os.environ.get("TRITON_INTERPRET") != "1"  # Under the interpreter Triton compiles nothing.
 
-F32, BF16, F16, F64 = range(4)  # dtype codes of the table: param, grad, states
-ITEMSIZE = {F32: 4, BF16: 2, F16: 2, F64: 8}
+F32, BF16, F16, F64 = map(int, Format)
+ITEMSIZE = FORMAT_BYTES
 KINDS = {
     "f32": (F32,) * 4,
     "f32 amsgrad": (F32,) * 5,
@@ -63,7 +66,7 @@ class Walk:
     writes. sums: how many it makes of each chunk. divides: elements. clips: by a coefficient that it works out."""
 
     variant: Variant
-    streams: Kinds
+    streams: Signatures
     written: slice | tuple[int, ...]
     sums: int = 0
     divides: bool = False
@@ -95,8 +98,8 @@ def averaging_walks() -> dict[str, Walk]:
             named[f"{rule} {name} averaged"] = Walk(variant, (kind,), slice(0, None), divides=divides)
     for name, kind in AVERAGED["qhadam"].items():
         streams = ((kind[0], *kind[2:]),)
-        variant = move_variant("lamb", (kind,), True)
-        named[f"move {name} averaged"] = Walk(variant, streams, (0, len(kind) - 2), divides=True)
+        variant = apply_update_variant("lamb", (kind,), True)
+        named[f"apply update {name} averaged"] = Walk(variant, streams, (0, len(kind) - 2), divides=True)
     return named
 
 
@@ -115,7 +118,9 @@ def walks() -> dict[str, Walk]:
             named[f"{rule}{states} {name}"] = Walk(variant, kinds, written, sums, rule in ("qhadam", "lamb"))
             if rule == "lamb":
                 streams = ((param, *[state] * states),)
-                named[f"move {name}"] = Walk(move_variant(rule, kinds, False), streams, slice(0, 1), divides=True)
+                named[f"apply update {name}"] = Walk(
+                    apply_update_variant(rule, kinds, False), streams, slice(0, 1), divides=True
+                )
     for name in ("f32", "bf16", "f64", "mixed"):
         streams = tuple((kind[1],) for kind in TABLES[name])
         named[f"squares {name}"] = Walk(squares_variant(TABLES[name]), streams, slice(0, 0), sums=1)
@@ -125,8 +130,12 @@ def walks() -> dict[str, Walk]:
 
 WALKS = walks() | averaging_walks()
 ELSEWHERE = [name for name in WALKS if not name.startswith("adam")] + [f"adam {name}" for name in REPRESENTATIVE]
-SMALL = {"spans": SPANS, "total": TOTAL, "trust": TRUST}
-SMALL |= {f"prep {clips} {trust}": prep_variant(clips, trust) for clips in (False, True) for trust in (False, True)}
+SMALL = {"row sums": ROW_SUMS, "total": TOTAL, "trust": TRUST}
+SMALL |= {
+    f"prep {rule} {clips}": prep_variant(RULES[rule].scalars, clips, RULES[rule].direction is not None)
+    for rule in RULES
+    for clips in (False, True)
+}
 HOPPER = GPUTarget("cuda", 90, 32)
 NVIDIA = (GPUTarget("cuda", 80, 32), HOPPER, GPUTarget("cuda", 100, 32))
 INSTINCT = GPUTarget("hip", "gfx942", 64)
@@ -252,8 +261,8 @@ def test_small_kernels(name: str) -> None:
         kernel = compiled(target, name)
         usage, ptx = resources(kernel), kernel.asm["ptx"]
         assert usage["STACK"] == usage["LOCAL"] == 0
-        assert (kernel.metadata.shared == 0) == (name not in ("spans", "total"))
-        roots_and_quotients = set() if name in ("spans", "total") else {"div.rn.f64", "sqrt.rn.f64"}
+        assert (kernel.metadata.shared == 0) == (name not in ("row sums", "total"))
+        roots_and_quotients = set() if name in ("row sums", "total") else {"div.rn.f64", "sqrt.rn.f64"}
         assert set(re.findall(r"\b(?:div|sqrt|rcp)\.\S+", ptx)) == roots_and_quotients
         assert not re.search(r"\bfma\.", ptx)  # csrc/prep.h on the CPU fuses nothing either
     assert ".private_segment_fixed_size: 0" in compiled(INSTINCT, name).asm["amdgcn"]
@@ -284,15 +293,15 @@ class Handle:
 
 F32_KINDS = (KINDS["f32"],)
 LAUNCHED = {
-    "adam": {"prep": prep_variant(False, False), "step": step_variant("adam", F32_KINDS, False)},
+    "adam": {"prep": prep_variant(None, False, False), "step": step_variant("adam", F32_KINDS, False)},
     "lamb": {
         "squares": squares_variant(F32_KINDS),
         "total": TOTAL,
-        "prep": prep_variant(True, True),
+        "prep": prep_variant(RULES["lamb"].scalars, True, True),
         "step": step_variant("lamb", F32_KINDS, False),
-        "spans": SPANS,
+        "row sums": ROW_SUMS,
         "trust": TRUST,
-        "move": move_variant("lamb", F32_KINDS, False),
+        "apply update": apply_update_variant("lamb", F32_KINDS, False),
         "scale": scale_variant(F32_KINDS),
     },
 }
@@ -317,15 +326,23 @@ def take_step(rule: str, tensors: int = 40, offset: int = 0, values: float = 0.0
         return torch.full((size + offset,), values, dtype=torch.float64).to(dtype)[offset:]
 
     i64, f64 = torch.int64, torch.float64
-    desc, rows, grads, lr = array(i64, tensors if chunks is None else chunks), array(i64), array(i64), array(i64)
-    arrays, squares = launching.Arrays(desc, rows, grads, lr, array(f64), array(torch.int32), array(f64)), None
+    arrays = TableArrays(
+        chunk_table=array(i64, tensors if chunks is None else chunks),
+        rows=array(i64),
+        grads=array(i64),
+        lr=array(i64),
+        group_hparams=array(f64),
+        group_index=array(torch.int32),
+        tensor_scalars=array(f64),
+    )
+    squares = None
     if rule == "lamb":
-        arrays = arrays._replace(spans=array(i64), partials=array(f64), sums=array(f64), trust=array(f64))
+        arrays = arrays._replace(row_offsets=array(i64), partials=array(f64), sums=array(f64), trust=array(f64))
         squares = array(f64, 1)
         launching.launch_squares(F32_KINDS, arrays, squares)
         launching.launch_scale(F32_KINDS, arrays, squares)
     launching.launch(rule, F32_KINDS, arrays, None, array(torch.float32, 1), squares)
-    launching.launch_move(rule, F32_KINDS, arrays)
+    launching.launch_apply_update(rule, F32_KINDS, arrays)
 
 
 @pytest.mark.parametrize("rule", LAUNCHED)
@@ -334,7 +351,7 @@ def test_later_launches_go_through_the_handle(kernels: dict[Variant, Any], rule:
         take_step(rule)
     take_step(rule, chunks=0)
     for name, variant in LAUNCHED[rule].items():
-        over_chunks = name in ("squares", "scale", "step", "move")
+        over_chunks = name in ("squares", "scale", "step", "apply update")
         stand = variant.kernel
         assert (len(stand.first), len(stand.later)) == (1, 2 if over_chunks else 3), name
         grid, args = stand.first[0]

@@ -1,4 +1,4 @@
-"""Numbers of the Triton kernels, on tables built by hand from csrc/tables.h, against the same step in float64.
+"""Numbers of the Triton kernels, on tables built by hand, against the same step in float64.
 
 They run in Triton's interpreter (`TRITON_INTERPRET=1 pytest tests/test_triton_kernels.py`), in that of PTX
 (`FUSED_OPTIM_TEST_BACKENDS=triton-ptx`) or on a GPU if there is one.
@@ -9,6 +9,8 @@ import math
 import pytest
 import torch
 from triton_tables import BF16, DEVICE, F16, F32, F64, KINDS, RUNS, Group, Row, Table, rows_of
+
+from fused_optim.engine.layout import TensorScalars
 
 # Elsewhere there is nothing that could run a kernel: collect nothing.
 __test__ = RUNS
@@ -61,7 +63,7 @@ def test_groups_differ() -> None:
     groups = [Group(lr=10.0**-i, beta1=0.02 * i, weight_decay=0.01 * i, decoupled=i % 2 == 0) for i in range(40)]
     rows = [Row(i, KINDS["f32"], group=i) for i in range(40)]
     for row in rows:
-        row.step += row.group % 7
+        row.step += row.group_index % 7
     Table(rows, groups).check_step()
 
 
@@ -107,8 +109,27 @@ def test_no_gradient_leaves_the_tensor_alone() -> None:
     assert [row.step.item() for row in rows] == [2, 1, 1, 2]
 
 
-def test_prep_is_exact() -> None:
-    """Every column of hyper, bit for bit: float64 on the device is the float64 of Python."""
+OWN_SCALARS = {  # of a group, the step and the bias corrections
+    "adam": lambda group, step, first, second: (),
+    "sgd": lambda group, step, first, second: (
+        1.0 if step == 1 else 1.0 - group.option_a,
+        0.0 if step == 1 else group.beta1,
+        group.beta1,
+        group.option_b,
+    ),
+    "qhadam": lambda group, step, first, second: (1.0 - group.option_a, 1.0 - group.option_b),
+    "lion": lambda group, step, first, second: (),
+    "lamb": lambda group, step, first, second: (
+        1.0 - group.beta1 if group.option_a else 1.0,
+        1.0 / first if group.option_b else 1.0,
+        1.0 / math.sqrt(second) if group.option_b else 1.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", OWN_SCALARS)
+def test_prep_is_exact(rule: str) -> None:
+    """Every scalar, bit for bit: float64 on the device is the float64 of Python."""
 
     def power(base: float, exponent: int) -> float:
         result = 1.0
@@ -118,28 +139,44 @@ def test_prep_is_exact() -> None:
             exponent >>= 1
         return result
 
-    one_cycle = Group(lr=0.3, beta1=0.95, beta2=0.9999, weight_decay=0.1, decoupled=True, a=0.3, b=0.999)
-    normalized = Group(weight_decay=0.2, decoupled=True, lr_reference=0.07, decay_period=390.0, a=1.0, b=0.0)
-    groups = [one_cycle, Group(maximize=True, weight_decay=0.2, max_norm=0.01, a=0.0, b=0.0), normalized]
+    one_cycle = Group(lr=0.3, beta1=0.95, beta2=0.9999, weight_decay=0.1, decoupled=True, option_a=0.3, option_b=0.999)
+    clipped = Group(maximize=True, weight_decay=0.2, max_norm=0.01, option_a=0.0, option_b=0.0)
+    normalized = Group(
+        weight_decay=0.2, decoupled=True, lr_reference=0.07, decay_period=390.0, option_a=1.0, option_b=0
+    )
+    groups = [one_cycle, clipped, normalized]
     steps = [1, 2, 3, 10, 999, 123457, 2**24] * 5
-    rows = [Row(1, KINDS["f32"], group=i % 3, begun=i % 2 == 0) for i in range(len(steps))]
+    states = {"sgd": 1, "lion": 1}.get(rule, 2)
+    rows = [Row(1, (F32,) * (2 + states), group=i % 3, begun=i % 2 == 0) for i in range(len(steps))]
     for row, step in zip(rows, steps, strict=True):
         row.step.fill_(step - 1)
-    table = Table(rows, groups, grad_scale=torch.tensor([3.0], device=DEVICE))
+    table = Table(rows, groups, rule, grad_scale=torch.tensor([3.0], device=DEVICE))
     table.launch()
     for number, step in enumerate(steps):
         group = groups[number % 3]
-        scale, decay = 1.0 / 3.0, 0.0
+        scale = 1.0 / 3.0
         if group.max_norm:
             scale *= group.max_norm / (math.sqrt(table.squares.item()) * scale + group.clip_eps)
-        if group.decoupled:
-            decay = group.lr / group.lr_reference * group.weight_decay / math.sqrt(group.decay_period)
-        ema_weight = 1.0 if step == 1 and not rows[number].begun else 1.0 - group.ema_decay
-        expected = [group.lr, group.beta1, ema_weight, group.eps, 1.0 - group.beta1, 1.0 - group.beta2]
+        decay = group.lr / group.lr_reference * group.weight_decay / math.sqrt(group.decay_period)
+        decay = group.weight_decay if rule == "lamb" else decay
         correction1, correction2 = 1.0 - power(group.beta1, step), 1.0 - power(group.beta2, step)
-        expected += [group.lr / correction1, 1.0 / math.sqrt(correction2), -scale if group.maximize else scale]
-        expected += [0.0 if group.decoupled else group.weight_decay, decay, 0.0, float(step == 1)]
-        assert table.hyper[number].tolist() == [*expected, 1.0 - group.a, 1.0 - group.b, 1.0 / correction1]
+        expected = TensorScalars(
+            lr=group.lr,
+            eps=group.eps,
+            weight1=1.0 - group.beta1,
+            weight2=1.0 - group.beta2,
+            step_size=group.lr / correction1,
+            debias=1.0 / correction1,
+            denom_scale=1.0 / math.sqrt(correction2),
+            grad_factor=-scale if group.maximize else scale,
+            l2=0.0 if group.decoupled else group.weight_decay,
+            decay=decay if group.decoupled else 0.0,
+            ema_weight=1.0 if step == 1 and not rows[number].begun else 1.0 - group.ema_decay,
+            skip=0.0,
+        )
+        own = OWN_SCALARS[rule](group, step, correction1, correction2)
+        common = len(TensorScalars._fields) - len(TensorScalars._field_defaults)
+        assert table.tensor_scalars[number].tolist()[: common + len(own)] == [*expected[:common], *own]
 
 
 AVERAGED = {
@@ -217,13 +254,13 @@ def test_nan_and_infinity_propagate() -> None:
 
 RULES = {
     "sgd": ("sgd", Group(), 0),
-    "sgd momentum": ("sgd", Group(a=0.3, b=0.0, weight_decay=0.1), 1),
-    "sgd nesterov": ("sgd", Group(a=0.0, b=1.0, decoupled=True, weight_decay=0.1), 1),
-    "qhadam": ("qhadam", Group(a=0.7, b=0.9, maximize=True, weight_decay=0.1), 2),
-    "nadam": ("qhadam", Group(a=0.9, b=1.0, decoupled=True, weight_decay=0.1), 2),
+    "sgd momentum": ("sgd", Group(option_a=0.3, option_b=0.0, weight_decay=0.1), 1),
+    "sgd nesterov": ("sgd", Group(option_a=0.0, option_b=1.0, decoupled=True, weight_decay=0.1), 1),
+    "qhadam": ("qhadam", Group(option_a=0.7, option_b=0.9, maximize=True, weight_decay=0.1), 2),
+    "nadam": ("qhadam", Group(option_a=0.9, option_b=1.0, decoupled=True, weight_decay=0.1), 2),
     "lion": ("lion", Group(beta1=0.875, beta2=0.99, decoupled=True, weight_decay=0.1), 1),
-    "lamb": ("lamb", Group(a=1.0, b=1.0, eps=1e-6, decoupled=True, weight_decay=0.1), 2),
-    "lamb l2": ("lamb", Group(a=0.0, b=0.0, eps=1e-6, maximize=True, weight_decay=0.1), 2),
+    "lamb": ("lamb", Group(option_a=1.0, option_b=1.0, eps=1e-6, decoupled=True, weight_decay=0.1), 2),
+    "lamb l2": ("lamb", Group(option_a=0.0, option_b=0.0, eps=1e-6, maximize=True, weight_decay=0.1), 2),
 }
 
 
@@ -237,7 +274,7 @@ def test_rules(name: str) -> None:
 
 @pytest.mark.parametrize("rule", ["sgd", "lamb"])
 def test_misaligned_views_of_other_rules(rule: str) -> None:
-    group, states = (Group(a=0.0, b=0.0), 1) if rule == "sgd" else (RULES["lamb"][1], 2)
+    group, states = (Group(option_a=0.0, option_b=0.0), 1) if rule == "sgd" else (RULES["lamb"][1], 2)
     rows = [Row(1100, (BF16,) * (2 + states), seed=i, offsets=[0] * i + [1]) for i in range(2 + states)]
     Table(rows, [group], rule).check_step()
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from fused_optim.triton_kernels.launch import SPANS, TOTAL
+from fused_optim.triton_kernels.launch import ROW_SUMS, TOTAL
 from triton_tables import BF16, DEVICE, F16, F32, F64, KINDS, RUNS, Group, Row, Table, rows_of
 
 # Elsewhere there is nothing that could run a kernel: collect nothing.
@@ -53,7 +53,7 @@ def check_scaled(table: Table) -> None:
     norm = math.sqrt(table.squares.item())
     assert norm == pytest.approx(expected, rel=1e-13)
     for row, (param, grad), around in zip(table.rows, before, outside, strict=True):
-        group = table.groups[row.group]
+        group = table.process_groups[row.group_index]
         factor = min(1.0, group.max_norm / (norm + group.clip_eps)) if group.max_norm and row.grad_address else 1.0
         wide = grad if grad.dtype == F64 else grad.float()
         assert torch.equal(row.views[0], param) and torch.equal(row.views[1], (wide * factor).to(grad.dtype))
@@ -61,7 +61,7 @@ def check_scaled(table: Table) -> None:
 
 
 def test_clipping_of_a_rule_with_trust() -> None:
-    group = Group(a=1.0, b=1.0, eps=1e-6, decoupled=True, weight_decay=0.1, max_norm=1.0, clip_eps=0.0)
+    group = Group(option_a=1.0, option_b=1.0, eps=1e-6, decoupled=True, weight_decay=0.1, max_norm=1.0, clip_eps=0.0)
     Table(rows_of(2, (5, 4200)), [group], "lamb").check_step()
 
 
@@ -91,7 +91,7 @@ def test_sums_depend_on_nothing_but_values() -> None:
     def sums(offset: int) -> list[float]:
         shapes = [(4600, F32), (700, BF16), (50, F64)]
         rows = [Row(size, (dtype,) * 4, offsets=(offset,) * 4) for size, dtype in shapes]
-        table = Table(rows, [Group(a=1.0, b=1.0, decoupled=True, weight_decay=0.1, max_norm=1e5)], "lamb")
+        table = Table(rows, [Group(option_a=1.0, option_b=1.0, decoupled=True, weight_decay=0.1, max_norm=1e5)], "lamb")
         table.launch()
         return [*table.squares.tolist(), *table.sums.flatten().tolist()]
 
@@ -100,10 +100,10 @@ def test_sums_depend_on_nothing_but_values() -> None:
 
 def test_sums_of_many_chunks() -> None:
     counts = [0, 1, 700, 3, 5000]
-    spans = torch.tensor([0, *counts]).cumsum(0).to(DEVICE)
+    row_offsets = torch.tensor([0, *counts]).cumsum(0).to(DEVICE)
     partials = torch.randn(sum(counts), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     sums = torch.full((len(counts), 2), math.nan, dtype=torch.float64, device=DEVICE)
-    SPANS.start(sums.device, len(counts), spans, partials, sums)
+    ROW_SUMS.start(sums.device, len(counts), row_offsets, partials, sums)
     expected = torch.stack([part.sum(0) for part in partials.split(counts)])
     torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-12)
     out = torch.full((1,), math.nan, dtype=torch.float64, device=DEVICE)
@@ -112,7 +112,7 @@ def test_sums_of_many_chunks() -> None:
 
 
 def test_trust_ratios() -> None:
-    lamb = {"a": 1.0, "b": 1.0, "eps": 1e-6, "decoupled": True}
+    lamb = {"option_a": 1.0, "option_b": 1.0, "eps": 1e-6, "decoupled": True}
     groups = [
         Group(weight_decay=0.1, **lamb),
         Group(**lamb),  # no decay: no ratio
@@ -145,7 +145,9 @@ def test_norms_are_of_the_states_as_they_are_stored() -> None:
     for state in states:
         state.zero_()
     before = param.double()
-    Table([row], [Group(lr=0.1, a=1.0, b=1.0, eps=1e-6, decoupled=True, weight_decay=0.01)], "lamb").launch()
+    Table(
+        [row], [Group(lr=0.1, option_a=1.0, option_b=1.0, eps=1e-6, decoupled=True, weight_decay=0.01)], "lamb"
+    ).launch()
     assert not row.views[3].any()
     assert (param.double() - before).norm().item() == pytest.approx(0.1 * before.norm().item(), rel=1e-2)
 
@@ -153,7 +155,7 @@ def test_norms_are_of_the_states_as_they_are_stored() -> None:
 def test_found_inf_skips_both_walks() -> None:
     rows = [Row(200, KINDS["f32"]), Row(4200, KINDS["bf16"])]
     rows[0].views[2].fill_(math.nan)
-    group = Group(a=1.0, b=1.0, decoupled=True, weight_decay=0.1, max_norm=1.0)
+    group = Group(option_a=1.0, option_b=1.0, decoupled=True, weight_decay=0.1, max_norm=1.0)
     table = Table(rows, [group], "lamb", found_inf=torch.ones(1, device=DEVICE))
     table.check_step(skipped=(0, 1))
     assert table.trust.tolist() == [1.0, 1.0] and table.sums.tolist() == [[0.0, 0.0]] * 2

@@ -12,7 +12,7 @@ from commands import ROOT, SETUP, run
 
 pytestmark = pytest.mark.codegen
 WALKERS = {
-    "cpu": ["tests/cpp/walk_cpu.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("step", "grads", "floor", "threads"))],
+    "cpu": ["tests/cpp/walk_cpu.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("step", "grads", "probe", "threads"))],
     "cuda-emulated": ["tests/cpp/walk_cuda.cpp", "csrc/cuda/emulate.cpp"],
 }
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")

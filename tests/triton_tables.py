@@ -1,4 +1,4 @@
-"""Tables built by hand from csrc/tables.h for the Triton kernels, and what the oracle says of a step of them."""
+"""Tables built by hand for the Triton kernels, and what the oracle says of a step of them."""
 
 import math
 import os
@@ -10,9 +10,22 @@ from typing import Any
 import oracle
 import ptx.backends
 import torch
-from fused_optim.triton_kernels.launch import Arrays, launch, launch_move, launch_scale, launch_squares
+from fused_optim.triton_kernels.launch import RULES, launch, launch_apply_update, launch_scale, launch_squares
 from ptx.launched import LAUNCHES
 from torch import Tensor
+
+from fused_optim.engine.layout import (
+    ALIGNMENT,
+    CHUNK,
+    EMPTY,
+    GroupHparams,
+    RowFields,
+    TableArrays,
+    TensorScalars,
+    chunk_entry,
+    packed_signature,
+)
+from fused_optim.engine.table import DTYPE_CODES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CHOSEN = os.environ.get("FUSED_OPTIM_TEST_BACKENDS", "").split(",")
@@ -21,9 +34,7 @@ DEVICE = "cpu" if INTERPRETED or COMPILED else "cuda"
 if COMPILED:
     ptx.backends.use_stand_in_driver()
 RUNS = INTERPRETED or COMPILED or torch.cuda.is_available()  # whether anything here can run a kernel
-CHUNK = 4096
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-F32, BF16, F16, F64 = CODES
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 KINDS = {
     "f32": (F32, F32, F32, F32),
     "f32 amsgrad": (F32,) * 5,
@@ -48,7 +59,7 @@ NAMES = {
 
 @dataclass
 class Group:
-    """A row of `raw`. The rule's own numbers are NaN for a rule that has none: reading one would show."""
+    """A row of `group_hparams`. The rule's own options are NaN for a rule that has none: reading one would show."""
 
     lr: float = 1e-2
     beta1: float = 0.9
@@ -57,8 +68,10 @@ class Group:
     weight_decay: float = 0.0
     decoupled: bool = False
     maximize: bool = False
-    a: float = math.nan
-    b: float = math.nan
+    option_a: float = math.nan
+    option_b: float = math.nan
+    option_c: float = math.nan
+    option_d: float = math.nan
     lr_reference: float = 1.0
     decay_period: float = 1.0
     max_norm: float = 0.0
@@ -73,8 +86,8 @@ class Group:
         default = vars(Group())
         return " ".join(f"{key}={value}" for key, value in vars(self).items() if str(value) != str(default[key]))
 
-    def raw(self) -> list[float]:
-        return [float(value) for key, value in vars(self).items() if key != "lr_tensor"]
+    def hparams(self) -> GroupHparams:
+        return GroupHparams(**{key: float(value) for key, value in vars(self).items() if key != "lr_tensor"})
 
     def options(self) -> dict[str, Any]:
         """What the rules of the oracle call them."""
@@ -82,11 +95,11 @@ class Group:
             "lr": self.lr if self.lr_tensor is None else self.lr_tensor.item(),
             "betas": (self.beta1, self.beta2),
             "momentum": self.beta1,
-            "dampening": self.a,
-            "nesterov": self.b == 1.0,
-            "nus": (self.a, self.b),
-            "grad_averaging": self.a == 1.0,
-            "bias_correction": self.b == 1.0,
+            "dampening": self.option_a,
+            "nesterov": self.option_b == 1.0,
+            "nus": (self.option_a, self.option_b),
+            "grad_averaging": self.option_a == 1.0,
+            "bias_correction": self.option_b == 1.0,
             "use_nvlamb": self.trust_always,
             "trust_clip": (self.trust_low, self.trust_high),
             "max_grad_norm": None,  # clipped before
@@ -117,7 +130,7 @@ class Row:
     ) -> None:
         self.ema, self.begun = ema, begun
         generator = torch.Generator().manual_seed(1000 * seed + size)
-        self.group = group
+        self.group_index = group
         self.buffers: list[Tensor] = []
         self.views: list[Tensor] = []
         for i, dtype in enumerate(dtypes):
@@ -127,11 +140,11 @@ class Row:
             self.buffers.append(torch.full((start + size + GUARD,), 3.0, dtype=dtype, device=DEVICE))
             self.views.append(self.buffers[-1][start : start + size].copy_(values))
         self.step = torch.zeros((), dtype=torch.float32, device=DEVICE)
-        self.grad_address = self.views[1].data_ptr() or 16  # an empty tensor has no address, but has a gradient
+        self.grad_address = self.views[1].data_ptr() or EMPTY  # an empty tensor has no address, but has a gradient
 
     @property
     def dtypes(self) -> tuple[int, ...]:
-        return tuple(CODES[view.dtype] for view in self.views)
+        return tuple(DTYPE_CODES[view.dtype] for view in self.views)
 
     def bytes_outside(self) -> list[Tensor]:
         outside = []
@@ -163,7 +176,8 @@ class Table:
 
     def __post_init__(self) -> None:
         count = len(self.rows)
-        self.hyper = torch.full((count, 16), math.nan, dtype=torch.float64, device=DEVICE)
+        width = len(TensorScalars._fields)
+        self.tensor_scalars = torch.full((count, width), math.nan, dtype=torch.float64, device=DEVICE)
         self.clips = any(group.max_norm for group in self.groups)
         self.squares = torch.full((1,), math.nan, dtype=torch.float64, device=DEVICE)
         self.sums = torch.full((count, 2), math.nan, dtype=torch.float64, device=DEVICE)
@@ -174,55 +188,62 @@ class Table:
         return self.rows[0].ema
 
     @cached_property
-    def kinds(self) -> tuple[tuple[int, ...], ...]:
+    def signatures(self) -> tuple[tuple[int, ...], ...]:
         return tuple(dict.fromkeys(row.dtypes for row in self.rows))
 
-    def arrays(self) -> Arrays:
-        desc, table, spans = [], [], [0]
+    def arrays(self) -> TableArrays:
+        entries, fields, offsets = [], [], [0]
         for number, row in enumerate(self.rows):
             written = [row.views[0], *row.views[2:]]
-            slow = any(view.data_ptr() % 16 for view in written)
+            unaligned = any(view.data_ptr() % ALIGNMENT for view in written)
             numel = row.views[0].numel() + self.chunks_before * CHUNK
-            desc += [
-                chunk << 32 | number << 8 | self.kinds.index(row.dtypes) << 1 | slow
-                for chunk in range(self.chunks_before, -(-numel // CHUNK))
-            ]
-            spans.append(len(desc))
+            signature = self.signatures.index(row.dtypes)
+            chunks = range(self.chunks_before, -(-numel // CHUNK))
+            entries += [chunk_entry(chunk, number, signature, unaligned) for chunk in chunks]
+            offsets.append(len(entries))
             param, *states = (self.start(view) for view in written)
             average = states.pop() if row.ema else 0
-            codes = [*row.dtypes[: len(states) + 2], *[15] * (4 - len(states)), row.dtypes[-1] if row.ema else 15]
-            signature = sum(code << 4 * i for i, code in enumerate(codes)) | row.begun << 28
-            table.append([numel, param, row.step.data_ptr(), signature, *states, *[0] * (3 - len(states)), average])
-        trusts = self.rule == "lamb"
-        partials = torch.full((len(desc), 2), math.nan, dtype=torch.float64, device=DEVICE)
-        return Arrays(
-            integers(desc),
-            integers(table),
-            integers([row.grad_address and self.start(row.views[1], row.grad_address) for row in self.rows]),
-            integers([lr_address(group) for group in self.groups]),
-            torch.tensor([group.raw() for group in self.groups], dtype=torch.float64, device=DEVICE),
-            torch.tensor([row.group for row in self.rows], dtype=torch.int32, device=DEVICE),
-            self.hyper,
-            integers(spans) if trusts or self.clips else None,
-            partials if trusts or self.clips else None,
-            self.sums if trusts else None,
-            self.trust if trusts else None,
+            made = RowFields(
+                numel=numel,
+                param=param,
+                param_low=0,
+                step=row.step.data_ptr(),
+                dtype_signature=packed_signature(row.dtypes, row.ema, row.begun),
+                ema=average,
+                **{f"state{place}": state for place, state in enumerate(states)},
+            )
+            fields.append(made)
+        trusts = RULES[self.rule].direction is not None
+        partials = torch.full((len(entries), 2), math.nan, dtype=torch.float64, device=DEVICE)
+        sums = trusts or self.clips
+        return TableArrays(
+            chunk_table=integers(entries),
+            rows=integers(fields),
+            grads=integers([row.grad_address and self.start(row.views[1], row.grad_address) for row in self.rows]),
+            lr=integers([lr_address(group) for group in self.groups]),
+            group_hparams=torch.tensor([group.hparams() for group in self.groups], dtype=torch.float64, device=DEVICE),
+            group_index=torch.tensor([row.group_index for row in self.rows], dtype=torch.int32, device=DEVICE),
+            tensor_scalars=self.tensor_scalars,
+            row_offsets=integers(offsets) if sums else None,
+            partials=partials if sums else None,
+            sums=self.sums if trusts else None,
+            trust=self.trust if trusts else None,
         )
 
     def launch(self) -> None:
         arrays = self.arrays()
         with LAUNCHES.raising():
             if self.clips:
-                launch_squares(self.kinds, arrays, self.squares)
+                launch_squares(self.signatures, arrays, self.squares)
             squares = self.squares if self.clips else None
-            launch(self.rule, self.kinds, arrays, self.grad_scale, self.found_inf, squares, self.ema)
-            launch_move(self.rule, self.kinds, arrays, self.ema)
+            launch(self.rule, self.signatures, arrays, self.grad_scale, self.found_inf, squares, self.ema)
+            launch_apply_update(self.rule, self.signatures, arrays, self.ema)
 
     def scale_gradients(self) -> None:
         arrays = self.arrays()
         with LAUNCHES.raising():
-            launch_squares(self.kinds, arrays, self.squares)
-            launch_scale(self.kinds, arrays, self.squares)
+            launch_squares(self.signatures, arrays, self.squares)
+            launch_scale(self.signatures, arrays, self.squares)
 
     def start(self, view: Tensor, address: int | None = None) -> int:
         return (view.data_ptr() if address is None else address) - self.chunks_before * CHUNK * view.itemsize
@@ -239,14 +260,14 @@ class Table:
                 assert torch.equal(kept, now)
             expected = before[number]
             if number not in skipped:
-                expected = self.expected(row, expected, steps[number], self.groups[row.group], norm)
+                expected = self.expected(row, expected, steps[number], self.groups[row.group_index], norm)
             assert row.step.item() == steps[number] + (number not in skipped)
             for view, wanted in zip(row.views, expected, strict=True):
                 assert_rounded(view, wanted)
 
     def norm(self) -> float:
         """Of all gradients together that are clipped, before they are divided by grad_scale."""
-        clipped = [row for row in self.rows if row.grad_address and self.groups[row.group].max_norm]
+        clipped = [row for row in self.rows if row.grad_address and self.groups[row.group_index].max_norm]
         return math.sqrt(sum(row.views[1].double().square().sum().item() for row in clipped))
 
     def expected(self, row: Row, tensors: Sequence[Tensor], step: float, group: Group, norm: float) -> list[Tensor]:

@@ -1,12 +1,12 @@
 """Launches the kernels on the current stream, with no knowledge of any optimizer; compiles them where no GPU is.
 
-All functions take a table's arrays and `kinds`, the dtype codes (param, grad, *states) of every kind, in the order in
-which `desc` numbers them; with `ema` the last code is that of the average of the weights, which every row has then. The
-table's device is the current one.
+All functions take a table's arrays and `signatures`, the formats (param, grad, *states) of every dtype signature, in
+the order in which chunk_table numbers them; with `ema` the last one is that of the average of the weights, which every
+row has then. The table's device is the current one.
 """
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -14,47 +14,33 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from fused_optim.engine.layout import TableArrays
+
 from . import step
+from .formats import count_streams, pack_signature, vector_width
 from .prep import PREP_TENSORS, prep_kernel, trust_kernel
 from .rules import RULES
 from .scale import scale_kernel
-from .sums import TOTAL_THREADS, spans_kernel, squares_kernel, total_kernel
-from .tables import THREADS, count_streams, pack_kind, vector_width
+from .sums import TOTAL_THREADS, row_sums_kernel, squares_kernel, total_kernel
+from .tables import THREADS
 
-Kinds = tuple[tuple[int, ...], ...]
+Signatures = tuple[tuple[int, ...], ...]
 
 INTERPRETER = GPUTarget("interpreter", 0, 32)
 TYPES = {
-    **dict.fromkeys(("desc", "rows", "grads", "lr", "spans"), "*i64"),
-    **dict.fromkeys(("raw", "hyper", "partials", "sums", "trust", "squares", "out"), "*fp64"),
+    **dict.fromkeys(("chunk_table", "rows", "grads", "lr", "row_offsets"), "*i64"),
+    **dict.fromkeys(("group_hparams", "tensor_scalars", "partials", "sums", "trust", "squares", "out"), "*fp64"),
     **dict.fromkeys(("grad_scale", "found_inf"), "*fp32"),
     **dict.fromkeys(("tensors", "chunks"), "i32"),
-    "group": "*i32",
+    "group_index": "*i32",
 }
 
 
-class Arrays(NamedTuple):
-    """What a table consists of, see csrc/tables.h."""
-
-    desc: Tensor
-    rows: Tensor
-    grads: Tensor
-    lr: Tensor
-    raw: Tensor
-    group: Tensor
-    hyper: Tensor
-    # None where nothing is summed over whole tensors.
-    spans: Tensor | None = None
-    partials: Tensor | None = None
-    sums: Tensor | None = None
-    trust: Tensor | None = None
-
-
-def register_limit(kind: int) -> int:
-    """How many registers a thread that walks rows of this kind may have; 0: no limit. Left to itself, NVIDIA's
-    assembler spills a few registers to fit one more block per SM; a limit keeps it from that. Other kinds need fewer,
+def register_limit(signature: int) -> int:
+    """How many registers a thread that walks rows of this signature may have; 0: no limit. Left to itself, NVIDIA's
+    assembler spills a few registers to fit one more block per SM; a limit keeps it from that. Others need fewer,
     and a limit would only make it use more."""
-    streams, width = count_streams(kind), vector_width(kind)
+    streams, width = count_streams(signature), vector_width(signature)
     if streams <= 2 or width == 4:
         return 0
     if streams == 3:
@@ -89,7 +75,9 @@ class Variant:
 
     def options(self, target: GPUTarget) -> dict[str, Any]:
         options = {"num_warps": max(1, self.threads // target.warp_size), "enable_fp_fusion": False}
-        if target.backend == "cuda" and (limit := max(map(register_limit, self.constants.get("KINDS", ())), default=0)):
+        if target.backend == "cuda" and (
+            limit := max(map(register_limit, self.constants.get("SIGNATURES", ())), default=0)
+        ):
             options["maxnreg"] = limit
         return options
 
@@ -102,49 +90,56 @@ class Variant:
 
 
 @cache
-def prep_variant(clips: bool, trust: bool) -> Variant:
-    return Variant(prep_kernel, PREP_TENSORS.value, *() if clips else ("squares",), TRUST=trust)
+def prep_variant(scalars: triton.JITFunction | None, clips: bool, trust: bool) -> Variant:
+    """scalars: of a rule that has own ones."""
+    absent = () if clips else ("squares",)
+    return Variant(prep_kernel, PREP_TENSORS.value, *absent, OWN_SCALARS=scalars, TRUST=trust)
 
 
 @cache
-def step_variant(rule: str, kinds: Kinds, ema: bool) -> Variant:
+def step_variant(rule: str, signatures: Signatures, ema: bool) -> Variant:
     """The whole step, or of a rule with a trust ratio the first walk."""
-    update, direction = RULES[rule]
-    walk, absent = (step.update, ("partials", "trust")) if direction is None else (step.advance, ("trust",))
+    update, _, direction = RULES[rule]
+    walk, absent = (step.update, ("partials", "trust")) if direction is None else (step.update_moments, ("trust",))
     if ema and direction is not None:  # averages are for the second
-        return step_variant(rule, tuple(kind[:-1] for kind in kinds), False)
-    packed = tuple(map(pack_kind, kinds))
-    constants = {"PASS": walk, "RULE": update, "DIRECTION": direction, "KINDS": packed, "EMA": ema}
+        return step_variant(rule, tuple(signature[:-1] for signature in signatures), False)
+    packed = tuple(map(pack_signature, signatures))
+    constants = {"PASS": walk, "RULE": update, "DIRECTION": direction, "SIGNATURES": packed, "EMA": ema}
     return Variant(step.step_kernel, THREADS.value, *absent, **constants)
 
 
 @cache
-def move_variant(rule: str, kinds: Kinds, ema: bool) -> Variant:
+def apply_update_variant(rule: str, signatures: Signatures, ema: bool) -> Variant:
     """The second walk, which needs no gradient."""
-    packed = tuple(pack_kind((param, *states)) for param, _, *states in kinds)
-    constants = {"PASS": step.move, "RULE": None, "DIRECTION": RULES[rule].direction, "KINDS": packed, "EMA": ema}
+    packed = tuple(pack_signature((param, *states)) for param, _, *states in signatures)
+    rules = {"RULE": None, "DIRECTION": RULES[rule].direction}
+    constants = {"PASS": step.apply_update, **rules, "SIGNATURES": packed, "EMA": ema}
     return Variant(step.step_kernel, THREADS.value, "grads", "partials", **constants)
 
 
-@cache
-def squares_variant(kinds: Kinds) -> Variant:
-    return Variant(squares_kernel, THREADS.value, KINDS=tuple(pack_kind((grad,)) for _, grad, *_ in kinds))
+def of_gradients(signatures: Signatures) -> tuple[int, ...]:
+    return tuple(pack_signature((grad,)) for _, grad, *_ in signatures)
 
 
 @cache
-def scale_variant(kinds: Kinds) -> Variant:
-    return Variant(scale_kernel, THREADS.value, KINDS=tuple(pack_kind((grad,)) for _, grad, *_ in kinds))
+def squares_variant(signatures: Signatures) -> Variant:
+    return Variant(squares_kernel, THREADS.value, SIGNATURES=of_gradients(signatures))
 
 
-SPANS = Variant(spans_kernel, THREADS.value)
+@cache
+def scale_variant(signatures: Signatures) -> Variant:
+    return Variant(scale_kernel, THREADS.value, SIGNATURES=of_gradients(signatures))
+
+
+ROW_SUMS = Variant(row_sums_kernel, THREADS.value)
 TOTAL = Variant(total_kernel, TOTAL_THREADS.value)
 TRUST = Variant(trust_kernel, PREP_TENSORS.value)
 
 
 def launch(
     rule: str,
-    kinds: Kinds,
-    x: Arrays,
+    signatures: Signatures,
+    x: TableArrays,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     squares: Tensor | None,
@@ -155,59 +150,74 @@ def launch(
     grad_scale, found_inf: one number each, best a float32 on the table's device; None is no scaling, no skipping.
     squares: what `launch_squares` has written (over all devices); None is no clipping.
     """
-    tensors, chunks, device = x.grads.numel(), x.desc.numel(), x.grads.device
+    tensors, chunks, device = x.grads.numel(), x.chunk_table.numel(), x.grads.device
     if tensors == 0:
         return
     one, zero = _neutral(device)
     scale = one if grad_scale is None else _float32_on(device, grad_scale)
     found = zero if found_inf is None else _float32_on(device, found_inf)
     programs = -(-tensors // PREP_TENSORS.value)
-    prep = prep_variant(squares is not None, x.trust is not None)
-    prep.start(device, programs, x.rows, x.grads, x.lr, x.raw, x.group, x.hyper, scale, found, squares, tensors)
+    prep = prep_variant(RULES[rule].scalars, squares is not None, x.trust is not None)
+    hparams = x.lr, x.group_hparams, x.group_index
+    prep.start(device, programs, x.rows, x.grads, *hparams, x.tensor_scalars, scale, found, squares, tensors)
     partials = None if x.trust is None else x.partials  # without a trust ratio they are there for clipping
     if chunks:
-        step_variant(rule, kinds, ema).start(device, chunks, x.desc, x.rows, x.grads, x.hyper, partials, None)
+        walk = step_variant(rule, signatures, ema)
+        walk.start(device, chunks, x.chunk_table, x.rows, x.grads, x.tensor_scalars, partials, None)
     if x.trust is not None:
-        SPANS.start(device, tensors, x.spans, partials, x.sums)
+        ROW_SUMS.start(device, tensors, x.row_offsets, partials, x.sums)
 
 
-def launch_move(
+def launch_apply_update(
     rule: str,
-    kinds: Kinds,
-    x: Arrays,
+    signatures: Signatures,
+    x: TableArrays,
     ema: bool = False,
 ) -> None:
     """The second walk of a rule with a trust ratio: the ratios from `sums`, then the params. Nothing for other
     rules."""
-    tensors, chunks, device = x.grads.numel(), x.desc.numel(), x.grads.device
+    tensors, chunks, device = x.grads.numel(), x.chunk_table.numel(), x.grads.device
     if x.trust is None or tensors == 0:
         return
-    TRUST.start(device, -(-tensors // PREP_TENSORS.value), x.raw, x.group, x.hyper, x.sums, x.trust, tensors)
+    TRUST.start(
+        device,
+        -(-tensors // PREP_TENSORS.value),
+        x.group_hparams,
+        x.group_index,
+        x.tensor_scalars,
+        x.sums,
+        x.trust,
+        tensors,
+    )
     if chunks:
-        move_variant(rule, kinds, ema).start(device, chunks, x.desc, x.rows, None, x.hyper, None, x.trust)
+        walk = apply_update_variant(rule, signatures, ema)
+        walk.start(device, chunks, x.chunk_table, x.rows, None, x.tensor_scalars, None, x.trust)
 
 
 def launch_squares(
-    kinds: Kinds,
-    x: Arrays,
+    signatures: Signatures,
+    x: TableArrays,
     out: Tensor,
 ) -> None:
     """out, float64 [1]: the sum of the squares of all gradients whose groups are clipped."""
-    device, chunks = x.grads.device, x.desc.numel()
+    device, chunks = x.grads.device, x.chunk_table.numel()
     if chunks:
-        squares_variant(kinds).start(device, chunks, x.desc, x.rows, x.grads, x.raw, x.group, x.partials)
+        hparams = x.group_hparams, x.group_index
+        squares_variant(signatures).start(device, chunks, x.chunk_table, x.rows, x.grads, *hparams, x.partials)
     TOTAL.start(device, 1, x.partials, out, chunks)
 
 
 def launch_scale(
-    kinds: Kinds,
-    x: Arrays,
+    signatures: Signatures,
+    x: TableArrays,
     squares: Tensor,
 ) -> None:
     """Multiplies each gradient in place by what clips its group to its bound. squares: what `launch_squares` has
     written (over all devices)."""
-    if chunks := x.desc.numel():
-        scale_variant(kinds).start(x.grads.device, chunks, x.desc, x.rows, x.grads, x.raw, x.group, squares)
+    if chunks := x.chunk_table.numel():
+        hparams = x.group_hparams, x.group_index
+        walk = scale_variant(signatures)
+        walk.start(x.grads.device, chunks, x.chunk_table, x.rows, x.grads, *hparams, squares)
 
 
 @cache

@@ -1,35 +1,13 @@
-"""From a group's raw hyperparameters and a tensor's step count to the scalars that its rule reads. Mirrors
-csrc/prep.h: float64, a tensor per thread."""
+"""From a group's hyperparameters and a tensor's step count to the scalars that its rule reads. Mirrors csrc/prep.h:
+float64, a tensor per thread."""
 
 import triton
 import triton.language as tl
 
-from .tables import (
-    EMA_BEGUN,
-    HYPER_SKIP,
-    HYPER_WIDTH,
-    RAW_A,
-    RAW_B,
-    RAW_BETA1,
-    RAW_BETA2,
-    RAW_CLIP_EPS,
-    RAW_DECAY_PERIOD,
-    RAW_DECOUPLED,
-    RAW_EMA_DECAY,
-    RAW_EPS,
-    RAW_LR,
-    RAW_LR_REFERENCE,
-    RAW_MAX_NORM,
-    RAW_MAXIMIZE,
-    RAW_TRUST_ALWAYS,
-    RAW_TRUST_HIGH,
-    RAW_TRUST_LOW,
-    RAW_WEIGHT_DECAY,
-    RAW_WIDTH,
-    ROW_SIGNATURE,
-    ROW_STEP,
-    ROW_WIDTH,
-)
+from fused_optim.engine.layout import GroupHparams
+
+from .rules import BiasCorrections
+from .tables import EMA_BEGUN, ROW_WIDTH, ROWS, SCALAR_WIDTH, SCALARS, column, read_group
 
 PREP_TENSORS = tl.constexpr(32)  # tensors that one program handles, with one warp
 
@@ -57,28 +35,24 @@ def read_lr(address: tl.tensor, otherwise: tl.tensor, mask: tl.tensor) -> tl.ten
 
 
 @triton.jit
-def clip_coefficient(settings: tl.tensor, squares: tl.tensor, scale: tl.tensor, mask: tl.tensor) -> tl.tensor:
+def clip_coefficient(group: GroupHparams, squares: tl.tensor, scale: tl.tensor) -> tl.tensor:
     """By what gradients are multiplied so that the norm of all stays within its bound. A norm that is NaN goes on into
     the params."""
-    max_norm = tl.load(settings + RAW_MAX_NORM, mask=mask, other=0.0)
     # Where nothing is clipped, 0 / 1 does no harm.
-    bound = tl.where(max_norm <= 0.0, 1.0, tl.sqrt(squares) * scale + tl.load(settings + RAW_CLIP_EPS, mask, 1.0))
-    coefficient = max_norm / bound
-    return tl.where((max_norm <= 0.0) | (coefficient >= 1.0), 1.0, coefficient)
+    bound = tl.where(group.max_norm <= 0.0, 1.0, tl.sqrt(squares) * scale + group.clip_eps)
+    coefficient = group.max_norm / bound
+    return tl.where((group.max_norm <= 0.0) | (coefficient >= 1.0), 1.0, coefficient)
 
 
 @triton.jit
-def decoupled_decay(
-    settings: tl.tensor, weight_decay: tl.tensor, rate: tl.tensor, mask: tl.tensor, TRUST: tl.constexpr
-) -> tl.tensor:
+def decoupled_decay(group: GroupHparams, rate: tl.tensor, TRUST: tl.constexpr) -> tl.tensor:
     """What each step takes off the params, per unit. A trust ratio and lr come to it later, where there is one."""
     if TRUST:
-        return weight_decay
+        return group.weight_decay
     else:
-        reference = tl.load(settings + RAW_LR_REFERENCE, mask=mask, other=0.0)
-        period = tl.load(settings + RAW_DECAY_PERIOD, mask=mask, other=1.0)
-        share = rate / tl.where(reference == 0.0, 1.0, reference) * weight_decay / tl.sqrt(period)
-        return tl.where(reference == 0.0, 0.0, share)
+        none = group.lr_reference == 0.0
+        share = rate / tl.where(none, 1.0, group.lr_reference) * group.weight_decay / tl.sqrt(group.decay_period)
+        return tl.where(none, 0.0, share)
 
 
 @triton.jit(
@@ -87,9 +61,9 @@ def decoupled_decay(
         "rows",
         "grads",
         "lr",
-        "raw",
-        "group",
-        "hyper",
+        "group_hparams",
+        "group_index",
+        "tensor_scalars",
         "grad_scale",
         "found_inf",
         "squares",
@@ -99,83 +73,85 @@ def prep_kernel(
     rows: tl.tensor,
     grads: tl.tensor,
     lr: tl.tensor,
-    raw: tl.tensor,
-    group: tl.tensor,
-    hyper: tl.tensor,
+    group_hparams: tl.tensor,
+    group_index: tl.tensor,
+    tensor_scalars: tl.tensor,
     grad_scale: tl.tensor,
     found_inf: tl.tensor,
     squares: tl.tensor | None,
     tensors: tl.tensor,
+    OWN_SCALARS: tl.constexpr,
     TRUST: tl.constexpr,
 ) -> None:
-    """`prepare` of csrc/prep.h for 32 tensors per program: advances their steps, writes their hyper. TRUST: whether
-    their rule has a trust ratio."""
+    """`prepare` of csrc/prep.h for 32 tensors per program: counts their steps, writes their scalars. OWN_SCALARS: what
+    makes the rule's own, or None. TRUST: whether their rule has a trust ratio."""
     row = tl.program_id(0) * PREP_TENSORS + tl.arange(0, PREP_TENSORS)
     inside = row < tensors
     grad = tl.load(grads + row, mask=inside, other=0)
     skip = tl.where(tl.load(found_inf) != 0.0, 0, grad) == 0
-    out = hyper + row.to(tl.int64) * HYPER_WIDTH
-    tl.store(out + HYPER_SKIP, skip.to(tl.float64), mask=inside)
+    out = tensor_scalars + row.to(tl.int64) * SCALAR_WIDTH
+    tl.store(out + column(SCALARS, "skip"), skip.to(tl.float64), mask=inside)
     go = inside & ~skip
 
-    owner = tl.load(group + row, mask=go, other=0)
-    settings = raw + owner.to(tl.int64) * RAW_WIDTH
-    beta1 = tl.load(settings + RAW_BETA1, mask=go, other=0.0)
-    beta2 = tl.load(settings + RAW_BETA2, mask=go, other=0.0)
-    weight_decay = tl.load(settings + RAW_WEIGHT_DECAY, mask=go, other=0.0)
-    decoupled = tl.load(settings + RAW_DECOUPLED, mask=go, other=0.0) != 0.0
-    ema_decay = tl.load(settings + RAW_EMA_DECAY, mask=go, other=0.0)
-    maximize = tl.load(settings + RAW_MAXIMIZE, mask=go, other=0.0) != 0.0
-    rate = read_lr(tl.load(lr + owner, mask=go, other=0), tl.load(settings + RAW_LR, mask=go, other=0.0), go)
+    owner = tl.load(group_index + row, mask=go, other=0)
+    group = read_group(group_hparams, owner, go)
+    decoupled = group.decoupled != 0.0
+    rate = read_lr(tl.load(lr + owner, mask=go, other=0), group.lr, go)
 
     fields = rows + row.to(tl.int64) * ROW_WIDTH
-    counter = tl.load(fields + ROW_STEP, mask=go, other=0).to(tl.pointer_type(tl.float32))
+    counter = tl.load(fields + column(ROWS, "step"), mask=go, other=0).to(tl.pointer_type(tl.float32))
     count = tl.load(counter, mask=go, other=0.0) + 1.0
     tl.store(counter, count, mask=go)
     step = count.to(tl.float64)
-    correction1 = 1.0 - power(beta1, step)
-    correction2 = 1.0 - power(beta2, step)
+    at = BiasCorrections(step, 1.0 - power(group.beta1, step), 1.0 - power(group.beta2, step))
     scale = 1.0 / tl.load(grad_scale).to(tl.float64)
     if squares is not None:
-        scale *= clip_coefficient(settings, tl.load(squares), scale, go)
-    decay = decoupled_decay(settings, weight_decay, rate, go, TRUST)
+        scale *= clip_coefficient(group, tl.load(squares), scale)
+    decay = decoupled_decay(group, rate, TRUST)
+    signature = tl.load(fields + column(ROWS, "dtype_signature"), mask=go, other=0)
+    copies = (step == 1.0) & (signature & EMA_BEGUN == 0)
 
-    tl.store(out + 0, rate, mask=go)
-    tl.store(out + 1, beta1, mask=go)
-    copies = (step == 1.0) & (tl.load(fields + ROW_SIGNATURE, mask=go, other=0) & EMA_BEGUN == 0)
-    tl.store(out + 2, tl.where(copies, 1.0, 1.0 - ema_decay), mask=go)
-    tl.store(out + 3, tl.load(settings + RAW_EPS, mask=go, other=0.0), mask=go)
-    tl.store(out + 4, 1.0 - beta1, mask=go)
-    tl.store(out + 5, 1.0 - beta2, mask=go)
-    tl.store(out + 6, rate / correction1, mask=go)
-    tl.store(out + 7, 1.0 / tl.sqrt(correction2), mask=go)
-    tl.store(out + 8, tl.where(maximize, -scale, scale), mask=go)
-    tl.store(out + 9, tl.where(decoupled, 0.0, weight_decay), mask=go)
-    tl.store(out + 10, tl.where(decoupled, decay, 0.0), mask=go)
-    tl.store(out + 12, (step == 1.0).to(tl.float64), mask=go)
-    tl.store(out + 13, 1.0 - tl.load(settings + RAW_A, mask=go, other=0.0), mask=go)
-    tl.store(out + 14, 1.0 - tl.load(settings + RAW_B, mask=go, other=0.0), mask=go)
-    tl.store(out + 15, 1.0 / correction1, mask=go)
+    tl.store(out + column(SCALARS, "lr"), rate, mask=go)
+    tl.store(out + column(SCALARS, "eps"), group.eps, mask=go)
+    tl.store(out + column(SCALARS, "weight1"), 1.0 - group.beta1, mask=go)
+    tl.store(out + column(SCALARS, "weight2"), 1.0 - group.beta2, mask=go)
+    tl.store(out + column(SCALARS, "step_size"), rate / at.correction1, mask=go)
+    tl.store(out + column(SCALARS, "debias"), 1.0 / at.correction1, mask=go)
+    tl.store(out + column(SCALARS, "denom_scale"), 1.0 / tl.sqrt(at.correction2), mask=go)
+    tl.store(out + column(SCALARS, "grad_factor"), tl.where(group.maximize != 0.0, -scale, scale), mask=go)
+    tl.store(out + column(SCALARS, "l2"), tl.where(decoupled, 0.0, group.weight_decay), mask=go)
+    tl.store(out + column(SCALARS, "decay"), tl.where(decoupled, decay, 0.0), mask=go)
+    tl.store(out + column(SCALARS, "ema_weight"), tl.where(copies, 1.0, 1.0 - group.ema_decay), mask=go)
+    if OWN_SCALARS is not None:
+        own = OWN_SCALARS(group, at)
+        for i in tl.static_range(len(own)):
+            tl.store(out + column(SCALARS, "own_a") + i, own[i], mask=go)
 
 
-@triton.jit(do_not_specialize=["tensors"], do_not_specialize_on_alignment=["raw", "group", "hyper", "sums", "trust"])
+@triton.jit(
+    do_not_specialize=["tensors"],
+    do_not_specialize_on_alignment=["group_hparams", "group_index", "tensor_scalars", "sums", "trust"],
+)
 def trust_kernel(
-    raw: tl.tensor, group: tl.tensor, hyper: tl.tensor, sums: tl.tensor, trust: tl.tensor, tensors: tl.tensor
+    group_hparams: tl.tensor,
+    group_index: tl.tensor,
+    tensor_scalars: tl.tensor,
+    sums: tl.tensor,
+    trust: tl.tensor,
+    tensors: tl.tensor,
 ) -> None:
     """`trust_ratio` of csrc/prep.h for 32 tensors per program. That of a skipped tensor stays what it is."""
     row = tl.program_id(0) * PREP_TENSORS + tl.arange(0, PREP_TENSORS)
     inside = row < tensors
-    go = inside & (tl.load(hyper + row.to(tl.int64) * HYPER_WIDTH + HYPER_SKIP, mask=inside, other=1.0) == 0.0)
-    settings = raw + tl.load(group + row, mask=go, other=0).to(tl.int64) * RAW_WIDTH
-    weight_decay = tl.load(settings + RAW_WEIGHT_DECAY, mask=go, other=0.0)
-    always = tl.load(settings + RAW_TRUST_ALWAYS, mask=go, other=0.0)
-    low = tl.load(settings + RAW_TRUST_LOW, mask=go, other=0.0)
-    high = tl.load(settings + RAW_TRUST_HIGH, mask=go, other=0.0)
+    skips = tensor_scalars + row.to(tl.int64) * SCALAR_WIDTH + column(SCALARS, "skip")
+    go = inside & (tl.load(skips, mask=inside, other=1.0) == 0.0)
+    group = read_group(group_hparams, tl.load(group_index + row, mask=go, other=0), go)
 
     param = tl.sqrt(tl.load(sums + 2 * row, mask=go, other=1.0))
     update = tl.sqrt(tl.load(sums + 2 * row + 1, mask=go, other=1.0))
     ratio = param / tl.where(update == 0.0, 1.0, update)
     ratio = tl.where((param == 0.0) | (update == 0.0), 1.0, ratio)
-    ratio = tl.where(ratio < low, low, ratio)
-    ratio = tl.where(ratio > high, high, ratio)
-    tl.store(trust + row, tl.where((weight_decay == 0.0) & (always == 0.0), 1.0, ratio), mask=go)
+    ratio = tl.where(ratio < group.trust_low, group.trust_low, ratio)
+    ratio = tl.where(ratio > group.trust_high, group.trust_high, ratio)
+    always = (group.weight_decay == 0.0) & (group.trust_always == 0.0)
+    tl.store(trust + row, tl.where(always, 1.0, ratio), mask=go)

@@ -1,10 +1,14 @@
 """Rules: the arithmetic of each optimizer, on values already in registers. Mirrors csrc/rules.h.
 
-A rule gets the hyperparameters `h`, the param, the gradient and a tuple of states, and returns the update that the
-walker subtracts from the param, and the new states. All values have one dtype: float32, or float64 for float64 tensors.
+A rule gets the scalars `h` of the tensor, the param, the gradient and a tuple of states, and returns the update that
+the walker subtracts from the param, and the new states. All values have one dtype: float32, or float64 for float64
+tensors.
 
 A rule with a `direction` is walked twice, because each tensor's update is scaled by the ratio of two norms: its
 `update` gets no param and returns the new states alone, and `direction` makes the update of these, before lr and decay.
+
+A rule may have `scalars`, which makes scalars of its own (own_a to own_d) from the options of the tensor's group, once
+per tensor and step, in float64.
 """
 
 from typing import NamedTuple
@@ -12,26 +16,15 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from fused_optim.engine.layout import GroupHparams, TensorScalars
 
-class Hyper(NamedTuple):
-    """What a rule reads: one scalar each per tensor, written by prep. The order is that of the table's `hyper`."""
 
-    lr: tl.tensor
-    beta1: tl.tensor
-    ema_weight: tl.tensor  # of the new param in the average of the weights
-    eps: tl.tensor
-    weight1: tl.tensor  # 1 - beta1
-    weight2: tl.tensor  # 1 - beta2
-    step_size: tl.tensor  # lr / bias_correction1
-    denom_scale: tl.tensor  # 1 / sqrt(bias_correction2)
-    grad_scale: tl.tensor  # multiplies the gradient: unscaling, and the sign of maximize
-    l2: tl.tensor  # weight decay that goes into the gradient
-    decay: tl.tensor  # weight decay that goes past it, lr included (but where a trust ratio follows)
-    skip: tl.tensor  # 1: leave this tensor alone
-    first: tl.tensor  # 1 on the first update of this tensor
-    weight_a: tl.tensor  # 1 - a and 1 - b, of the rule's own numbers
-    weight_b: tl.tensor
-    debias: tl.tensor  # 1 / bias_correction1
+class BiasCorrections(NamedTuple):
+    """The steps of tensors, counted from 1, and 1 - beta**step of both betas; float64."""
+
+    step: tl.tensor
+    correction1: tl.tensor
+    correction2: tl.tensor
 
 
 @triton.constexpr_function
@@ -97,7 +90,7 @@ def sign(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def adam(h: Hyper, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+def adam(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
     """Adam, arXiv:1412.6980; with a third state amsgrad, Reddi et al., ICLR 2018, whose maximum torch takes before bias
     correction. States: exp_avg, exp_avg_sq, max_exp_avg_sq."""
     exp_avg = lerp(states[0], grad, h.weight1)
@@ -110,61 +103,85 @@ def adam(h: Hyper, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tu
 
 
 @triton.jit
-def sgd(h: Hyper, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
-    """SGD as in torch: the first buffer is the gradient itself. beta1: momentum, a: dampening, b: nesterov.
+def sgd_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
+    """Weights of gradient and buffer in the new buffer, momentum, nesterov."""
+    first = at.step == 1.0
+    return (
+        tl.where(first, 1.0, 1.0 - group.option_a),
+        tl.where(first, 0.0, group.beta1),
+        group.beta1,
+        group.option_b,
+    )
+
+
+@triton.jit
+def sgd(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """SGD as in torch: the first buffer is the gradient itself. Options: beta1 is the momentum; dampening, nesterov.
     States: momentum_buffer, or none."""
     update = grad
     new_states: tl.tuple = ()
     if len(states) == 1:
-        weight = tl.where(h.first != 0.0, 1.0, h.weight_a)
-        momentum = tl.where(h.first != 0.0, 0.0, h.beta1)
-        buffer = tl.fma(momentum, states[0], weight * grad)
-        update = tl.where(h.weight_b == 0.0, tl.fma(h.beta1, buffer, grad), buffer)
+        buffer = tl.fma(h.own_b, states[0], h.own_a * grad)
+        update = tl.where(h.own_d != 0.0, tl.fma(h.own_c, buffer, grad), buffer)
         new_states = (buffer,)
     return h.lr * update, new_states
 
 
 @triton.jit
-def qhadam(h: Hyper, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
-    """QHAdam, arXiv:1810.06801, section 4.2. a, b: nu1, nu2. States: exp_avg, exp_avg_sq."""
+def qhadam_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
+    """Weights of the gradient beside the two averages."""
+    return 1.0 - group.option_a, 1.0 - group.option_b
+
+
+@triton.jit
+def qhadam(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """QHAdam, arXiv:1810.06801, section 4.2. Options: the two nus. States: exp_avg, exp_avg_sq."""
     exp_avg = lerp(states[0], grad, h.weight1)
     exp_avg_sq = lerp_square(states[1], grad, h.weight2)
-    mean = lerp(h.debias * exp_avg, grad, h.weight_a)
-    mean_sq = lerp_square(h.denom_scale * h.denom_scale * exp_avg_sq, grad, h.weight_b)
+    mean = lerp(h.debias * exp_avg, grad, h.own_a)
+    mean_sq = lerp_square(h.denom_scale * h.denom_scale * exp_avg_sq, grad, h.own_b)
     return h.lr * divide(mean, square_root(mean_sq) + h.eps), (exp_avg, exp_avg_sq)
 
 
 @triton.jit
-def lamb_advance(h: Hyper, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
-    """LAMB, arXiv:1904.00962, with the choices of NVIDIA Apex. a: grad_averaging, b: bias_correction.
+def lamb_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
+    """Weight of the gradient in exp_avg; debias and denom_scale, 1 without bias correction."""
+    return (
+        tl.where(group.option_a != 0.0, 1.0 - group.beta1, 1.0),
+        tl.where(group.option_b != 0.0, 1.0 / at.correction1, 1.0),
+        tl.where(group.option_b != 0.0, 1.0 / tl.sqrt(at.correction2), 1.0),
+    )
+
+
+@triton.jit
+def lamb_moments(h: TensorScalars, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """LAMB, arXiv:1904.00962, with the choices of NVIDIA Apex. Options: grad_averaging, bias_correction.
     States: exp_avg, exp_avg_sq."""
-    weight = tl.where(h.weight_a != 0.0, 1.0, h.weight1)
-    exp_avg = tl.fma(weight, grad, tl.fma(-h.weight1, states[0], states[0]))
+    exp_avg = tl.fma(h.own_a, grad, tl.fma(-h.weight1, states[0], states[0]))
     return exp_avg, lerp_square(states[1], grad, h.weight2)
 
 
 @triton.jit
-def lamb_direction(h: Hyper, states: tl.tuple) -> tl.tensor:
-    debias = tl.where(h.weight_b != 0.0, 1.0, h.debias)
-    scale = tl.where(h.weight_b != 0.0, 1.0, h.denom_scale)
-    return debias * divide(states[0], tl.fma(square_root(states[1]), scale, h.eps))
+def lamb_direction(h: TensorScalars, states: tl.tuple) -> tl.tensor:
+    return h.own_b * divide(states[0], tl.fma(square_root(states[1]), h.own_c, h.eps))
 
 
 @triton.jit
-def lion(h: Hyper, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+def lion(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
     """Lion, arXiv:2302.06675. States: exp_avg."""
     return h.lr * sign(lerp(states[0], grad, h.weight1)), (lerp(states[0], grad, h.weight2),)
 
 
 class Rule(NamedTuple):
     update: triton.JITFunction
+    scalars: triton.JITFunction | None = None
     direction: triton.JITFunction | None = None
 
 
 RULES = {
     "adam": Rule(adam),
-    "sgd": Rule(sgd),
-    "qhadam": Rule(qhadam),
-    "lamb": Rule(lamb_advance, lamb_direction),
+    "sgd": Rule(sgd, sgd_scalars),
+    "qhadam": Rule(qhadam, qhadam_scalars),
+    "lamb": Rule(lamb_moments, lamb_scalars, lamb_direction),
     "lion": Rule(lion),
 }

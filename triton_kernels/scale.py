@@ -3,9 +3,10 @@
 import triton
 import triton.language as tl
 
+from .formats import compute_dtype, pointer_to, store, stream_dtype
 from .prep import clip_coefficient
-from .step import pointer_to, store, walk
-from .tables import CHUNK, RAW_WIDTH, ROW_WIDTH, stream_dtype
+from .step import walk
+from .tables import ALIGNMENT, CHUNK, ROW_WIDTH, ROWS, column, first_element, read_group, row_of, signature_number
 
 
 @triton.jit
@@ -16,11 +17,11 @@ def scaled(
     mask: tl.tensor | None,
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
-    KIND: tl.constexpr,
+    SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
     """A pass (see step.py). Stream: the gradient."""
-    store(pointers, 0, (values[0] * factor,), mask, KIND)
+    store(pointers, 0, (values[0] * factor,), mask, SIGNATURE)
     return ()
 
 
@@ -29,36 +30,36 @@ def scale_chunk(
     entry: tl.tensor,
     rows: tl.tensor,
     grads: tl.tensor,
-    raw: tl.tensor,
-    group: tl.tensor,
+    group_hparams: tl.tensor,
+    group_index: tl.tensor,
     squares: tl.tensor,
-    KIND: tl.constexpr,
+    SIGNATURE: tl.constexpr,
 ) -> None:
-    COMPUTE: tl.constexpr = tl.float64 if stream_dtype(KIND, 0) == tl.float64 else tl.float32
-    row = (entry >> 8) & 0xFFFFFF
-    first = (entry >> 32) * CHUNK
+    row, first = row_of(entry), first_element(entry)
     grad = tl.load(grads + row)
-    settings = raw + tl.load(group + row).to(tl.int64) * RAW_WIDTH
-    factor = clip_coefficient(settings, tl.load(squares), 1.0, grad != 0).to(COMPUTE)
+    group = read_group(group_hparams, tl.load(group_index + row), grad != 0)
+    factor = clip_coefficient(group, tl.load(squares), 1.0).to(compute_dtype(SIGNATURE))
     # What stays as it is has no elements here: it is neither read nor written.
     changes = (grad != 0) & (factor != 1.0)
-    count = tl.where(changes, tl.minimum(tl.load(rows + row * ROW_WIDTH) - first, CHUNK), 0).to(tl.int32)
-    pointers = (pointer_to(grad, first, stream_dtype(KIND, 0)),)
-    walk(factor, pointers, count, grad & 15 == 0, (), scaled, None, None, KIND, False)
+    count = tl.where(changes, tl.minimum(tl.load(rows + row * ROW_WIDTH + column(ROWS, "numel")) - first, CHUNK), 0).to(
+        tl.int32
+    )
+    pointers = (pointer_to(grad, first, stream_dtype(SIGNATURE, 0)),)
+    walk(factor, pointers, count, grad & (ALIGNMENT - 1) == 0, (), scaled, None, None, SIGNATURE, False)
 
 
-@triton.jit(do_not_specialize_on_alignment=["desc", "rows", "grads", "raw", "group", "squares"])
+@triton.jit(do_not_specialize_on_alignment=["chunk_table", "rows", "grads", "group_hparams", "group_index", "squares"])
 def scale_kernel(
-    desc: tl.tensor,
+    chunk_table: tl.tensor,
     rows: tl.tensor,
     grads: tl.tensor,
-    raw: tl.tensor,
-    group: tl.tensor,
+    group_hparams: tl.tensor,
+    group_index: tl.tensor,
     squares: tl.tensor,
-    KINDS: tl.constexpr,
+    SIGNATURES: tl.constexpr,
 ) -> None:
-    """One chunk's gradient per program. KINDS: of the gradient alone."""
-    entry = tl.load(desc + tl.program_id(0))
-    for i in tl.static_range(len(KINDS)):
-        if (entry >> 1) & 127 == i:
-            scale_chunk(entry, rows, grads, raw, group, squares, KINDS[i])
+    """One chunk's gradient per program. SIGNATURES: of the gradient alone."""
+    entry = tl.load(chunk_table + tl.program_id(0))
+    for i in tl.static_range(len(SIGNATURES)):
+        if signature_number(entry) == i:
+            scale_chunk(entry, rows, grads, group_hparams, group_index, squares, SIGNATURES[i])

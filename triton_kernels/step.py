@@ -8,163 +8,140 @@ returns the values whose squares are to be summed.
 import triton
 import triton.language as tl
 
-from .rules import Hyper, finite, lerp
+from fused_optim.engine.layout import TensorScalars
+
+from .formats import compute_dtype, count_streams, load, pointer_to, store, stream_dtype, vector_width
+from .rules import finite, lerp
 from .tables import (
+    ALIGNMENT,
     CHUNK,
-    HYPER_WIDTH,
-    ROW_EMA,
-    ROW_PARAM,
-    ROW_STATE,
     ROW_WIDTH,
+    ROWS,
+    SCALAR_WIDTH,
+    SCALARS,
     THREADS,
-    count_streams,
-    stream_dtype,
-    vector_width,
+    column,
+    first_element,
+    is_aligned,
+    row_of,
+    signature_number,
 )
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
 
 @triton.jit
-def read_hyper(hyper: tl.tensor, trust: tl.tensor | None, row: tl.tensor, dtype: tl.constexpr) -> Hyper:
+def read_scalars(
+    tensor_scalars: tl.tensor, trust: tl.tensor | None, row: tl.tensor, dtype: tl.constexpr
+) -> TensorScalars:
     """The scalars of one tensor, rounded once from float64. What the rule does not use, the compiler does not load.
     The second walk of a rule with a trust ratio takes the ratio with lr."""
-    lr = tl.load(hyper + row * HYPER_WIDTH)
-    if trust is not None:
-        lr *= tl.load(trust + row)
-    columns: tl.tuple = (lr.to(dtype),)
-    for i in tl.static_range(1, HYPER_WIDTH):
-        columns += (tl.load(hyper + row * HYPER_WIDTH + i).to(dtype),)
-    return Hyper(*columns)
+    columns: tl.tuple = ()
+    for i in tl.static_range(SCALAR_WIDTH):
+        scalar = tl.load(tensor_scalars + row * SCALAR_WIDTH + i)
+        if trust is not None and i == column(SCALARS, "lr"):
+            scalar *= tl.load(trust + row)
+        columns += (scalar.to(dtype),)
+    return TensorScalars(*columns)
 
 
 @triton.jit
-def pointer_to(address: tl.tensor, element: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Pointer to an element of the tensor at an address. The hint of 16 bytes is lost unless it is put on the very
-    value that the cast makes. On a misaligned tensor it is false, and harmless: there, accesses are of one element."""
-    return tl.multiple_of((address + element * (dtype.primitive_bitwidth // 8)).to(tl.pointer_type(dtype)), 16)
-
-
-@triton.jit
-def narrow(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """x in a storage dtype, rounded to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:  # The interpreter truncates: do the rounding on the bits before it.
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(dtype)
-
-
-@triton.jit
-def store(
-    pointers: tl.tuple, first: tl.constexpr, values: tl.tuple, mask: tl.tensor | None, KIND: tl.constexpr
-) -> tl.tuple:
-    """values: what the streams from `first` on become. Returns them as they will be read again."""
-    stored: tl.tuple = ()
-    for i in tl.static_range(len(values)):
-        value = narrow(values[i], stream_dtype(KIND, first + i))
-        tl.store(pointers[first + i], value, mask=mask)
-        stored += (value.to(values[i].dtype),)
-    return stored
-
-
-@triton.jit
-def gradient(h: Hyper, param: tl.tensor, grad: tl.tensor) -> tl.tensor:
+def gradient(h: TensorScalars, param: tl.tensor, grad: tl.tensor) -> tl.tensor:
     """The gradient that a rule sees: scaled, clipped, and with L2 in it."""
-    scaled = grad * h.grad_scale
+    scaled = grad * h.grad_factor
     # Without decay the param stays out of it: 0 * inf would put NaN into the states, and an infinite param must stay.
     return tl.where(h.l2 != 0.0, tl.fma(h.l2, param, scaled), scaled)
 
 
 @triton.jit
 def follow(
-    h: Hyper, pointers: tl.tuple, average: tl.tensor, param: tl.tensor, mask: tl.tensor | None, KIND: tl.constexpr
+    h: TensorScalars,
+    pointers: tl.tuple,
+    average: tl.tensor,
+    param: tl.tensor,
+    mask: tl.tensor | None,
+    SIGNATURE: tl.constexpr,
 ) -> None:
     """Lets the average of the weights, which is the last stream, follow the param as it is stored. With weight 1 what
     was there before is gone."""
     new = tl.where(h.ema_weight == 1.0, param, lerp(average, param, h.ema_weight))
-    store(pointers, len(pointers) - 1, (new,), mask, KIND)
+    store(pointers, len(pointers) - 1, (new,), mask, SIGNATURE)
 
 
 @triton.jit
 def update(
-    h: Hyper,
+    h: TensorScalars,
     pointers: tl.tuple,
     values: tl.tuple,
     mask: tl.tensor | None,
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
-    KIND: tl.constexpr,
+    SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
     """The whole step of most rules. Streams: param, grad, states; with EMA the average of the weights."""
     param = values[0]
     change, states = RULE(h, param, gradient(h, param, values[1]), values[2 : len(values) - EMA])
-    store(pointers, 2, states, mask, KIND)  # before the param, to free registers
-    (param,) = store(pointers, 0, (param - tl.fma(h.decay, finite(param), change),), mask, KIND)
+    store(pointers, 2, states, mask, SIGNATURE)  # before the param, to free registers
+    (param,) = store(pointers, 0, (param - tl.fma(h.decay, finite(param), change),), mask, SIGNATURE)
     if EMA:
-        follow(h, pointers, values[len(values) - 1], param, mask, KIND)
+        follow(h, pointers, values[len(values) - 1], param, mask, SIGNATURE)
     return ()
 
 
 @triton.jit
-def advance(
-    h: Hyper,
+def update_moments(
+    h: TensorScalars,
     pointers: tl.tuple,
     values: tl.tuple,
     mask: tl.tensor | None,
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
-    KIND: tl.constexpr,
+    SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
     """The first walk of a rule with a trust ratio: the states, and the norms of param and update. Streams: param, grad,
     states."""
     param = values[0]
     states = RULE(h, gradient(h, param, values[1]), values[2:])
-    states = store(pointers, 2, states, mask, KIND)  # The norm must be that of the update which `move` will make.
+    # The norm must be that of the update which `apply_update` will make.
+    states = store(pointers, 2, states, mask, SIGNATURE)
     return param, tl.fma(h.decay, finite(param), DIRECTION(h, states))
 
 
 @triton.jit
-def move(
-    h: Hyper,
+def apply_update(
+    h: TensorScalars,
     pointers: tl.tuple,
     values: tl.tuple,
     mask: tl.tensor | None,
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
-    KIND: tl.constexpr,
+    SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
     """The second walk: the param. Streams: param, states; with EMA the average of the weights."""
     param = values[0]
     change = tl.fma(h.decay, finite(param), DIRECTION(h, values[1 : len(values) - EMA]))
-    (param,) = store(pointers, 0, (param - h.lr * change,), mask, KIND)
+    (param,) = store(pointers, 0, (param - h.lr * change,), mask, SIGNATURE)
     if EMA:
-        follow(h, pointers, values[len(values) - 1], param, mask, KIND)
+        follow(h, pointers, values[len(values) - 1], param, mask, SIGNATURE)
     return ()
 
 
 @triton.jit
 def walk_block(
-    h: Hyper,
+    h: TensorScalars,
     pointers: tl.tuple,
     mask: tl.tensor | None,
     sums: tl.tuple,
     PASS: tl.constexpr,
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
-    KIND: tl.constexpr,
+    SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
     """One block of elements through a pass. Returns the sums, grown."""
-    COMPUTE: tl.constexpr = tl.float64 if stream_dtype(KIND, 0) == tl.float64 else tl.float32
-    if mask is None:
-        values = [tl.load(pointer).to(COMPUTE) for pointer in pointers]
-    else:  # Lanes past the end compute on ones, which no rule divides by zero, and store nothing.
-        values = [tl.load(pointer, mask=mask, other=1.0).to(COMPUTE) for pointer in pointers]
-    measured = PASS(h, pointers, values, mask, RULE, DIRECTION, KIND, EMA)
+    values = load(pointers, mask, SIGNATURE)
+    measured = PASS(h, pointers, values, mask, RULE, DIRECTION, SIGNATURE, EMA)
     grown: tl.tuple = ()
     for i in tl.static_range(len(measured)):
         grown += (sums[i] + sum_squares(measured[i], mask),)
@@ -181,7 +158,7 @@ def sum_squares(x: tl.tensor, mask: tl.tensor | None) -> tl.tensor:
 
 @triton.jit
 def walk(
-    h: Hyper,
+    h: TensorScalars,
     pointers: tl.tuple,
     count: tl.tensor,
     aligned: tl.tensor,
@@ -189,22 +166,24 @@ def walk(
     PASS: tl.constexpr,
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
-    KIND: tl.constexpr,
+    SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
-    """`count` elements of the streams of KIND: whole aligned blocks by full vectors, all else element by element.
+    """`count` elements of the streams of SIGNATURE: whole aligned blocks by full vectors, all else element by element.
     Returns the sums, grown."""
-    # One access per thread and stream: a larger block would take the vector width of another kind of the same launch.
-    BLOCK: tl.constexpr = THREADS * vector_width(KIND)
+    # One access per thread and stream: a larger block would take the vector width of another signature of the launch.
+    BLOCK: tl.constexpr = THREADS * vector_width(SIGNATURE)
     # Sums must not depend on where tensors lie: there, an element belongs to the same thread either way.
     TAIL: tl.constexpr = BLOCK if len(sums) > 0 else THREADS
     blocks = tl.where(aligned, count // BLOCK, 0)
     for i in range(blocks):
         at = i * BLOCK + tl.arange(0, BLOCK)
-        sums = walk_block(h, [pointer + at for pointer in pointers], None, sums, PASS, RULE, DIRECTION, KIND, EMA)
+        sums = walk_block(h, [pointer + at for pointer in pointers], None, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA)
     for i in range(blocks * BLOCK, count, TAIL):
         at = i + tl.arange(0, TAIL)
-        sums = walk_block(h, [pointer + at for pointer in pointers], at < count, sums, PASS, RULE, DIRECTION, KIND, EMA)
+        sums = walk_block(
+            h, [pointer + at for pointer in pointers], at < count, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA
+        )
     return sums
 
 
@@ -220,59 +199,60 @@ def step_chunk(
     entry: tl.tensor,
     rows: tl.tensor,
     grads: tl.tensor | None,
-    hyper: tl.tensor,
+    tensor_scalars: tl.tensor,
     partials: tl.tensor | None,
     trust: tl.tensor | None,
     PASS: tl.constexpr,
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
-    KIND: tl.constexpr,
+    SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> None:
     """One chunk of one tensor."""
-    COMPUTE: tl.constexpr = tl.float64 if stream_dtype(KIND, 0) == tl.float64 else tl.float32
-    row = (entry >> 8) & 0xFFFFFF
-    first = (entry >> 32) * CHUNK
-    h = read_hyper(hyper, trust, row, COMPUTE)
+    row, first = row_of(entry), first_element(entry)
+    h = read_scalars(tensor_scalars, trust, row, compute_dtype(SIGNATURE))
     fields = rows + row * ROW_WIDTH
-    pointers: tl.tuple = (pointer_to(tl.load(fields + ROW_PARAM), first, stream_dtype(KIND, 0)),)
-    aligned = entry & 1 == 0
+    pointers: tl.tuple = (pointer_to(tl.load(fields + column(ROWS, "param")), first, stream_dtype(SIGNATURE, 0)),)
+    aligned = is_aligned(entry)
     if grads is not None:
         grad = tl.load(grads + row)
-        pointers += (pointer_to(grad, first, stream_dtype(KIND, 1)),)
-        aligned = aligned & (grad & 15 == 0)
+        pointers += (pointer_to(grad, first, stream_dtype(SIGNATURE, 1)),)
+        aligned = aligned & (grad & (ALIGNMENT - 1) == 0)
     STATES: tl.constexpr = len(pointers)
-    for i in tl.static_range(STATES, count_streams(KIND) - EMA):
-        pointers += (pointer_to(tl.load(fields + ROW_STATE + i - STATES), first, stream_dtype(KIND, i)),)
+    for i in tl.static_range(STATES, count_streams(SIGNATURE) - EMA):
+        address = tl.load(fields + column(ROWS, "state0") + i - STATES)
+        pointers += (pointer_to(address, first, stream_dtype(SIGNATURE, i)),)
     if EMA:
-        pointers += (pointer_to(tl.load(fields + ROW_EMA), first, stream_dtype(KIND, len(pointers))),)
+        address = tl.load(fields + column(ROWS, "ema"))
+        pointers += (pointer_to(address, first, stream_dtype(SIGNATURE, len(pointers))),)
     # A skipped tensor has no elements: no branch, so that all the scalars above are on their way at once.
-    count = tl.where(h.skip == 0.0, tl.minimum(tl.load(fields) - first, CHUNK), 0).to(tl.int32)
+    count = tl.where(h.skip == 0.0, tl.minimum(tl.load(fields + column(ROWS, "numel")) - first, CHUNK), 0).to(tl.int32)
     if partials is None:
-        walk(h, pointers, count, aligned, (), PASS, RULE, DIRECTION, KIND, EMA)
+        walk(h, pointers, count, aligned, (), PASS, RULE, DIRECTION, SIGNATURE, EMA)
     else:
         none = tl.zeros((THREADS,), tl.float64)
-        store_sums(partials, walk(h, pointers, count, aligned, (none, none), PASS, RULE, DIRECTION, KIND, EMA))
+        store_sums(partials, walk(h, pointers, count, aligned, (none, none), PASS, RULE, DIRECTION, SIGNATURE, EMA))
 
 
-@triton.jit(do_not_specialize_on_alignment=["desc", "rows", "grads", "hyper", "partials", "trust"])
+@triton.jit(do_not_specialize_on_alignment=["chunk_table", "rows", "grads", "tensor_scalars", "partials", "trust"])
 def step_kernel(
-    desc: tl.tensor,
+    chunk_table: tl.tensor,
     rows: tl.tensor,
     grads: tl.tensor | None,
-    hyper: tl.tensor,
+    tensor_scalars: tl.tensor,
     partials: tl.tensor | None,
     trust: tl.tensor | None,
     PASS: tl.constexpr,
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
-    KINDS: tl.constexpr,
+    SIGNATURES: tl.constexpr,
     EMA: tl.constexpr,
 ) -> None:
-    """One program per entry of desc. KINDS: the streams that PASS walks, of every kind of this table, in the order in
-    which desc numbers them. EMA: whether the last of these is an average of the weights. What PASS has no use for is
-    None: grads in `move`, partials but in `advance`, trust but in `move`."""
-    entry = tl.load(desc + tl.program_id(0))
-    for i in tl.static_range(len(KINDS)):
-        if (entry >> 1) & 127 == i:
-            step_chunk(entry, rows, grads, hyper, partials, trust, PASS, RULE, DIRECTION, KINDS[i], EMA)
+    """One program per entry of chunk_table. SIGNATURES: the streams that PASS walks, of every dtype signature of this
+    table, in the order in which chunk_table numbers them. EMA: whether the last of these is an average of the weights.
+    What PASS has no use for is None: grads in `apply_update`, partials but in `update_moments`, trust but in
+    `apply_update`."""
+    entry = tl.load(chunk_table + tl.program_id(0))
+    for i in tl.static_range(len(SIGNATURES)):
+        if signature_number(entry) == i:
+            step_chunk(entry, rows, grads, tensor_scalars, partials, trust, PASS, RULE, DIRECTION, SIGNATURES[i], EMA)

@@ -4,24 +4,38 @@ same to the last bit at every run."""
 import triton
 import triton.language as tl
 
-from .rules import Hyper
-from .step import pointer_to, store_sums, walk
-from .tables import CHUNK, RAW_MAX_NORM, RAW_WIDTH, ROW_WIDTH, THREADS, stream_dtype
+from fused_optim.engine.layout import TensorScalars
 
-SPAN_BLOCK = tl.constexpr(512)  # partial sums that a program adds up at once: of one tensor,
+from .formats import pointer_to, stream_dtype
+from .step import store_sums, walk
+from .tables import (
+    ALIGNMENT,
+    CHUNK,
+    GROUP_WIDTH,
+    GROUPS,
+    ROW_WIDTH,
+    ROWS,
+    THREADS,
+    column,
+    first_element,
+    row_of,
+    signature_number,
+)
+
+ROW_BLOCK = tl.constexpr(512)  # partial sums that a program adds up at once: of one tensor,
 TOTAL_BLOCK = tl.constexpr(4096)  # of all of them, which is one program's work
 TOTAL_THREADS = tl.constexpr(1024)
 
 
 @triton.jit
 def measure(
-    h: Hyper | None,
+    h: TensorScalars | None,
     pointers: tl.tuple,
     values: tl.tuple,
     mask: tl.tensor | None,
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
-    KIND: tl.constexpr,
+    SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
     """A pass (see step.py) that only looks. Stream: the gradient."""
@@ -33,40 +47,45 @@ def square_chunk(
     entry: tl.tensor,
     rows: tl.tensor,
     grads: tl.tensor,
-    raw: tl.tensor,
-    group: tl.tensor,
+    group_hparams: tl.tensor,
+    group_index: tl.tensor,
     partials: tl.tensor,
-    KIND: tl.constexpr,
+    SIGNATURE: tl.constexpr,
 ) -> None:
-    row = (entry >> 8) & 0xFFFFFF
-    first = (entry >> 32) * CHUNK
+    row, first = row_of(entry), first_element(entry)
     grad = tl.load(grads + row)
-    max_norm = tl.load(raw + tl.load(group + row).to(tl.int64) * RAW_WIDTH + RAW_MAX_NORM)
+    max_norm = tl.load(
+        group_hparams + tl.load(group_index + row).to(tl.int64) * GROUP_WIDTH + column(GROUPS, "max_norm")
+    )
     wanted = (grad != 0) & (max_norm != 0.0)
-    count = tl.where(wanted, tl.minimum(tl.load(rows + row * ROW_WIDTH) - first, CHUNK), 0).to(tl.int32)
-    pointers = (pointer_to(grad, first, stream_dtype(KIND, 0)),)
+    count = tl.where(wanted, tl.minimum(tl.load(rows + row * ROW_WIDTH + column(ROWS, "numel")) - first, CHUNK), 0).to(
+        tl.int32
+    )
+    pointers = (pointer_to(grad, first, stream_dtype(SIGNATURE, 0)),)
     none = tl.zeros((THREADS,), tl.float64)
-    (squares,) = walk(None, pointers, count, grad & 15 == 0, (none,), measure, None, None, KIND, False)
+    (squares,) = walk(
+        None, pointers, count, grad & (ALIGNMENT - 1) == 0, (none,), measure, None, None, SIGNATURE, False
+    )
     # Below 0 a group only shows whether its gradients are finite: 0 times what is not is NaN.
     store_sums(partials, (squares * tl.where(max_norm > 0.0, 1.0, 0.0),))
 
 
-@triton.jit(do_not_specialize_on_alignment=["desc", "rows", "grads", "raw", "group", "partials"])
+@triton.jit(do_not_specialize_on_alignment=["chunk_table", "rows", "grads", "group_hparams", "group_index", "partials"])
 def squares_kernel(
-    desc: tl.tensor,
+    chunk_table: tl.tensor,
     rows: tl.tensor,
     grads: tl.tensor,
-    raw: tl.tensor,
-    group: tl.tensor,
+    group_hparams: tl.tensor,
+    group_index: tl.tensor,
     partials: tl.tensor,
-    KINDS: tl.constexpr,
+    SIGNATURES: tl.constexpr,
 ) -> None:
-    """The sum of the squares of one chunk's gradient per program, of those that are clipped. KINDS: of the gradient
-    alone."""
-    entry = tl.load(desc + tl.program_id(0))
-    for i in tl.static_range(len(KINDS)):
-        if (entry >> 1) & 127 == i:
-            square_chunk(entry, rows, grads, raw, group, partials, KINDS[i])
+    """The sum of the squares of one chunk's gradient per program, of those that are clipped. SIGNATURES: of the
+    gradient alone."""
+    entry = tl.load(chunk_table + tl.program_id(0))
+    for i in tl.static_range(len(SIGNATURES)):
+        if signature_number(entry) == i:
+            square_chunk(entry, rows, grads, group_hparams, group_index, partials, SIGNATURES[i])
 
 
 @triton.jit
@@ -81,13 +100,13 @@ def sum_partials(
     return tl.sum(total)
 
 
-@triton.jit(do_not_specialize_on_alignment=["spans", "partials", "sums"])
-def spans_kernel(spans: tl.tensor, partials: tl.tensor, sums: tl.tensor) -> None:
-    """What `advance` has left of each chunk, added up for one tensor per program."""
+@triton.jit(do_not_specialize_on_alignment=["row_offsets", "partials", "sums"])
+def row_sums_kernel(row_offsets: tl.tensor, partials: tl.tensor, sums: tl.tensor) -> None:
+    """What `update_moments` has left of each chunk, added up for one tensor per program."""
     row = tl.program_id(0).to(tl.int64)
-    begin, end = tl.load(spans + row), tl.load(spans + row + 1)
+    begin, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
     for i in tl.static_range(2):
-        tl.store(sums + 2 * row + i, sum_partials(partials + i, 2, begin, end, SPAN_BLOCK))
+        tl.store(sums + 2 * row + i, sum_partials(partials + i, 2, begin, end, ROW_BLOCK))
 
 
 @triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["partials", "out"])

@@ -1,49 +1,65 @@
-"""The table (csrc/tables.h) as the kernels see it: where its columns are, and what a kind says of the tensors of a row.
-
-A kind, the dtype signature of a row, is one integer: a nibble for each tensor that is walked, then 15. The average of
-weights comes right after the states, other than in the table.
-"""
+"""A table as the kernels see it: where its columns are (fused_optim/engine/layout.py), and how an entry of chunk_table
+is read."""
 
 import triton
 import triton.language as tl
 
-CHUNK = tl.constexpr(4096)  # elements of one tensor that one program handles: kChunk
+from fused_optim.engine.layout import LAYOUT, GroupHparams, RowFields, TensorScalars
+
+CHUNK = tl.constexpr(LAYOUT["CHUNK"])  # elements of one tensor that one program handles
+ALIGNMENT = tl.constexpr(LAYOUT["ALIGNMENT"])
 THREADS = tl.constexpr(128)  # of one program that walks a chunk
 
-# RowColumn, RawColumn, and the order of Hyper.
-ROW_WIDTH, ROW_PARAM, ROW_STEP, ROW_SIGNATURE, ROW_STATE, ROW_EMA = (tl.constexpr(i) for i in (8, 1, 2, 3, 4, 7))
-EMA_BEGUN = tl.constexpr(1 << 28)
-RAW_WIDTH, RAW_EMA_DECAY = tl.constexpr(17), tl.constexpr(16)
-RAW_LR, RAW_BETA1, RAW_BETA2, RAW_EPS, RAW_WEIGHT_DECAY, RAW_DECOUPLED, RAW_MAXIMIZE, RAW_A, RAW_B = (
-    tl.constexpr(i) for i in range(9)
-)
-RAW_LR_REFERENCE, RAW_DECAY_PERIOD, RAW_MAX_NORM, RAW_CLIP_EPS, RAW_TRUST_LOW, RAW_TRUST_HIGH, RAW_TRUST_ALWAYS = (
-    tl.constexpr(i) for i in range(9, 16)
-)
-HYPER_WIDTH, HYPER_SKIP = tl.constexpr(16), tl.constexpr(11)
+# Kernels read columns by name, with `column`: so their names and places are a part of the key under which Triton caches
+# what it has compiled.
+ROWS, ROW_WIDTH = tl.constexpr(RowFields._fields), tl.constexpr(LAYOUT["ROW_WIDTH"])
+GROUPS, GROUP_WIDTH = tl.constexpr(GroupHparams._fields), tl.constexpr(LAYOUT["GROUP_WIDTH"])
+GROUP_DEFAULTS = tl.constexpr(tuple(GroupHparams()))
+SCALARS, SCALAR_WIDTH = tl.constexpr(TensorScalars._fields), tl.constexpr(LAYOUT["SCALAR_WIDTH"])
+EMA_BEGUN = tl.constexpr(LAYOUT["EMA_BEGUN"])
 
-DTYPES = (tl.float32, tl.bfloat16, tl.float16, tl.float64)
-ABSENT = 15
-
-
-def pack_kind(codes: tuple[int, ...]) -> int:
-    """The signature of the dtype codes of streams, in order."""
-    return sum(code << 4 * i for i, code in enumerate((*codes, ABSENT)))
+UNALIGNED_MASK = tl.constexpr(2 ** LAYOUT["ENTRY_UNALIGNED_BITS"] - 1)
+SIGNATURE_SHIFT = tl.constexpr(LAYOUT["ENTRY_SIGNATURE_SHIFT"])
+SIGNATURE_MASK = tl.constexpr(2 ** LAYOUT["ENTRY_SIGNATURE_BITS"] - 1)
+ROW_SHIFT = tl.constexpr(LAYOUT["ENTRY_ROW_SHIFT"])
+ROW_MASK = tl.constexpr(2 ** LAYOUT["ENTRY_ROW_BITS"] - 1)
+CHUNK_SHIFT = tl.constexpr(LAYOUT["ENTRY_CHUNK_SHIFT"])
 
 
 @triton.constexpr_function
-def count_streams(kind: int) -> int:
-    """How many tensors of a row are walked."""
-    return next(i for i in range(16) if kind >> 4 * i & 15 == ABSENT)
+def column(fields: tuple[str, ...], name: str) -> int:
+    """The number of a column: column(ROWS, "step")."""
+    return fields.index(name)
 
 
-@triton.constexpr_function
-def stream_dtype(kind: int, stream: int) -> tl.dtype:
-    return DTYPES[kind >> 4 * stream & 15]
+@triton.jit
+def row_of(entry: tl.tensor) -> tl.tensor:
+    return (entry >> ROW_SHIFT) & ROW_MASK
 
 
-@triton.constexpr_function
-def vector_width(kind: int) -> int:
-    """Elements per thread and access: 16 bytes of the widest dtype. All streams have the same width: else values would
-    have to change threads, through shared memory, on their way from one stream to another."""
-    return 128 // max(DTYPES[kind >> 4 * i & 15].primitive_bitwidth for i in range(count_streams(kind)))
+@triton.jit
+def first_element(entry: tl.tensor) -> tl.tensor:
+    """Of the chunk, within its tensor."""
+    return (entry >> CHUNK_SHIFT) * CHUNK
+
+
+@triton.jit
+def signature_number(entry: tl.tensor) -> tl.tensor:
+    """Of the row's dtype signature, among those of the table."""
+    return (entry >> SIGNATURE_SHIFT) & SIGNATURE_MASK
+
+
+@triton.jit
+def is_aligned(entry: tl.tensor) -> tl.tensor:
+    """Whether all tensors that are written begin at a multiple of ALIGNMENT."""
+    return entry & UNALIGNED_MASK == 0
+
+
+@triton.jit
+def read_group(group_hparams: tl.tensor, index: tl.tensor, mask: tl.tensor) -> GroupHparams:
+    """The hyperparameters of groups. What nobody uses, the compiler does not load."""
+    row = group_hparams + index.to(tl.int64) * GROUP_WIDTH
+    columns: tl.tuple = ()
+    for i in tl.static_range(GROUP_WIDTH):
+        columns += (tl.load(row + i, mask=mask, other=GROUP_DEFAULTS[i]),)
+    return GroupHparams(*columns)

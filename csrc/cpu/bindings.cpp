@@ -2,7 +2,7 @@
 // naming the namespace and FUSED_MODULE the module.
 #include "../bindings.h"
 
-#include "floor.h"
+#include "probe.h"
 #include "step.h"
 #include "threads.h"
 
@@ -15,43 +15,44 @@ int threads_for(const Arrays& arrays, int threads) {
   return fused_optim::threads_for(arrays.elements, arrays.tables.chunks, threads);
 }
 
-// The floor pass over given memory, ready to run. Streams are lists of as many addresses each; what lies at address t
-// of every stream has sizes[t] bytes. piece and prefetch: of floor.h's pattern.
-class FloorPass {
+// The bandwidth probe over given memory, ready to run. Streams are lists of as many addresses each; what lies at
+// address t of every stream has sizes[t] bytes. piece and prefetch: of probe.h's pattern.
+class BandwidthProbe {
  public:
   using Streams = std::vector<std::vector<int64_t>>;
 
-  FloorPass(const Streams& written, const Streams& read, const std::vector<int64_t>& sizes, int64_t piece, int prefetch)
+  BandwidthProbe(const Streams& written, const Streams& read, const std::vector<int64_t>& sizes, int64_t piece,
+                 int prefetch)
       : pattern_{piece, 1, prefetch}, written_(static_cast<int>(written.size())), read_(static_cast<int>(read.size())) {
-    if (written_ < 1 || written_ > kFloorWritten || read_ < 1 || read_ > kFloorRead)
-      throw py::value_error("a floor pass takes 1 to " + std::to_string(kFloorWritten) + " written streams and 1 to " +
-                            std::to_string(kFloorRead) + " that are read, but got " + std::to_string(written_) +
-                            " and " + std::to_string(read_));
+    if (written_ < 1 || written_ > kProbeWritten || read_ < 1 || read_ > kProbeRead)
+      throw py::value_error("a bandwidth probe takes 1 to " + std::to_string(kProbeWritten) +
+                            " written streams and 1 to " + std::to_string(kProbeRead) + " that are read, but got " +
+                            std::to_string(written_) + " and " + std::to_string(read_));
     for (size_t t = 0; t < sizes.size(); ++t) {
-      FloorRow row{{}, sizes[t]};
+      ProbeRow row{{}, sizes[t]};
       for (const Streams* streams : {&written, &read}) {
         for (const auto& stream : *streams) {
           if (stream.size() != sizes.size())
-            throw py::value_error("every stream of a floor pass must have as many addresses as there are sizes");
+            throw py::value_error("every stream of a bandwidth probe must have as many addresses as there are sizes");
           row.streams.push_back(pointer<char>(stream[t]));
         }
       }
       rows_.push_back(std::move(row));
     }
-    spans_ = floor_spans(rows_, piece);
+    spans_ = probe_spans(rows_, piece);
   }
 
   void run(int threads) const {
     py::gil_scoped_release release;
-    FloorPattern pattern = pattern_;
+    ProbePattern pattern = pattern_;
     pattern.threads = threads;
-    walker.floor(spans_, written_, read_, pattern);
+    walker.bandwidth_probe(spans_, written_, read_, pattern);
   }
 
  private:
-  std::vector<FloorRow> rows_;
-  std::vector<FloorSpan> spans_;
-  FloorPattern pattern_;
+  std::vector<ProbeRow> rows_;
+  std::vector<ProbeSpan> spans_;
+  ProbePattern pattern_;
   int written_, read_;
 };
 
@@ -71,9 +72,9 @@ PYBIND11_MODULE(FUSED_MODULE, m) {
     }
     require_rule(found, rule);
   });
-  m.def("move", [](const std::string& rule, const Arrays& arrays, int threads) {
+  m.def("apply_update", [](const std::string& rule, const Arrays& arrays, int threads) {
     py::gil_scoped_release release;
-    walker.move(rule.c_str(), arrays.tables, threads_for(arrays, threads));
+    walker.apply_update(rule.c_str(), arrays.tables, threads_for(arrays, threads));
   });
   m.def("squares", [](const Arrays& arrays, int64_t out, int threads) {
     py::gil_scoped_release release;
@@ -84,10 +85,11 @@ PYBIND11_MODULE(FUSED_MODULE, m) {
     walker.scale(with_scaling(arrays, 0, 0, squares), threads_for(arrays, threads));
   });
 
-  py::class_<FloorPass>(m, "FloorPass", py::module_local())
-      .def(py::init<const FloorPass::Streams&, const FloorPass::Streams&, const std::vector<int64_t>&, int64_t, int>(),
+  py::class_<BandwidthProbe>(m, "BandwidthProbe", py::module_local())
+      .def(py::init<const BandwidthProbe::Streams&, const BandwidthProbe::Streams&, const std::vector<int64_t>&,
+                    int64_t, int>(),
            py::arg("written"), py::arg("read"), py::arg("sizes"), py::arg("piece"), py::arg("prefetch"))
-      .def("__call__", &FloorPass::run, py::arg("threads"));
+      .def("__call__", &BandwidthProbe::run, py::arg("threads"));
 }
 
 }  // namespace fused_optim

@@ -1,7 +1,7 @@
 // The CPU walker's passes over gradients alone: their norm, and clipping them where they stand.
 #include "grads.h"
 
-#include "../prep.h"
+#include "walk.h"
 
 namespace fused_optim::FUSED_ISA {
 namespace {
@@ -81,19 +81,19 @@ double squares_in(const G* x, int count) {
 }
 
 // The sum of the squares of one chunk's gradient.
-double squares_of(const Tables& t, int64_t desc) {
-  const int64_t row = row_of(desc), begin = chunk_of(desc) * kChunk;
-  const double* raw = t.raw + int64_t{t.group[row]} * kRawWidth;
-  if (t.grads[row] == 0 || raw[kMaxNorm] == 0.0) return 0.0;
+double squares_of(const Tables& t, int64_t entry) {
+  const int64_t row = row_of(entry), begin = chunk_of(entry) * kChunk;
+  const double max_norm = t.group_hparams[int64_t{t.group_index[row]} * kGroupWidth + kGroupMaxNorm];
+  if (t.grads[row] == 0 || max_norm == 0.0) return 0.0;
   const int64_t* columns = t.rows + row * kRowWidth;
-  const int count = static_cast<int>(std::min<int64_t>(kChunk, columns[kNumel] - begin));
-  const Stream grad(t.grads[row], columns[kSignature], 1);
-  const double counted = raw[kMaxNorm] > 0.0 ? 1.0 : 0.0;  // 0 makes NaN of what is not finite
-  if (grad.dtype == kFloat64)
+  const int count = static_cast<int>(std::min<int64_t>(kChunk, columns[kRowNumel] - begin));
+  const Stream grad = Stream::of_grad(columns, t.grads[row]);
+  const double counted = max_norm > 0.0 ? 1.0 : 0.0;  // 0 makes NaN of what is not finite
+  if (grad.format == kFloat64)
     return squares_in_double(reinterpret_cast<const double*>(grad.at(begin)), count) * counted;
   double total = 0.0;
-  visit_dtype(grad.dtype,
-              [&](auto type) { total = squares_in(reinterpret_cast<const decltype(type)*>(grad.at(begin)), count); });
+  visit_format(grad.format,
+               [&](auto type) { total = squares_in(reinterpret_cast<const decltype(type)*>(grad.at(begin)), count); });
   return total * counted;
 }
 
@@ -115,15 +115,15 @@ void scale_block(float factor, Float16* grad, int count) {
 #endif
 
 // One chunk's gradient becomes what clipping makes of it.
-void scale_chunk(const Tables& t, int64_t desc) {
-  const int64_t row = row_of(desc), begin = chunk_of(desc) * kChunk;
+void scale_chunk(const Tables& t, int64_t entry) {
+  const int64_t row = row_of(entry), begin = chunk_of(entry) * kChunk;
   if (t.grads[row] == 0) return;
-  const double factor = clip_coefficient(t.raw + int64_t{t.group[row]} * kRawWidth, *t.squares, 1.0);
+  const double factor = clip_coefficient(t.group_hparams + int64_t{t.group_index[row]} * kGroupWidth, *t.squares, 1.0);
   const int64_t* columns = t.rows + row * kRowWidth;
-  const int count = static_cast<int>(std::min<int64_t>(kChunk, columns[kNumel] - begin));
-  const Stream grad(t.grads[row], columns[kSignature], 1);
-  if (grad.dtype == kFloat64) return scale_block(factor, reinterpret_cast<double*>(grad.at(begin)), count);
-  visit_dtype(grad.dtype, [&](auto type) {
+  const int count = static_cast<int>(std::min<int64_t>(kChunk, columns[kRowNumel] - begin));
+  const Stream grad = Stream::of_grad(columns, t.grads[row]);
+  if (grad.format == kFloat64) return scale_block(factor, reinterpret_cast<double*>(grad.at(begin)), count);
+  visit_format(grad.format, [&](auto type) {
     scale_block(static_cast<float>(factor), reinterpret_cast<decltype(type)*>(grad.at(begin)), count);
   });
 }
@@ -132,7 +132,7 @@ void scale_chunk(const Tables& t, int64_t desc) {
 
 double squares(const Tables& t, int threads) {
   walk_chunks(t, threads, Order::kForward, [](const Tables& t, int64_t first, int64_t end) {
-    for (int64_t i = first; i < end; ++i) t.partials[i] = squares_of(t, t.desc[i]);
+    for (int64_t i = first; i < end; ++i) t.partials[i] = squares_of(t, t.chunk_table[i]);
   });
   double total = 0.0;
   for (int64_t i = 0; i < t.chunks; ++i) total += t.partials[i];  // in this order, whatever the threads did
@@ -141,7 +141,7 @@ double squares(const Tables& t, int threads) {
 
 void scale(const Tables& t, int threads) {
   walk_chunks(t, threads, Order::kBackward, [](const Tables& t, int64_t first, int64_t end) {
-    for (int64_t i = first; i < end; ++i) scale_chunk(t, t.desc[i]);
+    for (int64_t i = first; i < end; ++i) scale_chunk(t, t.chunk_table[i]);
   });
 }
 

@@ -1,11 +1,15 @@
 // What the CPU walker has in other files, one set per instruction set; step.h says what they do.
 #pragma once
-#include "stream.h"
+#include <vector>
+
+#include "../tables.h"
+#include "formats.h"
+#include "probe.h"
 
 namespace fused_optim::FUSED_ISA {
 
 double squares(const Tables& t, int threads);
 void scale(const Tables& t, int threads);
-bool floor_pass(const std::vector<FloorSpan>& spans, int written, int read, const FloorPattern& pattern);
+bool bandwidth_probe(const std::vector<ProbeSpan>& spans, int written, int read, const ProbePattern& pattern);
 
 }  // namespace fused_optim::FUSED_ISA

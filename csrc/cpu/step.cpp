@@ -2,9 +2,8 @@
 // setup.py compiles this file once per instruction set, with FUSED_ISA naming the namespace.
 #include "step.h"
 
-#include "../prep.h"
 #include "grads.h"
-#include "stream.h"
+#include "walk.h"
 
 namespace fused_optim::FUSED_ISA {
 namespace {
@@ -17,10 +16,10 @@ struct Row {
   Stream param, grad;
 
   Row(const int64_t* row, int64_t grad_address)
-      : param(row[kParam], row[kSignature], 0), grad(grad_address, row[kSignature], 1), row_(row) {}
+      : param(row, kStreamParam), grad(Stream::of_grad(row, grad_address)), row_(row) {}
 
-  Stream state(int s) const { return Stream(row_[kFirstState + s], row_[kSignature], 2 + s); }
-  Stream ema() const { return Stream(row_[kEma], row_[kSignature], kEmaStream); }  // where there is one
+  Stream state(int s) const { return Stream(row_, kStreamState0 + s); }
+  Stream ema() const { return Stream(row_, kStreamEma); }  // where there is one
 
   void prefetch(int64_t element, int count) const {
     param.prefetch(element, count);
@@ -33,13 +32,13 @@ struct Row {
 };
 
 // What a pass over the elements of a row touches, and how it makes the new values. `update` is the whole step of most
-// rules; those with a trust ratio are walked by `advance` and, once the ratios are known, by `move`.
-enum class Pass { kUpdate, kAdvance, kMove };
+// rules; those with a trust ratio are walked by `update_moments` and, once the ratios are known, by `apply_update`.
+enum class Pass { kUpdate, kUpdateMoments, kApplyUpdate };
 
 // The loop over elements that the compiler vectorises. P, G and A are what param, grad and states are stored as.
 template <Pass pass, class Rule, class T, int S, class P, class G, class A>
-void update_block(const Hyper<T>& hyper, P* param, const G* grad, A* const* states, int count) {
-  const Hyper<T> h = hyper;
+void update_block(const TensorScalars<T>& scalars, P* param, const G* grad, A* const* states, int count) {
+  const TensorScalars<T> h = scalars;
   A* state[S > 0 ? S : 1];
   for (int s = 0; s < S; ++s) state[s] = states[s];
 #pragma omp simd
@@ -48,19 +47,19 @@ void update_block(const Hyper<T>& hyper, P* param, const G* grad, A* const* stat
     for (int s = 0; s < S; ++s) value[s] = widen(state[s][i]);
     const T p = widen(param[i]);
     if constexpr (pass == Pass::kUpdate) narrow(apply<Rule, T, S>(h, p, widen(grad[i]), value), param[i]);
-    else if constexpr (pass == Pass::kAdvance)
-      Rule::template advance<T, S>(h, gradient(h, p, T(widen(grad[i]))), value);
+    else if constexpr (pass == Pass::kUpdateMoments)
+      Rule::template update_moments<T, S>(h, gradient(h, p, T(widen(grad[i]))), value);
     else narrow(p - h.lr * trusted_update<Rule, T, S>(h, p, value), param[i]);
-    if constexpr (pass != Pass::kMove) {
+    if constexpr (pass != Pass::kApplyUpdate) {
       for (int s = 0; s < S; ++s) narrow(value[s], state[s][i]);
     }
   }
 }
 
-// Of states as they are stored: `move` will make its updates of these, and a float16 state may have become 0.
+// Of states as they are stored: `apply_update` will make its updates of these, and a float16 state may have become 0.
 template <class Rule, class T, int S, class P, class A>
-void measure_block(const Hyper<T>& hyper, const P* param, A* const* states, int count, double* sums) {
-  const Hyper<T> h = hyper;
+void measure_block(const TensorScalars<T>& scalars, const P* param, A* const* states, int count, double* sums) {
+  const TensorScalars<T> h = scalars;
   const A* state[S];
   for (int s = 0; s < S; ++s) state[s] = states[s];
   double param_sum = 0.0, update_sum = 0.0;
@@ -84,8 +83,9 @@ FUSED_HD uint32_t join(float even, float odd) {
 }
 
 template <class Rule, int S>
-void update_pairs(const Hyper<float>& hyper, Pair* param, const Pair* grad, BFloat16* const* states, int count) {
-  const Hyper<float> h = hyper;
+void update_pairs(const TensorScalars<float>& scalars, Pair* param, const Pair* grad, BFloat16* const* states,
+                  int count) {
+  const TensorScalars<float> h = scalars;
   Pair* state[S > 0 ? S : 1];
   for (int s = 0; s < S; ++s) state[s] = reinterpret_cast<Pair*>(states[s]);
 #pragma omp simd
@@ -103,7 +103,8 @@ void update_pairs(const Hyper<float>& hyper, Pair* param, const Pair* grad, BFlo
 
 // All in bfloat16: in pairs, and the last element alone where it has no neighbour.
 template <Pass pass, class Rule, class T, int S, std::enable_if_t<pass == Pass::kUpdate, int> = 0>
-void update_block(const Hyper<T>& h, BFloat16* param, const BFloat16* grad, BFloat16* const* states, int count) {
+void update_block(const TensorScalars<T>& h, BFloat16* param, const BFloat16* grad, BFloat16* const* states,
+                  int count) {
   update_pairs<Rule, S>(h, reinterpret_cast<Pair*>(param), reinterpret_cast<const Pair*>(grad), states, count / 2);
   if (count % 2 == 0) return;
   BFloat16* last[S > 0 ? S : 1];
@@ -113,22 +114,22 @@ void update_block(const Hyper<T>& h, BFloat16* param, const BFloat16* grad, BFlo
 
 // The averages of a block's weights follow its params, which are what is stored by now and still near.
 template <class T, class P>
-void average_block(const Hyper<T>& hyper, const P* param, const Stream& ema, int64_t element, int count) {
+void average_block(const TensorScalars<T>& scalars, const P* param, const Stream& ema, int64_t element, int count) {
   const auto follow = [&](auto type) {
-    const Hyper<T> h = hyper;
+    const TensorScalars<T> h = scalars;
     const P* p = param;
     auto* average = reinterpret_cast<decltype(type)*>(ema.at(element));
 #pragma omp simd
     for (int i = 0; i < count; ++i) narrow(averaged<T>(h, widen(average[i]), widen(p[i])), average[i]);
   };
   if constexpr (sizeof(T) == 8) follow(double{});
-  else visit_dtype(ema.dtype, follow);
+  else visit_format(ema.format, follow);
 }
 
 // The dtypes in which models are trained, straight from memory to memory. Where
 // they are asked for, `sums` gets the squares of params and of updates, summed over each chunk.
 template <Pass pass, class Rule, bool kAverages, class T, int S, class P, class G, class A>
-void update_direct(const Hyper<T>& h, const Row<S>& row, int64_t begin, int64_t end, double* sums) {
+void update_direct(const TensorScalars<T>& h, const Row<S>& row, int64_t begin, int64_t end, double* sums) {
   constexpr int kBlock = kBlockBytes / sizeof(P);
   for (int64_t element = begin; element < end; element += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - element));
@@ -138,7 +139,7 @@ void update_direct(const Hyper<T>& h, const Row<S>& row, int64_t begin, int64_t 
     for (int s = 0; s < S; ++s) states[s] = reinterpret_cast<A*>(row.state(s).at(element));
     auto* param = reinterpret_cast<P*>(row.param.at(element));
     update_block<pass, Rule, T, S>(h, param, reinterpret_cast<const G*>(row.grad.at(element)), states, count);
-    if constexpr (pass == Pass::kAdvance)
+    if constexpr (pass == Pass::kUpdateMoments)
       measure_block<Rule, T, S>(h, param, states, count, sums + 2 * ((element - begin) / kChunk));
     if constexpr (kAverages) average_block(h, param, row.ema(), element, count);
   }
@@ -146,7 +147,7 @@ void update_direct(const Hyper<T>& h, const Row<S>& row, int64_t begin, int64_t 
 
 // Any other combination, by way of float32 copies of each block.
 template <Pass pass, class Rule, bool kAverages, int S>
-void update_copied(const Hyper<float>& h, const Row<S>& row, int64_t begin, int64_t end, double* sums) {
+void update_copied(const TensorScalars<float>& h, const Row<S>& row, int64_t begin, int64_t end, double* sums) {
   constexpr int kBlock = kBlockBytes / sizeof(float);
   alignas(64) float param[kBlock], grad[kBlock], state[S > 0 ? S : 1][kBlock];
   float* states[S > 0 ? S : 1];
@@ -155,19 +156,19 @@ void update_copied(const Hyper<float>& h, const Row<S>& row, int64_t begin, int6
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - element));
     row.prefetch(element, count);
     row.param.load(element, count, param);
-    if (pass != Pass::kMove) row.grad.load(element, count, grad);
+    if (pass != Pass::kApplyUpdate) row.grad.load(element, count, grad);
     for (int s = 0; s < S; ++s) row.state(s).load(element, count, state[s]);
     update_block<pass, Rule, float, S>(h, param, grad, states, count);
-    if (pass != Pass::kAdvance) row.param.store(element, count, param);
-    if (pass != Pass::kMove) {
+    if (pass != Pass::kUpdateMoments) row.param.store(element, count, param);
+    if (pass != Pass::kApplyUpdate) {
       for (int s = 0; s < S; ++s) row.state(s).store(element, count, state[s]);
     }
-    if constexpr (pass == Pass::kAdvance) {
+    if constexpr (pass == Pass::kUpdateMoments) {
       for (int s = 0; s < S; ++s) row.state(s).load(element, count, state[s]);
       measure_block<Rule, float, S>(h, param, states, count, sums + 2 * ((element - begin) / kChunk));
     }
     if constexpr (kAverages) {
-      visit_dtype(row.param.dtype, [&](auto type) {
+      visit_format(row.param.format, [&](auto type) {
         average_block(h, reinterpret_cast<const decltype(type)*>(row.param.at(element)), row.ema(), element, count);
       });
     }
@@ -176,31 +177,31 @@ void update_copied(const Hyper<float>& h, const Row<S>& row, int64_t begin, int6
 
 // The scalars of a row. The second walk of a rule with a trust ratio takes the ratio with lr.
 template <class T, Pass pass>
-Hyper<T> hyper_of(const Tables& t, int64_t row) {
-  const double* in = t.hyper + row * kHyperWidth;
-  Hyper<T> h = read_hyper<T>(in);
-  if (pass == Pass::kMove) h.lr = static_cast<T>(in[0] * t.trust[row]);
+TensorScalars<T> scalars_of(const Tables& t, int64_t row) {
+  const double* in = t.tensor_scalars + row * kScalarWidth;
+  TensorScalars<T> h = read_tensor_scalars<T>(in);
+  if (pass == Pass::kApplyUpdate) h.lr = static_cast<T>(in[kScalarLr] * t.trust[row]);
   return h;
 }
 
 template <Pass pass, class Rule, bool kAverages, int S>
 void update_row(const Tables& t, int64_t row_number, int64_t begin, int64_t end, double* sums) {
   const Row<S> row(t.rows + row_number * kRowWidth, t.grads[row_number]);
-  const Dtype param = row.param.dtype, grad = row.grad.dtype, states = S > 0 ? row.state(0).dtype : param;
+  const Format param = row.param.format, grad = row.grad.format, states = S > 0 ? row.state(0).format : param;
   bool alike = true;
-  for (int s = 1; s < S; ++s) alike &= row.state(s).dtype == states;
+  for (int s = 1; s < S; ++s) alike &= row.state(s).format == states;
 
   if (param == kFloat64) {
     return update_direct<pass, Rule, kAverages, double, S, double, double, double>(
-        hyper_of<double, pass>(t, row_number), row, begin, end, sums);
+        scalars_of<double, pass>(t, row_number), row, begin, end, sums);
   }
-  const Hyper<float> h = hyper_of<float, pass>(t, row_number);
+  const TensorScalars<float> h = scalars_of<float, pass>(t, row_number);
   if (alike && param == grad) {
     if (param == kFloat32 && states == kFloat32)
       return update_direct<pass, Rule, kAverages, float, S, float, float, float>(h, row, begin, end, sums);
-    if (param == kBFloat16 && states == kBFloat16)
+    if (param == kBfloat16 && states == kBfloat16)
       return update_direct<pass, Rule, kAverages, float, S, BFloat16, BFloat16, BFloat16>(h, row, begin, end, sums);
-    if (param == kBFloat16 && states == kFloat32)
+    if (param == kBfloat16 && states == kFloat32)
       return update_direct<pass, Rule, kAverages, float, S, BFloat16, BFloat16, float>(h, row, begin, end, sums);
   }
   update_copied<pass, Rule, kAverages, S>(h, row, begin, end, sums);
@@ -210,16 +211,16 @@ void update_row(const Tables& t, int64_t row_number, int64_t begin, int64_t end,
 template <Pass pass, class Rule, bool kAverages>
 void update(const Tables& t, int64_t first, int64_t end) {
   for (int64_t next; first < end; first = next) {
-    constexpr int64_t kNextChunk = int64_t{1} << 32;
-    for (next = first + 1; next < end && t.desc[next] == t.desc[next - 1] + kNextChunk;) ++next;
+    constexpr int64_t kNextChunk = chunk_entry(1, 0, 0, false);
+    for (next = first + 1; next < end && t.chunk_table[next] == t.chunk_table[next - 1] + kNextChunk;) ++next;
     double* const sums = t.partials + 2 * first;
-    if constexpr (pass == Pass::kAdvance) std::fill(sums, t.partials + 2 * next, 0.0);
-    const int64_t row = row_of(t.desc[first]);
-    if (t.hyper[row * kHyperWidth + kSkip] != 0.0) continue;
+    if constexpr (pass == Pass::kUpdateMoments) std::fill(sums, t.partials + 2 * next, 0.0);
+    const int64_t row = row_of(t.chunk_table[first]);
+    if (t.tensor_scalars[row * kScalarWidth + kScalarSkip] != 0.0) continue;
     const int64_t* columns = t.rows + row * kRowWidth;
-    const int64_t element = chunk_of(t.desc[first]) * kChunk;
-    const int64_t end_element = std::min(columns[kNumel], element + (next - first) * kChunk);
-    visit_states<Rule>(columns[kSignature], [&](auto states) {
+    const int64_t element = chunk_of(t.chunk_table[first]) * kChunk;
+    const int64_t end_element = std::min(columns[kRowNumel], element + (next - first) * kChunk);
+    visit_states<Rule>(columns[kRowDtypeSignature], [&](auto states) {
       update_row<pass, Rule, kAverages, decltype(states)::value>(t, row, element, end_element, sums);
     });
   }
@@ -230,14 +231,14 @@ Order order_of_step(const Tables& t) { return t.squares ? Order::kBackward : Ord
 
 template <class Rule, bool kAverages>
 void step_all(const Tables& t, int threads) {
-  constexpr Pass pass = Rule::trust ? Pass::kAdvance : Pass::kUpdate;
+  constexpr Pass pass = Rule::trust ? Pass::kUpdateMoments : Pass::kUpdate;
   walk_rows(
-      t, threads, order_of_step(t), [&](int64_t row, BiasCorrections& memo) { prepare(t, row, memo); },
+      t, threads, order_of_step(t), [&](int64_t row, BiasCorrections& memo) { prepare<Rule>(t, row, memo); },
       update<pass, Rule, kAverages>);
   if constexpr (Rule::trust) {
     for (int64_t row = 0; row < t.tensors; ++row) {
       double param = 0.0, update = 0.0;
-      for (int64_t i = t.spans[row]; i < t.spans[row + 1]; ++i) {
+      for (int64_t i = t.row_offsets[row]; i < t.row_offsets[row + 1]; ++i) {
         param += t.partials[2 * i];
         update += t.partials[2 * i + 1];
       }
@@ -248,14 +249,14 @@ void step_all(const Tables& t, int threads) {
 }
 
 template <class Rule, bool kAverages>
-void move_all(const Tables& t, int threads) {
+void apply_update_all(const Tables& t, int threads) {
   // The last params and states of the first walk are still near.
   walk_rows(
       t, threads, Order::kBackward,
       [&](int64_t row, BiasCorrections&) {
-        if (t.hyper[row * kHyperWidth + kSkip] == 0.0) t.trust[row] = trust_ratio(t, row);
+        if (t.tensor_scalars[row * kScalarWidth + kScalarSkip] == 0.0) t.trust[row] = trust_ratio(t, row);
       },
-      update<Pass::kMove, Rule, kAverages>);
+      update<Pass::kApplyUpdate, Rule, kAverages>);
 }
 
 bool step(const char* rule, const Tables& t, int threads) {
@@ -268,18 +269,18 @@ bool step(const char* rule, const Tables& t, int threads) {
   });
 }
 
-bool move(const char* rule, const Tables& t, int threads) {
+bool apply_update(const char* rule, const Tables& t, int threads) {
   return visit_rule(rule, [&](auto tag) {
     using Rule = typename decltype(tag)::type;
     if constexpr (Rule::trust) {
-      if (t.ema) move_all<Rule, true>(t, threads);
-      else move_all<Rule, false>(t, threads);
+      if (t.ema) apply_update_all<Rule, true>(t, threads);
+      else apply_update_all<Rule, false>(t, threads);
     }
   });
 }
 
 }  // namespace
 
-const CpuWalker walker = {step, move, squares, scale, floor_pass};
+const CpuWalker walker = {step, apply_update, squares, scale, bandwidth_probe};
 
 }  // namespace fused_optim::FUSED_ISA

@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "../tables.h"
-#include "floor.h"
+#include "probe.h"
 
 namespace fused_optim {
 
@@ -12,14 +12,14 @@ struct CpuWalker {
   // the first walk, which leaves `sums`. False when there is no such rule.
   bool (*step)(const char* rule, const Tables& t, int threads);
   // Its second walk: trust ratios from `sums`, and the params. Nothing for other rules.
-  bool (*move)(const char* rule, const Tables& t, int threads);
+  bool (*apply_update)(const char* rule, const Tables& t, int threads);
   // The sum of the squares of all gradients whose groups are clipped, the same to the last bit at every run.
   double (*squares)(const Tables& t, int threads);
   // Multiplies each gradient in place by what clips its group to its bound, with `t.squares` for the norm; leaves those
   // alone that stay as they are.
   void (*scale)(const Tables& t, int threads);
   // A pass with the reads and writes of a step and no arithmetic. False where there are none or too many streams.
-  bool (*floor)(const std::vector<FloorSpan>& spans, int written, int read, const FloorPattern& pattern);
+  bool (*bandwidth_probe)(const std::vector<ProbeSpan>& spans, int written, int read, const ProbePattern& pattern);
 };
 
 namespace baseline {

@@ -31,8 +31,10 @@ PYBIND11_MODULE(_cuda, m) {
     require_launched(without_gil([&] { return launch_step_cuda(rule.c_str(), t, pointer<void>(stream), device); }),
                      rule);
   });
-  m.def("move", [](const std::string& rule, const Arrays& arrays, int64_t stream, int device) {
-    const auto launch = [&] { return launch_move_cuda(rule.c_str(), arrays.tables, pointer<void>(stream), device); };
+  m.def("apply_update", [](const std::string& rule, const Arrays& arrays, int64_t stream, int device) {
+    const auto launch = [&] {
+      return launch_apply_update_cuda(rule.c_str(), arrays.tables, pointer<void>(stream), device);
+    };
     require_launched(without_gil(launch), rule);
   });
   m.def("squares", [](const Arrays& arrays, int64_t out, int64_t stream, int device) {

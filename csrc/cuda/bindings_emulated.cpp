@@ -12,8 +12,9 @@ PYBIND11_MODULE(_cuda_emulated, m) {
                    int64_t squares) {
     require_rule(launch_step_emulated(rule.c_str(), with_scaling(arrays, grad_scale, found_inf, squares)) == 0, rule);
   });
-  m.def("move",
-        [](const std::string& rule, const Arrays& arrays) { launch_move_emulated(rule.c_str(), arrays.tables); });
+  m.def("apply_update", [](const std::string& rule, const Arrays& arrays) {
+    launch_apply_update_emulated(rule.c_str(), arrays.tables);
+  });
   m.def("squares",
         [](const Arrays& arrays, int64_t out) { launch_squares_emulated(arrays.tables, pointer<double>(out)); });
   m.def("scale",

@@ -52,8 +52,10 @@ int launch_step_emulated(const char* rule, const Tables& t) {
   return visit_rule(rule, [&](auto tag) { launch_step<typename decltype(tag)::type>(t, launch); }) ? 0 : kUnknownRule;
 }
 
-int launch_move_emulated(const char* rule, const Tables& t) {
-  return visit_rule(rule, [&](auto tag) { launch_move<typename decltype(tag)::type>(t, launch); }) ? 0 : kUnknownRule;
+int launch_apply_update_emulated(const char* rule, const Tables& t) {
+  return visit_rule(rule, [&](auto tag) { launch_apply_update<typename decltype(tag)::type>(t, launch); })
+             ? 0
+             : kUnknownRule;
 }
 
 int launch_squares_emulated(const Tables& t, double* out) {

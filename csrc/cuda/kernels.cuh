@@ -4,7 +4,7 @@
 #pragma once
 #include "../dispatch.h"
 #include "../prep.h"
-#include "streams.cuh"
+#include "formats.cuh"
 
 namespace fused_optim {
 
@@ -13,24 +13,23 @@ constexpr int kRowThreads = 32;      // of a block that prepares rows: small one
 constexpr int kTotalThreads = 1024;  // of the one block that adds up everything
 
 // What a pass over the elements of a row does. kUpdate is the whole step of most rules; those with a trust ratio are
-// walked by kAdvance and, once the ratios are known, by kMove. kSquares looks at gradients alone.
-enum class Pass { kUpdate, kAdvance, kMove, kSquares };
+// walked by kUpdateMoments and, once the ratios are known, by kApplyUpdate. kSquares looks at gradients alone.
+enum class Pass { kUpdate, kUpdateMoments, kApplyUpdate, kSquares };
 
-// Streams are numbered as in the signature: param, grad, states; the average of the weights, where there is one, comes
-// last.
-constexpr int kParamStream = 0, kGradStream = 1, kFirstStateStream = 2;
+// Streams are numbered as in the signature: param, grad, states; but the average of the weights, where there is one,
+// comes right after the states.
 
 constexpr bool reads(Pass pass, int stream) {
-  if (pass == Pass::kSquares) return stream == kGradStream;
-  return pass != Pass::kMove || stream != kGradStream;
+  if (pass == Pass::kSquares) return stream == kStreamGrad;
+  return pass != Pass::kApplyUpdate || stream != kStreamGrad;
 }
 
 constexpr bool writes(Pass pass, int stream) {
-  if (stream == kParamStream) return pass == Pass::kUpdate || pass == Pass::kMove;
-  return stream != kGradStream && (pass == Pass::kUpdate || pass == Pass::kAdvance);
+  if (stream == kStreamParam) return pass == Pass::kUpdate || pass == Pass::kApplyUpdate;
+  return stream != kStreamGrad && (pass == Pass::kUpdate || pass == Pass::kUpdateMoments);
 }
 
-constexpr bool sums_up(Pass pass) { return pass == Pass::kAdvance || pass == Pass::kSquares; }
+constexpr bool sums_up(Pass pass) { return pass == Pass::kUpdateMoments || pass == Pass::kSquares; }
 
 // What passes sum over the elements. No initializers: these lie in shared memory, too.
 struct Sums {
@@ -62,29 +61,31 @@ __device__ __forceinline__ void then_each_thread(F&& share) {
 // The scalars of a row. The second walk of a rule with a trust ratio takes the ratio with lr; before prep there are
 // none.
 template <Pass pass, class T>
-FUSED_HD Hyper<T> hyper_of(const Tables& t, int64_t row) {
+FUSED_HD TensorScalars<T> scalars_of(const Tables& t, int64_t row) {
   if constexpr (pass == Pass::kSquares) {
     return {};
   } else {
-    const double* in = t.hyper + row * kHyperWidth;
-    Hyper<T> h = read_hyper<T>(in);
-    if constexpr (pass == Pass::kMove) h.lr = static_cast<T>(in[0] * t.trust[row]);
+    const double* in = t.tensor_scalars + row * kScalarWidth;
+    TensorScalars<T> h = read_tensor_scalars<T>(in);
+    if constexpr (pass == Pass::kApplyUpdate) h.lr = static_cast<T>(in[kScalarLr] * t.trust[row]);
     return h;
   }
 }
 
 // One element: param and states become the new ones.
 template <Pass pass, class Rule, class T, int S>
-FUSED_HD void update_element(const Hyper<T>& h, T& param, T grad, T (&state)[S > 0 ? S : 1]) {
+FUSED_HD void update_element(const TensorScalars<T>& h, T& param, T grad, T (&state)[S > 0 ? S : 1]) {
   if constexpr (pass == Pass::kUpdate) param = apply<Rule, T, S>(h, param, grad, state);
-  else if constexpr (pass == Pass::kAdvance) Rule::template advance<T, S>(h, gradient(h, param, grad), state);
-  else if constexpr (pass == Pass::kMove) param = param - h.lr * trusted_update<Rule, T, S>(h, param, state);
+  else if constexpr (pass == Pass::kUpdateMoments)
+    Rule::template update_moments<T, S>(h, gradient(h, param, grad), state);
+  else if constexpr (pass == Pass::kApplyUpdate) param = param - h.lr * trusted_update<Rule, T, S>(h, param, state);
 }
 
-// What is summed of one element: its states are those that were stored, of which kMove will make the update again.
+// What is summed of one element: its states are those that were stored, of which kApplyUpdate will make the update
+// again.
 template <Pass pass, class Rule, class T, int S>
-FUSED_HD void measure_element(const Hyper<T>& h, T param, T grad, const T (&state)[S > 0 ? S : 1], Sums& sums) {
-  if constexpr (pass == Pass::kAdvance) {
+FUSED_HD void measure_element(const TensorScalars<T>& h, T param, T grad, const T (&state)[S > 0 ? S : 1], Sums& sums) {
+  if constexpr (pass == Pass::kUpdateMoments) {
     const double value = param, update = trusted_update<Rule, T, S>(h, param, state);
     sums += {value * value, update * update};
   } else if constexpr (pass == Pass::kSquares) {
@@ -95,29 +96,27 @@ FUSED_HD void measure_element(const Hyper<T>& h, T param, T grad, const T (&stat
 
 // One thread's share of one chunk.
 template <Pass pass, class Rule, bool kAverages, class T, int S>
-FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, bool slow, int thread) {
-  constexpr int kAverage = 2 + S, kStreams = kAverage + kAverages, kPart = kAccess / sizeof(T);
-  constexpr int V = kVector<T, kStreams - (pass == Pass::kMove)>;
-  const Hyper<T> h = hyper_of<pass, T>(t, row_number);
+FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, bool unaligned, int thread) {
+  constexpr int kAverage = kStreamState0 + S, kStreams = kAverage + kAverages, kPart = kAccess / sizeof(T);
+  constexpr int V = kVector<T, kStreams - (pass == Pass::kApplyUpdate)>;
+  const TensorScalars<T> h = scalars_of<pass, T>(t, row_number);
   const int64_t* row = t.rows + row_number * kRowWidth;
-  const int64_t signature = row[kSignature], grad = t.grads[row_number];
-  const int64_t begin = chunk * kChunk, left = row[kNumel] - begin;
+  const int64_t signature = row[kRowDtypeSignature], grad = t.grads[row_number];
+  const int64_t begin = chunk * kChunk, left = row[kRowNumel] - begin;
   const int count = left < kChunk ? static_cast<int>(left) : kChunk;
   Stream stream[kStreams];
   bool all_float32 = true;
   for (int i = 0; i < kStreams; ++i) {
     if (!reads(pass, i)) continue;
-    const int64_t address = i == kParamStream  ? row[kParam]
-                            : i == kGradStream ? grad
-                            : i == kAverage    ? row[kEma]
-                                               : row[kFirstState + i - kFirstStateStream];
-    const Dtype dtype = dtype_of(signature, i == kAverage ? kEmaStream : i);
+    const int place = i == kAverage ? kStreamEma : i;
+    const int64_t address = i == kStreamGrad ? grad : row[address_column(place)];
     // With double all are float64. Saying so spares registers, which are short with an average.
-    stream[i] = Stream(address, kAverages && sizeof(T) == 8 ? kFloat64 : dtype, begin);
-    all_float32 = all_float32 && stream[i].dtype == kFloat32;
+    const Format format = kAverages && sizeof(T) == 8 ? kFloat64 : format_of(signature, place);
+    stream[i] = Stream(address, format, begin);
+    all_float32 = all_float32 && stream[i].format == kFloat32;
   }
-  // `slow` speaks of param, states and average.
-  const bool aligned = !(reads(pass, kParamStream) && slow) && !(reads(pass, kGradStream) && grad % kAccess != 0);
+  // `unaligned` speaks of param, states and average.
+  const bool aligned = !(reads(pass, kStreamParam) && unaligned) && !(reads(pass, kStreamGrad) && grad % kAccess != 0);
   const int vectored = aligned ? count - count % V : 0;
   Sums sums{};
 
@@ -134,29 +133,29 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
       if (reads(pass, i)) load(stream[i], first, gap, pack[i]);
     }
     for (int i = 0; i < kStreams; ++i) {
-      if (reads(pass, i)) unpack(pack[i], stream[i].dtype, x[i]);
+      if (reads(pass, i)) unpack(pack[i], stream[i].format, x[i]);
     }
     for (int v = 0; v < V; ++v) {
       T state[S > 0 ? S : 1];
-      for (int s = 0; s < S; ++s) state[s] = x[kFirstStateStream + s][v];
-      update_element<pass, Rule, T, S>(h, x[kParamStream][v], x[kGradStream][v], state);
-      for (int s = 0; s < S; ++s) x[kFirstStateStream + s][v] = state[s];
+      for (int s = 0; s < S; ++s) state[s] = x[kStreamState0 + s][v];
+      update_element<pass, Rule, T, S>(h, x[kStreamParam][v], x[kStreamGrad][v], state);
+      for (int s = 0; s < S; ++s) x[kStreamState0 + s][v] = state[s];
     }
     for (int i = 0; i < kAverage; ++i) {
       if (!writes(pass, i)) continue;
-      pack_up(x[i], stream[i].dtype, pack[i]);
+      pack_up(x[i], stream[i].format, pack[i]);
       store(stream[i], first, gap, pack[i]);
-      if (sums_up(pass) || (kAverages && i == kParamStream)) unpack(pack[i], stream[i].dtype, x[i]);
+      if (sums_up(pass) || (kAverages && i == kStreamParam)) unpack(pack[i], stream[i].format, x[i]);
     }
     if constexpr (kAverages) {
-      for (int v = 0; v < V; ++v) x[kAverage][v] = averaged(h, x[kAverage][v], x[kParamStream][v]);
-      pack_up(x[kAverage], stream[kAverage].dtype, pack[kAverage]);
+      for (int v = 0; v < V; ++v) x[kAverage][v] = averaged(h, x[kAverage][v], x[kStreamParam][v]);
+      pack_up(x[kAverage], stream[kAverage].format, pack[kAverage]);
       store(stream[kAverage], first, gap, pack[kAverage]);
     }
     for (int v = 0; v < V; ++v) {
       T state[S > 0 ? S : 1];
-      for (int s = 0; s < S; ++s) state[s] = x[kFirstStateStream + s][v];
-      measure_element<pass, Rule, T, S>(h, x[kParamStream][v], x[kGradStream][v], state, sums);
+      for (int s = 0; s < S; ++s) state[s] = x[kStreamState0 + s][v];
+      measure_element<pass, Rule, T, S>(h, x[kStreamParam][v], x[kStreamGrad][v], state, sums);
     }
   }
 
@@ -165,31 +164,34 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
     for (int i = 0; i < kStreams; ++i) {
       if (reads(pass, i)) x[i] = load_one<T>(stream[i], element);
     }
-    for (int s = 0; s < S; ++s) state[s] = x[kFirstStateStream + s];
-    update_element<pass, Rule, T, S>(h, x[kParamStream], x[kGradStream], state);
-    for (int s = 0; s < S; ++s) x[kFirstStateStream + s] = state[s];
+    for (int s = 0; s < S; ++s) state[s] = x[kStreamState0 + s];
+    update_element<pass, Rule, T, S>(h, x[kStreamParam], x[kStreamGrad], state);
+    for (int s = 0; s < S; ++s) x[kStreamState0 + s] = state[s];
     for (int i = 0; i < kAverage; ++i) {
       if (!writes(pass, i)) continue;
       store_one(stream[i], element, x[i]);
-      if (sums_up(pass) || (kAverages && i == kParamStream)) x[i] = load_one<T>(stream[i], element);
+      if (sums_up(pass) || (kAverages && i == kStreamParam)) x[i] = load_one<T>(stream[i], element);
     }
     if constexpr (kAverages) {
-      store_one(stream[kAverage], element, averaged(h, x[kAverage], x[kParamStream]));
+      store_one(stream[kAverage], element, averaged(h, x[kAverage], x[kStreamParam]));
     }
-    for (int s = 0; s < S; ++s) state[s] = x[kFirstStateStream + s];
-    measure_element<pass, Rule, T, S>(h, x[kParamStream], x[kGradStream], state, sums);
+    for (int s = 0; s < S; ++s) state[s] = x[kStreamState0 + s];
+    measure_element<pass, Rule, T, S>(h, x[kStreamParam], x[kStreamGrad], state, sums);
   }
   return sums;
 }
 
-FUSED_HD bool skipped(const Tables& t, int64_t row) { return t.hyper[row * kHyperWidth + kSkip] != 0.0; }
+FUSED_HD bool skipped(const Tables& t, int64_t row) {
+  return t.tensor_scalars[row * kScalarWidth + kScalarSkip] != 0.0;
+}
 
 // One row per thread.
+template <class Rule>
 __global__ void prep_kernel(Tables t) {
   each_thread<kRowThreads>([&](int thread) {
     const int64_t row = int64_t{blockIdx.x} * kRowThreads + thread;
     BiasCorrections memo{};
-    if (row < t.tensors) prepare(t, row, memo);
+    if (row < t.tensors) prepare<Rule>(t, row, memo);
   });
 }
 
@@ -216,20 +218,20 @@ __device__ void add_up(X (&part)[kCount], F&& take) {
 // Five blocks on a multiprocessor: 640 threads await 64 bytes or more each. The registers of more would have to spill.
 template <Pass pass, class Rule, bool kAverages>
 __global__ void __launch_bounds__(kThreads, 5) step_kernel(Tables t) {
-  const int64_t desc = t.desc[blockIdx.x], row = (desc >> 8) & 0xffffff, chunk = desc >> 32;
+  const int64_t entry = t.chunk_table[blockIdx.x], row = row_of(entry), chunk = chunk_of(entry);
   if (skipped(t, row)) return;
-  const int64_t signature = t.rows[row * kRowWidth + kSignature];
+  const int64_t signature = t.rows[row * kRowWidth + kRowDtypeSignature];
   const auto share = [&](int thread) {
     Sums sums;
     visit_states<Rule>(signature, [&](auto states) {
       constexpr int S = decltype(states)::value;
-      sums = dtype_of(signature, 0) == kFloat64
-                 ? update_chunk<pass, Rule, kAverages, double, S>(t, row, chunk, desc & 1, thread)
-                 : update_chunk<pass, Rule, kAverages, float, S>(t, row, chunk, desc & 1, thread);
+      sums = format_of(signature, kStreamParam) == kFloat64
+                 ? update_chunk<pass, Rule, kAverages, double, S>(t, row, chunk, is_unaligned(entry), thread)
+                 : update_chunk<pass, Rule, kAverages, float, S>(t, row, chunk, is_unaligned(entry), thread);
     });
     return sums;
   };
-  if constexpr (pass == Pass::kAdvance) {
+  if constexpr (pass == Pass::kUpdateMoments) {
     __shared__ Sums part[kThreads];
     each_thread<kThreads>([&](int thread) { part[thread] = share(thread); });
     add_up(part, [&](const Sums& sums) {
@@ -244,10 +246,11 @@ __global__ void __launch_bounds__(kThreads, 5) step_kernel(Tables t) {
 // From the sums over chunks to those over rows, one row per block.
 __global__ void __launch_bounds__(kThreads) sum_kernel(Tables t) {
   __shared__ Sums part[kThreads];
-  const int64_t row = blockIdx.x, end = skipped(t, row) ? 0 : t.spans[row + 1];
+  const int64_t row = blockIdx.x, end = skipped(t, row) ? 0 : t.row_offsets[row + 1];
   each_thread<kThreads>([&](int thread) {
     Sums sums{};
-    for (int64_t i = t.spans[row] + thread; i < end; i += kThreads) sums += {t.partials[2 * i], t.partials[2 * i + 1]};
+    for (int64_t i = t.row_offsets[row] + thread; i < end; i += kThreads)
+      sums += {t.partials[2 * i], t.partials[2 * i + 1]};
     part[thread] = sums;
   });
   add_up(part, [&](const Sums& sums) {
@@ -259,14 +262,17 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(Tables t) {
 // From a gradient to the sums of its squares over chunks, where it is to be clipped.
 __global__ void __launch_bounds__(kThreads) squares_kernel(Tables t) {
   __shared__ double part[kThreads];
-  const int64_t desc = t.desc[blockIdx.x], row = (desc >> 8) & 0xffffff, chunk = desc >> 32;
-  const double max_norm = t.raw[int64_t{t.group[row]} * kRawWidth + kMaxNorm], counted = max_norm > 0.0 ? 1.0 : 0.0;
+  const int64_t entry = t.chunk_table[blockIdx.x], row = row_of(entry), chunk = chunk_of(entry);
+  const double max_norm = t.group_hparams[int64_t{t.group_index[row]} * kGroupWidth + kGroupMaxNorm],
+               counted = max_norm > 0.0 ? 1.0 : 0.0;
   const bool looks = t.grads[row] != 0 && max_norm != 0.0;
-  const bool wide = dtype_of(t.rows[row * kRowWidth + kSignature], kGradStream) == kFloat64;
+  const bool wide = format_of(t.rows[row * kRowWidth + kRowDtypeSignature], kStreamGrad) == kFloat64;
   each_thread<kThreads>([&](int thread) {
     Sums sums{};
-    if (looks && wide) sums = update_chunk<Pass::kSquares, void, false, double, 0>(t, row, chunk, desc & 1, thread);
-    else if (looks) sums = update_chunk<Pass::kSquares, void, false, float, 0>(t, row, chunk, desc & 1, thread);
+    if (looks && wide)
+      sums = update_chunk<Pass::kSquares, void, false, double, 0>(t, row, chunk, is_unaligned(entry), thread);
+    else if (looks)
+      sums = update_chunk<Pass::kSquares, void, false, float, 0>(t, row, chunk, is_unaligned(entry), thread);
     part[thread] = sums.values;
   });
   add_up(part, [&](double sum) { t.partials[blockIdx.x] = sum * counted; });
@@ -288,9 +294,9 @@ inline int64_t row_blocks(const Tables& t) { return (t.tensors + kRowThreads - 1
 // The kernels of each entry point, in order: launch(kernel, blocks, threads, arguments...) runs one, if it has a block.
 template <class Rule, class Launch>
 void launch_step(const Tables& t, Launch&& launch) {
-  launch(prep_kernel, row_blocks(t), kRowThreads, t);
+  launch(prep_kernel<Rule>, row_blocks(t), kRowThreads, t);
   if constexpr (Rule::trust) {
-    launch(step_kernel<Pass::kAdvance, Rule, false>, t.chunks, kThreads, t);
+    launch(step_kernel<Pass::kUpdateMoments, Rule, false>, t.chunks, kThreads, t);
     launch(sum_kernel, t.tensors, kThreads, t);
   } else {
     launch(t.ema ? step_kernel<Pass::kUpdate, Rule, true> : step_kernel<Pass::kUpdate, Rule, false>, t.chunks, kThreads,
@@ -299,10 +305,11 @@ void launch_step(const Tables& t, Launch&& launch) {
 }
 
 template <class Rule, class Launch>
-void launch_move(const Tables& t, Launch&& launch) {
+void launch_apply_update(const Tables& t, Launch&& launch) {
   if constexpr (Rule::trust) {
     launch(trust_kernel, row_blocks(t), kRowThreads, t);
-    launch(t.ema ? step_kernel<Pass::kMove, Rule, true> : step_kernel<Pass::kMove, Rule, false>, t.chunks, kThreads, t);
+    launch(t.ema ? step_kernel<Pass::kApplyUpdate, Rule, true> : step_kernel<Pass::kApplyUpdate, Rule, false>, t.chunks,
+           kThreads, t);
   }
 }
 

@@ -48,10 +48,11 @@ int launch_step_cuda(const char* rule, const Tables& t, void* stream, int device
   return known ? static_cast<int>(error) : kUnknownRule;
 }
 
-int launch_move_cuda(const char* rule, const Tables& t, void* stream, int device) {
+int launch_apply_update_cuda(const char* rule, const Tables& t, void* stream, int device) {
   cudaError_t error = cudaSuccess;
   const bool known = visit_rule(rule, [&](auto tag) {
-    error = queue_on(stream, device, [&](auto launch) { launch_move<typename decltype(tag)::type>(t, launch); });
+    error =
+        queue_on(stream, device, [&](auto launch) { launch_apply_update<typename decltype(tag)::type>(t, launch); });
   });
   return known ? static_cast<int>(error) : kUnknownRule;
 }

@@ -12,7 +12,7 @@ constexpr int kUnknownRule = -1;
 int launch_step_cuda(const char* rule, const Tables& t, void* stream, int device);
 // The second walk of a rule with a trust ratio: ratios from `sums` into `trust`, and the params. Nothing for other
 // rules.
-int launch_move_cuda(const char* rule, const Tables& t, void* stream, int device);
+int launch_apply_update_cuda(const char* rule, const Tables& t, void* stream, int device);
 // out[0]: the sum of the squares of all gradients whose groups are clipped, the same to the last bit at every run.
 int launch_squares_cuda(const Tables& t, double* out, void* stream, int device);
 // Multiplies each gradient in place by what clips its group to its bound, with `t.squares` for the norm; leaves those
@@ -22,7 +22,7 @@ const char* cuda_error_text(int error);
 
 // The same kernels run by the CPU, one thread after the other, on tables and tensors in its memory. 0 or kUnknownRule.
 int launch_step_emulated(const char* rule, const Tables& t);
-int launch_move_emulated(const char* rule, const Tables& t);
+int launch_apply_update_emulated(const char* rule, const Tables& t);
 int launch_squares_emulated(const Tables& t, double* out);
 int launch_scale_emulated(const Tables& t);
 

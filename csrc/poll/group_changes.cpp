@@ -29,7 +29,7 @@ GroupChanges::GroupChanges(py::list groups, const std::vector<ColumnSpec>& colum
     columns_.push_back({py::str(key), first, count, optional, is_switch});
   deciding_.push_back(py::str("params"));
   for (const std::string& key : deciding) deciding_.push_back(py::str(key));
-  if (groups_.size() != 0) defaults_.assign(raw_, raw_ + kRawWidth);
+  if (groups_.size() != 0) defaults_.assign(raw_, raw_ + kGroupWidth);
   for (py::handle handle : groups_) {
     WatchedGroup watched{py::reinterpret_borrow<py::object>(handle),
                          py::list(),
@@ -108,7 +108,7 @@ bool GroupChanges::look_at_group(size_t index, int& answer) {
 
 bool GroupChanges::read_hyperparameters(size_t index, int& answer) {
   WatchedGroup& watched = watched_groups_[index];
-  double* raw = raw_ + index * kRawWidth;
+  double* raw = raw_ + index * kGroupWidth;
   int64_t* lr = lr_ + index;
   watched.volatile_values = false;
 
@@ -127,7 +127,7 @@ bool GroupChanges::read_hyperparameters(size_t index, int& answer) {
       // Read where it lies, by prep: asking for its value would wait for the device.
       if (!place.equal(py::str("cpu"))) {
         const bool wide = dtype.equal(float64_);
-        if (column != kLr || !(wide || dtype.equal(float32_))) return false;
+        if (column != kGroupLr || !(wide || dtype.equal(float32_))) return false;
         const int64_t address = address_of(tensor) | (wide ? 1 : 0);
         if (*lr != address) answer |= kRawChanged;
         *lr = address;
@@ -139,7 +139,7 @@ bool GroupChanges::read_hyperparameters(size_t index, int& answer) {
       PyErr_Clear();
       return false;
     }
-    if (column == kLr && *lr != 0) {
+    if (column == kGroupLr && *lr != 0) {
       *lr = 0;
       answer |= kRawChanged;
     }

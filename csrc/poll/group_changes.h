@@ -32,7 +32,7 @@ class GroupChanges {
  public:
   // columns: key in the group, first column of raw, how many, optional, switch. deciding: keys whose values decide what
   // tables look like, and have no column; what else is in a group may change as it likes. raw: float64 [groups,
-  // kRawWidth], lr: int64 [groups], both host tensors written here.
+  // kGroupWidth], lr: int64 [groups], both host tensors written here.
   GroupChanges(py::list groups, const std::vector<ColumnSpec>& columns, const std::vector<std::string>& deciding,
                py::object raw, py::object lr);
 

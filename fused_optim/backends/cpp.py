@@ -36,7 +36,7 @@ class Cpp(Backend):
         self._module.step(self.table.rule.name, self._arrays, *numbers, torch.get_num_threads())
 
     def apply_update(self) -> None:
-        self._module.move(self.table.rule.name, self._arrays, torch.get_num_threads())
+        self._module.apply_update(self.table.rule.name, self._arrays, torch.get_num_threads())
 
     def scale_grads(self, squares: Tensor) -> None:
         self._module.scale(self._arrays, address_of(squares), torch.get_num_threads())

@@ -50,7 +50,7 @@ class Cuda(OnDevice):
         self._call("step", (self.table.rule.name,), scaling.grad_scale, scaling.found_inf, scaling.squares)
 
     def apply_update(self) -> None:
-        self._call("move", (self.table.rule.name,))
+        self._call("apply_update", (self.table.rule.name,))
 
     def scale_grads(self, squares: Tensor) -> None:
         self._call("scale", (), squares)

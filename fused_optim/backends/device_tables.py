@@ -11,7 +11,8 @@ from torch import Tensor
 from ..engine.backend import Backend
 from ..engine.changes import GRADS_MOVED, RAW_CHANGED
 from ..engine.graphs import capturing, refuse_capture
-from ..engine.table import Scalars, Table
+from ..engine.layout import TableArrays
+from ..engine.table import HostHparams, Table
 
 # Pinned buffers per allocation, and the number kept spare for captures. A capture cannot allocate pinned memory.
 SLAB, SPARES = 32, 16
@@ -88,7 +89,7 @@ def sent_once(host: Tensor, device: torch.device) -> Tensor:
 
 
 class DeviceTable:
-    """The copies of desc, rows, grads, lr, raw, group and spans on the device.
+    """The copies of the host's arrays on the device.
 
     captured: whether a CUDA graph writes to them at every replay.
 
@@ -102,15 +103,21 @@ class DeviceTable:
         self.captured = False
         self.streams = {torch.cuda.current_stream(table.device).cuda_stream}
         self.grads = Upload(table.grads, table.device)
-        self.scalars = Upload(table.scalars.buffer, table.device)
+        self.hparams = Upload(table.hparams.buffer, table.device)
         self.grads()
-        self.scalars()
+        self.hparams()
 
-        raw, lr = Scalars.split(self.scalars.on_device)
-        desc, rows, group = (sent_once(host, table.device) for host in (table.desc, table.rows, table.group))
-        spans = None if table.spans is None else sent_once(table.spans, table.device)
-        sums = (spans, table.partials, table.sums, table.trust)
-        self.arrays = (desc, rows, self.grads.on_device, lr, raw, group, table.hyper, *sums)
+        group_hparams, lr = HostHparams.split(self.hparams.on_device)
+        host = table.arrays
+        self.arrays = host._replace(
+            chunk_table=sent_once(host.chunk_table, table.device),
+            rows=sent_once(host.rows, table.device),
+            grads=self.grads.on_device,
+            lr=lr,
+            group_hparams=group_hparams,
+            group_index=sent_once(host.group_index, table.device),
+            row_offsets=None if host.row_offsets is None else sent_once(host.row_offsets, table.device),
+        )
 
     def update(self, changes: int) -> None:
         """Uploads the arrays that changed. changes: flags of changes.py."""
@@ -124,7 +131,7 @@ class DeviceTable:
         if changes & GRADS_MOVED:
             self.grads()
         if changes & RAW_CHANGED:
-            self.scalars()
+            self.hparams()
 
     def _keep_until_done(self, stream: torch.cuda.Stream) -> None:
         """Tells the allocator that this stream uses memory that was allocated on another stream. Otherwise a new table
@@ -139,10 +146,10 @@ class DeviceTable:
     def release(self) -> None:
         """Uploads the host arrays over the values of the last replay. No graph may write to the copies any longer."""
         self.grads.release()
-        self.scalars.release()
+        self.hparams.release()
         self.captured = False
         self.grads()
-        self.scalars()
+        self.hparams()
 
 
 class OnDevice(Backend):
@@ -155,7 +162,7 @@ class OnDevice(Backend):
         return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     @property
-    def arrays(self) -> tuple[Tensor | None, ...]:
+    def arrays(self) -> TableArrays:
         return self.table.arrays if self.table.device.type == "cpu" else self._on_device().arrays
 
     @property

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
+from ..engine.layout import TableArrays
 from ..engine.table import Table
 
 
@@ -15,7 +15,7 @@ def address_of(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def arrays_of(module: ModuleType, table: Table, arrays: Sequence[Tensor | None]) -> Any:
+def arrays_of(module: ModuleType, table: Table, arrays: TableArrays) -> Any:
     """The module's Arrays object. It holds addresses only, so the caller must keep `arrays` alive."""
     addresses = list(map(address_of, arrays))
-    return module.Arrays(addresses, table.desc.numel(), len(table.rows_list), table.elements, table.ema)
+    return module.Arrays(addresses, table.chunk_table.numel(), len(table.rows_list), table.elements, table.ema)

@@ -1,203 +1,225 @@
-"""The reference backend: the rules in plain PyTorch, one tensor at a time, on any device. Slow, and easy to believe."""
+"""The reference backend: prep and the rules in plain PyTorch, one tensor at a time, on any device. Slow, and easy to
+believe."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..engine.backend import Backend, Scaling
-from ..engine.table import (
-    BETAS,
-    CLIP_EPS,
-    DECAY_PERIOD,
-    DECOUPLED,
-    EMA_DECAY,
-    EPS,
-    LR,
-    LR_REFERENCE,
-    MAX_NORM,
-    MAXIMIZE,
-    OWN,
-    SKIP,
-    TRUST_ALWAYS,
-    TRUST_CLIP,
-    WEIGHT_DECAY,
-    Row,
-    Table,
-)
+from ..engine.layout import GroupHparams, TensorScalars, column
+from ..engine.table import Row, Table
+from .formats import load, real_view, store
+
+SKIP = column(TensorScalars, "skip")
 
 
-@dataclass
-class Hyper:
-    """What a rule reads, as csrc/rules.h has it; Python floats."""
+class BiasCorrections(NamedTuple):
+    """The step of a tensor, counted from 1, and 1 - beta**step of both betas."""
 
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
     step: float
-    a: float
-    b: float
-
-    @property
-    def bias_correction1(self) -> float:
-        return 1.0 - self.beta1**self.step
-
-    @property
-    def bias_correction2(self) -> float:
-        return 1.0 - self.beta2**self.step
+    correction1: float
+    correction2: float
 
 
 # What a rule makes of param, gradient and states: the update to be subtracted, and the new states.
 Update = tuple[Tensor, list[Tensor]]
 
 
-def averages(h: Hyper, grad: Tensor, states: list[Tensor]) -> list[Tensor]:
+class Arithmetic(NamedTuple):
+    """A rule: its update; what makes its own scalars, own_a to own_d; with a trust ratio the update from the states
+    alone, before lr and decay."""
+
+    update: Callable[[TensorScalars, Tensor, Tensor, list[Tensor]], Update]
+    scalars: Callable[[GroupHparams, BiasCorrections], tuple[float, ...]] | None = None
+    direction: Callable[[TensorScalars, list[Tensor]], Tensor] | None = None
+
+
+# ---- rules
+
+
+def averages(h: TensorScalars, grad: Tensor, states: list[Tensor]) -> list[Tensor]:
     """Running averages of the gradient and its square."""
-    exp_avg = states[0] - (1 - h.beta1) * states[0] + (1 - h.beta1) * grad
-    exp_avg_sq = states[1] - (1 - h.beta2) * states[1] + (1 - h.beta2) * grad * grad
+    exp_avg = states[0] - h.weight1 * states[0] + h.weight1 * grad
+    exp_avg_sq = states[1] - h.weight2 * states[1] + h.weight2 * grad * grad
     # Once the average is inf the line above says inf - inf.
     return [exp_avg, torch.where(states[1].isinf() & ~grad.isnan(), states[1], exp_avg_sq)]
 
 
-def adam(h: Hyper, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+def adam(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
     """arXiv:1412.6980; with a third state amsgrad (Reddi et al., ICLR 2018)."""
     exp_avg, exp_avg_sq = averages(h, grad, states)
     states = [exp_avg, exp_avg_sq, *(torch.maximum(largest, exp_avg_sq) for largest in states[2:])]
-    denom = states[-1].sqrt() / h.bias_correction2**0.5 + h.eps
-    return (h.lr / h.bias_correction1) * (exp_avg / denom), states
+    return h.step_size * (exp_avg / (states[-1].sqrt() * h.denom_scale + h.eps)), states
 
 
-def sgd(h: Hyper, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
-    """torch.optim.SGD. beta1: momentum, a: dampening, b: nesterov."""
+def sgd_scalars(group: GroupHparams, at: BiasCorrections) -> tuple[float, ...]:
+    """Options: beta1 is the momentum; dampening, nesterov."""
+    first = at.step == 1
+    return 1 if first else 1 - group.option_a, 0 if first else group.beta1, group.beta1, group.option_b
+
+
+def sgd(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+    """torch.optim.SGD. Own: weights of gradient and buffer in the new buffer, momentum, nesterov."""
     if not states:
         return h.lr * grad, states
-    buffer = grad if h.step == 1 else h.beta1 * states[0] + (1 - h.a) * grad
-    return h.lr * (grad + h.beta1 * buffer if h.b else buffer), [buffer]
+    buffer = h.own_a * grad if h.own_b == 0 else h.own_b * states[0] + h.own_a * grad
+    return h.lr * (grad + h.own_c * buffer if h.own_d else buffer), [buffer]
 
 
-def qhadam(h: Hyper, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
-    """arXiv:1810.06801, section 4.2. a, b: nu1, nu2."""
+def qhadam_scalars(group: GroupHparams, at: BiasCorrections) -> tuple[float, ...]:
+    """Options: the two nus."""
+    return 1 - group.option_a, 1 - group.option_b
+
+
+def qhadam(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+    """arXiv:1810.06801, section 4.2. Own: the weights of the gradient beside the two averages."""
     exp_avg, exp_avg_sq = averages(h, grad, states)
-    mean = h.a * (exp_avg / h.bias_correction1) + (1 - h.a) * grad
-    mean_sq = h.b * (exp_avg_sq / h.bias_correction2) + (1 - h.b) * grad * grad
+    mean = (1 - h.own_a) * (exp_avg * h.debias) + h.own_a * grad
+    mean_sq = (1 - h.own_b) * (exp_avg_sq * h.denom_scale**2) + h.own_b * grad * grad
     return h.lr * (mean / (mean_sq.sqrt() + h.eps)), [exp_avg, exp_avg_sq]
 
 
-def lion(h: Hyper, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+def lion(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
     """arXiv:2302.06675."""
-    mixed = h.beta1 * states[0] + (1 - h.beta1) * grad
-    return h.lr * mixed.sign(), [h.beta2 * states[0] + (1 - h.beta2) * grad]
+    mixed = (1 - h.weight1) * states[0] + h.weight1 * grad
+    return h.lr * mixed.sign(), [(1 - h.weight2) * states[0] + h.weight2 * grad]
 
 
-def lamb(h: Hyper, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
-    """arXiv:1904.00962 as in NVIDIA Apex, before lr, decay and trust ratio. a: grad_averaging, b: bias_correction."""
-    exp_avg, exp_avg_sq = averages(h, grad, states)
-    if not h.a:
-        exp_avg = h.beta1 * states[0] + grad
-    return lamb_direction(h, [exp_avg, exp_avg_sq]), [exp_avg, exp_avg_sq]
+def lamb_scalars(group: GroupHparams, at: BiasCorrections) -> tuple[float, ...]:
+    """Options: grad_averaging, bias_correction."""
+    correction1, correction2 = (at.correction1, at.correction2) if group.option_b else (1.0, 1.0)
+    return 1 - group.beta1 if group.option_a else 1.0, 1 / correction1, 1 / math.sqrt(correction2)
 
 
-def lamb_direction(h: Hyper, states: list[Tensor]) -> Tensor:
-    correction1, correction2 = (h.bias_correction1, h.bias_correction2) if h.b else (1.0, 1.0)
-    return (states[0] / correction1) / ((states[1] / correction2).sqrt() + h.eps)
+def lamb(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+    """arXiv:1904.00962 as in NVIDIA Apex. Own: the weight of the gradient in exp_avg; debias and denom_scale, 1 without
+    bias correction."""
+    _, exp_avg_sq = averages(h, grad, states)
+    states = [states[0] - h.weight1 * states[0] + h.own_a * grad, exp_avg_sq]
+    return lamb_direction(h, states), states
 
 
-RULES: dict[str, Callable[[Hyper, Tensor, Tensor, list[Tensor]], Update]] = {
-    "adam": adam,
-    "sgd": sgd,
-    "qhadam": qhadam,
-    "lion": lion,
-    "lamb": lamb,
+def lamb_direction(h: TensorScalars, states: list[Tensor]) -> Tensor:
+    return states[0] * h.own_b / (states[1].sqrt() * h.own_c + h.eps)
+
+
+RULES = {
+    "adam": Arithmetic(adam),
+    "sgd": Arithmetic(sgd, sgd_scalars),
+    "qhadam": Arithmetic(qhadam, qhadam_scalars),
+    "lion": Arithmetic(lion),
+    "lamb": Arithmetic(lamb, lamb_scalars, lamb_direction),
 }
-# Of rules with a trust ratio: the update from the states alone.
-DIRECTIONS = {"lamb": lamb_direction}
 
 
-def widen(tensor: Tensor) -> Tensor:
-    """As reals of at least float32; shares memory where nothing has to change."""
-    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+# ---- prep
 
 
-def real_view(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+def quotient(x: float, y: float) -> float:
+    return x / y if y else math.inf
 
 
-def decoupled_decay(raw: list[float], lr: float, trust: bool) -> float:
+def power(base: float, exponent: float) -> float:
+    """base**exponent as csrc/prep.h has it. Overflows to inf, where Python's ** raises."""
+    result, bits = 1.0, int(exponent)
+    while bits:
+        result *= base if bits & 1 else 1.0
+        base *= base
+        bits >>= 1
+    return result
+
+
+def decoupled_decay(group: GroupHparams, trust: bool) -> float:
     if trust:
-        return raw[WEIGHT_DECAY]
-    reference = raw[LR_REFERENCE]
-    return lr / reference * raw[WEIGHT_DECAY] / raw[DECAY_PERIOD] ** 0.5 if reference else 0.0
+        return group.weight_decay
+    reference = group.lr_reference
+    return group.lr / reference * group.weight_decay / math.sqrt(group.decay_period) if reference else 0.0
 
 
-def hyper_of(raw: list[float], row: Row) -> Hyper:
-    return Hyper(raw[LR], raw[BETAS], raw[BETAS + 1], raw[EPS], float(row.step), raw[OWN], raw[OWN + 1])
+def scalars_of(table: Table, row: Row, grad_scale: float = 1.0, norm: float | None = None) -> TensorScalars:
+    """What csrc/prep.h makes of a tensor whose step has been counted. norm: of all gradients that are clipped, after
+    the division by grad_scale."""
+    group, step = table.hparams.of(row.group_index), float(row.step)
+    at = BiasCorrections(step, 1 - power(group.beta1, step), 1 - power(group.beta2, step))
+    factor = quotient(1.0, grad_scale)
+    if norm is not None and group.max_norm > 0:
+        bound = quotient(group.max_norm, norm + group.clip_eps)
+        factor *= 1.0 if bound >= 1 else bound
+    scalars = RULES[table.rule.name].scalars
+    return TensorScalars(
+        group.lr,
+        group.eps,
+        weight1=1 - group.beta1,
+        weight2=1 - group.beta2,
+        step_size=quotient(group.lr, at.correction1),
+        debias=quotient(1.0, at.correction1),
+        denom_scale=1 / math.sqrt(at.correction2),
+        grad_factor=-factor if group.maximize else factor,
+        l2=0.0 if group.decoupled else group.weight_decay,
+        decay=decoupled_decay(group, table.rule.trust) if group.decoupled else 0.0,
+        ema_weight=1.0 if step == 1 and not row.ema_begun else 1 - group.ema_decay,
+        skip=0.0,
+        **dict(zip(("own_a", "own_b", "own_c", "own_d"), scalars(group, at) if scalars else (), strict=False)),
+    )
+
+
+# ---- walks
 
 
 def step_row(table: Table, row: Row, number: int, grad_scale: float, norm: float | None) -> None:
-    """norm: of all gradients that are clipped, after the division by grad_scale."""
     grad = row.grad
-    table.hyper[number, SKIP] = grad is None
+    table.tensor_scalars[number, SKIP] = grad is None
     if grad is None:
         return
-    raw = table.scalars.raw[row.group].tolist()
     row.step += 1
-
-    param, grad = widen(row.target), widen(grad) / grad_scale
-    if norm is not None and raw[MAX_NORM] > 0:
-        bound = raw[MAX_NORM] / (norm + raw[CLIP_EPS]) if norm + raw[CLIP_EPS] else math.inf
-        grad = grad if bound >= 1 else grad * bound
-    if raw[MAXIMIZE]:
-        grad = -grad
-    if raw[WEIGHT_DECAY] and not raw[DECOUPLED]:
-        grad = grad + raw[WEIGHT_DECAY] * param
-    update, states = RULES[table.rule.name](hyper_of(raw, row), param, grad, [widen(state) for state in row.states])
+    h = scalars_of(table, row, grad_scale, norm)
+    param, grad = load(row.target), load(grad) * h.grad_factor
+    if h.l2:
+        grad = grad + h.l2 * param
+    update, states = RULES[table.rule.name].update(h, param, grad, [load(state) for state in row.states])
     for old, new in zip(row.states, states, strict=True):
-        real_view(old).copy_(new)
+        store(old, new)
     if table.sums is not None:
         # Norms, because torch's sums depend on the number of threads.
-        norms = [param.double().norm(), trusted_update(table, row).double().norm()]
+        norms = [param.double().norm(), trusted_update(table, row, h).double().norm()]
         table.sums[number] = torch.stack(norms).square()
     else:
-        write(table, row, param - with_decay(table, row, update))
+        write(row, h, param - with_decay(row, h, update))
 
 
-def write(table: Table, row: Row, param: Tensor) -> None:
-    """Stores the new param, and takes the average of the weights along."""
-    real_view(row.target).copy_(param)
-    if row.ema is None:
-        return
-    copies = row.step == 1 and not row.ema_begun
-    weight = 1.0 if copies else 1.0 - float(table.scalars.raw[row.group, EMA_DECAY])
-    old, new = widen(row.ema), widen(row.target)
-    real_view(row.ema).copy_(new if weight == 1.0 else old - weight * old + weight * new)
+def write(row: Row, h: TensorScalars, param: Tensor) -> None:
+    """Stores the new param, and updates the average of the weights with it."""
+    store(row.target, param)
+    if row.ema is not None:
+        old, new = load(row.ema), load(row.target)
+        store(row.ema, new if h.ema_weight == 1 else old - h.ema_weight * old + h.ema_weight * new)
 
 
-def with_decay(table: Table, row: Row, update: Tensor) -> Tensor:
+def with_decay(row: Row, h: TensorScalars, update: Tensor) -> Tensor:
     """The update with decoupled decay in it. Infinite params stay what they are."""
-    raw = table.scalars.raw[row.group].tolist()
-    if not (raw[WEIGHT_DECAY] and raw[DECOUPLED]):
+    if not h.decay:
         return update
-    param = widen(row.target)
-    return update + torch.where(param.isinf(), 0.0, decoupled_decay(raw, raw[LR], table.rule.trust) * param)
+    param = load(row.target)
+    return update + torch.where(param.isinf(), 0.0, h.decay * param)
 
 
-def trusted_update(table: Table, row: Row) -> Tensor:
+def trusted_update(table: Table, row: Row, h: TensorScalars) -> Tensor:
     """Of the states as they are stored, because a float16 one may have become 0."""
-    h = hyper_of(table.scalars.raw[row.group].tolist(), row)
-    return with_decay(table, row, DIRECTIONS[table.rule.name](h, [widen(state) for state in row.states]))
+    direction = RULES[table.rule.name].direction
+    assert direction is not None
+    return with_decay(row, h, direction(h, [load(state) for state in row.states]))
 
 
-def trust_ratio(raw: list[float], param: float, update: float) -> float:
-    if not raw[WEIGHT_DECAY] and not raw[TRUST_ALWAYS]:
+def trust_ratio(group: GroupHparams, param: float, update: float) -> float:
+    if not group.weight_decay and not group.trust_always:
         return 1.0
     ratio = param / update if param and update else 1.0
-    return min(max(ratio, raw[TRUST_CLIP]), raw[TRUST_CLIP + 1])
+    return min(max(ratio, group.trust_low), group.trust_high)
 
 
 class Reference(Backend):
@@ -212,10 +234,10 @@ class Reference(Backend):
     def sum_squares(self, out: Tensor) -> None:
         out.zero_()
         for row in self.table.rows_list:
-            bound = float(self.table.scalars.raw[row.group, MAX_NORM])
+            bound = self.table.hparams.of(row.group_index).max_norm
             grad = row.grad
             if grad is not None and bound:
-                out += widen(grad).double().square().sum() * (bound > 0)
+                out += load(grad).double().square().sum() * (bound > 0)
 
     @torch.no_grad()
     def step(self, scaling: Scaling) -> None:
@@ -223,7 +245,7 @@ class Reference(Backend):
         if table.is_meta:
             return
         if scaling.found_inf is not None and scaling.found_inf.item():
-            table.hyper[:, SKIP] = 1.0
+            table.tensor_scalars[:, SKIP] = 1.0
             return
         scale = 1.0 if scaling.grad_scale is None else float(scaling.grad_scale)
         # A tensor's division: a scale of 0 gives inf or NaN, as in the kernels, where Python's would raise.
@@ -237,19 +259,19 @@ class Reference(Backend):
         if table.trust is None or table.sums is None or table.is_meta:
             return
         for number, row in enumerate(table.rows_list):
-            if table.hyper[number, SKIP]:
+            if table.tensor_scalars[number, SKIP]:
                 continue
-            raw = table.scalars.raw[row.group].tolist()
-            ratio = trust_ratio(raw, *table.sums[number].sqrt().tolist())
+            h, group = scalars_of(table, row), table.hparams.of(row.group_index)
+            ratio = trust_ratio(group, *table.sums[number].sqrt().tolist())
             table.trust[number] = ratio
-            write(table, row, widen(row.target) - raw[LR] * ratio * trusted_update(table, row))
+            write(row, h, load(row.target) - h.lr * ratio * trusted_update(table, row, h))
 
     @torch.no_grad()
     def scale_grads(self, squares: Tensor) -> None:
         norm = math.sqrt(float(squares))
         for row in self.table.rows_list:
-            grad, raw = row.grad, self.table.scalars.raw[row.group].tolist()
-            bound = norm + raw[CLIP_EPS]
-            if grad is None or not raw[MAX_NORM] > 0 or not bound or raw[MAX_NORM] / bound >= 1:
+            grad, group = row.grad, self.table.hparams.of(row.group_index)
+            bound = quotient(group.max_norm, norm + group.clip_eps)
+            if grad is None or not group.max_norm > 0 or bound >= 1:
                 continue
-            real_view(grad.conj() if grad.is_conj() else grad).mul_(raw[MAX_NORM] / bound)
+            real_view(grad.conj() if grad.is_conj() else grad).mul_(bound)

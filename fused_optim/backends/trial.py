@@ -9,7 +9,8 @@ import torch
 
 from .. import backends
 from ..engine.backend import Backend, Scaling
-from ..engine.table import DTYPE_CODES, Row, Rule, Scalars, Table
+from ..engine.layout import Format
+from ..engine.table import DTYPE_CODES, HostHparams, Row, Rule, Table
 
 _passed: set[tuple[Any, ...]] = set()
 
@@ -29,7 +30,7 @@ def choose(name: str, table: Table, steps: bool = True) -> Backend:
         backend = backends.pick(name, table.device)
         if not is_tried(backend, table.device):
             return backend.bind(table)
-        key = (backend.name, table.device, table.rule.name, table.kinds, table.clips, table.ema, steps)
+        key = (backend.name, table.device, table.rule.name, table.dtype_signatures, table.clips, table.ema, steps)
         if key in _passed:
             return backend.bind(table)
         try:
@@ -89,21 +90,23 @@ def run_trial(backend: type[Backend], table: Table, steps: bool) -> None:
 
 
 def without_gradients(table: Table) -> Table:
-    """A table of the same kinds in the same order, with one row per kind: a one-element tensor without a gradient."""
-    return _table_of(table.rule, table.device, table.kinds, table.clips, table.ema)
+    """A table of the same dtype signatures in the same order, with one row each: one element without a gradient."""
+    return _table_of(table.rule, table.device, table.dtype_signatures, table.clips, table.ema)
 
 
 def adamw_table(device: torch.device) -> Table:
-    return _table_of(Rule("adam", ("exp_avg", "exp_avg_sq"), ()), device, ((0, 0, 0, 0),), False, False)
+    return _table_of(Rule("adam", ("exp_avg", "exp_avg_sq"), ()), device, ((int(Format.FLOAT32),) * 4,), False, False)
 
 
-def _table_of(rule: Rule, device: torch.device, kinds: tuple[tuple[int, ...], ...], clips: bool, ema: bool) -> Table:
+def _table_of(
+    rule: Rule, device: torch.device, signatures: tuple[tuple[int, ...], ...], clips: bool, ema: bool
+) -> Table:
     dtypes = {code: dtype for dtype, code in DTYPE_CODES.items()}
     rows = []
-    for param_code, grad_code, *codes in kinds:
+    for param_code, grad_code, *codes in signatures:
         param, *others = (torch.zeros(1, dtype=dtypes[code], device=device) for code in (param_code, *codes))
         average = others.pop() if ema else None
         step = torch.zeros((), device=device)
         rows.append(Row(param, param, param, others, step, {}, dtypes[grad_code], 0, average))
     with torch.device("cpu"):
-        return Table(rule, device, rows, Scalars(1, rule.clip_eps, 1.0), clips)
+        return Table(rule, device, rows, HostHparams(1, rule.clip_eps, 1.0), clips)

@@ -35,21 +35,21 @@ class Triton(OnDevice):
         return machine.why_no_gpu() or machine.why_not_compiled_by_triton()
 
     def sum_squares(self, out: Tensor) -> None:
-        self._call("launch_squares", (self.table.kinds,), out)
+        self._call("launch_squares", (self.table.dtype_signatures,), out)
 
     def step(self, scaling: Scaling) -> None:
         numbers = scaling.grad_scale, scaling.found_inf, scaling.squares
-        self._call("launch", (self.table.rule.name, self.table.kinds), *numbers, self.table.ema)
+        self._call("launch", (self.table.rule.name, self.table.dtype_signatures), *numbers, self.table.ema)
 
     def apply_update(self) -> None:
-        self._call("launch_move", (self.table.rule.name, self.table.kinds), self.table.ema)
+        self._call("launch_apply_update", (self.table.rule.name, self.table.dtype_signatures), self.table.ema)
 
     def scale_grads(self, squares: Tensor) -> None:
-        self._call("launch_scale", (self.table.kinds,), squares)
+        self._call("launch_scale", (self.table.dtype_signatures,), squares)
 
     def _call(self, function: str, before: Sequence[Any], *after: Any) -> None:
         """Calls a function of launch.py with the arguments `before`, the table's arrays and `after`."""
         from ..triton_kernels import launch  # imports Triton
 
         with self.current_device():
-            getattr(launch, function)(*before, launch.Arrays(*self.arrays), *after)
+            getattr(launch, function)(*before, self.arrays, *after)

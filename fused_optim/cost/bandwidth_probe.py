@@ -1,5 +1,5 @@
-"""The floor pass: the reads and writes of a step without arithmetic. Its time is the least that a step can take, so
-benchmarks and cost estimates compare with it."""
+"""The bandwidth probe: the reads and writes of a step without arithmetic. Its time is the least that a step can take,
+so benchmarks and cost estimates compare with it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from ..engine import modules
 
 
-def floor_pass(
+def bandwidth_probe(
     written: Sequence[Sequence[Tensor]],
     read: Sequence[Sequence[Tensor]],
     piece: int = 0,
     threads: int | None = None,
     prefetch: int = 0,
 ) -> Callable[[], None]:
-    """A function that runs the floor pass in one parallel region.
+    """A function that runs the probe in one parallel region.
 
     Args:
         written: 1 to 8 streams that are read and written. A stream is a list of host tensors; all streams have lists
@@ -37,15 +37,15 @@ def floor_pass(
     sizes = [tensor.nbytes for tensor in read[0]] if read else []
     for stream in (*written, *read):
         if [tensor.nbytes for tensor in stream] != sizes:
-            raise ValueError("the streams of a floor pass must hold tensors of the same sizes in bytes")
+            raise ValueError("the streams of a bandwidth probe must hold tensors of the same sizes in bytes")
     if piece < 0 or prefetch < 0 or (threads is not None and threads < 1):
         raise ValueError(
-            "the piece and prefetch of a floor pass must be 0 or more bytes and threads must be 1 or more, but got "
-            f"{piece}, {prefetch} and {threads}"
+            "the piece and prefetch of a bandwidth probe must be 0 or more bytes and threads must be 1 or more, but "
+            f"got {piece}, {prefetch} and {threads}"
         )
     held = written, read
     addresses = [[[tensor.data_ptr() for tensor in stream] for stream in streams] for streams in held]
-    run = module.FloorPass(*addresses, sizes, piece, prefetch)
+    run = module.BandwidthProbe(*addresses, sizes, piece, prefetch)
 
     def step() -> None:
         assert held  # keeps the tensors alive while their addresses are in use

@@ -22,7 +22,7 @@ import fused_optim
 from ..engine import modules
 from ..engine.table import Row
 from ..optim.base import FusedOptimizer
-from .bandwidth_probe import floor_pass
+from .bandwidth_probe import bandwidth_probe
 from .shapes import Shapes
 
 OPTIMIZERS: dict[str, Callable[..., FusedOptimizer]] = {
@@ -124,7 +124,7 @@ def torch_lists(optimizer: FusedOptimizer) -> list[list[Row]] | None:
     lists: dict[object, list[Row]] = {}
     for row in rows_of(optimizer):
         fused &= {state.dtype for state in row.states} <= {row.target.dtype} and not row.target.is_complex()
-        lists.setdefault((row.group, row.target.dtype), []).append(row)
+        lists.setdefault((row.group_index, row.target.dtype), []).append(row)
     return list(lists.values()) if fused else None
 
 
@@ -237,7 +237,7 @@ def _pass_over(device: torch.device, size: int) -> tuple[str, Callable[[], Any],
         return "a copy within the device", lambda: a.copy_(b), 2 * a.nbytes
     if isinstance(modules.cpu(), str):
         return "torch's a.add_(b)", lambda: a.add_(b), 3 * a.nbytes
-    return "AdamW's reads and writes, without arithmetic", floor_pass([[a], [b], [c]], [[d]]), 7 * a.nbytes
+    return "AdamW's reads and writes, without arithmetic", bandwidth_probe([[a], [b], [c]], [[d]]), 7 * a.nbytes
 
 
 def _on_cpu(run: Callable[[], Any]) -> float:

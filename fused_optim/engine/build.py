@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .dtensor import Groups, groups_of, is_sharded
-from .ema import WeightAverage
+from .ema import EMA, WeightAverage
 from .scaling import Scaler
-from .states import conform, conform_step, make_row, make_states
-from .table import EMA_DECAY, Row, Rule, Scalars, Table
+from .states import make_row, make_states, match_layout, match_step
+from .table import HostHparams, Row, Rule, Table
 from .validation import check_grad, check_hyperparameter, check_param
 
 ParamGroups = Sequence[dict[str, Any]]
@@ -48,14 +48,13 @@ class Built:
 
     rows: of the params that are stepped. pending: params that have had no gradient yet, and have no state.
     fresh: the states of each param with a row, in the order in which `optimizer.state` has them. steps: their counts of
-        updates. averages: of their weights, where the optimizer keeps such.
+        updates.
     """
 
     rows: list[Row] = field(default_factory=list)
     pending: list[Tensor] = field(default_factory=list)
     fresh: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
     steps: dict[Tensor, Tensor] = field(default_factory=dict)
-    averages: dict[Tensor, Tensor] = field(default_factory=dict)
 
 
 def build_states(
@@ -77,13 +76,13 @@ def build_states(
             built.pending.append(param)
             continue
         wanted = rule.states_of(group)
-        fresh = conform(param, old, wanted)
+        fresh = match_layout(param, old, wanted)
         made = make_states(param, fresh, wanted, state_dtype)
         fresh.update(made)
-        step = conform_step(param, _count_of(rule, old, counts.get(param), begun=not made))
+        step = match_step(param, _count_of(rule, old, counts.get(param), begun=not made))
         row = make_row(param, fresh, wanted, step, index)
         if ema is not None:
-            built.averages[param] = ema.join(row, counts.get(param) if made else None)
+            fresh[EMA] = ema.join(row, old, counts.get(param) if made else None)
         built.rows.append(row)
         built.steps[param] = step
         built.fresh[param] = {"step": step, **fresh} if rule.counted else fresh
@@ -102,17 +101,17 @@ def _count_of(rule: Rule, state: dict[str, Any], count: Tensor | None, begun: bo
 
 def build_tables(
     rule: Rule, rows: Sequence[Row], groups: ParamGroups, scaler: Scaler, ema: WeightAverage | None
-) -> tuple[Scalars, list[Table]]:
+) -> tuple[HostHparams, list[Table]]:
     """The hyperparameters of all groups, and a table for each device. Where something is summed over whole tensors,
     those that are summed over the same processes have a table of their own."""
-    scalars = Scalars(len(groups), rule.clip_eps, scaler.bound_without_key(groups))
+    hparams = HostHparams(len(groups), rule.clip_eps, scaler.bound_without_key(groups))
     if ema is not None:
-        scalars.raw[:, EMA_DECAY] = ema.current
+        hparams.column("ema_decay").fill_(ema.current)
     looks = scaler.looks_at(groups)
     by_place: dict[tuple[torch.device, bool, Groups], list[Row]] = {}
     for row in rows:
         spread = groups_of(row.param) if looks or rule.trust else ()
         alone = scaler.norm_group is not None and is_sharded(row.param)
         by_place.setdefault((row.shard.device, alone, spread), []).append(row)
-    tables = [Table(rule, device, members, scalars, looks, spread) for (device, _, spread), members in by_place.items()]
-    return scalars, tables
+    tables = [Table(rule, device, members, hparams, looks, spread) for (device, _, spread), members in by_place.items()]
+    return hparams, tables

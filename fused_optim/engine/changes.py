@@ -15,7 +15,8 @@ from torch import Tensor
 
 from . import modules
 from .dtensor import is_sharded, local, local_grad
-from .table import EMPTY, Rule, Scalars, Table, same_strides
+from .layout import EMPTY
+from .table import HostHparams, Rule, Table, same_strides
 from .validation import check_hyperparameter, is_wrapper
 
 REBUILD, GRADS_MOVED, RAW_CHANGED = 1, 2, 4
@@ -41,7 +42,7 @@ def detect_changes(
     groups: list[dict[str, Any]],
     state: dict[Tensor, dict[str, Any]],
     rule: Rule,
-    scalars: Scalars,
+    hparams: HostHparams,
     pending: Sequence[Tensor],
     tables: Sequence[Table],
 ) -> Any:
@@ -51,7 +52,7 @@ def detect_changes(
     """
 
     def over(kind: Any) -> Any:
-        detector = kind(groups, state, rule.columns, rule.deciding, scalars.raw, scalars.lr)
+        detector = kind(groups, state, rule.columns, rule.deciding, hparams.group_hparams, hparams.lr)
         for param in pending:
             detector.add_pending(param)
         for table in tables:
@@ -110,7 +111,7 @@ class Placements:
 
 
 class Hyperparameters:
-    """The options of the param groups, and the columns of `raw` and `lr` that they fill."""
+    """The options of the param groups, and the columns of `group_hparams` and `lr` that they fill."""
 
     def __init__(
         self,

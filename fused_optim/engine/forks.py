@@ -18,7 +18,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_remember)
 
 
-def heed_fork() -> None:
+def reset_threads_after_fork() -> None:
     """Call this before each walk. OpenMP workers do not survive a fork, and the child would wait for them without end.
     So the child sets torch's number of threads to 1, which the C++ walker follows."""
     global _in_child

@@ -23,10 +23,9 @@ from types import ModuleType
 
 import torch
 
-from .table import CHUNK, HYPER_WIDTH, RAW_WIDTH, ROW_WIDTH
+from .layout import difference
 
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512")  # the narrowest first
-LAYOUT = (CHUNK, ROW_WIDTH, RAW_WIDTH, HYPER_WIDTH)
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")  # from the narrowest on
 REINSTALL = "install fused_optim again (in its sources: pip install .)"
 TORCH = ".".join(torch.__version__.split(".")[:2])
 
@@ -74,15 +73,23 @@ def load(name: str) -> ModuleType | str:
         return f"{_TITLES[name]} is not built: {_why_not_built(name)}"
     except ImportError as error:
         return f"{_TITLES[name]} does not load ({error}); {REINSTALL}"
-    built = getattr(module, "VERSION", "unknown")
-    if built != __version__:
-        return f"{_TITLES[name]} is from fused_optim {built}, and the Python files are from {__version__}; {REINSTALL}"
-    if module.LAYOUT != LAYOUT:
-        return (
-            f"{_TITLES[name]} and the Python files have different layouts of tables, {module.LAYOUT} and {LAYOUT}; "
-            f"{REINSTALL}"
-        )
-    return module
+    return why_stale(name, module, __version__) or module
+
+
+def why_stale(name: str, module: ModuleType, version: str) -> str | None:
+    """Why a module that is there does not belong to these Python files; None where it does."""
+    if (built := getattr(module, "VERSION", "unknown")) != version:
+        return f"{_TITLES[name]} is from fused_optim {built}, and the Python files are from {version}; {REINSTALL}"
+    if (other := difference(getattr(module, "LAYOUT", {}))) is not None:
+        return f"{_TITLES[name]} was built for another layout of the tables ({other}); {REINSTALL}"
+    return None
+
+
+def stale() -> dict[str, str]:
+    """The modules that are built and cannot be used with these Python files, and why. Tests fail where there is one,
+    because they would only be skipped."""
+    reasons = {name: load(name) for name in NAMES if importlib.util.find_spec(f"fused_optim.{name}") is not None}
+    return {name: reason for name, reason in reasons.items() if isinstance(reason, str)}
 
 
 _TITLES = {f"_cpu_{name}": f"the C++ kernel for {name}" for name in INSTRUCTION_SETS} | {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backend import Scaling, Tables
 from .dtensor import device_for, is_sharded, largest_over, reduce_over
-from .table import MAX_NORM, Table
+from .table import Table
 
 UNSCALED = Scaling()
 
@@ -23,8 +23,8 @@ UNSCALED = Scaling()
 def largest_square(table: Table) -> Tensor:
     """The square of the largest magnitude among the clipped gradients: float64 [1]. NaN if a gradient that is checked
     but not clipped (its bound is below 0) is not finite."""
-    bounds = table.scalars.raw[:, MAX_NORM].tolist()
-    rows = [(row.grad, bounds[row.group]) for row in table.rows_list]
+    bounds = table.hparams.column("max_norm").tolist()
+    rows = [(row.grad, bounds[row.group_index]) for row in table.rows_list]
     found = [torch.zeros((), dtype=torch.float64, device=table.device)]
     for counts in (True, False):
         grads = [grad for grad, bound in rows if grad is not None and bound and (bound > 0) == counts]
@@ -58,7 +58,7 @@ class Shared:
         except Exception as error:
             raise pickle.PicklingError(
                 f"this optimizer cannot be pickled, because its {self.name}, {self.value!r}, cannot be pickled "
-                f"({error}); save state_dict() and ema_state_dict() instead, or use a {self.name} that can be pickled"
+                f"({error}); save state_dict() instead, or use a {self.name} that can be pickled"
             ) from error
         return type(self), (self.value, self.name)
 
@@ -99,7 +99,7 @@ class Scaler:
         return self.skip_nonfinite or self._clips(groups)
 
     def bound_without_key(self, groups: Sequence[dict[str, Any]]) -> float:
-        """The bound for a group without max_grad_norm, see csrc/tables.h."""
+        """The bound for a group without max_grad_norm, see layout.py."""
         if not self.skip_nonfinite:
             return 0.0
         return -1.0 if self._clips(groups) else math.inf
@@ -177,7 +177,7 @@ class Scaler:
             elif bound.table.squares is not None:
                 bound.sum_squares(bound.table.squares)
                 squares.append(bound.table.squares)
-        squares = over(squares, [bound.table.groups for bound in tables])
+        squares = over(squares, [bound.table.process_groups for bound in tables])
         if self.norm_group is not None:
             spread = [is_sharded(bound.table.rows_list[0].param) for bound in tables]
             plain = [square for square, it_is in zip(squares, spread, strict=True) if not it_is]

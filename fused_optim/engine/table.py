@@ -1,9 +1,8 @@
-"""The table: everything that describes one step of one device, as plain arrays that a walker reads. csrc/tables.h is
-its mirror."""
+"""The table: everything that describes one step of one device, as plain arrays that a walker reads. layout.py says
+what their columns are."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,42 +11,35 @@ import torch
 from torch import Tensor
 
 from .dtensor import local_grad
+from .layout import (
+    ALIGNMENT,
+    CHUNK,
+    MAX_SIGNATURES,
+    Format,
+    GroupHparams,
+    RowFields,
+    TableArrays,
+    TensorScalars,
+    chunk_entry,
+    column,
+    packed_signature,
+)
 
-CHUNK = 4096  # elements of one tensor that one program handles
-ROW_WIDTH = 8  # numel, param, step, signature, states, average of the weights
-RAW_WIDTH = 17
-HYPER_WIDTH = 16
-MAX_STATES = ROW_WIDTH - 5
-EMA_STREAM = 6  # of the nibbles of a packed signature
-EMA_BEGUN = 1 << 28  # beside them
-ALIGNMENT = 16  # bytes of the widest access
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+DTYPE_CODES: dict[torch.dtype, int] = {getattr(torch, format.name.lower()): format for format in Format}
 REAL_DTYPES = {torch.complex64: torch.float32, torch.complex128: torch.float64}
-ABSENT = 15
-MAX_KINDS = 128  # what desc has bits for
-EMPTY = 16  # stands in `grads` for the address of a gradient without elements, which is null
 
-
-# Columns of `raw`, as csrc/tables.h has them.
-LR, BETAS, EPS, WEIGHT_DECAY, DECOUPLED, MAXIMIZE, OWN = 0, 1, 3, 4, 5, 6, 7
-LR_REFERENCE, DECAY_PERIOD, MAX_NORM, CLIP_EPS, TRUST_CLIP, TRUST_ALWAYS, EMA_DECAY = 9, 10, 11, 12, 13, 15, 16
-
-SKIP = 11  # column of `hyper`: 1 where the tensor sits the step out
-
-
-# A group's option, the first column that it fills, and how many: a tuple fills several.
-Column = tuple[str, int, int]
+# A group's option, the first column of GroupHparams that it fills, and how many: a tuple fills several.
+Option = tuple[str, str, int]
 
 # What every optimizer has; the second list may be missing in a group, or None.
-REQUIRED: tuple[Column, ...] = (("lr", LR, 1), ("weight_decay", WEIGHT_DECAY, 1))
-OPTIONAL: tuple[Column, ...] = (
-    ("maximize", MAXIMIZE, 1),
-    ("decoupled_weight_decay", DECOUPLED, 1),
-    ("lr_reference", LR_REFERENCE, 1),
-    ("decay_period", DECAY_PERIOD, 1),
-    ("max_grad_norm", MAX_NORM, 1),
-    ("trust_clip", TRUST_CLIP, 2),
+REQUIRED: tuple[Option, ...] = (("lr", "lr", 1), ("weight_decay", "weight_decay", 1))
+OPTIONAL: tuple[Option, ...] = (
+    ("maximize", "maximize", 1),
+    ("decoupled_weight_decay", "decoupled", 1),
+    ("lr_reference", "lr_reference", 1),
+    ("decay_period", "decay_period", 1),
+    ("max_grad_norm", "max_norm", 1),
+    ("trust_clip", "trust_low", 2),
 )
 
 
@@ -66,7 +58,7 @@ class Rule:
 
     name: str
     states: tuple[str, ...]
-    options: tuple[Column, ...]
+    options: tuple[Option, ...]
     switched: Mapping[str, str] = field(default_factory=dict)
     counted: bool = True
     trust: bool = False
@@ -83,13 +75,16 @@ class Rule:
 
     @property
     def columns(self) -> list[tuple[str, int, int, bool, bool]]:
-        """All of them, and of each whether it is optional, and whether new tables are due when it becomes 0 or no
-        longer is."""
+        """All of them, with the number of the first column, and of each whether it is optional, and whether new tables
+        are due when it becomes 0 or no longer is."""
         switches = {*self.switched.values(), "max_grad_norm"}
         own = {first for _, first, _ in self.options}  # under a name of their own
-        columns = [(*column, False) for column in REQUIRED + self.options]
-        columns += [(*column, True) for column in OPTIONAL if column[1] not in own]
-        return [(*column, column[0] in switches) for column in columns]
+        options = [(*option, False) for option in REQUIRED + self.options]
+        options += [(*option, True) for option in OPTIONAL if option[1] not in own]
+        return [
+            (key, column(GroupHparams, first), count, optional, key in switches)
+            for key, first, count, optional in options
+        ]
 
 
 @dataclass
@@ -106,7 +101,7 @@ class Row:
     step: Tensor
     state: dict[str, Tensor]
     grad_dtype: torch.dtype
-    group: int
+    group_index: int
     ema: Tensor | None = None
     ema_begun: bool = False
 
@@ -148,52 +143,48 @@ def same_strides(a: Tensor, b: Tensor) -> bool:
     return all(x == y or size == 1 for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
-def signature_of(dtypes: Sequence[torch.dtype]) -> tuple[int, ...]:
-    """Dtype codes of param, grad and states, and last of the average where there is one: a kind."""
-    return tuple(DTYPE_CODES[real_dtype(dtype)] for dtype in dtypes)
+def dtype_signature(dtypes: Sequence[torch.dtype]) -> tuple[int, ...]:
+    """Formats of param, grad and states, and last of the average where there is one."""
+    return tuple(int(DTYPE_CODES[real_dtype(dtype)]) for dtype in dtypes)
 
 
-def pack(signature: Sequence[int], ema: bool) -> int:
-    """A kind as the rows have it."""
-    places = [*range(len(signature) - 1), EMA_STREAM] if ema else range(len(signature))
-    codes = dict(zip(places, signature, strict=True))
-    return sum(codes.get(place, ABSENT) << 4 * place for place in range(EMA_STREAM + 1))
-
-
-class Scalars:
+class HostHparams:
     """The hyperparameters of all groups, on the host: one buffer, so that one copy brings them to a device.
 
-    raw: float64 [groups, RAW_WIDTH]. lr: int64 [groups], the address of a device lr tensor (lowest bit set: float64,
-        else float32), or 0.
+    group_hparams: float64 [groups, GroupHparams]. lr: int64 [groups], the address of a device lr tensor (lowest bit
+        set: float64, else float32), or 0.
     """
 
     def __init__(self, groups: int, clip_eps: float, max_norm: float) -> None:
-        self.buffer = torch.zeros(groups * (RAW_WIDTH + 1), dtype=torch.int64)
-        self.raw, self.lr = self.split(self.buffer)
+        width = len(GroupHparams._fields)
+        self.buffer = torch.zeros(groups * (width + 1), dtype=torch.int64)
+        self.group_hparams, self.lr = self.split(self.buffer)
         # What holds where a group has no key for it.
-        self.raw[:, [LR_REFERENCE, DECAY_PERIOD]] = 1.0
-        self.raw[:, CLIP_EPS] = clip_eps
-        self.raw[:, MAX_NORM] = max_norm
-        self.raw[:, TRUST_CLIP + 1] = math.inf
+        self.group_hparams[:] = torch.tensor(GroupHparams(clip_eps=clip_eps, max_norm=max_norm), dtype=torch.float64)
 
     @staticmethod
     def split(buffer: Tensor) -> tuple[Tensor, Tensor]:
-        groups = buffer.numel() // (RAW_WIDTH + 1)
-        raw = buffer[: groups * RAW_WIDTH].view(torch.float64).view(groups, RAW_WIDTH)
-        return raw, buffer[groups * RAW_WIDTH :]
+        width = len(GroupHparams._fields)
+        groups = buffer.numel() // (width + 1)
+        return buffer[: groups * width].view(torch.float64).view(groups, width), buffer[groups * width :]
+
+    def column(self, name: str) -> Tensor:
+        """float64 [groups], a view."""
+        return self.group_hparams[:, column(GroupHparams, name)]
+
+    def of(self, group: int) -> GroupHparams:
+        """A group's numbers as Python floats."""
+        return GroupHparams(*self.group_hparams[group].tolist())
 
 
 class Table:
-    """The host arrays of one device's rows.
+    """The arrays of one device's rows (see TableArrays), on the host; but `tensor_scalars` and what is summed lie on
+    the device.
 
-    desc: int64 [chunks], chunk << 32 | row << 8 | kind << 1 | slow. rows: int64 [rows, ROW_WIDTH]. grads: int64
-        [rows], 0 without a gradient.
-    clips: whether the norm of all gradients is taken. groups: process groups over whose members every tensor is spread.
-    group: int32 [rows]. hyper: float64 [rows, HYPER_WIDTH] on the device, written by prep. kinds: signatures, by kind
-        number.
-    Where something is summed over whole tensors, else None: spans int64 [rows + 1], row r has the chunks spans[r] up to
-        spans[r + 1]; on the device, float64: partials [chunks, 2], sums [rows, 2], trust [rows]. Where it is the norm
-        of all gradients alone: partials [chunks, 1]. For that norm: squares [1].
+    clips: whether the norm of all gradients is taken. process_groups: those over whose members every tensor is spread.
+    dtype_signatures: by the numbers that chunk_table has.
+    row_offsets, sums and trust are None unless the rule has a trust ratio, and so is partials, unless the norm of all
+        gradients is taken. For that norm: squares [1].
     """
 
     def __init__(
@@ -201,55 +192,57 @@ class Table:
         rule: Rule,
         device: torch.device,
         rows: list[Row],
-        scalars: Scalars,
+        hparams: HostHparams,
         clips: bool,
-        groups: tuple[Any, ...] = (),
+        process_groups: tuple[Any, ...] = (),
     ) -> None:
         self.rule = rule
         self.device = device
         self.rows_list = rows
         self.clips = clips
-        self.groups = groups
-        self.scalars = scalars
+        self.process_groups = process_groups
+        self.hparams = hparams
         self.copies = [row for row in rows if row.target is not row.shard]
         self.ema = any(row.ema is not None for row in rows)
 
-        kinds: dict[tuple[int, ...], int] = {}
-        signatures = [signature_of(row.dtypes) for row in rows]
-        kind = torch.tensor([kinds.setdefault(signature, len(kinds)) for signature in signatures])
-        slow = torch.tensor([any(t.data_ptr() % ALIGNMENT for t in row.tensors) for row in rows]).long()
+        numbers: dict[tuple[int, ...], int] = {}
+        signatures = [dtype_signature(row.dtypes) for row in rows]
+        signature = torch.tensor([numbers.setdefault(found, len(numbers)) for found in signatures])
+        unaligned = torch.tensor([any(t.data_ptr() % ALIGNMENT for t in row.tensors) for row in rows]).long()
         numel = torch.tensor([row.target.numel() * (2 if row.target.is_complex() else 1) for row in rows])
-        self.kinds = tuple(kinds)
-        if len(kinds) > MAX_KINDS:
+        self.dtype_signatures = tuple(numbers)
+        if len(numbers) > MAX_SIGNATURES:
             raise RuntimeError(
-                f"the tensors of one device may have at most {MAX_KINDS} combinations of param, gradient and state "
-                f"dtypes, but have {len(kinds)}; use several optimizers"
+                f"the tensors of one device may have at most {MAX_SIGNATURES} combinations of param, gradient and "
+                f"state dtypes, but have {len(numbers)}; use several optimizers"
             )
         self.elements = int(numel.sum())
 
         chunks = (numel + CHUNK - 1) // CHUNK
         row = torch.repeat_interleave(torch.arange(len(rows)), chunks)
         chunk = torch.arange(row.numel()) - (chunks.cumsum(0) - chunks)[row]
-        self.desc = chunk << 32 | row << 8 | kind[row] << 1 | slow[row]
+        self.chunk_table = chunk_entry(chunk, row, signature[row], unaligned[row])
         self.rows = torch.tensor(
-            [self._columns(r, n, s) for r, n, s in zip(rows, numel.tolist(), signatures, strict=True)]
+            [self._fields(r, n, s) for r, n, s in zip(rows, numel.tolist(), signatures, strict=True)]
         )
-        self.group = torch.tensor([row.group for row in rows], dtype=torch.int32)
+        self.group_index = torch.tensor([row.group_index for row in rows], dtype=torch.int32)
         self.grads = torch.zeros(len(rows), dtype=torch.int64)
         # Zeros: prep writes one column of a skipped tensor's row, and the walkers load the whole row.
-        self.hyper = torch.zeros(len(rows), HYPER_WIDTH, dtype=torch.float64, device=device)
+        width = len(TensorScalars._fields)
+        self.tensor_scalars = torch.zeros(len(rows), width, dtype=torch.float64, device=device)
 
-        self.spans: Tensor | None = None
+        self.row_offsets: Tensor | None = None
         self.partials: Tensor | None = None
         self.squares: Tensor | None = None
         self.sums: Tensor | None = None
         self.trust: Tensor | None = None
         if rule.trust or clips:
-            self.partials = torch.zeros(self.desc.numel(), 2 if rule.trust else 1, dtype=torch.float64, device=device)
+            shape = self.chunk_table.numel(), 2 if rule.trust else 1
+            self.partials = torch.zeros(shape, dtype=torch.float64, device=device)
         if clips:
             self.squares = torch.zeros(1, dtype=torch.float64, device=device)
         if rule.trust:
-            self.spans = torch.cat([torch.zeros(1, dtype=torch.int64), chunks.cumsum(0)])
+            self.row_offsets = torch.cat([torch.zeros(1, dtype=torch.int64), chunks.cumsum(0)])
             self.sums = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
             self.trust = torch.ones(len(rows), dtype=torch.float64, device=device)
 
@@ -261,23 +254,33 @@ class Table:
     @property
     def is_wide(self) -> bool:
         """Whether the arithmetic of all rows is float64."""
-        return all(kind[0] == DTYPE_CODES[torch.float64] for kind in self.kinds)
+        return all(signature[0] == Format.FLOAT64 for signature in self.dtype_signatures)
 
     @property
-    def arrays(self) -> tuple[Tensor | None, ...]:
-        """In the order in which every backend takes them."""
-        first = self.desc, self.rows, self.grads, self.scalars.lr, self.scalars.raw, self.group, self.hyper
-        return *first, self.spans, self.partials, self.sums, self.trust
+    def arrays(self) -> TableArrays:
+        hparams = self.hparams
+        return TableArrays(
+            chunk_table=self.chunk_table,
+            rows=self.rows,
+            grads=self.grads,
+            lr=hparams.lr,
+            group_hparams=hparams.group_hparams,
+            group_index=self.group_index,
+            tensor_scalars=self.tensor_scalars,
+            row_offsets=self.row_offsets,
+            partials=self.partials,
+            sums=self.sums,
+            trust=self.trust,
+        )
 
     @staticmethod
-    def _columns(row: Row, numel: int, signature: tuple[int, ...]) -> list[int]:
-        states = [state.data_ptr() for state in row.states]
-        return [
-            numel,
-            row.target.data_ptr(),
-            row.step.data_ptr(),
-            pack(signature, row.ema is not None) | EMA_BEGUN * row.ema_begun,
-            *states,
-            *[0] * (MAX_STATES - len(states)),
-            0 if row.ema is None else row.ema.data_ptr(),
-        ]
+    def _fields(row: Row, numel: int, signature: tuple[int, ...]) -> RowFields:
+        return RowFields(
+            numel=numel,
+            param=row.target.data_ptr(),
+            param_low=0,
+            step=row.step.data_ptr(),
+            dtype_signature=packed_signature(signature, row.ema is not None, row.ema_begun),
+            ema=0 if row.ema is None else row.ema.data_ptr(),
+            **{f"state{number}": state.data_ptr() for number, state in enumerate(row.states)},
+        )

@@ -66,6 +66,6 @@ def copy_out(table: Table) -> None:
 def sum_over_processes(tables: Sequence[Table]) -> None:
     """Sums the squares for the trust ratios over the processes that hold shards of the same tensors."""
     for table in tables:
-        if table.groups and table.sums is not None:
-            (total,) = reduce_over([table.sums], [table.groups])
+        if table.process_groups and table.sums is not None:
+            (total,) = reduce_over([table.sums], [table.process_groups])
             table.sums.copy_(total)

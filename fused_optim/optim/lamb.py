@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..engine.table import BETAS, DECOUPLED, EPS, OWN, TRUST_ALWAYS, Rule
+from ..engine.table import Rule
 from .base import FusedOptimizer
 from .checks import check_adam_like, check_trust_clip
 from .options import Whole, check_max_grad_norm
@@ -33,11 +33,12 @@ class FusedLAMB(FusedOptimizer):
         amsgrad, set_grad_none: for Apex's sake; amsgrad must be False, and set_grad_none has no effect: zero_grad() has
             its own argument.
         grad_averaging: m = beta1 m + (1 - beta1) g; else m = beta1 m + g.
-        max_grad_norm: gradients are divided by norm / max_grad_norm where the norm of all of them together is larger;
-            None or 0: off.
+        max_grad_norm: gradients are divided by norm / max_grad_norm where the norm of all of them together is larger.
+            None and 0 switch clipping off, as in Apex.
         use_nvlamb: use the ratio where weight_decay is 0, too.
         trust_clip: (lowest, highest) that the ratio may be.
-        ours: backend, state_dtype, norm_type, skip_nonfinite, ema_decay, ema_dtype: see FusedOptimizer.
+        ours: options of every class, see FusedOptimizer: backend="auto", state_dtype=None, norm_type=2.0,
+            skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -52,12 +53,12 @@ class FusedLAMB(FusedOptimizer):
         trust=True,
         clip_eps=0.0,
         options=(
-            ("betas", BETAS, 2),
-            ("eps", EPS, 1),
-            ("adam_w_mode", DECOUPLED, 1),
-            ("grad_averaging", OWN, 1),
-            ("bias_correction", OWN + 1, 1),
-            ("use_nvlamb", TRUST_ALWAYS, 1),
+            ("betas", "beta1", 2),
+            ("eps", "eps", 1),
+            ("adam_w_mode", "decoupled", 1),
+            ("grad_averaging", "option_a", 1),
+            ("bias_correction", "option_b", 1),
+            ("use_nvlamb", "trust_always", 1),
         ),
     )
 

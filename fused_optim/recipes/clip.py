@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from ..backends import BackendName
 from ..backends import device_tables as devices
 from ..backends.trial import choose
 from ..engine.changes import GRADS_MOVED, RAW_CHANGED
-from ..engine.forks import heed_fork
-from ..engine.table import DTYPE_CODES, MAX_NORM, Row, Rule, Scalars, Table, is_dense, real_dtype
+from ..engine.forks import reset_threads_after_fork
+from ..engine.table import DTYPE_CODES, HostHparams, Row, Rule, Table, is_dense, real_dtype
 
 __all__ = ["clip_grad_norm_", "release_captured"]
 
@@ -36,7 +37,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
     *,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """torch.nn.utils.clip_grad_norm_ with one read and one write of the gradients: multiplies all gradients in place by
     min(1, max_norm / (norm + 1e-6)), where norm is the norm of all of them together.
@@ -85,7 +86,7 @@ def clip_grad_norm_(
     if found is None:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
 
-    heed_fork()
+    reset_threads_after_fork()
     squares = _sum_of_squares([gradients for _, gradients in found])
     if error_if_nonfinite and not math.isfinite(squares.item()):
         raise RuntimeError(
@@ -117,7 +118,7 @@ class Gradients:
         self.max_norm = max_norm
         with torch.device("cpu"):
             rows = [self._row(grad) for grad in grads]
-            self.table = Table(NO_RULE, device, rows, Scalars(1, EPS, max_norm), clips=True)
+            self.table = Table(NO_RULE, device, rows, HostHparams(1, EPS, max_norm), clips=True)
         self.bound = choose(backend, self.table, steps=False)
         if self.bound.reads_tensors:
             for row, grad in zip(rows, grads, strict=True):
@@ -130,7 +131,14 @@ class Gradients:
         """A row with a param on the meta device, because there is no param."""
         param = torch.empty(grad.numel(), dtype=grad.dtype, device="meta")
         return Row(
-            param=param, shard=param, target=param, states=[], step=param, state={}, grad_dtype=grad.dtype, group=0
+            param=param,
+            shard=param,
+            target=param,
+            states=[],
+            step=param,
+            state={},
+            grad_dtype=grad.dtype,
+            group_index=0,
         )
 
     def _write(self, addresses: list[int]) -> None:
@@ -143,7 +151,7 @@ class Gradients:
             self._write(addresses)
             changes |= GRADS_MOVED
         if max_norm != self.max_norm:
-            self.table.scalars.raw[:, MAX_NORM] = max_norm
+            self.table.hparams.column("max_norm").fill_(max_norm)
             self.max_norm = max_norm
             changes |= RAW_CHANGED
         self.bound.upload(changes)

@@ -43,15 +43,15 @@ Parameter make_parameter(Random& random, const Rule& rule, int groups, bool spec
               static_cast<float>(chance(random, 0.2) ? 0 : below(random, 50)),
               averaged,
               chance(random, 0.5)};
-  const Dtype usual = static_cast<Dtype>(below(random, 4));
+  const Format usual = static_cast<Format>(below(random, 4));
   const bool mixed = usual != kFloat64 && chance(random, 0.5);
   const int streams = 2 + rule.min_states + static_cast<int>(below(random, rule.max_states - rule.min_states + 1));
   for (int i = 0; i < streams; ++i)
-    p.tensors.emplace_back(random, mixed ? static_cast<Dtype>(below(random, 3)) : usual, numel, i > 2,
+    p.tensors.emplace_back(random, mixed ? static_cast<Format>(below(random, 3)) : usual, numel, i > 2,
                            special && i > 0);
   if (averaged)  // of whatever dtype the arithmetic allows
     p.tensors.emplace_back(random,
-                           usual == kFloat64 || chance(random, 0.5) ? usual : static_cast<Dtype>(below(random, 3)),
+                           usual == kFloat64 || chance(random, 0.5) ? usual : static_cast<Format>(below(random, 3)),
                            numel, false, special);
   return p;
 }
@@ -115,7 +115,8 @@ class Run {
   int64_t step() {
     const bool scaled = chance(random_, 0.5), overflow = scaled && chance(random_, 0.3);
     scale_ = scaled ? 256.0f : 1.0f, found_inf_ = overflow ? 2.0f : 0.0f;
-    for (std::vector<double>* array : {&hyper_, &partials_, &sums_}) std::fill(array->begin(), array->end(), NAN);
+    for (std::vector<double>* array : {&tensor_scalars_, &partials_, &sums_})
+      std::fill(array->begin(), array->end(), NAN);
     std::vector<Values> before = values();
     std::vector<float> steps;
     for (const Parameter& p : params_) steps.push_back(p.step);
@@ -145,7 +146,7 @@ class Run {
       }
       checked += skipped ? 0 : p.numel;
     }
-    if (rule_.trust) check_move(t, overflow, trust);
+    if (rule_.trust) check_apply_update(t, overflow, trust);
     if (clipped_) check_scale(t);
     return checked;
   }
@@ -165,45 +166,51 @@ class Run {
   void make_table() {
     const int64_t count = row(params_.size());
     rows_.assign(count * kRowWidth, 0), grads_.assign(count, 0), lr_.assign(groups_.size(), 0);
-    raw_.assign(groups_.size() * kRawWidth, 0), hyper_.resize(count * kHyperWidth), group_.resize(count);
+    group_hparams_.assign(groups_.size() * kGroupWidth, 0), tensor_scalars_.resize(count * kScalarWidth),
+        group_index_.resize(count);
     sums_.resize(2 * count), trust_.assign(count, 1.0);
-    std::map<int64_t, int64_t> kinds;
+    std::map<int64_t, int64_t> numbers;
     for (int64_t r = 0; r < count; ++r) {
       Parameter& p = params_[r];
       int64_t signature = 0;
       const size_t streams = p.first_after_states();
-      for (size_t i = 0; i < kEmaStream; ++i)
-        signature |= int64_t{i < streams ? p.tensors[i].dtype() : kAbsent} << (4 * i);
-      signature |= int64_t{p.averaged ? p.tensors.back().dtype() : kAbsent} << (4 * kEmaStream);
+      for (int i = 0; i < kStreamEma; ++i)
+        signature |= in_signature(i < static_cast<int>(streams) ? int{p.tensors[i].dtype()} : kAbsent, i);
+      signature |= in_signature(p.averaged ? int{p.tensors.back().dtype()} : kAbsent, kStreamEma);
       if (p.begun) signature |= kEmaBegun;
-      bool slow = !p.tensors[0].aligned();
+      bool unaligned = !p.tensors[0].aligned();
       int64_t* columns = &rows_[r * kRowWidth];
-      columns[kNumel] = p.numel, columns[kParam] = p.tensors[0].address(), columns[kSignature] = signature;
-      columns[kStep] = reinterpret_cast<int64_t>(&p.step);
+      columns[kRowNumel] = p.numel, columns[kRowParam] = p.tensors[0].address(),
+      columns[kRowDtypeSignature] = signature;
+      columns[kRowStep] = reinterpret_cast<int64_t>(&p.step);
       for (size_t s = 2; s < p.tensors.size(); ++s) {
-        columns[s < streams ? kFirstState + s - 2 : size_t{kEma}] = p.tensors[s].address();
-        slow = slow || !p.tensors[s].aligned();
+        columns[s < streams ? kRowState0 + s - kStreamState0 : size_t{kRowEma}] = p.tensors[s].address();
+        unaligned = unaligned || !p.tensors[s].aligned();
       }
       grads_[r] = p.has_grad ? p.tensors[1].address() : 0;
-      group_[r] = p.group;
-      const int64_t kind = kinds.emplace(signature, kinds.size()).first->second;
-      spans_.push_back(row(desc_.size()));
+      group_index_[r] = p.group;
+      const int64_t number = numbers.emplace(signature, numbers.size()).first->second;
+      row_offsets_.push_back(row(chunk_table_.size()));
       for (int64_t chunk = 0; chunk * kChunk < p.numel; ++chunk)
-        desc_.push_back(chunk << 32 | r << 8 | kind << 1 | slow);
-      if (rule_.trust && any_order) std::shuffle(desc_.begin() + spans_.back(), desc_.end(), random_);
+        chunk_table_.push_back(chunk_entry(chunk, r, number, unaligned));
+      if (rule_.trust && any_order)
+        std::shuffle(chunk_table_.begin() + row_offsets_.back(), chunk_table_.end(), random_);
     }
-    spans_.push_back(row(desc_.size()));
-    if (!rule_.trust && any_order) std::shuffle(desc_.begin(), desc_.end(), random_);  // nobody asks for spans then
-    partials_.resize(2 * desc_.size());
+    row_offsets_.push_back(row(chunk_table_.size()));
+    if (!rule_.trust && any_order)
+      std::shuffle(chunk_table_.begin(), chunk_table_.end(), random_);  // nobody asks for row_offsets then
+    partials_.resize(2 * chunk_table_.size());
     for (size_t i = 0; i < groups_.size(); ++i) {
       Group& g = groups_[i];
-      double* to = &raw_[i * kRawWidth];
-      to[kLr] = g.lr_kind ? NAN : g.lr, to[kBeta1] = g.beta1, to[kBeta2] = g.beta2, to[kEps] = g.eps;
-      to[kWeightDecay] = g.weight_decay, to[kDecoupled] = g.decoupled, to[kMaximize] = g.maximize;
-      to[kRawA] = g.a, to[kRawB] = g.b, to[kLrReference] = g.lr_reference, to[kDecayPeriod] = g.decay_period;
-      to[kMaxNorm] = g.max_norm, to[kClipEps] = g.clip_eps;
-      to[kTrustLow] = g.trust_low, to[kTrustHigh] = g.trust_high, to[kTrustAlways] = g.trust_always;
-      to[kEmaDecay] = g.ema_decay;
+      double* to = &group_hparams_[i * kGroupWidth];
+      to[kGroupLr] = g.lr_kind ? NAN : g.lr, to[kGroupBeta1] = g.beta1, to[kGroupBeta2] = g.beta2,
+      to[kGroupEps] = g.eps;
+      to[kGroupWeightDecay] = g.weight_decay, to[kGroupDecoupled] = g.decoupled, to[kGroupMaximize] = g.maximize;
+      to[kGroupOptionA] = g.a, to[kGroupOptionB] = g.b, to[kGroupLrReference] = g.lr_reference,
+      to[kGroupDecayPeriod] = g.decay_period;
+      to[kGroupMaxNorm] = g.max_norm, to[kGroupClipEps] = g.clip_eps;
+      to[kGroupTrustLow] = g.trust_low, to[kGroupTrustHigh] = g.trust_high, to[kGroupTrustAlways] = g.trust_always;
+      to[kGroupEmaDecay] = g.ema_decay;
       if (g.lr_kind)
         lr_[i] = g.lr_kind == 1 ? reinterpret_cast<int64_t>(&g.lr32) : reinterpret_cast<int64_t>(&g.lr) | 1;
     }
@@ -212,11 +219,12 @@ class Run {
   // What a rule does not need is not there.
   Tables tables() {
     Tables t{};
-    t.desc = desc_.data(), t.rows = rows_.data(), t.grads = grads_.data(), t.lr = lr_.data(), t.raw = raw_.data();
-    t.group = group_.data(), t.hyper = hyper_.data();
-    t.chunks = row(desc_.size()), t.tensors = static_cast<int32_t>(params_.size()), t.ema = averaged_;
+    t.chunk_table = chunk_table_.data(), t.rows = rows_.data(), t.grads = grads_.data(), t.lr = lr_.data(),
+    t.group_hparams = group_hparams_.data();
+    t.group_index = group_index_.data(), t.tensor_scalars = tensor_scalars_.data();
+    t.chunks = row(chunk_table_.size()), t.tensors = static_cast<int32_t>(params_.size()), t.ema = averaged_;
     if (rule_.trust || clipped_) t.partials = partials_.data();
-    if (rule_.trust) t.spans = spans_.data(), t.sums = sums_.data(), t.trust = trust_.data();
+    if (rule_.trust) t.row_offsets = row_offsets_.data(), t.sums = sums_.data(), t.trust = trust_.data();
     return t;
   }
 
@@ -240,7 +248,7 @@ class Run {
   std::vector<int64_t> rows_without_addresses() const {
     std::vector<int64_t> rows = rows_;
     for (size_t r = 0; r < params_.size(); ++r) {
-      for (const int column : {int{kParam}, int{kStep}, kFirstState + 0, kFirstState + 1})
+      for (const int column : {int{kRowParam}, int{kRowStep}, kRowState0 + 0, kRowState0 + 1})
         rows[r * kRowWidth + column] = 1;
     }
     return rows;
@@ -250,7 +258,7 @@ class Run {
     const std::vector<Values> before = values();
     const std::vector<int64_t> rows = rows_without_addresses();
     t.rows = rows.data(), t.squares = &squares_;
-    t.hyper = t.partials = t.sums = t.trust = nullptr;
+    t.tensor_scalars = t.partials = t.sums = t.trust = nullptr;
     walk_scale(t);
     for (size_t r = 0; r < params_.size(); ++r) {
       Parameter& p = params_[r];
@@ -335,11 +343,11 @@ class Run {
     return std::isnan(ratio) ? ratio : std::min(std::max(ratio, g.trust_low), g.trust_high);
   }
 
-  void check_move(Tables t, bool overflow, const std::vector<double>& trust) {
+  void check_apply_update(Tables t, bool overflow, const std::vector<double>& trust) {
     const std::vector<Values> before = values();
     const std::vector<int64_t> nowhere(grads_.size(), 1);  // gradients may be gone by now
     t.grads = nowhere.data();
-    check(walk_move(rule_.name, t) == 0, "walk_move", 0, 0, 1, 0);
+    check(walk_apply_update(rule_.name, t) == 0, "walk_apply_update", 0, 0, 1, 0);
     for (size_t r = 0; r < params_.size(); ++r) {
       Parameter& p = params_[r];
       const Group& g = groups_[p.group];
@@ -353,7 +361,7 @@ class Run {
       for (int64_t i = 0; i < p.numel && !skipped; ++i) {
         const Bounded param = Bounded::exact(before[r][0][i]);
         const Bounded update = oracle.lamb(param, stored_states(p, i));
-        compare("moved param", row(r), i, p.tensors[0], param - rate * update);
+        compare("updated param", row(r), i, p.tensors[0], param - rate * update);
         if (p.averaged) check_average(row(r), i, before[r].back()[i]);
       }
       for (size_t i = 0; i < p.tensors.size(); ++i) {
@@ -375,9 +383,9 @@ class Run {
   bool clipped_, averaged_;
   std::vector<Group> groups_;
   std::vector<Parameter> params_;
-  std::vector<int64_t> desc_, rows_, grads_, lr_, spans_;
-  std::vector<double> raw_, hyper_, partials_, sums_, trust_;
-  std::vector<int32_t> group_;
+  std::vector<int64_t> chunk_table_, rows_, grads_, lr_, row_offsets_;
+  std::vector<double> group_hparams_, tensor_scalars_, partials_, sums_, trust_;
+  std::vector<int32_t> group_index_;
   float scale_ = 1, found_inf_ = 0;
   double squares_ = 0;
 };

@@ -49,21 +49,21 @@ struct Precision {
   double relative, absolute;
 };
 
-inline Precision precision(Dtype dtype) {
-  if (dtype == kBFloat16) return {0x1p-8, 0x1p-133};
+inline Precision precision(Format dtype) {
+  if (dtype == kBfloat16) return {0x1p-8, 0x1p-133};
   if (dtype == kFloat16) return {0x1p-11, 0x1p-25};
   if (dtype == kFloat32) return {0x1p-24, 0x1p-149};
   return {0x1p-53, 0};
 }
 
-inline double largest(Dtype dtype) {
+inline double largest(Format dtype) {
   if (dtype == kFloat16) return 65504;
   return dtype == kFloat64 ? std::numeric_limits<double>::max() : 0x1.fep127;  // of bfloat16, and nearly of float32
 }
 
 class Tensor {
  public:
-  Tensor(Random& random, Dtype dtype, int64_t numel, bool positive, bool special) : dtype_(dtype), numel_(numel) {
+  Tensor(Random& random, Format dtype, int64_t numel, bool positive, bool special) : dtype_(dtype), numel_(numel) {
     offset_ = chance(random, 0.6) ? 0 : below(random, 8) * itemsize();
     bytes_.assign(2 * kGuard + offset_ + numel * itemsize() + 16, kGuardByte);
     base_ = (16 - reinterpret_cast<uintptr_t>(bytes_.data()) % 16) % 16 + kGuard + offset_;
@@ -76,7 +76,7 @@ class Tensor {
   }
 
   int itemsize() const { return dtype_ == kFloat64 ? 8 : dtype_ == kFloat32 ? 4 : 2; }
-  Dtype dtype() const { return dtype_; }
+  Format dtype() const { return dtype_; }
   int64_t address() const { return reinterpret_cast<int64_t>(bytes_.data() + base_); }
   bool aligned() const { return address() % 16 == 0; }
 
@@ -84,7 +84,7 @@ class Tensor {
     const unsigned char* from = bytes_.data() + base_ + i * itemsize();
     if (dtype_ == kFloat64) return get<double>(from);
     if (dtype_ == kFloat32) return get<float>(from);
-    return dtype_ == kBFloat16 ? decode(get<uint16_t>(from), 8, 7) : decode(get<uint16_t>(from), 5, 10);
+    return dtype_ == kBfloat16 ? decode(get<uint16_t>(from), 8, 7) : decode(get<uint16_t>(from), 5, 10);
   }
 
   std::vector<double> values() const {
@@ -123,7 +123,7 @@ class Tensor {
     uint16_t half = static_cast<uint16_t>(bits >> 16);
     if (dtype_ == kFloat16)
       half = static_cast<uint16_t>(std::isfinite(x) ? random() & (positive ? 0x3fff : 0xbfff) : 0x7c00 + std::isnan(x));
-    if (dtype_ == kBFloat16 && std::isnan(x)) half = 0x7fc0;
+    if (dtype_ == kBfloat16 && std::isnan(x)) half = 0x7fc0;
     const void* from = dtype_ == kFloat64   ? static_cast<const void*>(&x)
                        : dtype_ == kFloat32 ? static_cast<const void*>(&narrow)
                                             : &half;
@@ -140,7 +140,7 @@ class Tensor {
     }
   }
 
-  Dtype dtype_;
+  Format dtype_;
   int64_t numel_, offset_, base_;
   std::vector<unsigned char> bytes_;
 };

@@ -4,8 +4,8 @@ run by the interpreter as they are compiled for a GPU.
 "triton-ptx": the library's launch.py, Triton's compiler, cache and launcher over a stand-in driver.
 "cuda-ptx": csrc/cuda/step.cu as nvcc compiles it, host code included, over a stand-in runtime.
 
-Before every pass what a step leaves for itself (`hyper`, sums) is overwritten with NaN: none of it may come from the
-step before.
+Before every pass what a step leaves for itself (`tensor_scalars`, sums) is overwritten with NaN: none of it may come
+from the step before.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class TritonPtx(Triton):
             super().sum_squares(out)
 
     def step(self, scaling: Scaling) -> None:
-        with self.checked("hyper", "partials", "sums"):
+        with self.checked("tensor_scalars", "partials", "sums"):
             super().step(scaling)
 
     def apply_update(self) -> None:
@@ -162,13 +162,10 @@ def tables_type() -> type[ctypes.Structure]:
     return type("Tables", (ctypes.Structure,), {"_fields_": fields})
 
 
-ARRAYS = ("desc", "rows", "grads", "lr", "raw", "group", "hyper", "spans", "partials", "sums", "trust")
-
-
 def tables(table: Table, **numbers: Tensor | None) -> Any:
-    arrays = dict(zip(ARRAYS, table.arrays, strict=True)) | numbers
+    arrays = table.arrays._asdict() | numbers
     made = tables_type()(**{key: None if x is None else x.data_ptr() for key, x in arrays.items()})
-    made.chunks, made.tensors, made.ema = table.desc.numel(), table.rows.size(0), table.ema
+    made.chunks, made.tensors, made.ema = table.chunk_table.numel(), table.rows.size(0), table.ema
     return made
 
 
@@ -197,7 +194,7 @@ def host_code() -> dict[str, Any]:
     table, pointer, number, text = ctypes.POINTER(tables_type()), ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
     signatures = {
         "step": ("PKcRKNS_6TablesEPvi", text, table, pointer, number),
-        "move": ("PKcRKNS_6TablesEPvi", text, table, pointer, number),
+        "apply_update": ("PKcRKNS_6TablesEPvi", text, table, pointer, number),
         "squares": ("RKNS_6TablesEPdPvi", table, pointer, pointer, number),
         "scale": ("RKNS_6TablesEPvi", table, pointer, number),
     }
@@ -225,13 +222,13 @@ class CudaPtx(Backend):
         call("squares", self.table, tables(self.table), out.data_ptr())
 
     def step(self, scaling: Scaling) -> None:
-        poison(self.table, "hyper", "partials", "sums")
+        poison(self.table, "tensor_scalars", "partials", "sums")
         numbers = {"grad_scale": scaling.grad_scale, "found_inf": scaling.found_inf, "squares": scaling.squares}
         call("step", self.table, self.table.rule.name.encode(), tables(self.table, **numbers))
 
     def apply_update(self) -> None:
         poison(self.table, "partials")
-        call("move", self.table, self.table.rule.name.encode(), tables(self.table))
+        call("apply_update", self.table, self.table.rule.name.encode(), tables(self.table))
 
     def scale_grads(self, squares: Tensor) -> None:
         poison(self.table, "partials")

@@ -17,6 +17,7 @@ from fused_optim.triton_kernels.launch import Variant
 from torch import Tensor
 
 from fused_optim import FusedAdamW, FusedLAMB, FusedLion, FusedQHAdam, FusedSGD, backends, clip_grad_norm_
+from fused_optim.engine.layout import CHUNK, RowFields, TableArrays, column
 from ptx.backends import NAMES, STREAM, CudaPtx, TritonPtx, tables, tables_type, why_not
 from ptx.launched import LAUNCHES, Launch
 from ptx.toolchain import missing
@@ -173,7 +174,7 @@ def test_nvcc_launches(name: str) -> None:
     optimizer = train(name, "cuda-ptx", steps=2)
     (bound,) = optimizer._tables
     table = bound.table
-    blocks = {"one": 1, "tensors": len(SIZES), "rows": 1, "chunks": table.desc.numel()}
+    blocks = {"one": 1, "tensors": len(SIZES), "rows": 1, "chunks": table.chunk_table.numel()}
     step = LAUNCHES.record[len(LAUNCHES.record) // 2 :]
     assert len(step) == len(KERNELS[name])
     for launch, (kernel, count, threads) in zip(step, KERNELS[name], strict=True):
@@ -183,9 +184,9 @@ def test_nvcc_launches(name: str) -> None:
         assert size == len(bytes(tables_type()()))
         sent = tables_type().from_buffer_copy(launch.parameters[offset : offset + size])
         expected = tables(table)
-        for field in ("desc", "rows", "grads", "lr", "raw", "group", "hyper", "spans", "partials", "sums", "trust"):
+        for field in TableArrays._fields:
             assert getattr(sent, field) == getattr(expected, field), field
-        assert (sent.chunks, sent.tensors, sent.ema) == (table.desc.numel(), len(SIZES), table.ema)
+        assert (sent.chunks, sent.tensors, sent.ema) == (table.chunk_table.numel(), len(SIZES), table.ema)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -212,11 +213,11 @@ def test_nothing_is_left_from_the_step_before(name: str, monkeypatch: pytest.Mon
     before = param.detach().clone()
     (bound,) = optimizer._tables
     table = bound.table
-    assert before.isfinite().all() and table.hyper.isfinite().all()
+    assert before.isfinite().all() and table.tensor_scalars.isfinite().all()
     real = LAUNCHES.run
     monkeypatch.setattr(LAUNCHES, "run", lambda ptx, kernel, *args: 0 if "prep" in kernel else real(ptx, kernel, *args))
     optimizer.step()
-    assert table.hyper.isnan().all() and torch.equal(param, before)
+    assert table.tensor_scalars.isnan().all() and torch.equal(param, before)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -228,7 +229,7 @@ def test_what_fails_in_a_kernel_is_raised(name: str) -> None:
     optimizer.step()
     (bound,) = optimizer._tables
     table = bound.table
-    table.rows[0, 0] += 4096  # elements
+    table.rows[0, column(RowFields, "numel")] += CHUNK
     with pytest.raises(RuntimeError, match=r"outside of every tensor: .*ld"):
         optimizer.step()
 

@@ -1,4 +1,6 @@
-// How a thread reads and writes its elements of one tensor: 16 bytes at a time, whatever the dtype.
+// Formats on the GPU: the only loads and stores of values. A thread takes 16 bytes at a time of every stream: `load`
+// and `store` move the words of V elements, `unpack` and `pack_up` make values of them; `load_one` and `store_one` do
+// both for one element. A new format needs a branch in each pair, and its bytes in fused_optim/engine/layout.py.
 #pragma once
 #include <cassert>
 
@@ -7,7 +9,7 @@
 
 namespace fused_optim {
 
-constexpr int kAccess = 16;  // bytes, the widest load and store
+constexpr int kAccess = kAlignment;  // bytes, the widest load and store
 
 // Elements that a thread takes at once of each of so many streams. Eight fill a 16-byte access of every dtype; of more
 // than four streams they would crowd the registers of all kinds, for one kernel serves them all.
@@ -17,18 +19,20 @@ constexpr int kVector = sizeof(T) == 8 ? 2 : (kStreams <= 4 ? 8 : 4);
 // One chunk of one tensor of a row.
 struct Stream {
   char* data;
-  Dtype dtype;
+  Format format;
 
   FUSED_HD Stream() {}
-  FUSED_HD Stream(int64_t address, Dtype dtype, int64_t begin) : dtype(dtype) {
-    data = reinterpret_cast<char*>(address + begin * itemsize());
+  FUSED_HD Stream(int64_t address, Format format, int64_t begin) : format(format) {
+    data = reinterpret_cast<char*>(address + begin * bytes());
 #ifdef __CUDA_ARCH__
     __builtin_assume(__isGlobal(data));  // unsaid, every access would be a generic one
 #endif
   }
 
-  FUSED_HD int itemsize() const { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
-  FUSED_HD char* at(int element) const { return data + element * itemsize(); }
+  FUSED_HD int bytes() const {
+    return format == kFloat64 ? kBytesFloat64 : format == kFloat32 ? kBytesFloat32 : kBytesFloat16;
+  }
+  FUSED_HD char* at(int element) const { return data + element * bytes(); }
 };
 
 // Words (4 or 2) of aligned global memory in one access. In PTX, because nvcc splits a memcpy, and at times a uint4.
@@ -76,7 +80,7 @@ struct Pack {
 template <class T, int V>
 FUSED_HD void load(const Stream& stream, int first, int gap, Pack<T, V>& pack) {
   constexpr int kParts = V * sizeof(T) / kAccess;
-  if (sizeof(T) == 8 || stream.dtype == kFloat32) {
+  if (sizeof(T) == 8 || stream.format == kFloat32) {
     for (int i = 0; i < kParts; ++i) load_words<4>(stream.at(first + i * gap), pack.word + 4 * i);
   } else {
     load_words<2 * kParts>(stream.at(first), pack.word);
@@ -84,12 +88,12 @@ FUSED_HD void load(const Stream& stream, int first, int gap, Pack<T, V>& pack) {
 }
 
 template <class T, int V>
-FUSED_HD void unpack(const Pack<T, V>& pack, Dtype dtype, T (&x)[V]) {
-  if (sizeof(T) == 8 || dtype == kFloat32) {
+FUSED_HD void unpack(const Pack<T, V>& pack, Format format, T (&x)[V]) {
+  if (sizeof(T) == 8 || format == kFloat32) {
     std::memcpy(x, pack.word, sizeof x);
     return;
   }
-  if (dtype == kBFloat16) {  // one instruction for each: bfloat16 is the upper half of a float
+  if (format == kBfloat16) {  // one instruction for each: bfloat16 is the upper half of a float
     for (int v = 0; v < V; v += 2) {
       x[v] = bits_float(pack.word[v / 2] << 16);
       x[v + 1] = bits_float(pack.word[v / 2] & 0xffff0000u);
@@ -123,11 +127,11 @@ FUSED_HD uint32_t f16_pair(float low, float high) {
 }
 
 template <class T, int V>
-FUSED_HD void pack_up(const T (&x)[V], Dtype dtype, Pack<T, V>& pack) {
+FUSED_HD void pack_up(const T (&x)[V], Format format, Pack<T, V>& pack) {
   if constexpr (sizeof(T) == 4) {
-    if (dtype != kFloat32) {
+    if (format != kFloat32) {
       for (int v = 0; v < V; v += 2)
-        pack.word[v / 2] = dtype == kBFloat16 ? bf16_pair(x[v], x[v + 1]) : f16_pair(x[v], x[v + 1]);
+        pack.word[v / 2] = format == kBfloat16 ? bf16_pair(x[v], x[v + 1]) : f16_pair(x[v], x[v + 1]);
       return;
     }
   }
@@ -137,7 +141,7 @@ FUSED_HD void pack_up(const T (&x)[V], Dtype dtype, Pack<T, V>& pack) {
 template <class T, int V>
 FUSED_HD void store(const Stream& stream, int first, int gap, const Pack<T, V>& pack) {
   constexpr int kParts = V * sizeof(T) / kAccess;
-  if (sizeof(T) == 8 || stream.dtype == kFloat32) {
+  if (sizeof(T) == 8 || stream.format == kFloat32) {
     for (int i = 0; i < kParts; ++i) store_words<4>(stream.at(first + i * gap), pack.word + 4 * i);
   } else {
     store_words<2 * kParts>(stream.at(first), pack.word);
@@ -148,17 +152,17 @@ template <class T>
 FUSED_HD T load_one(const Stream& stream, int element) {
   const char* from = stream.at(element);
   if constexpr (sizeof(T) == 8) return *reinterpret_cast<const double*>(from);
-  if (stream.dtype == kFloat32) return *reinterpret_cast<const float*>(from);
+  if (stream.format == kFloat32) return *reinterpret_cast<const float*>(from);
   const uint16_t half = *reinterpret_cast<const uint16_t*>(from);
-  return stream.dtype == kBFloat16 ? bf16_to_float(half) : f16_to_float(half);
+  return stream.format == kBfloat16 ? bf16_to_float(half) : f16_to_float(half);
 }
 
 template <class T>
 FUSED_HD void store_one(const Stream& stream, int element, T x) {
   char* to = stream.at(element);
   if constexpr (sizeof(T) == 8) *reinterpret_cast<double*>(to) = x;
-  else if (stream.dtype == kFloat32) *reinterpret_cast<float*>(to) = x;
-  else *reinterpret_cast<uint16_t*>(to) = stream.dtype == kBFloat16 ? float_to_bf16(x) : float_to_f16(x);
+  else if (stream.format == kFloat32) *reinterpret_cast<float*>(to) = x;
+  else *reinterpret_cast<uint16_t*>(to) = stream.format == kBfloat16 ? float_to_bf16(x) : float_to_f16(x);
 }
 
 }  // namespace fused_optim

@@ -1,13 +1,10 @@
-// What the CPU walker's files share: one tensor of a row, whatever its dtype, and how its work is split. Each
+// Formats on the CPU: how each stores a value, and the only loads and stores of values. A new format is a type with
+// `widen` and `narrow`, a line in visit_format, and its bytes in fused_optim/engine/layout.py. Rows whose formats have
+// no loop of their own (update_row in step.cpp) go through Stream::load and Stream::store, which know all formats. Each
 // instruction set has its own, in the namespace that FUSED_ISA names.
 #pragma once
-#include <algorithm>
-
 #include "../convert.h"
-#include "../dispatch.h"
-#include "../prep.h"
-#include "step.h"
-#include "threads.h"
+#include "../tables.h"
 
 #ifdef __F16C__
 #include <immintrin.h>
@@ -46,12 +43,16 @@ using Pair = uint32_t __attribute__((may_alias, aligned(2)));
 FUSED_HD float even(uint32_t pair) { return bits_float(pair << 16); }
 FUSED_HD float odd(uint32_t pair) { return bits_float(pair & 0xffff0000u); }
 
-// Calls f with a value of the type that `dtype` stands for.
+// Calls f with a value of the type that a format stores. Not for float64, whose arithmetic is float64 too.
 template <class F>
-void visit_dtype(Dtype dtype, F&& f) {
-  if (dtype == kFloat32) f(float{});
-  else if (dtype == kBFloat16) f(BFloat16{});
+void visit_format(Format format, F&& f) {
+  if (format == kFloat32) f(float{});
+  else if (format == kBfloat16) f(BFloat16{});
   else f(Float16{});
+}
+
+constexpr int bytes_of(Format format) {
+  return format == kFloat64 ? kBytesFloat64 : format == kFloat32 ? kBytesFloat32 : kBytesFloat16;
 }
 
 template <class P>
@@ -91,73 +92,41 @@ inline void narrow_block(const float* in, int count, Float16* out) {
 }
 #endif
 
-// One tensor of a row: where it lies and what it holds.
+// One stream of a row: where it lies and how it stores its values. A format with a second array finds its address in
+// the row, too (kRowParamLow).
 struct Stream {
   char* data;
-  Dtype dtype;
-  int itemsize;
+  Format format;
+  int bytes;  // of an element
 
-  Stream(int64_t address, int64_t signature, int position)
-      : data(reinterpret_cast<char*>(address)), dtype(dtype_of(signature, position)) {
-    itemsize = dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
-  }
+  Stream(const int64_t* row, int stream) : Stream(row, row[address_column(stream)], stream) {}
+  static Stream of_grad(const int64_t* row, int64_t address) { return {row, address, kStreamGrad}; }
 
-  char* at(int64_t element) const { return data + element * itemsize; }
+  char* at(int64_t element) const { return data + element * bytes; }
 
   void prefetch(int64_t element, int count) const {
     const char* ahead = at(element) + kPrefetchBytes;
-    const int bytes = count * itemsize;
+    const int size = count * bytes;
 #pragma GCC unroll 8
-    for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(ahead + byte);
+    for (int byte = 0; byte < size; byte += 64) __builtin_prefetch(ahead + byte);
   }
 
   // `count` elements as float32, in `scratch`; and back again.
   void load(int64_t element, int count, float* scratch) const {
-    visit_dtype(dtype,
-                [&](auto type) { widen_block(reinterpret_cast<const decltype(type)*>(at(element)), count, scratch); });
+    visit_format(format,
+                 [&](auto type) { widen_block(reinterpret_cast<const decltype(type)*>(at(element)), count, scratch); });
   }
   void store(int64_t element, int count, const float* scratch) const {
-    visit_dtype(dtype,
-                [&](auto type) { narrow_block(scratch, count, reinterpret_cast<decltype(type)*>(at(element))); });
+    visit_format(format,
+                 [&](auto type) { narrow_block(scratch, count, reinterpret_cast<decltype(type)*>(at(element))); });
   }
+
+ private:
+  Stream(const int64_t* row, int64_t address, int stream)
+      : data(reinterpret_cast<char*>(address)),
+        format(format_of(row[kRowDtypeSignature], stream)),
+        bytes(bytes_of(format)) {}
 };
-
-int64_t row_of(int64_t desc) { return (desc >> 8) & 0xffffff; }
-int64_t chunk_of(int64_t desc) { return desc >> 32; }
-
-// Calls walk(t, first, end) for all chunks of the table, a few neighbours at a time, from all threads.
-template <class F>
-void walk_chunks(const Tables& t, int threads, Order order, const F& walk) {
-  const int64_t per_piece = chunks_per_piece(t.chunks, threads);
-  const auto work = [&](int64_t piece) { walk(t, piece * per_piece, std::min((piece + 1) * per_piece, t.chunks)); };
-  run_pieces((t.chunks + per_piece - 1) / per_piece, threads, order,
-             [](const void* context, int64_t piece) { (*static_cast<const decltype(work)*>(context))(piece); }, &work);
-}
-
-// The same, and before that open(row, memo) once for every row, by the thread that needs it: no other one waits. Only
-// rows that several pieces share are opened before all.
-template <class Open, class F>
-void walk_rows(const Tables& t, int threads, Order order, const Open& open, const F& walk) {
-  const int64_t per_piece = chunks_per_piece(t.chunks, threads);
-  const auto shared = [&](int64_t chunk) {  // whether the row of the chunk before goes on here
-    return chunk < t.chunks && row_of(t.desc[chunk - 1]) == row_of(t.desc[chunk]);
-  };
-  BiasCorrections memo{};
-  int64_t opened = -1;
-  for (int64_t chunk = per_piece; chunk < t.chunks; chunk += per_piece) {
-    if (shared(chunk) && row_of(t.desc[chunk]) != opened) open(opened = row_of(t.desc[chunk]), memo);
-  }
-  if (t.chunks == 0) {
-    for (int64_t row = 0; row < t.tensors; ++row) open(row, memo);
-  }
-  walk_chunks(t, threads, order, [&](const Tables&, int64_t first, int64_t end) {
-    BiasCorrections own = memo;
-    // Those that begin here, and those without elements before them.
-    const int64_t end_row = end == t.chunks ? t.tensors : row_of(t.desc[end - 1]) + !shared(end);
-    for (int64_t row = first == 0 ? 0 : row_of(t.desc[first - 1]) + 1; row < end_row; ++row) open(row, own);
-    walk(t, first, end);
-  });
-}
 
 }  // namespace
 }  // namespace fused_optim::FUSED_ISA

@@ -10,7 +10,7 @@ constexpr int64_t kBlock = 1024;  // bytes of each stream between two prefetches
 
 // `zero` is 0, which the compiler must not know.
 template <int W, int R>
-uint64_t pass(const FloorSpan& span, int prefetch, uint64_t zero) {
+uint64_t pass(const ProbeSpan& span, int prefetch, uint64_t zero) {
   uint64_t seen = 0;
   for (int64_t begin = span.begin; begin < span.end; begin += kBlock) {
     const int64_t bytes = std::min(kBlock, span.end - begin), words = bytes / 8;
@@ -32,12 +32,12 @@ uint64_t pass(const FloorSpan& span, int prefetch, uint64_t zero) {
 }
 
 template <int W, int R>
-void run(const std::vector<FloorSpan>& spans, const FloorPattern& pattern) {
+void run(const std::vector<ProbeSpan>& spans, const ProbePattern& pattern) {
   static volatile uint64_t nothing = 0;
   const uint64_t zero = nothing;
   uint64_t seen = 0;
   if (pattern.threads == 1) {
-    for (const FloorSpan& span : spans) seen |= pass<W, R>(span, pattern.prefetch, zero);
+    for (const ProbeSpan& span : spans) seen |= pass<W, R>(span, pattern.prefetch, zero);
   } else if (pattern.piece == 0) {
 #pragma omp parallel for num_threads(pattern.threads) schedule(static) reduction(| : seen)
     for (size_t i = 0; i < spans.size(); ++i) seen |= pass<W, R>(spans[i], pattern.prefetch, zero);
@@ -49,17 +49,17 @@ void run(const std::vector<FloorSpan>& spans, const FloorPattern& pattern) {
 }
 
 template <int... I>
-bool choose(int choice, const std::vector<FloorSpan>& spans, const FloorPattern& pattern,
+bool choose(int choice, const std::vector<ProbeSpan>& spans, const ProbePattern& pattern,
             std::integer_sequence<int, I...>) {
-  return ((choice == I && (run<I / kFloorRead + 1, I % kFloorRead + 1>(spans, pattern), true)) || ...);
+  return ((choice == I && (run<I / kProbeRead + 1, I % kProbeRead + 1>(spans, pattern), true)) || ...);
 }
 
 }  // namespace
 
-bool floor_pass(const std::vector<FloorSpan>& spans, int written, int read, const FloorPattern& pattern) {
-  if (written < 1 || read < 1 || read > kFloorRead) return false;
-  return choose((written - 1) * kFloorRead + read - 1, spans, pattern,
-                std::make_integer_sequence<int, kFloorWritten * kFloorRead>{});
+bool bandwidth_probe(const std::vector<ProbeSpan>& spans, int written, int read, const ProbePattern& pattern) {
+  if (written < 1 || read < 1 || read > kProbeRead) return false;
+  return choose((written - 1) * kProbeRead + read - 1, spans, pattern,
+                std::make_integer_sequence<int, kProbeWritten * kProbeRead>{});
 }
 
 }  // namespace fused_optim::FUSED_ISA

@@ -1,0 +1,259 @@
+// Made by csrc/make_layout.py from fused_optim/engine/layout.py; a test fails where it is not current. Do not edit it.
+// clang-format off
+#pragma once
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define FUSED_HD __host__ __device__ __forceinline__
+#else
+#define FUSED_HD inline __attribute__((always_inline))
+#endif
+
+namespace fused_optim {
+
+constexpr int kChunk = 4096;  // elements of one tensor that one program (GPU) or one loop turn (CPU) handles
+constexpr int kAlignment = 16;  // bytes of the widest access
+constexpr int kMaxStates = 3;  // of one tensor
+constexpr int64_t kEmpty = 16;  // in `grads`: stands for the address of a gradient without elements, which is null
+constexpr int kSignatureFieldBits = 4;  // of a code in a packed signature
+constexpr int kAbsent = 15;
+constexpr int64_t kEmaBegun = 268435456;
+constexpr int kEntryUnalignedBits = 1;  // set where a tensor that is written does not begin at a multiple of ALIGNMENT
+constexpr int kEntrySignatureBits = 7;  // number of the tensor's dtype signature, in the order of Table.dtype_signatures
+constexpr int kEntryRowBits = 24;
+constexpr int kEntrySignatureShift = 1;
+constexpr int kEntryRowShift = 8;
+constexpr int kEntryChunkShift = 32;  // the chunk's number within its tensor has the rest
+constexpr int kBytesFloat32 = 4;
+constexpr int kBytesBfloat16 = 2;
+constexpr int kBytesFloat16 = 2;
+constexpr int kBytesFloat64 = 8;
+constexpr int kStreamParam = 0;
+constexpr int kStreamGrad = 1;
+constexpr int kStreamState0 = 2;
+constexpr int kStreamEma = 6;
+constexpr int kRowNumel = 0;  // elements; a complex tensor has two for each of its own
+constexpr int kRowParam = 1;  // address
+constexpr int kRowParamLow = 2;  // address of the low halves of the param, where its format has them
+constexpr int kRowStep = 3;  // address of the number of updates, float32
+constexpr int kRowDtypeSignature = 4;  // formats of the tensor's streams and its flags, packed: see `packed_signature`
+constexpr int kRowState0 = 5;  // addresses of the states, in the order of the rule
+constexpr int kRowState1 = 6;
+constexpr int kRowState2 = 7;
+constexpr int kRowEma = 8;  // address of the moving average of the weights
+constexpr int kRowWidth = 9;
+constexpr int kGroupLr = 0;
+constexpr int kGroupBeta1 = 1;
+constexpr int kGroupBeta2 = 2;
+constexpr int kGroupEps = 3;
+constexpr int kGroupWeightDecay = 4;
+constexpr int kGroupDecoupled = 5;  // whether weight decay goes past the gradient
+constexpr int kGroupMaximize = 6;
+constexpr int kGroupLrReference = 7;  // decoupled decay is lr / lr_reference * weight_decay / sqrt(decay_period)
+constexpr int kGroupDecayPeriod = 8;
+constexpr int kGroupMaxNorm = 9;  // of all gradients; 0: not clipped, not in the norm; < 0: neither, but NaN and inf still show
+constexpr int kGroupClipEps = 10;  // added to the norm
+constexpr int kGroupTrustLow = 11;  // bounds of the trust ratio
+constexpr int kGroupTrustHigh = 12;
+constexpr int kGroupTrustAlways = 13;  // whether the trust ratio is also used without weight decay
+constexpr int kGroupEmaDecay = 14;  // share that a moving average of the weights keeps at each step
+constexpr int kGroupOptionA = 15;  // the rule's own options
+constexpr int kGroupOptionB = 16;
+constexpr int kGroupOptionC = 17;
+constexpr int kGroupOptionD = 18;
+constexpr int kGroupWidth = 19;
+constexpr int kScalarLr = 0;
+constexpr int kScalarEps = 1;
+constexpr int kScalarWeight1 = 2;  // 1 - beta1
+constexpr int kScalarWeight2 = 3;  // 1 - beta2
+constexpr int kScalarStepSize = 4;  // lr / (1 - beta1**step)
+constexpr int kScalarDebias = 5;  // 1 / (1 - beta1**step)
+constexpr int kScalarDenomScale = 6;  // 1 / sqrt(1 - beta2**step)
+constexpr int kScalarGradFactor = 7;  // multiplies the gradient: 1 / grad_scale, the clip coefficient, the sign of maximize
+constexpr int kScalarL2 = 8;  // weight decay that is added to the gradient
+constexpr int kScalarDecay = 9;  // weight decay that goes past it; times lr, but where a trust ratio follows
+constexpr int kScalarEmaWeight = 10;  // of the new param in the moving average of the weights
+constexpr int kScalarSkip = 11;  // 1: this tensor is left alone, and the other columns mean nothing
+constexpr int kScalarOwnA = 12;  // what the rule's function `scalars` makes
+constexpr int kScalarOwnB = 13;
+constexpr int kScalarOwnC = 14;
+constexpr int kScalarOwnD = 15;
+constexpr int kScalarWidth = 16;
+constexpr int kArrayChunkTable = 0;  // int64 [chunks]: see `chunk_entry`; the tensors in order, and of each its chunks
+constexpr int kArrayRows = 1;  // int64 [tensors, RowFields]
+constexpr int kArrayGrads = 2;  // int64 [tensors]: address of the gradient; 0: there is none, and the tensor sits this step out
+constexpr int kArrayLr = 3;  // int64 [groups]: address of a device lr tensor (lowest bit set: float64, else float32), or 0
+constexpr int kArrayGroupHparams = 4;  // float64 [groups, GroupHparams]
+constexpr int kArrayGroupIndex = 5;  // int32 [tensors]: the row of group_hparams
+constexpr int kArrayTensorScalars = 6;  // float64 [tensors, TensorScalars]
+constexpr int kArrayRowOffsets = 7;  // int64 [tensors + 1]: tensor t has the entries row_offsets[t] up to row_offsets[t + 1]
+constexpr int kArrayPartials = 8;  // float64 [chunks, 2]: sums over each chunk; [chunks] for the norm of all gradients
+constexpr int kArraySums = 9;  // float64 [tensors, 2]: squares of param and update
+constexpr int kArrayTrust = 10;  // float64 [tensors]: trust ratios
+constexpr int kArrayWidth = 11;
+
+// How a stream stores its values.
+enum Format { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+
+// `group_hparams`, float64 [groups, ...]: the hyperparameters of a param group. The defaults hold where a group has no option of that name.
+struct GroupHparams {
+  double lr;
+  double beta1;
+  double beta2;
+  double eps;
+  double weight_decay;
+  double decoupled;  // whether weight decay goes past the gradient
+  double maximize;
+  double lr_reference;  // decoupled decay is lr / lr_reference * weight_decay / sqrt(decay_period)
+  double decay_period;
+  double max_norm;  // of all gradients; 0: not clipped, not in the norm; < 0: neither, but NaN and inf still show
+  double clip_eps;  // added to the norm
+  double trust_low;  // bounds of the trust ratio
+  double trust_high;
+  double trust_always;  // whether the trust ratio is also used without weight decay
+  double ema_decay;  // share that a moving average of the weights keeps at each step
+  double option_a;  // the rule's own options
+  double option_b;
+  double option_c;
+  double option_d;
+};
+
+FUSED_HD GroupHparams read_group_hparams(const double* in) {
+  return {in[kGroupLr], in[kGroupBeta1], in[kGroupBeta2], in[kGroupEps], in[kGroupWeightDecay], in[kGroupDecoupled], in[kGroupMaximize], in[kGroupLrReference], in[kGroupDecayPeriod], in[kGroupMaxNorm], in[kGroupClipEps], in[kGroupTrustLow], in[kGroupTrustHigh], in[kGroupTrustAlways], in[kGroupEmaDecay], in[kGroupOptionA], in[kGroupOptionB], in[kGroupOptionC], in[kGroupOptionD]};
+}
+
+// `tensor_scalars`, float64 [tensors, ...]: what a rule reads. Prep writes it at each step; walkers round each number once, to the dtype of their arithmetic.
+template <class T>
+struct TensorScalars {
+  T lr;
+  T eps;
+  T weight1;  // 1 - beta1
+  T weight2;  // 1 - beta2
+  T step_size;  // lr / (1 - beta1**step)
+  T debias;  // 1 / (1 - beta1**step)
+  T denom_scale;  // 1 / sqrt(1 - beta2**step)
+  T grad_factor;  // multiplies the gradient: 1 / grad_scale, the clip coefficient, the sign of maximize
+  T l2;  // weight decay that is added to the gradient
+  T decay;  // weight decay that goes past it; times lr, but where a trust ratio follows
+  T ema_weight;  // of the new param in the moving average of the weights
+  T skip;  // 1: this tensor is left alone, and the other columns mean nothing
+  T own_a;  // what the rule's function `scalars` makes
+  T own_b;
+  T own_c;
+  T own_d;
+};
+
+template <class T>
+FUSED_HD TensorScalars<T> read_tensor_scalars(const double* in) {
+  return {T(in[kScalarLr]), T(in[kScalarEps]), T(in[kScalarWeight1]), T(in[kScalarWeight2]), T(in[kScalarStepSize]), T(in[kScalarDebias]), T(in[kScalarDenomScale]), T(in[kScalarGradFactor]), T(in[kScalarL2]), T(in[kScalarDecay]), T(in[kScalarEmaWeight]), T(in[kScalarSkip]), T(in[kScalarOwnA]), T(in[kScalarOwnB]), T(in[kScalarOwnC]), T(in[kScalarOwnD])};
+}
+
+// The whole layout by name, which every module shows to Python.
+struct LayoutEntry {
+  const char* name;
+  int64_t number;
+};
+constexpr LayoutEntry kLayout[] = {
+    {"CHUNK", kChunk},
+    {"ALIGNMENT", kAlignment},
+    {"MAX_STATES", kMaxStates},
+    {"EMPTY", kEmpty},
+    {"SIGNATURE_FIELD_BITS", kSignatureFieldBits},
+    {"ABSENT", kAbsent},
+    {"EMA_BEGUN", kEmaBegun},
+    {"ENTRY_UNALIGNED_BITS", kEntryUnalignedBits},
+    {"ENTRY_SIGNATURE_BITS", kEntrySignatureBits},
+    {"ENTRY_ROW_BITS", kEntryRowBits},
+    {"ENTRY_SIGNATURE_SHIFT", kEntrySignatureShift},
+    {"ENTRY_ROW_SHIFT", kEntryRowShift},
+    {"ENTRY_CHUNK_SHIFT", kEntryChunkShift},
+    {"FORMAT_FLOAT32", kFloat32},
+    {"FORMAT_BFLOAT16", kBfloat16},
+    {"FORMAT_FLOAT16", kFloat16},
+    {"FORMAT_FLOAT64", kFloat64},
+    {"BYTES_FLOAT32", kBytesFloat32},
+    {"BYTES_BFLOAT16", kBytesBfloat16},
+    {"BYTES_FLOAT16", kBytesFloat16},
+    {"BYTES_FLOAT64", kBytesFloat64},
+    {"STREAM_PARAM", kStreamParam},
+    {"STREAM_GRAD", kStreamGrad},
+    {"STREAM_STATE0", kStreamState0},
+    {"STREAM_EMA", kStreamEma},
+    {"ROW_NUMEL", kRowNumel},
+    {"ROW_PARAM", kRowParam},
+    {"ROW_PARAM_LOW", kRowParamLow},
+    {"ROW_STEP", kRowStep},
+    {"ROW_DTYPE_SIGNATURE", kRowDtypeSignature},
+    {"ROW_STATE0", kRowState0},
+    {"ROW_STATE1", kRowState1},
+    {"ROW_STATE2", kRowState2},
+    {"ROW_EMA", kRowEma},
+    {"ROW_WIDTH", kRowWidth},
+    {"GROUP_LR", kGroupLr},
+    {"GROUP_BETA1", kGroupBeta1},
+    {"GROUP_BETA2", kGroupBeta2},
+    {"GROUP_EPS", kGroupEps},
+    {"GROUP_WEIGHT_DECAY", kGroupWeightDecay},
+    {"GROUP_DECOUPLED", kGroupDecoupled},
+    {"GROUP_MAXIMIZE", kGroupMaximize},
+    {"GROUP_LR_REFERENCE", kGroupLrReference},
+    {"GROUP_DECAY_PERIOD", kGroupDecayPeriod},
+    {"GROUP_MAX_NORM", kGroupMaxNorm},
+    {"GROUP_CLIP_EPS", kGroupClipEps},
+    {"GROUP_TRUST_LOW", kGroupTrustLow},
+    {"GROUP_TRUST_HIGH", kGroupTrustHigh},
+    {"GROUP_TRUST_ALWAYS", kGroupTrustAlways},
+    {"GROUP_EMA_DECAY", kGroupEmaDecay},
+    {"GROUP_OPTION_A", kGroupOptionA},
+    {"GROUP_OPTION_B", kGroupOptionB},
+    {"GROUP_OPTION_C", kGroupOptionC},
+    {"GROUP_OPTION_D", kGroupOptionD},
+    {"GROUP_WIDTH", kGroupWidth},
+    {"SCALAR_LR", kScalarLr},
+    {"SCALAR_EPS", kScalarEps},
+    {"SCALAR_WEIGHT1", kScalarWeight1},
+    {"SCALAR_WEIGHT2", kScalarWeight2},
+    {"SCALAR_STEP_SIZE", kScalarStepSize},
+    {"SCALAR_DEBIAS", kScalarDebias},
+    {"SCALAR_DENOM_SCALE", kScalarDenomScale},
+    {"SCALAR_GRAD_FACTOR", kScalarGradFactor},
+    {"SCALAR_L2", kScalarL2},
+    {"SCALAR_DECAY", kScalarDecay},
+    {"SCALAR_EMA_WEIGHT", kScalarEmaWeight},
+    {"SCALAR_SKIP", kScalarSkip},
+    {"SCALAR_OWN_A", kScalarOwnA},
+    {"SCALAR_OWN_B", kScalarOwnB},
+    {"SCALAR_OWN_C", kScalarOwnC},
+    {"SCALAR_OWN_D", kScalarOwnD},
+    {"SCALAR_WIDTH", kScalarWidth},
+    {"ARRAY_CHUNK_TABLE", kArrayChunkTable},
+    {"ARRAY_ROWS", kArrayRows},
+    {"ARRAY_GRADS", kArrayGrads},
+    {"ARRAY_LR", kArrayLr},
+    {"ARRAY_GROUP_HPARAMS", kArrayGroupHparams},
+    {"ARRAY_GROUP_INDEX", kArrayGroupIndex},
+    {"ARRAY_TENSOR_SCALARS", kArrayTensorScalars},
+    {"ARRAY_ROW_OFFSETS", kArrayRowOffsets},
+    {"ARRAY_PARTIALS", kArrayPartials},
+    {"ARRAY_SUMS", kArraySums},
+    {"ARRAY_TRUST", kArrayTrust},
+    {"ARRAY_WIDTH", kArrayWidth},
+};
+
+// Entries of chunk_table.
+FUSED_HD constexpr int64_t chunk_of(int64_t entry) { return entry >> kEntryChunkShift; }
+FUSED_HD constexpr int64_t row_of(int64_t entry) {
+  return (entry >> kEntryRowShift) & ((int64_t{1} << kEntryRowBits) - 1);
+}
+FUSED_HD constexpr bool is_unaligned(int64_t entry) { return (entry & kEntryUnalignedBits) != 0; }
+FUSED_HD constexpr int64_t chunk_entry(int64_t chunk, int64_t row, int64_t signature, bool unaligned) {
+  return chunk << kEntryChunkShift | row << kEntryRowShift | signature << kEntrySignatureShift | int64_t{unaligned};
+}
+
+// Format of a stream of a row.
+FUSED_HD constexpr Format format_of(int64_t signature, int stream) {
+  return static_cast<Format>((signature >> (kSignatureFieldBits * stream)) & kAbsent);
+}
+FUSED_HD constexpr int64_t in_signature(int64_t format, int stream) { return format << (kSignatureFieldBits * stream); }
+
+}  // namespace fused_optim

@@ -1,0 +1,74 @@
+"""The layout of tables has one definition, fused_optim/engine/layout.py. What was built from another one is refused."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+
+import pytest
+from commands import ROOT, run
+
+from fused_optim.engine import layout, modules
+
+
+def test_the_header_is_current() -> None:
+    made = runpy.run_path(str(ROOT / "csrc/make_layout.py"))["header"]()
+    assert (ROOT / "csrc/layout.h").read_text() == made, "run python csrc/make_layout.py"
+
+
+def test_every_module_carries_the_layout() -> None:
+    built = [module for module in map(modules.load, modules.NAMES) if not isinstance(module, str)]
+    if not built:
+        pytest.skip("this is a pure Python installation: no module is built")
+    assert all(module.LAYOUT == layout.LAYOUT for module in built)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"CHUNK": 8192}, "CHUNK is 8192 there and 4096 here"),
+        ({"ROW_EXTRA": 9}, "ROW_EXTRA is 9 there and missing here"),
+        ({}, None),
+    ],
+)
+def test_what_differs_is_named(other: dict[str, int], said: str | None) -> None:
+    assert layout.difference(layout.LAYOUT | other) == said
+    assert layout.difference({}) == "CHUNK is missing there and 4096 here"
+
+
+@pytest.mark.skipif(isinstance(modules.cpu(), str), reason="the C++ kernel is not built")
+def test_tests_of_a_stale_build_fail() -> None:
+    """They would be skipped, because the backend that they are for does not work."""
+    code = """
+import pytest
+import sys
+from fused_optim.engine import layout
+layout.LAYOUT["CHUNK"] *= 2
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--collect-only", "tests/test_lion.py"]))
+"""
+    with pytest.raises(AssertionError) as failed:
+        run([sys.executable, "-c", code])
+    assert re.search(r"another layout of the tables \(CHUNK is 4096 there and 8192 here\); install", str(failed.value))
+
+
+def test_triton_compiles_anew_for_another_layout() -> None:
+    """What it has compiled is found by the text of the kernels, in which the numbers of columns do not stand."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    code = """
+from collections import namedtuple
+from fused_optim.engine import layout
+kind = getattr(layout, {name!r})
+fields = list(kind._fields)
+fields[0], fields[1] = fields[1], fields[0]
+setattr(layout, {name!r}, namedtuple({name!r}, fields, defaults=(0.0,) * len(fields)) if {swap} else kind)
+from fused_optim.triton_kernels.prep import prep_kernel
+print(prep_kernel.cache_key)
+"""
+
+    def key(name: str, swap: bool) -> str:
+        return run([sys.executable, "-c", code.format(name=name, swap=swap)]).split()[-1]
+
+    usual = key("RowFields", False)
+    assert usual == key("TensorScalars", False)
+    assert len({usual, *(key(name, True) for name in ("RowFields", "GroupHparams", "TensorScalars"))}) == 4
