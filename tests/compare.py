@@ -27,7 +27,7 @@ def states(optimizer: Optimizer) -> list[dict[str, Tensor]]:
 
 def updates(optimizer: Any, params: Sequence[Tensor]) -> list[float]:
     """How many updates each param has had, also where the rule keeps no `step` in its states."""
-    return [optimizer._count_of(p) for p in params]
+    return [float(optimizer.state[p].get("step", optimizer._steps.get(p, math.nan))) for p in params]
 
 
 def snapshot(optimizer: Any) -> list[oracle.Slot]:

@@ -80,7 +80,8 @@ def why_stale(name: str, module: ModuleType, version: str) -> str | None:
     """Why a module that is there does not belong to these Python files; None where it does."""
     if (built := getattr(module, "VERSION", "unknown")) != version:
         return f"{_TITLES[name]} is from fused_optim {built}, and the Python files are from {version}; {REINSTALL}"
-    if (other := difference(getattr(module, "LAYOUT", {}))) is not None:
+    layout = getattr(module, "LAYOUT", None)  # builds before this layout have none by name
+    if (other := difference(layout if isinstance(layout, dict) else {})) is not None:
         return f"{_TITLES[name]} was built for another layout of the tables ({other}); {REINSTALL}"
     return None
 
