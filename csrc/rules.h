@@ -210,4 +210,25 @@ struct Lion {
   }
 };
 
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+template <class... Rules>
+struct RuleList {
+  template <class F>
+  static bool visit(const char* name, F&& f) {
+    return ((std::strcmp(name, Rules::name) == 0 && (f(Tag<Rules>{}), true)) || ...);
+  }
+
+  template <class F>
+  static void each(F&& f) {
+    (f(Tag<Rules>{}), ...);
+  }
+};
+
+// Every rule. Kernels, modules and tests go over this list.
+using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion>;
+
 }  // namespace fused_optim

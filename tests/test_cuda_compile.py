@@ -34,8 +34,8 @@ class Streaming:
 
 
 def listed_rules() -> list[str]:
-    """Those of dispatch.h."""
-    listed = re.search(r"RuleList<(.*?)>;", (ROOT / "csrc/dispatch.h").read_text(), re.DOTALL)
+    """Those of rules.h."""
+    listed = re.search(r"RuleList<(.*?)>;", (ROOT / "csrc/rules.h").read_text(), re.DOTALL)
     assert listed
     return re.split(r",\s+", listed.group(1))
 

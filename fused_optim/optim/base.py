@@ -24,6 +24,7 @@ from ..engine.ema import Decay, WeightAverage, check_dtype, make_average
 from ..engine.forks import reset_threads_after_fork
 from ..engine.graphs import refuse_capture
 from ..engine.scaling import Scaler
+from ..engine.states import make_eager_states
 from ..engine.table import Rule
 from ..engine.validation import check_param, may_get_grad
 from ..engine.walk import copy_in, walk
@@ -113,6 +114,9 @@ class FusedOptimizer(Options):
         self._steps: dict[Tensor, Tensor] = {}  # of params whose rule keeps no `step` in its states
         self._forget()
         super().__init__(*args, **kwargs)
+        if self.rule.eager:  # once more: torch's constructor has made its own
+            for group in self.param_groups:
+                make_eager_states(self.rule, group, self.state, state_dtype)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         check_group(param_group, self)
@@ -133,6 +137,8 @@ class FusedOptimizer(Options):
         except Exception:
             self.param_groups.pop()
             raise
+        if self.rule.eager:
+            make_eager_states(self.rule, group, self.state, self._state_dtype)
         self._forget()
 
     @property
