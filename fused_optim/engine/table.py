@@ -50,6 +50,7 @@ class Rule:
     states: names in `optimizer.state[param]`, in the order in which the rule takes them.
     options: the options of its groups besides REQUIRED and OPTIONAL.
     switched: states that exist only where a group's option is true, as {state: option}; they come last in `states`.
+    squares: states that are made of squares, and are never negative.
     starts: the option whose value a state starts from, as {state: option}; all others start from 0, but the maximum of
         an average starts from the average.
     eager: whether states are made with the param group, and not when the param has its first gradient.
@@ -63,6 +64,7 @@ class Rule:
     states: tuple[str, ...]
     options: tuple[Option, ...]
     switched: Mapping[str, str] = field(default_factory=dict)
+    squares: tuple[str, ...] = ()
     starts: Mapping[str, str] = field(default_factory=dict)
     eager: bool = False
     counted: bool = True

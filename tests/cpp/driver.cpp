@@ -16,7 +16,7 @@ namespace {
 
 struct Rule {
   const char* name;
-  int min_states, max_states;
+  int signed_states, min_states, max_states;
   bool trust;
 };
 
@@ -24,7 +24,7 @@ std::vector<Rule> all_rules() {
   std::vector<Rule> rules;
   AllRules::each([&](auto tag) {
     using R = typename decltype(tag)::type;
-    rules.push_back({R::name, R::min_states, R::max_states, R::trust});
+    rules.push_back({R::name, R::signed_states, R::min_states, R::max_states, R::trust});
   });
   return rules;
 }
@@ -57,8 +57,8 @@ Parameter make_parameter(Random& random, const Rule& rule, int groups, bool spec
   const bool mixed = usual != kFloat64 && chance(random, 0.5);
   const int streams = 2 + rule.min_states + static_cast<int>(below(random, rule.max_states - rule.min_states + 1));
   for (int i = 0; i < streams; ++i)
-    p.tensors.emplace_back(random, mixed ? static_cast<Format>(below(random, 3)) : usual, numel, i > 2,
-                           special && i > 0);
+    p.tensors.emplace_back(random, mixed ? static_cast<Format>(below(random, 3)) : usual, numel,
+                           i >= 2 + rule.signed_states, special && i > 0);
   if (averaged)  // of whatever dtype the arithmetic allows
     p.tensors.emplace_back(random,
                            usual == kFloat64 || chance(random, 0.5) ? usual : static_cast<Format>(below(random, 3)),
