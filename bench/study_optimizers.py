@@ -103,7 +103,7 @@ CONTENDERS = {
         ),
         Contender(
             "QHAdamW",
-            lambda groups, decay: FusedQHAdamW(groups, weight_decay=decay, nus=(0.7, 1.0)),
+            lambda groups, decay: FusedQHAdamW(groups, weight_decay=decay, betas=(0.9, 0.999), nus=(0.7, 1.0)),
             1e-1,
             ADAM,
             momentum=(0.95, 0.995),

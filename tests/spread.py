@@ -23,8 +23,8 @@ from fused_optim import FusedAdamW, FusedLAMB, FusedLion, FusedSGD
 CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw-amsgrad": (FusedAdamW, {"lr": 0.1, "amsgrad": True}),
     "sgd": (FusedSGD, {"lr": 0.1, "momentum": 0.9}),
-    "lamb": (FusedLAMB, {"lr": 0.1, "weight_decay": 0.1, "max_grad_norm": 0.5}),
-    "lion": (FusedLion, {"lr": 0.01, "weight_decay": 0.1}),
+    "lamb": (FusedLAMB, {"lr": 0.1, "weight_decay": 0.1, "max_grad_norm": 0.5, "ema_decay": 0.9}),
+    "lion": (FusedLion, {"lr": 0.01, "weight_decay": 0.1, "ema_decay": 0.9}),
 }
 ELEMENTWISE = [name for name in CLASSES if name != "lamb"]
 

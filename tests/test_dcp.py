@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from fused_optim import FusedAdamW, backends
+from fused_optim import FusedAdamW, FusedSGD, backends
 
 pytestmark = pytest.mark.distributed
 
@@ -135,6 +135,55 @@ def test_from_two_processes_to_four_to_one(form: StateDictOptions, tmp_path: Pat
 def test_from_one_engine_to_another(form: StateDictOptions, tmp_path: Path) -> None:
     """DDP, then FSDP2, then tensor parallelism with FSDP2, then DDP again: names and whole tensors are the same."""
     travel([replicated, sharded, parallel_and_sharded, replicated], (2, 4, 4, 2), ["adamw-amsgrad"], form, tmp_path)
+
+
+@in_every_world
+@in_both_forms
+def test_averages_of_the_weights(world: World, form: StateDictOptions, tmp_path: Path) -> None:
+    """They come back bit for bit, with the states, from shards that are equal, unequal and empty."""
+    for name in in_turn("lamb", "lion"):
+        (net, part), (other, _) = sharded(world, torch.float32), sharded(world, torch.float32)
+        one, two = build(name, net.parameters()), build(name, other.parameters())
+        go_on(net, one, part, 0)
+        dcp.save(gathered(net, one, form), checkpoint_id=tmp_path / name)
+        resume(other, two, form, tmp_path / name)
+        for p, q in zip(parameters(one), parameters(two), strict=True):
+            assert torch.equal(one.ema[p].to_local(), two.ema[q].to_local())
+            assert not torch.equal(whole(two.ema[q]), whole(q))
+        go_on(net, one, part, 2)
+        go_on(other, two, part, 2)
+        assert_same(two, one, 0.0, 0.0)
+
+
+def test_steps_of_a_decay_that_is_a_function(tmp_path: Path) -> None:
+    """A checkpoint of torch.distributed.checkpoint does not say how many steps there were, but its states do."""
+    nets = [make_net() for _ in range(3)]
+    one, two = (FusedAdamW(net.parameters(), lr=0.1, ema_decay=lambda steps: 0.1 * steps) for net in nets[:2])
+    go_on(nets[0], one, (0, 1), 0)
+    dcp.save(gathered(nets[0], one, FLAT), checkpoint_id=tmp_path)
+    resume(nets[1], two, FLAT, tmp_path)
+    go_on(nets[0], one, (0, 1), 2)
+    go_on(nets[1], two, (0, 1), 2)
+    assert_same(two, one, 0.0, 0.0)
+
+    three = FusedSGD(nets[2].parameters(), ema_decay=lambda steps: 0.1 * steps)
+    go_on(nets[2], three, (0, 1), 0)
+    with pytest.warns(UserWarning, match='not their "ema_steps"'):
+        set_optimizer_state_dict(nets[2], three, get_optimizer_state_dict(nets[2], three))
+
+
+def test_averages_that_begin_after_a_load(tmp_path: Path) -> None:
+    """A checkpoint without averages: ema_decay is set once it is loaded."""
+    net, other = make_net(), make_net()
+    one, two = FusedAdamW(net.parameters(), lr=0.1), FusedAdamW(other.parameters(), lr=0.1)
+    go_on(net, one, (0, 1), 0)
+    dcp.save(gathered(net, one, NESTED), checkpoint_id=tmp_path)
+    resume(other, two, NESTED, tmp_path)
+    two.ema_decay = 0.9
+    loaded = [p.detach().clone() for p in other.parameters()]
+    go_on(other, two, (0, 1), 2, steps=1)
+    for p, old in zip(other.parameters(), loaded, strict=True):
+        assert_close(two.ema[p], old.lerp(p.detach(), 0.1))
 
 
 # ---- torch's checkpoints

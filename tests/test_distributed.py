@@ -267,7 +267,7 @@ def test_fsdp1_with_its_grad_scaler(world: World) -> None:
 @in_every_world
 def test_fsdp1_checkpoint(world: World) -> None:
     """optim_state_dict gathers whole states under names; they load into a new optimizer and go on."""
-    for name, original in in_turn(("adamw-amsgrad", False), ("sgd", False), ("sgd", True)):
+    for name, original in in_turn(("adamw-amsgrad", False), ("sgd", False), ("sgd", True), ("lion", False)):
         net, alone = fsdp1(world, original), make_net(world.device)
         ours, theirs = build(name, net.parameters()), build(name, alone.named_parameters())
         for step in range(4):
@@ -284,9 +284,12 @@ def test_fsdp1_checkpoint(world: World) -> None:
                         assert state.keys() == saved["state"][param].keys()
                         for key, value in state.items():
                             assert_close(saved["state"][param][key].to(value.device), value)
-                ours = build(name, net.parameters())
+                before, ours = ours, build(name, net.parameters())
                 FullyShardedDataParallel.set_state_dict_type(net, StateDictType.FULL_STATE_DICT)
+                averages = {} if before.ema is None else {p: average.clone() for p, average in before.ema.items()}
                 ours.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(net, ours, saved))
+                for p, average in averages.items():
+                    assert torch.equal(ours.ema[p], average)
         assert_whole_params(net, alone)
 
 

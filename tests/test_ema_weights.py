@@ -107,11 +107,14 @@ def test_what_is_refused_inside() -> None:
     optimizer = make(REFERENCE)
     train([optimizer], 2)
     own, saved = values(parameters(optimizer)), optimizer.ema_state_dict()
+    states_ = optimizer.state_dict()
     refused: list[Callable[[], Any]] = [
         optimizer.step,
         optimizer.ema_weights().__enter__,
         optimizer.ema_state_dict,
         lambda: optimizer.load_ema_state_dict(saved),
+        optimizer.state_dict,
+        lambda: optimizer.load_state_dict(states_),
         lambda: copy.deepcopy(optimizer),
         lambda: pickle.dumps(optimizer),
     ]
@@ -212,12 +215,13 @@ def test_a_checkpoint_without_averages(target: Target) -> None:
         torch.testing.assert_close(ours.ema[p], old.lerp(p.detach(), WEIGHT))
 
 
-def test_the_state_dict_remains_torchs() -> None:
+def test_the_state_dict_is_torchs_and_the_averages() -> None:
     ours, theirs = make(REFERENCE), build_torch(ADAMW, make_params(SHAPES))
     train([ours, theirs], 1)
     mine, torchs = ours.state_dict(), theirs.state_dict()
-    assert mine.keys() == torchs.keys()
-    assert [list(state) for state in mine["state"].values()] == [list(state) for state in torchs["state"].values()]
+    assert mine.keys() == torchs.keys() | {"ema_steps"}
+    expected = [[*state, "ema"] for state in torchs["state"].values()]
+    assert [list(state) for state in mine["state"].values()] == expected
     assert mine["param_groups"][0].keys() >= torchs["param_groups"][0].keys()
     assert not any("ema" in key for key in mine["param_groups"][0])
 

@@ -60,8 +60,8 @@ def fit(lightning: ModuleType, build: Callable[..., Any], options: dict[str, Any
     return trainer
 
 
-def clipping(params: Any) -> Any:
-    return ours(params, max_grad_norm=BOUND)
+def clipping(params: Any, **options: Any) -> Any:
+    return ours(params, max_grad_norm=BOUND, **options)
 
 
 def float16(lightning: ModuleType) -> Any:
@@ -119,13 +119,17 @@ def test_an_overflow_is_skipped(lightning: ModuleType) -> None:
 
 
 def test_resumes(lightning: ModuleType, tmp_path: Path) -> None:
-    half = fit(lightning, clipping, {})
+    def averaging(params: Any) -> Any:
+        return clipping(params, ema_decay=0.9)
+
+    half = fit(lightning, averaging, {})
     half.save_checkpoint(tmp_path / "half.ckpt")
-    whole = fit(lightning, clipping, {"max_epochs": 2})
-    resumed = fit(lightning, clipping, {"max_epochs": 2}, tmp_path / "half.ckpt")
+    whole = fit(lightning, averaging, {"max_epochs": 2})
+    resumed = fit(lightning, averaging, {"max_epochs": 2}, tmp_path / "half.ckpt")
     assert_stepped(resumed.optimizers[0], 2 * STEPS)
     assert_equal([*resumed.model.parameters()], [*whole.model.parameters()])
     assert_equal(resumed.optimizers[0].state_dict(), whole.optimizers[0].state_dict())
+    assert "ema" in resumed.optimizers[0].state_dict()["state"][0]
 
 
 def test_page(lightning: ModuleType) -> None:

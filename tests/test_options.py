@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
 import math
+import re
 from typing import Any
 
 import pytest
@@ -24,7 +28,9 @@ from cases import (
 from compare import assert_equal
 
 import fused_optim
-from fused_optim import FusedAdam, FusedAdamW, FusedLion, FusedSGDW
+from fused_optim import FusedAdam, FusedAdamW, FusedLAMB, FusedLion, FusedOptimizer, FusedSGDW
+from fused_optim.decay import Decoupled
+from fused_optim.optim.options import Common, Decayed, Whole
 
 
 def pair(target: Target, case: Case = ADAMW, **options: Any) -> tuple[Any, Any]:
@@ -242,3 +248,91 @@ def test_a_group_with_a_bad_bound() -> None:
     with pytest.raises(ValueError, match="max_grad_norm must be 0 or more"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], "max_grad_norm": -1.0})
     assert len(optimizer.param_groups) == 1
+
+
+# ---- signatures
+
+
+def default_of(name: str) -> Any:
+    """What the base classes give an option."""
+    for base in (FusedOptimizer, Decoupled):
+        parameter = inspect.signature(base).parameters.get(name)
+        if parameter is not None:
+            return parameter.default
+    raise KeyError(name)
+
+
+def notes_of(kind: type) -> dict[str, tuple[str, str]]:
+    """Annotation and docstring of every key that a TypedDict declares itself, by name."""
+    (declared,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(declared, ast.ClassDef)
+    body = [*declared.body, ast.Pass()]
+    return {
+        ast.unparse(key.target): (ast.unparse(key.annotation), str(ast.literal_eval(note.value)))
+        for key, note in itertools.pairwise(body)
+        if isinstance(key, ast.AnnAssign) and isinstance(note, ast.Expr)
+    }
+
+
+NOTES = {kind: notes_of(kind) for kind in (Whole, Common, Decayed)}
+
+
+def test_the_typed_options_are_those_of_the_base_classes() -> None:
+    """With the types and the defaults that their notes say; an IDE shows these notes, and no base class."""
+    typed = {name: note for notes in NOTES.values() for name, note in notes.items()}
+    assert list(typed) == list(Decayed.__annotations__)
+    theirs = {
+        name: parameter
+        for base in (FusedOptimizer, Decoupled)
+        for name, parameter in inspect.signature(base).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    assert typed.keys() == theirs.keys()
+    for name, (annotation, note) in typed.items():
+        default = theirs[name].default
+        assert note.startswith(f"Default {default!r}".replace("'", '"')), name
+        same = annotation.replace("float | Callable[[int], float]", "Decay")
+        assert same == theirs[name].annotation, name
+
+
+@for_every_class
+def test_every_option_is_in_the_signature(case: Case) -> None:
+    """And in the docstring of the very class, with its default."""
+    kind = case.ours
+    parameters_ = inspect.signature(kind).parameters
+    assert not [p for p in parameters_.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    wanted = {**NOTES[Whole], **NOTES[Common], **(NOTES[Decayed] if issubclass(kind, Decoupled) else {})}
+    text = " ".join(str(kind.__doc__).split())
+    for name in wanted:
+        assert name in parameters_
+        if name == "max_grad_norm" and kind is FusedLAMB:
+            continue  # an argument of its own
+        assert parameters_[name].default is default_of(name) or parameters_[name].default == default_of(name)
+        assert f"{name}={default_of(name)!r}".replace("'", '"') in text, name
+    for name, parameter in parameters_.items():
+        assert parameter.annotation is not parameter.empty
+        assert re.search(rf"\b{name}\b", text), name
+
+
+def test_signatures_of_subclasses() -> None:
+    """Of one's own: as written, and inherited."""
+
+    class Same(FusedAdamW):
+        pass
+
+    class Other(FusedAdamW):
+        def __init__(self, params: Any, scale: float = 1.0, **kwargs: Any) -> None:
+            super().__init__(params, lr=1e-3 * scale, **kwargs)
+
+    assert inspect.signature(Same) == inspect.signature(FusedAdamW)
+    assert list(inspect.signature(Other).parameters) == ["params", "scale", "kwargs"]
+    optimizer = Other(make_params(), 2.0, max_grad_norm=1.0)
+    assert optimizer.max_grad_norm == 1.0
+
+
+def test_a_bound_of_0_clips_nothing() -> None:
+    """Where torch.nn.utils.clip_grad_norm_ makes gradients 0."""
+    for case in (ADAMW, LAMB):
+        ours, theirs = (case.ours(make_params(), max_grad_norm=bound) for bound in (0, None))
+        train([ours, theirs], 2)
+        assert_equal([*parameters(ours)], [*parameters(theirs)])

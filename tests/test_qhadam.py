@@ -33,6 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This overload of add_ is depreca
 
 F64 = torch.float64
 SHAPES = [(5, 3), (), (0,), (40,)]
+ADAM: dict[str, Any] = {"betas": (0.9, 0.999), "nus": (1.0, 1.0)}  # the package's defaults
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"nus": (0.7, 1.0)},
@@ -61,14 +62,14 @@ def assert_like_package(ours: Any, theirs: Any, rtol: float = 1e-11) -> None:
 def test_like_the_package(target: Target, options: dict[str, Any]) -> None:
     params = make_params(SHAPES, F64, target.device)
     theirs = pyt.QHAdam(copies(params), lr=0.01, **options)
-    ours = FusedQHAdam(params, lr=0.01, backend=target.backend, **options)
+    ours = FusedQHAdam(params, lr=0.01, backend=target.backend, **{**ADAM, **options})
     train([ours, theirs], quick(target, 60, 3))
     assert_like_package(ours, theirs)
 
 
 @on_every_target
 def test_qhadamw_like_the_package(target: Target) -> None:
-    options: dict[str, Any] = {"lr": 0.01, "nus": (0.7, 0.9), "weight_decay": 0.2}
+    options: dict[str, Any] = {**ADAM, "lr": 0.01, "nus": (0.7, 0.9), "weight_decay": 0.2}
     params = make_params(SHAPES, F64, target.device)
     theirs = pyt.QHAdamW(copies(params), **options)
     ours = FusedQHAdamW(params, backend=target.backend, **options)
@@ -81,8 +82,8 @@ def test_qhadamw_like_the_package(target: Target) -> None:
 @pytest.mark.parametrize("classes", [(FusedQHAdam, FusedAdam), (FusedQHAdamW, FusedAdamW)], ids=["l2", "decoupled"])
 def test_nus_of_one_are_adam(target: Target, classes: tuple[Any, Any]) -> None:
     pair = [
-        cls(make_params(SHAPES, F64, target.device), lr=0.01, weight_decay=0.1, backend=target.backend)
-        for cls in classes
+        cls(make_params(SHAPES, F64, target.device), lr=0.01, weight_decay=0.1, backend=target.backend, **options)
+        for cls, options in zip(classes, (ADAM, {}), strict=True)
     ]
     train(pair, quick(target, 20, 3))
     assert_like_torch(pair[0], pair[1], rtol=1e-12, atol=1e-14)
@@ -112,11 +113,25 @@ def test_from_nadam(arguments: dict[str, Any]) -> None:
 def test_arguments_and_groups_are_the_packages() -> None:
     ours, theirs = (inspect.signature(cls).parameters for cls in (FusedQHAdam, pyt.QHAdam))
     positional = [(p.name, p.default) for p in ours.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert positional == [(p.name, p.default) for p in theirs.values()]
-    group, reference = FusedQHAdam(make_params()).param_groups[0], pyt.QHAdam(make_params()).param_groups[0]
+    recommended = {"betas": (0.995, 0.999), "nus": (0.7, 1.0)}  # in arXiv:1810.06801
+    assert positional == [(p.name, recommended.get(p.name, p.default)) for p in theirs.values()]
+    assert {name: theirs[name].default for name in recommended} == ADAM
+    for cls in (FusedQHAdam, FusedQHAdamW):
+        assert {name: inspect.signature(cls).parameters[name].default for name in recommended} == recommended
+    group, reference = FusedQHAdam(make_params(), **ADAM).param_groups[0], pyt.QHAdam(make_params()).param_groups[0]
     assert {key: group[key] for key in reference if key != "params"} == {
         key: value for key, value in reference.items() if key != "params"
     }
+
+
+def test_a_loaded_group_keeps_its_values() -> None:
+    """Those of the package's defaults, and of checkpoints from when they were the defaults here."""
+    theirs, older = pyt.QHAdam(make_params(SHAPES)), FusedQHAdam(make_params(SHAPES), **ADAM)
+    train([theirs, older], 1)
+    for saved in (theirs.state_dict(), older.state_dict()):
+        ours = FusedQHAdam(make_params(SHAPES))
+        ours.load_state_dict(saved)
+        assert {name: tuple(ours.param_groups[0][name]) for name in ADAM} == ADAM
 
 
 @functools.cache

@@ -162,9 +162,9 @@ def test_torch_one_cycle_works_as_it_stands(name: str, three_phase: bool) -> Non
     beta2 = [group["betas"][1] for group in ours.param_groups if "betas" in group]
 
     used = train(ours, mine, 2, truth=truth)
-    tables = [table for table, _ in ours._tables]
+    tables = [bound.table for bound in ours._tables]
     used += train(ours, mine, 18, start=2, truth=truth)
-    assert [table for table, _ in ours._tables] == tables and len(tables) == 1
+    assert [bound.table for bound in ours._tables] == tables and len(tables) == 1
 
     assert used == train(theirs, other, 20)
     truth.compare(ours)
@@ -351,9 +351,9 @@ def test_published_defaults() -> None:
 def test_restarts_build_no_tables() -> None:
     optimizer, scheduler = adamwr(two_groups(params_of()), batches_per_epoch=2, T_0=1)
     train(optimizer, scheduler, 1)
-    tables = [table for table, _ in optimizer._tables]
+    tables = [bound.table for bound in optimizer._tables]
     train(optimizer, scheduler, 9, start=1)
-    assert [table for table, _ in optimizer._tables] == tables and len(tables) == 1
+    assert [bound.table for bound in optimizer._tables] == tables and len(tables) == 1
 
 
 def test_other_optimizers_get_weight_decay() -> None:

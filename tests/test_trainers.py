@@ -127,7 +127,7 @@ def test_hugging_face_takes_an_optimizer_and_its_schedule(transformers: ModuleTy
 
 def test_hugging_face_resumes(transformers: ModuleType, tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 3}
-    kind = FusedAdamW, {**ADAMW, "max_grad_norm": 0.05}
+    kind = FusedAdamW, {**ADAMW, "max_grad_norm": 0.05, "ema_decay": 0.9}
     whole, resumed = (
         trainer(transformers, tmp_path / name, options, optimizer_cls_and_kwargs=kind) for name in ("whole", "resumed")
     )
@@ -200,13 +200,14 @@ def test_accelerate(clips: str, precision: str, accumulate: int, accelerate: Mod
 
 
 def test_accelerate_resumes(accelerate: ModuleType, tmp_path: Path) -> None:
-    whole, resumed = (Run(accelerate, ours, {}, max_grad_norm=1.0) for _ in range(2))
+    whole, resumed = (Run(accelerate, ours, {}, max_grad_norm=1.0, ema_decay=0.9) for _ in range(2))
     whole.epoch()
     whole.accelerator.save_state(str(tmp_path))
     whole.epoch()
     resumed.accelerator.load_state(str(tmp_path))
     resumed.epoch()
     assert_stepped(resumed.plain, 2 * STEPS)
+    assert resumed.plain.ema_state_dict()["steps"] == 2 * STEPS
     assert_equal([*resumed.model.parameters()], [*whole.model.parameters()])
     assert_equal(resumed.optimizer.state_dict(), whole.optimizer.state_dict())
 

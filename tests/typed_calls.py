@@ -8,7 +8,18 @@ import math
 import torch
 from torch import nn
 
-from fused_optim import FusedAdam, FusedAdamW, FusedLAMB, FusedLion, FusedQHAdam, FusedQHAdamW, FusedSGD, FusedSGDW
+from fused_optim import (
+    FusedAdam,
+    FusedAdamW,
+    FusedLAMB,
+    FusedLion,
+    FusedQHAdam,
+    FusedQHAdamW,
+    FusedSGD,
+    FusedSGDW,
+    clip_grad_norm_,
+)
+from fused_optim.optim.options import Decayed
 
 params = nn.Linear(3, 5).parameters()
 
@@ -43,6 +54,29 @@ FusedQHAdam(params, max_grad_norm="1")  # type: ignore[arg-type]
 FusedQHAdamW(params, decay="papers")  # type: ignore[arg-type]
 FusedLAMB(params, skip_nonfinite="yes")  # type: ignore[arg-type]
 FusedLion(params, ema_dtype=32)  # type: ignore[arg-type]
+
+# Every option, in every class.
+options = Decayed(
+    backend="cuda",
+    state_dtype=None,
+    max_grad_norm=0,
+    norm_type=2,
+    skip_nonfinite=False,
+    norm_group=None,
+    ema_decay=0.99,
+    ema_dtype=None,
+    decay="normalized",
+    lr_reference=1e-3,
+    decay_period=100.0,
+)
+FusedAdamW(params, **options)
+FusedSGDW(params, **options)
+FusedQHAdamW(params, **options)
+FusedLion(params, **options)
+Decayed(norm_type="inf")  # type: ignore[typeddict-item]
+Decayed(decay="none")  # type: ignore[typeddict-item]
+clip_grad_norm_(params, 1.0, backend="triton")
+clip_grad_norm_(params, 1.0, backend="fast")  # type: ignore[arg-type]
 
 # Attributes.
 optimizer = FusedAdamW(params)

@@ -16,6 +16,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -25,6 +26,7 @@ from .cuda import Cuda
 from .reference import Reference
 from .triton import Triton
 
+BackendName = Literal["auto", "triton", "cuda", "cpp", "reference"]
 BACKENDS: dict[str, type[Backend]] = {kind.name: kind for kind in (Triton, Cuda, Cpp, Reference)}
 
 # "auto" tries them in this order.

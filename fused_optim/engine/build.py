@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .dtensor import Groups, groups_of, is_sharded
-from .ema import WeightAverage
+from .ema import EMA, WeightAverage
 from .scaling import Scaler
 from .states import make_row, make_states, match_layout, match_step
 from .table import HostHparams, Row, Rule, Table
@@ -48,14 +48,13 @@ class Built:
 
     rows: of the params that are stepped. pending: params that have had no gradient yet, and have no state.
     fresh: the states of each param with a row, in the order in which `optimizer.state` has them. steps: their counts of
-        updates. averages: of their weights, where the optimizer keeps such.
+        updates.
     """
 
     rows: list[Row] = field(default_factory=list)
     pending: list[Tensor] = field(default_factory=list)
     fresh: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
     steps: dict[Tensor, Tensor] = field(default_factory=dict)
-    averages: dict[Tensor, Tensor] = field(default_factory=dict)
 
 
 def build_states(
@@ -83,7 +82,7 @@ def build_states(
         step = match_step(param, _count_of(rule, old, counts.get(param), begun=not made))
         row = make_row(param, fresh, wanted, step, index)
         if ema is not None:
-            built.averages[param] = ema.join(row, counts.get(param) if made else None)
+            fresh[EMA] = ema.join(row, old, counts.get(param) if made else None)
         built.rows.append(row)
         built.steps[param] = step
         built.fresh[param] = {"step": step, **fresh} if rule.counted else fresh

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from .states import numbers_of
 
 
 class _Uncast:
@@ -57,15 +59,20 @@ def arrived(states: Mapping[Any, Any], counted: bool) -> None:
 
 
 @contextmanager
-def leaving_out(optimizer: Optimizer, params: Sequence[Tensor]) -> Iterator[None]:
-    """Inside of it state_dict() has no states of these params."""
+def leaving_out(optimizer: Optimizer, keys: Mapping[Tensor, Set[str]]) -> Iterator[None]:
+    """Inside of it state_dict() lacks these states of these params."""
 
     def leave_out(_: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
         members = [param for group in optimizer.param_groups for param in group["params"]]
-        left_out = {index for index, param in enumerate(members) if any(param is other for other in params)}
-        return {**packed, "state": {k: v for k, v in packed["state"].items() if k not in left_out}}
+        state = dict(packed["state"])
+        for index in [index for index, param in enumerate(members) if param in keys and index in state]:
+            left_out = keys[members[index]]
+            kept = {key: value for key, value in state.pop(index).items() if key not in left_out}
+            if kept:
+                state[index] = kept
+        return {**packed, "state": state}
 
-    handle = optimizer.register_state_dict_post_hook(leave_out, prepend=True) if params else None
+    handle = optimizer.register_state_dict_post_hook(leave_out, prepend=True) if keys else None
     try:
         yield
     finally:
@@ -73,11 +80,8 @@ def leaving_out(optimizer: Optimizer, params: Sequence[Tensor]) -> Iterator[None
             handle.remove()
 
 
-def without_update(steps: Mapping[Tensor, Tensor], states: Mapping[Tensor, dict[str, Any]]) -> list[Tensor]:
-    """The params with states that no update has reached yet, because each step was skipped. steps: their counts of
-    updates. Waits for their devices."""
-    begun = [param for param, step in steps.items() if states.get(param) and step.device.type != "meta"]
-    if not begun:
-        return []
-    counts = torch.stack([steps[param].cpu() for param in begun])
-    return [param for param, count in zip(begun, counts, strict=True) if count == 0]
+def without_update(steps: Mapping[Tensor, Any]) -> list[Tensor]:
+    """The params that no update has reached yet, because each step was skipped. steps: their counts of updates. Waits
+    for their devices. On meta, where counts have no values, none."""
+    real = [param for param in steps if param.device.type != "meta"]
+    return [param for param, count in zip(real, numbers_of([steps[p] for p in real]), strict=True) if count == 0]

@@ -1,10 +1,10 @@
-"""An exponential moving average of the weights, kept by the step itself: walkers update it where they have just stored
-the param, so that it costs no pass over memory of its own."""
+"""The exponential moving average (EMA) of the weights. A walker updates it right after it has stored the param, so the
+average needs no pass over memory of its own. Averages are states: optimizer.state[param]["ema"]."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -16,34 +16,64 @@ from .backend import Tables
 from .changes import RAW_CHANGED
 from .dtensor import is_same_memory, like, local
 from .scaling import Shared
-from .states import match_layout, state_dtype_of
+from .states import match_layout, numbers_of, state_dtype_of
 from .table import Row
 
 Decay = float | Callable[[int], float]
+States = MutableMapping[Tensor, dict[str, Any]]
+
+EMA = "ema"  # key of the average among the states of a param
+STEPS = "ema_steps"  # key in a checkpoint
 
 
 def check_decay(decay: Any) -> float:
-    """Raises ValueError for a decay that is no number from 0 to 1."""
+    """Raises ValueError unless the decay is a number from 0 to 1."""
     if not isinstance(decay, Real) or not 0.0 <= float(decay) <= 1.0:
         raise ValueError(f"ema_decay must be a number from 0 to 1, or a function that returns one, but got {decay!r}")
     return float(decay)
 
 
 def check_dtype(dtype: Any, option: str = "ema_dtype") -> None:
-    """Raises ValueError for a dtype that averages and states cannot have."""
+    """Raises ValueError for a dtype that averages and states cannot have. option: its name, for the message."""
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{option} must be None, torch.float32, torch.bfloat16 or torch.float16, but got {dtype}")
 
 
-class WeightAverage:
-    """The averages of one optimizer's params.
+class Averages(Mapping[Tensor, Tensor]):
+    """The averages by param, in the order of the param groups: a view on the optimizer's state."""
 
-    current: the decay of the step that is under way. steps: how many were taken. tensors: the averages by param, laid
-    out as its states. unreached: params whose first update may not have come yet, because steps were skipped; it will
-        copy. lent: whether the averages are in the place of the params.
+    def __init__(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
+        self._groups, self._state = groups, state
+
+    def __getitem__(self, param: Tensor) -> Tensor:
+        average = self._state.get(param, {}).get(EMA)
+        if average is None:
+            raise KeyError(param)
+        return average
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (param for group in self._groups for param in group["params"] if EMA in self._state.get(param, ()))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def drop_averages(state: States) -> None:
+    """Takes the averages out of an optimizer's state."""
+    for param, values in list(state.items()):
+        if isinstance(values, dict) and values.pop(EMA, None) is not None and not values:
+            del state[param]
+
+
+class WeightAverage:
+    """How the averages of one optimizer's params move.
+
+    current: the decay of the present step. steps: the number of step() calls. not_updated: params whose average was
+        made by this optimizer and may have had no update yet, because steps were skipped. Their first update copies
+        the param. swapped: whether the params hold their averages.
 
     Raises:
-        ValueError: decay is no number from 0 to 1, or dtype none that the averages may have.
+        ValueError: decay is not a number from 0 to 1, or averages cannot have the dtype.
     """
 
     def __init__(self, decay: Decay, dtype: torch.dtype | None = None) -> None:
@@ -51,43 +81,42 @@ class WeightAverage:
         self.set_decay(decay)
         self.dtype = dtype
         self.steps = 0
-        self.tensors: dict[Tensor, Tensor] = {}
-        self.unreached: set[Tensor] = set()
-        self.lent = False
+        self.not_updated: set[Tensor] = set()
+        self.swapped = False
 
     @property
     def decay(self) -> Decay:
         return self._decay.value
 
     def set_decay(self, decay: Decay) -> None:
-        """Raises ValueError where it is no number from 0 to 1, and no function."""
+        """Raises ValueError unless it is a number from 0 to 1 or a function."""
         self.current = 0.0 if callable(decay) else check_decay(decay)
         self._decay = Shared(decay, "ema_decay")
 
     def __getstate__(self) -> dict[str, Any]:
-        self.check_home("an optimizer cannot be copied or saved")
+        self.check_not_swapped("an optimizer cannot be copied or saved")
         return self.__dict__.copy()
 
-    def check_home(self, what: str) -> None:
-        """Raises RuntimeError where the averages are in the place of the params."""
-        if self.lent:
+    def check_not_swapped(self, what: str) -> None:
+        """Raises RuntimeError if the params hold their averages."""
+        if self.swapped:
             raise RuntimeError(f"{what} inside of ema_weights(), where its params hold their averages; leave it first")
 
     def begin(self) -> None:
-        """Before a step changes anything: asks for its decay.
+        """Determines the decay of a step, before the step changes anything.
 
         Raises:
-            RuntimeError: the averages are in the place of the params.
-            ValueError: the function that was given as decay returned no number from 0 to 1.
+            RuntimeError: the params hold their averages.
+            ValueError: the decay function did not return a number from 0 to 1.
         """
-        self.check_home("step() cannot be called")
+        self.check_not_swapped("step() cannot be called")
         if callable(self.decay):
             self.current = check_decay(self.decay(self.steps))
 
     def advance(self, tables: Tables) -> int:
-        """Puts the decay where prep reads it; returns what that has changed (see changes.py)."""
+        """Writes the decay to the place that prep reads. Returns what changed, as ChangeDetector.poll() does."""
         self.steps += 1
-        if not tables or not callable(self.decay):  # a number is there since the tables were built
+        if not tables or not callable(self.decay):  # a number was written when the tables were built
             return 0
         column = tables[0].table.hparams.column("ema_decay")  # one for all tables
         if column[0] == self.current:
@@ -95,51 +124,53 @@ class WeightAverage:
         column.fill_(self.current)
         return RAW_CHANGED
 
-    def join(self, row: Row, ended: Tensor | None) -> Tensor:
-        """Gives a row the average of its param, laid out as that is; where there is none yet, a copy. Returns it, and
-        does not keep it yet. ended: the count of the param's updates, where it begins anew."""
-        param, old = row.param, self.tensors.get(row.param)
+    def join(self, row: Row, state: dict[str, Any], ended: Tensor | None) -> Tensor:
+        """Gives a row the average of its param, in the param's layout. If `state` has none, it is a copy of the param.
+
+        ended: the count of the param's updates so far, if the count restarts at 0.
+
+        Returns:
+            The average.
+        """
+        param, old = row.param, state.get(EMA)
         if ended is not None and float(ended) > 0:
-            self.unreached.discard(param)
-        row.ema_begun = old is not None and param not in self.unreached
+            self.not_updated.discard(param)
+        row.ema_begun = old is not None and param not in self.not_updated
         if old is not None:
-            average = match_layout(param, {"average": old}, ["average"])["average"]
+            average = match_layout(param, state, [EMA])[EMA]
         else:
-            # In 16 bits an average stands still where decay is near 1.
+            # In 16 bits an average does not move if the decay is near 1: its increments are rounded away.
             dtype = state_dtype_of(param, torch.float32 if self.dtype is None else self.dtype)
             average = like(param, torch.empty_like(row.shard, dtype=dtype, requires_grad=False).copy_(row.shard))
-            self.unreached.add(param)
+            self.not_updated.add(param)
         row.ema = local(average)
         return average
 
     def keep_only(self, params: Iterable[Tensor]) -> None:
-        """Drops the averages of all other params."""
-        self.tensors = {param: self.tensors[param] for param in params if param in self.tensors}
-        self.unreached &= self.tensors.keys()
+        """Drops all other params from not_updated."""
+        self.not_updated &= set(params)
 
     @contextmanager
-    def lend(self, params: Sequence[Tensor]) -> Iterator[None]:
-        """Puts the averages in the place of the params, and these back."""
-        self.check_home("ema_weights() cannot be called")
-        self.lent = True
-        lent: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    def swap(self, averages: Mapping[Tensor, Tensor]) -> Iterator[None]:
+        """Writes the averages into their params, and the params' own values back on leaving."""
+        self.check_not_swapped("ema_weights() cannot be called")
+        self.swapped = True
+        swapped: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         converted = 0
         try:
-            for param in params:
-                average = self.tensors.get(param)
-                if average is not None:
-                    memory = local(param).detach()  # where the average is put, whatever the param becomes
-                    lent.append((param, memory, average, replace(param, average)))
+            for param, average in averages.items():
+                memory = local(param).detach()  # stays, even if the param is converted
+                swapped.append((param, memory, average, replace(param, average)))
             yield
         finally:
-            for param, memory, average, own in lent:
+            for param, memory, average, own in swapped:
                 if is_same_memory(param, memory):
                     replace(param, own, keep=own is average)
                     continue
                 converted += 1
                 if own is average:
                     local(average).copy_(memory)
-            self.lent = False
+            self.swapped = False
             if converted:
                 warnings.warn(
                     f"{converted} params were converted or replaced inside of ema_weights(). They keep what they hold "
@@ -148,18 +179,44 @@ class WeightAverage:
                     stacklevel=5,  # past two context managers
                 )
 
-    def load(self, params: Sequence[Tensor], names: Sequence[str | None], state: Mapping[str, Any]) -> None:
-        """Takes over what ema_state_dict gave, or AveragedModel's state_dict, or raises ValueError where it is of other
-        params. names: of the params, None where they have none."""
-        self.check_home("load_ema_state_dict() cannot be called")
-        if "n_averaged" in state:
-            state = from_averaged_model(state, names)
-        if not {"steps", "averages"} <= state.keys():
+    def resume(self, saved: Mapping[str, Any], state: States) -> None:
+        """Continues after `state` was loaded from the checkpoint `saved`. All averages in it have had an update.
+
+        torch.distributed.checkpoint, FSDP1 and ZeRO save states and groups only. Then the number of step() calls is the
+        largest number of updates of a param.
+        """
+        self.not_updated = set()
+        loaded = [values for values in state.values() if isinstance(values, dict) and EMA in values]
+        counts = [values["step"] for values in loaded if "step" in values]
+        if STEPS in saved:
+            self.steps = int(saved[STEPS])
+            return
+        self.steps = int(max(numbers_of(counts), default=0.0))
+        if loaded and not counts and callable(self.decay):
+            warnings.warn(
+                f'the checkpoint has averages of the weights, but not their "{STEPS}": ema_decay starts at 0 steps '
+                'again. Save ema_state_dict()["steps"] too. After loading, call '
+                'load_ema_state_dict({**ema_state_dict(), "steps": steps})',
+                stacklevel=3,
+            )
+
+    def load(
+        self, params: Sequence[Tensor], names: Sequence[str | None], state: States, saved: Mapping[str, Any]
+    ) -> None:
+        """Puts averages into `state`. Raises ValueError for averages of other params.
+
+        names: of the params, None for params without a name. saved: what ema_state_dict() or AveragedModel.state_dict()
+            returned.
+        """
+        self.check_not_swapped("load_ema_state_dict() cannot be called")
+        if "n_averaged" in saved:
+            saved = from_averaged_model(saved, names)
+        if not {"steps", "averages"} <= saved.keys():
             raise ValueError(
                 "load_ema_state_dict() takes what ema_state_dict() or torch.optim.swa_utils.AveragedModel.state_dict() "
-                f"returned, but got a dict with the keys {list(state)[:5]}"
+                f"returned, but got a dict with the keys {list(saved)[:5]}"
             )
-        for index, average in state["averages"].items():
+        for index, average in saved["averages"].items():
             if index not in range(len(params)):
                 raise ValueError(
                     f"the averages to be loaded have one of param {index}, but the optimizer has {len(params)} params; "
@@ -170,20 +227,23 @@ class WeightAverage:
                     f"the average of param {index} must have its shape, {tuple(params[index].shape)}, but has "
                     f"{tuple(average.shape)}; load it into an optimizer of the same params in the same order"
                 )
-        self.steps = int(state["steps"])
-        self.unreached = set()
-        self.tensors = {
-            params[index]: match_layout(params[index], {"average": average.detach().clone()}, ["average"])["average"]
-            for index, average in state["averages"].items()
+        averages = {
+            params[index]: match_layout(params[index], {EMA: average.detach().clone()}, [EMA])
+            for index, average in saved["averages"].items()
         }
+        self.steps = int(saved["steps"])
+        self.not_updated = set()
+        drop_averages(state)
+        for param, average in averages.items():
+            state.setdefault(param, {}).update(average)
 
 
 def from_averaged_model(state: Mapping[str, Any], names: Sequence[str | None]) -> dict[str, Any]:
-    """What ema_state_dict would give, of the state_dict of a torch.optim.swa_utils.AveragedModel. Its averages have the
-    names that the params have in the model, after "module."; buffers are left out.
+    """Converts the state_dict of a torch.optim.swa_utils.AveragedModel to what ema_state_dict() returns. The name of an
+    average is "module." and the name of the param in the model. Buffers are left out.
 
     Raises:
-        ValueError: the optimizer does not know the names of its params, or none of them is in the state.
+        ValueError: the params have no names, or none of their names is in the state.
     """
     if None in names:
         raise ValueError(
@@ -197,11 +257,11 @@ def from_averaged_model(state: Mapping[str, Any], names: Sequence[str | None]) -
             f"the AveragedModel has no average of the optimizer's params: it has {list(state)[1:4]}, and they are "
             f"{list(names)[:3]}; load the averages of the same model"
         )
-    return {"steps": steps, "averages": found if steps else {}}  # before its first update it holds no average
+    return {"steps": steps, "averages": found if steps else {}}  # it has no averages before its first update
 
 
 def make_average(decay: Decay | None, dtype: torch.dtype | None) -> WeightAverage | None:
-    """None without a decay. Errors as WeightAverage's, and ValueError where there is a dtype for no average."""
+    """Returns None without a decay. Raises what WeightAverage raises, and ValueError for a dtype without a decay."""
     if decay is None and dtype is not None:
         raise ValueError("ema_dtype has a meaning only with ema_decay; leave it out, or use ema_decay=0.999, say")
     return None if decay is None else WeightAverage(decay, dtype)
@@ -209,8 +269,8 @@ def make_average(decay: Decay | None, dtype: torch.dtype | None) -> WeightAverag
 
 @torch.no_grad()
 def replace(param: Tensor, new: Tensor, keep: bool = True) -> Tensor:
-    """Gives the param the elements of another tensor. Returns what holds its own ones then (`keep`): that tensor where
-    the dtypes are equal, else a copy."""
+    """Copies another tensor into a param. With `keep` it returns what holds the param's former values: that tensor if
+    the dtypes are equal, otherwise a copy."""
     own = param.clone() if keep else new
     param.copy_(new)
     return new.copy_(own) if keep and own.dtype == new.dtype else own

@@ -58,7 +58,7 @@ class Shared:
         except Exception as error:
             raise pickle.PicklingError(
                 f"this optimizer cannot be pickled, because its {self.name}, {self.value!r}, cannot be pickled "
-                f"({error}); save state_dict() and ema_state_dict() instead, or use a {self.name} that can be pickled"
+                f"({error}); save state_dict() instead, or use a {self.name} that can be pickled"
             ) from error
         return type(self), (self.value, self.name)
 

@@ -32,6 +32,19 @@ def allowed_dtype(param: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if same_width and fits else param.dtype
 
 
+def numbers_of(counts: Sequence[Any]) -> list[float]:
+    """Counts of updates as numbers. Waits once for each of their devices."""
+    numbers = [0.0 if isinstance(count, Tensor) else float(count) for count in counts]
+    by_device: dict[torch.device, dict[int, Tensor]] = {}
+    for index, count in enumerate(counts):
+        if isinstance(count, Tensor):
+            by_device.setdefault(count.device, {})[index] = local(count).reshape(()).float()
+    for there in by_device.values():
+        for index, number in zip(there, torch.stack([*there.values()]).tolist(), strict=True):
+            numbers[index] = number
+    return numbers
+
+
 def match_step(param: Tensor, step: Any) -> Tensor:
     if not isinstance(step, Tensor):
         step = torch.tensor(float(step))

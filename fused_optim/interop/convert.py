@@ -19,10 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.ema import EMA, STEPS
+
 Options = dict[str, Any]
 State = dict[str, Any]
 
-STATES = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+STATES = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer", EMA)
+COUNTS = (STEPS, "skipped_steps")  # of the whole optimizer; checkpoints of the classes here may have them
 
 
 def apex(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -251,7 +254,8 @@ def _converted(
                     f"the checkpoint has states of an optimizer of {library} that has no counterpart here: {unknown}"
                 )
             converted[index] = state
-    return {"state": converted, "param_groups": groups}
+    counts = {key: state_dict[key] for key in COUNTS if key in state_dict}
+    return {**counts, "state": converted, "param_groups": groups}
 
 
 def _without(mapping: dict[str, Any], *keys: str) -> dict[str, Any]:

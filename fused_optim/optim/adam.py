@@ -47,7 +47,8 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
         foreach, fused: accepted and without effect.
         capturable: allow the step in a CUDA graph.
         differentiable: must be False.
-        ours: backend, state_dtype, max_grad_norm, norm_type, skip_nonfinite, ema_decay, ema_dtype: see FusedOptimizer.
+        ours: options of every class, see FusedOptimizer: backend="auto", state_dtype=None, max_grad_norm=None,
+            norm_type=2.0, skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
 
     Raises:
         ValueError: a hyperparameter is out of range (torch's messages).
@@ -97,8 +98,25 @@ class FusedAdamW(Decoupled, torch.optim.AdamW):
 
     $$ p = (1 - lr \cdot \lambda) p - \text{Adam's update} $$
 
-    Args and errors as FusedAdam's; weight_decay is 1e-2 by default, and decay, lr_reference and decay_period say how it
-    is measured (see fused_optim.decay.Decoupled).
+    Args:
+        params: tensors, (name, tensor) pairs, or dicts of groups; float32, bfloat16, float16, float64 or complex, any
+            shape and memory layout.
+        lr: learning rate; a one-element tensor is read at every step, where it lies.
+        betas: decay rates of the two averages, each in [0, 1).
+        eps: added to the root, after bias correction.
+        weight_decay: share of the param that a step takes off, measured as decay says.
+        amsgrad: keep max_exp_avg_sq, the largest average so far, and divide by its root.
+        maximize: ascend.
+        foreach, fused: accepted and without effect.
+        capturable: allow the step in a CUDA graph.
+        differentiable: must be False.
+        ours: options of decoupled decay, see fused_optim.decay.Decoupled: decay="torch", lr_reference=None,
+            decay_period=None; and of every class, see FusedOptimizer: backend="auto", state_dtype=None,
+            max_grad_norm=None, norm_type=2.0, skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
+
+    Raises:
+        ValueError: a hyperparameter is out of range (torch's messages).
+        RuntimeError: differentiable=True, or the named backend cannot run here.
 
     Sources: Loshchilov and Hutter, arXiv:1711.05101; torch.optim.AdamW.
     """

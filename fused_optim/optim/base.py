@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,7 +18,7 @@ from ..engine.build import build_states, build_tables, members_of, validate
 from ..engine.changes import REBUILD, detect_changes
 from ..engine.checkpoints import arrived, leaving_out, loading, without_update
 from ..engine.dtensor import local
-from ..engine.ema import Decay, WeightAverage, check_dtype, make_average
+from ..engine.ema import EMA, STEPS, Decay, check_dtype, drop_averages, make_average
 from ..engine.forks import reset_threads_after_fork
 from ..engine.graphs import refuse_capture
 from ..engine.scaling import Scaler
@@ -28,9 +26,9 @@ from ..engine.states import make_eager_states
 from ..engine.table import Rule
 from ..engine.validation import check_param, may_get_grad
 from ..engine.walk import copy_in, walk
+from .averages import Averaged
 from .options import (
     BackendName,
-    Options,
     check_grad_scale,
     check_group,
     check_keywords,
@@ -52,7 +50,7 @@ KEPT: dict[str, Callable[[], Any]] = {
 }
 
 
-class FusedOptimizer(Options):
+class FusedOptimizer(Averaged):
     """Base of the fused optimizers; stands before a torch.optim class, or alone, among the bases of one.
 
     Args:
@@ -61,16 +59,17 @@ class FusedOptimizer(Options):
         state_dtype: dtype of the states of real params narrower than float64, e.g. float32 averages for bfloat16
             params; None: the param's own.
         max_grad_norm: every step multiplies the gradients it sees by min(1, max_grad_norm / (norm + 1e-6)), with the
-            norm of all gradients together after unscaling; p.grad itself is left alone. None or 0: off. Groups may
-            have their own, and those with None are neither clipped nor part of the norm.
-        norm_type: 2 or inf.
+            norm of all gradients together after unscaling; p.grad itself is left alone. None and 0 switch clipping off;
+            0 does not make the gradients 0, as it does in torch.nn.utils.clip_grad_norm_. Groups may have their own,
+            and those with None or 0 are neither clipped nor part of the norm.
+        norm_type: the norm that max_grad_norm bounds: 2 or math.inf.
         skip_nonfinite: a step that would see NaN or inf in its gradients changes nothing, be they there from the start
             or made by the division by grad_scale.
         norm_group: processes that hold other gradients of the same model in plain tensors (ZeroRedundancyOptimizer,
             FSDP1's flat params): the norm goes over all of them. That of DTensors always goes over all their shards.
         ema_decay: each update of a param also takes a moving average of the weights along, ema_decay * average +
-            (1 - ema_decay) * param, which starts as a copy; see ema_weights. May be a function of the number of
-            step() calls before, asked at each one. None: no averages.
+            (1 - ema_decay) * param, which starts as a copy; see ema_weights. It is the state "ema". May be a function
+            of the number of step() calls before, asked at each one. None: no averages.
         ema_dtype: dtype of the averages of real params narrower than float64; None: float32. In 16 bits an average
             stands still where decay is near 1.
 
@@ -269,7 +268,6 @@ class FusedOptimizer(Options):
         # Nothing may fail from here to the detector, which fails only where another thread interferes.
         params = [param for param, *_ in members_of(groups)]
         if self._ema is not None:
-            self._ema.tensors.update(built.averages)
             self._ema.keep_only(params)
         for row in built.rows:  # the state dicts stay the same objects, which others may hold
             fresh = built.fresh[row.param]
@@ -289,11 +287,6 @@ class FusedOptimizer(Options):
         self._watched_groups = groups
         self._on_cuda = any(table.device.type == "cuda" for table in made)
 
-    def _all_names(self) -> list[str | None]:
-        """Of the params; None where they were given without names."""
-        groups = self.param_groups
-        return [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]
-
     def release_captured(self) -> None:
         """Frees what is kept for CUDA graphs in which steps of this optimizer were captured: tables, pinned buffers,
         and states that have been replaced since. Without this call they live as long as the optimizer. Call it when
@@ -305,95 +298,53 @@ class FusedOptimizer(Options):
         release([*self._captured, *self._tables])
         self._captured.clear()
 
-    # ---- averages of the weights
-
-    @property
-    def ema(self) -> Mapping[Tensor, Tensor] | None:
-        """The averages by param, of params that have had a gradient; to be read outside of ema_weights(). None without
-        an ema_decay."""
-        return None if self._ema is None else MappingProxyType(self._ema.tensors)
-
-    @contextmanager
-    def ema_weights(self) -> Iterator[None]:
-        """Inside of it the params hold their averages, in the same memory, and may be read alone:
-
-            with optimizer.ema_weights():
-                evaluate(model)
-
-        On leaving, in whatever way, every param has its own elements again, bit for bit. Params that have had no
-        gradient yet stay as they are. Averages of the params' dtype change places with them, one tensor after the
-        other; for others the params are copied.
-
-        Raises:
-            RuntimeError: the optimizer keeps no averages, or this is inside of another ema_weights().
-        """
-        with self._averages().lend(self._all_params()):
-            yield
-
-    def ema_state_dict(self) -> dict[str, Any]:
-        """The averages, to be saved beside state_dict(), which remains torch's: {"steps": how many step() calls there
-        were, "averages": tensors by the params' indices in state_dict()}. The tensors are the averages themselves.
-        Params whose updates have all been skipped have none.
-
-        Raises:
-            RuntimeError: the optimizer keeps no averages, or this is inside of ema_weights().
-        """
-        average = self._averages()
-        average.check_home("ema_state_dict() cannot be called")
-        average.unreached = {param for param in average.unreached if not self._count_of(param)}
-        numbered = [(i, param) for i, param in enumerate(self._all_params()) if param not in average.unreached]
-        return {
-            "steps": average.steps,
-            "averages": {index: average.tensors[param] for index, param in numbered if param in average.tensors},
-        }
-
-    def load_ema_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads what ema_state_dict gave, or the state_dict of a torch.optim.swa_utils.AveragedModel, where the
-        optimizer was made with named params. Averages keep the dtype that they were saved in; params without one in
-        state_dict begin theirs anew.
-
-        Raises:
-            RuntimeError: the optimizer keeps no averages, or this is inside of ema_weights().
-            ValueError: the averages are of other params, or state_dict is none of the two.
-        """
-        self._averages().load(self._all_params(), self._all_names(), state_dict)
-        self._forget()  # the tables have the addresses of others
-
-    def _count_of(self, param: Tensor) -> float:
-        """How many updates a param has had. Waits for its device."""
-        count = self.state.get(param, {}).get("step", self._steps.get(param, 0.0))
-        return 0.0 if isinstance(count, Tensor) and count.is_meta else float(count)
-
-    def _all_params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
-
-    def _averages(self) -> WeightAverage:
-        if self._ema is None:
-            raise RuntimeError(
-                "this optimizer keeps no average of its weights; make it with an ema_decay, such as ema_decay=0.999"
-            )
-        return self._ema
-
     # ---- checkpoints
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class, or of torch's class of the same rule.
 
         States keep the dtype that they were saved in, `step` may be a number or a tensor of any device, and options
-        that the saved groups lack keep this optimizer's values. So does skipped_steps. Errors are torch's.
+        that the saved groups lack keep this optimizer's values. So does skipped_steps. Averages of the weights that the
+        checkpoint lacks start anew. Without an ema_decay those of the checkpoint are left out. Errors are torch's.
+
+        Raises:
+            RuntimeError: this is inside of ema_weights().
         """
+        if self._ema is not None:
+            self._ema.check_not_swapped("load_state_dict() cannot be called")
         with loading(self):
             super().load_state_dict(state_dict)
         self._steps.clear()
         if "skipped_steps" in state_dict:
             self._scaler.set_skipped(state_dict["skipped_steps"])
+        if self._ema is None:
+            drop_averages(self.state)
+        else:
+            self._ema.resume(state_dict, self.state)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's. A state that no update has reached yet (each was skipped) is left out where torch would not have
-        made it. With skip_nonfinite there is one key more, "skipped_steps", which torch's classes ignore."""
-        with leaving_out(self, without_update(self._steps, self.state)):
+        """As torch's. With an ema_decay each param has one state more, "ema", the average of its weights, and there is
+        "ema_steps", the number of step() calls. With skip_nonfinite there is "skipped_steps". torch's classes load and
+        ignore all three. States that no update has reached yet, because each step was skipped, are left out where
+        torch would not have made them.
+
+        Raises:
+            RuntimeError: this is inside of ema_weights().
+        """
+        left_out: dict[Tensor, set[str]] = {}
+        begun = {param: step for param, step in self._steps.items() if self.state.get(param)}
+        for param in without_update(begun):
+            left_out[param] = set(self.rule.states)
+        if self._ema is not None:
+            self._ema.check_not_swapped("state_dict() cannot be called")
+            self._find_not_updated()
+            for param in self._ema.not_updated:
+                left_out.setdefault(param, set()).add(EMA)
+        with leaving_out(self, left_out):
             saved = super().state_dict()
-        return {**saved, "skipped_steps": self._scaler.skipped} if self._scaler.skip_nonfinite else saved
+        if self._scaler.skip_nonfinite:
+            saved = {**saved, "skipped_steps": self._scaler.skipped}
+        return saved if self._ema is None else {**saved, STEPS: self._ema.steps}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in KEPT}}

@@ -33,11 +33,12 @@ class FusedLAMB(FusedOptimizer):
         amsgrad, set_grad_none: for Apex's sake; amsgrad must be False, and set_grad_none has no effect: zero_grad() has
             its own argument.
         grad_averaging: m = beta1 m + (1 - beta1) g; else m = beta1 m + g.
-        max_grad_norm: gradients are divided by norm / max_grad_norm where the norm of all of them together is larger;
-            None or 0: off.
+        max_grad_norm: gradients are divided by norm / max_grad_norm where the norm of all of them together is larger.
+            None and 0 switch clipping off, as in Apex.
         use_nvlamb: use the ratio where weight_decay is 0, too.
         trust_clip: (lowest, highest) that the ratio may be.
-        ours: backend, state_dtype, norm_type, skip_nonfinite, ema_decay, ema_dtype: see FusedOptimizer.
+        ours: options of every class, see FusedOptimizer: backend="auto", state_dtype=None, norm_type=2.0,
+            skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
 
     Raises:
         ValueError: a hyperparameter is out of range.

@@ -18,7 +18,19 @@ class FusedLion(Decoupled):
 
     $$ p = (1 - lr \cdot \lambda) p - lr \cdot sign(\beta_1 m + (1-\beta_1) g), \quad m = \beta_2 m + (1-\beta_2) g $$
 
-    Args as FusedAdamW's, without eps and amsgrad; maximize and capturable among the options. State: exp_avg.
+    Its state is exp_avg, which is $m$.
+
+    Args:
+        params: tensors, (name, tensor) pairs, or dicts of groups; float32, bfloat16, float16, float64 or complex, any
+            shape and memory layout.
+        lr: learning rate; a one-element tensor is read at every step, where it lies.
+        betas: $\beta_1$ and $\beta_2$, each in [0, 1).
+        weight_decay: share of the param that a step takes off, measured as decay says.
+        maximize: ascend.
+        capturable: allow the step in a CUDA graph.
+        ours: options of decoupled decay, see fused_optim.decay.Decoupled: decay="torch", lr_reference=None,
+            decay_period=None; and of every class, see FusedOptimizer: backend="auto", state_dtype=None,
+            max_grad_norm=None, norm_type=2.0, skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
 
     Raises:
         ValueError: lr, betas or weight_decay are out of range.

@@ -15,42 +15,53 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import backends
+from ..backends import BackendName
 from ..engine.dtensor import local
-from ..engine.ema import Decay, WeightAverage, check_dtype
+from ..engine.ema import Decay, WeightAverage, check_dtype, drop_averages
 from ..engine.scaling import Scaler
 from ..engine.validation import may_get_grad
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-BackendName = Literal["auto", "triton", "cuda", "cpp", "reference"]
 Convention = Literal["torch", "paper", "normalized"]
 
 
 class Whole(TypedDict, total=False):
-    """Keyword arguments of every class besides its own. FusedOptimizer says what they mean."""
+    """Keyword arguments of every class besides its own. FusedOptimizer describes them in full."""
 
     backend: BackendName
+    """Default "auto": the first backend that works on the params. A backend that is named must work."""
     state_dtype: torch.dtype | None
-    norm_type: float
+    """Default None: states have their param's dtype. torch.float32, torch.bfloat16 or torch.float16."""
+    norm_type: float  # a Literal cannot hold inf, and 2.0 and 2 are both 2
+    """Default 2.0: the norm that max_grad_norm bounds. 2 or math.inf."""
     skip_nonfinite: bool
+    """Default False. If True, a step whose gradients contain NaN or inf changes nothing."""
     norm_group: ProcessGroup | None
+    """Default None. Processes with other gradients of the same model in plain tensors (ZeRO, FSDP1)."""
     ema_decay: float | Callable[[int], float] | None
+    """Default None: no average of the weights. A number from 0 to 1, or a function of the number of step() calls."""
     ema_dtype: torch.dtype | None
+    """Default None: averages of float32 and 16-bit params are float32."""
 
 
 class Common(Whole, total=False):
     """With max_grad_norm, which LAMB has as an argument of its own."""
 
     max_grad_norm: float | None
+    """Default None: no clipping, as with 0. Otherwise the largest norm of all gradients together."""
 
 
 class Decayed(Common, total=False):
-    """Of the classes with decoupled decay. fused_optim.decay.Decoupled says what they mean."""
+    """Of the classes with decoupled decay. fused_optim.decay.Decoupled describes them in full."""
 
     decay: Convention
+    """Default "torch": lr * weight_decay per step. "paper" and "normalized" measure it by lr / lr_reference."""
     lr_reference: float | None
+    """Default None: each group's lr at the start. The lr at which lr / lr_reference is 1."""
     decay_period: float | None
+    """Default None. Updates in the current restart period; decay="normalized" needs it."""
 
 
 # A group cannot have its own.
@@ -119,6 +130,20 @@ def accepted(kind: type) -> tuple[str, ...]:
     return tuple(found)
 
 
+def signature_of(kind: type) -> inspect.Signature:
+    """The signature of a class's constructor, with the options that `**ours: Unpack[...]` stands for one by one."""
+    _, *named = inspect.signature(vars(kind)["__init__"]).parameters.values()
+    if not (named and str(named[-1].annotation).startswith("Unpack[")):
+        return inspect.Signature(named)
+    found = {parameter.name: parameter for parameter in named[:-1]}
+    for base in kind.__mro__[1:]:
+        if issubclass(base, Options) and "__init__" in vars(base):
+            for name, parameter in inspect.signature(vars(base)["__init__"]).parameters.items():
+                if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                    found.setdefault(name, parameter)
+    return inspect.Signature([*found.values()])
+
+
 def check_keywords(kind: type, given: Iterable[str]) -> None:
     """Raises TypeError for a keyword argument that no constructor of the class knows."""
     for name in given:
@@ -133,6 +158,11 @@ def check_keywords(kind: type, given: Iterable[str]) -> None:
 
 class Options(Optimizer):
     """The options as attributes. What is set is checked at once and holds from the next step on."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__signature__ = signature_of(cls)  # type: ignore[attr-defined]
 
     _backend: BackendName
     _state_dtype: torch.dtype | None
@@ -224,9 +254,10 @@ class Options(Optimizer):
     @ema_decay.setter
     def ema_decay(self, decay: Decay | None) -> None:
         if self._ema is not None:
-            self._ema.check_home("ema_decay cannot be set")
+            self._ema.check_not_swapped("ema_decay cannot be set")
         if decay is None:
             self._ema = None
+            drop_averages(self.state)
         elif self._ema is None:
             self._ema = WeightAverage(decay)
         else:

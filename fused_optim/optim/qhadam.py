@@ -19,6 +19,9 @@ from .options import Common, Decayed
 class FusedQHAdam(FusedOptimizer):
     r"""QHAdam in one pass over memory, with the arguments and group keys of its authors' package qhoptim.
 
+    The defaults of betas and nus are those that the paper recommends. qhoptim's own defaults are betas=(0.9, 0.999) and
+    nus=(1.0, 1.0), which is Adam.
+
     With $\hat m, \hat v$ Adam's averages after bias correction:
 
     $$ p = p - lr \frac{\nu_1 \hat m + (1-\nu_1) g}{\sqrt{\nu_2 \hat v + (1-\nu_2) g^2} + \epsilon} $$
@@ -31,7 +34,8 @@ class FusedQHAdam(FusedOptimizer):
         params, lr, betas, weight_decay, eps, maximize, capturable: as FusedAdam's.
         nus: how much of each average goes into the step, the rest being the gradient itself; any finite numbers.
         decouple_weight_decay: decay past the gradient, $p = (1 - lr \cdot \lambda) p$, in place of L2.
-        ours: backend, state_dtype, max_grad_norm, norm_type, skip_nonfinite, ema_decay, ema_dtype: see FusedOptimizer.
+        ours: options of every class, see FusedOptimizer: backend="auto", state_dtype=None, max_grad_norm=None,
+            norm_type=2.0, skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -55,8 +59,8 @@ class FusedQHAdam(FusedOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        nus: tuple[float, float] = (1.0, 1.0),
+        betas: tuple[float, float] = (0.995, 0.999),
+        nus: tuple[float, float] = (0.7, 1.0),
         weight_decay: float = 0.0,
         decouple_weight_decay: bool = False,
         eps: float = 1e-8,
@@ -102,11 +106,13 @@ def from_qhoptim(state: dict[str, Any], beta1: float, beta2: float) -> dict[str,
     averages divided by their bias corrections."""
     beta, weight = max((beta1, state["beta1_weight"]), (beta2, state["beta2_weight"]))
     step = steps_of(beta, weight)
-    return {
+    converted = {
         "step": torch.tensor(float(step)),
         "exp_avg": state["exp_avg"] * (1.0 - beta1**step),
         "exp_avg_sq": state["exp_avg_sq"] * (1.0 - beta2**step),
     }
+    counted = ("beta1_weight", "beta2_weight")
+    return converted | {key: value for key, value in state.items() if key not in (*converted, *counted)}
 
 
 def steps_of(beta: float, weight: float) -> int:
@@ -121,8 +127,15 @@ def steps_of(beta: float, weight: float) -> int:
 class FusedQHAdamW(Decoupled, FusedQHAdam):
     r"""QHAdam with decay decoupled from the gradient: every step multiplies each param by $1 - lr \cdot \lambda$.
 
-    Args and errors as FusedQHAdam's; decay, lr_reference and decay_period say how the decay is measured (see
-    fused_optim.decay.Decoupled).
+    Args:
+        params, lr, betas, nus, eps, maximize, capturable: as FusedQHAdam's.
+        weight_decay: share of the param that a step takes off, measured as decay says.
+        ours: options of decoupled decay, see fused_optim.decay.Decoupled: decay="torch", lr_reference=None,
+            decay_period=None; and of every class, see FusedOptimizer: backend="auto", state_dtype=None,
+            max_grad_norm=None, norm_type=2.0, skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
 
     Sources: Ma and Yarats, arXiv:1810.06801; Loshchilov and Hutter, arXiv:1711.05101.
     """
@@ -131,8 +144,8 @@ class FusedQHAdamW(Decoupled, FusedQHAdam):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        nus: tuple[float, float] = (1.0, 1.0),
+        betas: tuple[float, float] = (0.995, 0.999),
+        nus: tuple[float, float] = (0.7, 1.0),
         weight_decay: float = 0.0,
         eps: float = 1e-8,
         *,

@@ -44,7 +44,8 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
         maximize: ascend.
         foreach, fused: accepted and without effect.
         differentiable: must be False.
-        ours: backend, state_dtype, max_grad_norm, norm_type, skip_nonfinite, ema_decay, ema_dtype: see FusedOptimizer.
+        ours: options of every class, see FusedOptimizer: backend="auto", state_dtype=None, max_grad_norm=None,
+            norm_type=2.0, skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
 
     Raises:
         ValueError: a hyperparameter is out of range (torch's messages).
@@ -89,8 +90,18 @@ class FusedSGDW(Decoupled, FusedSGD):
     r"""SGD with decay decoupled from the gradient: every step multiplies each param by $1 - lr \cdot \lambda$
     before its update, which knows nothing of the decay.
 
-    Args and errors as FusedSGD's; weight_decay is 1e-2 by default, and decay, lr_reference and decay_period say how it
-    is measured (see fused_optim.decay.Decoupled). Groups hold "decoupled_weight_decay" besides torch's keys.
+    Groups hold "decoupled_weight_decay" besides torch's keys.
+
+    Args:
+        params, lr, momentum, dampening, nesterov, maximize, foreach, fused, differentiable: as FusedSGD's.
+        weight_decay: share of the param that a step takes off, measured as decay says.
+        ours: options of decoupled decay, see fused_optim.decay.Decoupled: decay="torch", lr_reference=None,
+            decay_period=None; and of every class, see FusedOptimizer: backend="auto", state_dtype=None,
+            max_grad_norm=None, norm_type=2.0, skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
+
+    Raises:
+        ValueError: a hyperparameter is out of range (torch's messages).
+        RuntimeError: differentiable=True, or the named backend cannot run here.
 
     Source: Loshchilov and Hutter, arXiv:1711.05101, algorithm 1.
     """

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from ..backends import BackendName
 from ..backends import device_tables as devices
 from ..backends.trial import choose
 from ..engine.changes import GRADS_MOVED, RAW_CHANGED
@@ -36,7 +37,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
     *,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """torch.nn.utils.clip_grad_norm_ with one read and one write of the gradients: multiplies all gradients in place by
     min(1, max_norm / (norm + 1e-6)), where norm is the norm of all of them together.

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..engine.dtensor import is_same_memory, local
-from ..optim.base import FusedOptimizer
 
 MEMORY = 0.8  # weight of the past in the running average that tells divergence from one bad mini-batch
 
@@ -210,9 +209,6 @@ def put_back(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     groups = optimizer.param_groups
     options = [{key: _copied(value) for key, value in group.items()} for group in groups]
     state = copy.deepcopy(optimizer.state_dict())
-    averages = None
-    if isinstance(optimizer, FusedOptimizer) and optimizer.ema is not None:
-        averages = copy.deepcopy(optimizer.ema_state_dict())
     params = list(dict.fromkeys([*model.parameters(), *(param for group in groups for param in group["params"])]))
     values = [(param, param.data, param.detach().clone(), param.grad) for param in params]
     buffers = [
@@ -241,8 +237,6 @@ def put_back(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
             for module, training in modes:
                 module.training = training
             optimizer.load_state_dict(state)
-            if isinstance(optimizer, FusedOptimizer) and averages is not None:
-                optimizer.load_ema_state_dict(averages)
             # load_state_dict makes new groups; schedulers and users may hold the old ones, and their lr tensors.
             optimizer.param_groups = groups
             for group, saved in zip(groups, options, strict=True):
