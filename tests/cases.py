@@ -73,6 +73,11 @@ class Case:
         return tuple(self.ours.rule.states_of(self.group))
 
     @property
+    def momentum(self) -> str | None:
+        """The option that holds its momentum, which schedulers may cycle."""
+        return next((option for option in ("momentum", "betas") if option in self.options), None)
+
+    @property
     def has_betas(self) -> bool:
         """Whether a pair of betas decays its averages."""
         return "betas" in self.options

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .dtensor import like, local, spread_as
 from .table import DTYPE_CODES, Row, Rule, is_dense, real_dtype, same_strides
-from .validation import check_memory, check_param
+from .validation import check_memory, may_get_grad
 
 
 def target_of(param: Tensor) -> Tensor:
@@ -111,19 +111,14 @@ def make_states(
 def make_eager_states(
     rule: Rule, group: Mapping[str, Any], state: MutableMapping[Tensor, dict[str, Any]], dtype: torch.dtype | None
 ) -> None:
-    """Gives every param of a group the states that it has before its first step, in place of any other of another
-    dtype. Params that no step could update get none."""
+    """Gives every param of a group the states that it has before its first step, in place of any that it has. Frozen
+    params get none."""
     wanted, starts = rule.states_of(group), rule.starts_of(group)
     for param in group["params"]:
-        try:
-            check_param(param)
-        except (RuntimeError, TypeError):
-            state.pop(param, None)
-            continue
-        old = state.get(param, {})
-        if any(name not in old or old[name].dtype != state_dtype_of(param, dtype) for name in wanted):
-            state[param] = {"step": match_step(param, 0.0)} if rule.counted else {}
-            state[param].update(make_states(param, {}, wanted, dtype, starts))
+        state.pop(param, None)
+        if may_get_grad(param):
+            step = {"step": match_step(param, 0.0)} if rule.counted else {}
+            state[param] = {**step, **make_states(param, {}, wanted, dtype, starts)}
 
 
 def make_row(param: Tensor, state: dict[str, Any], wanted: Sequence[str], step: Tensor, group: int) -> Row:
