@@ -94,11 +94,19 @@ FUSED_HD void measure_element(const TensorScalars<T>& h, T param, T grad, const 
   }
 }
 
+// Whether the update needs the registers of one stream more: a rule with squares among its states takes roots and
+// divides, and an average has to wait for that.
+template <Pass pass, class Rule, bool kAverages>
+constexpr bool crowds() {
+  if constexpr (pass == Pass::kUpdate && kAverages) return Rule::signed_states < Rule::max_states;
+  return false;
+}
+
 // One thread's share of one chunk.
 template <Pass pass, class Rule, bool kAverages, class T, int S>
 FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, bool unaligned, int thread) {
   constexpr int kAverage = kStreamState0 + S, kStreams = kAverage + kAverages, kPart = kAccess / sizeof(T);
-  constexpr int V = kVector<T, kStreams - (pass == Pass::kApplyUpdate)>;
+  constexpr int V = kVector<T, kStreams - (pass == Pass::kApplyUpdate) + crowds<pass, Rule, kAverages>()>;
   const TensorScalars<T> h = scalars_of<pass, T>(t, row_number);
   const int64_t* row = t.rows + row_number * kRowWidth;
   const int64_t signature = row[kRowDtypeSignature], grad = t.grads[row_number];
