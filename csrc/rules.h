@@ -211,6 +211,24 @@ struct Lion {
   }
 };
 
+// Adagrad, Duchi et al., JMLR 2011, as in torch. Option: lr_decay.
+struct Adagrad {
+  static constexpr const char* name = "adagrad";
+  static constexpr bool trust = false;
+  static constexpr int signed_states = 0, min_states = 1, max_states = 1;  // sum
+
+  // lr after its decay.
+  FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
+    return {group.lr / (1.0 + (at.step - 1.0) * group.option_a)};
+  }
+
+  template <class T, int S>
+  FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
+    state[0] = fma(grad, grad, state[0]);
+    return h.own_a * (grad / (square_root(state[0]) + h.eps));
+  }
+};
+
 template <class T>
 struct Tag {
   using type = T;
@@ -230,6 +248,6 @@ struct RuleList {
 };
 
 // Every rule. Kernels, modules and tests go over this list.
-using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion>;
+using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion, Adagrad>;
 
 }  // namespace fused_optim

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fused_optim import (
+    FusedAdagrad,
     FusedAdam,
     FusedAdamW,
     FusedLAMB,
@@ -179,6 +180,12 @@ CASES = [
         oracle.lion,
         {"lr": 0.01, "weight_decay": 0.1, "maximize": True, "decay": "paper", "lr_reference": 0.05},
         typical=True,
+    ),
+    Case(
+        "adagrad", FusedAdagrad, torch.optim.Adagrad, oracle.adagrad, {"lr_decay": 0.1, "initial_accumulator_value": 1}
+    ),
+    Case(
+        "adagrad-maximize", FusedAdagrad, torch.optim.Adagrad, oracle.adagrad, {"weight_decay": 0.1, "maximize": True}
     ),
 ]
 BY_NAME = {case.name: case for case in CASES}

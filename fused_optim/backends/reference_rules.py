@@ -104,10 +104,21 @@ def lamb_direction(h: TensorScalars, states: list[Tensor]) -> Tensor:
     return states[0] * h.own_b / (states[1].sqrt() * h.own_c + h.eps)
 
 
+def adagrad_scalars(group: GroupHparams, at: BiasCorrections) -> tuple[float, ...]:
+    return (group.lr / (1 + (at.step - 1) * group.option_a),)
+
+
+def adagrad(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+    """Duchi et al., JMLR 2011. Own: lr after its decay."""
+    total = states[0] + grad * grad
+    return h.own_a * (grad / (total.sqrt() + h.eps)), [total]
+
+
 RULES = {
     "adam": Arithmetic(adam),
     "sgd": Arithmetic(sgd, sgd_scalars),
     "qhadam": Arithmetic(qhadam, qhadam_scalars),
     "lion": Arithmetic(lion),
+    "adagrad": Arithmetic(adagrad, adagrad_scalars),
     "lamb": Arithmetic(lamb, lamb_scalars, lamb_direction),
 }

@@ -54,6 +54,7 @@ class Oracle {
     if (is("sgd")) return sgd(grad, state);
     if (is("qhadam")) return qhadam(grad, state);
     if (is("lion")) return lion(grad, state);
+    if (is("adagrad")) return adagrad(grad, state);
     if (!is("lamb")) fail("tests/cpp/rules.h has no oracle of the rule", rule_);
     state[0] = group_.a != 0 ? state[0] + rest1_ * (grad - state[0]) : beta1_ * state[0] + grad;
     state[1] = beta2_ * state[1] + rest2_ * grad * grad;
@@ -104,6 +105,12 @@ class Oracle {
     state[1] = beta2_ * state[1] + rest2_ * grad * grad;
     const Bounded mean = rest_a_ * grad + a_ * (state[0] / correction1_);
     return lr_ * mean / (square_root(rest_b_ * grad * grad + b_ * (state[1] / correction2_)) + eps_);
+  }
+
+  Bounded adagrad(const Bounded& grad, std::vector<Bounded>& state) const {
+    state[0] = state[0] + grad * grad;
+    return lr_ / Bounded::constant(1 + (step_ - 1) * static_cast<long double>(group_.a)) * grad /
+           (square_root(state[0]) + eps_);
   }
 
   Bounded lion(const Bounded& grad, std::vector<Bounded>& state) const {
