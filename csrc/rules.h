@@ -6,6 +6,7 @@
 // A rule with `trust` is walked twice, because each tensor's update is scaled by the ratio of two norms:
 // `update_moments` changes the states, `direction` makes the update of them alone, before lr and decay.
 //
+// Rules name the least and the most states that they take, and how many of these may be negative; those come first.
 // A rule may have a function `scalars`, which makes scalars of its own from the options of the tensor's group.
 #pragma once
 #include <cmath>
@@ -116,7 +117,7 @@ FUSED_HD T sign(T x) {
 struct Adam {
   static constexpr const char* name = "adam";
   static constexpr bool trust = false;
-  static constexpr int min_states = 2, max_states = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
+  static constexpr int signed_states = 1, min_states = 2, max_states = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
 
   template <class T, int S>
   FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
@@ -131,7 +132,7 @@ struct Adam {
 struct Sgd {
   static constexpr const char* name = "sgd";
   static constexpr bool trust = false;
-  static constexpr int min_states = 0, max_states = 1;  // momentum_buffer
+  static constexpr int signed_states = 1, min_states = 0, max_states = 1;  // momentum_buffer
 
   // Weights of gradient and buffer in the new buffer, momentum, nesterov.
   FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
@@ -154,7 +155,7 @@ struct Sgd {
 struct QHAdam {
   static constexpr const char* name = "qhadam";
   static constexpr bool trust = false;
-  static constexpr int min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
+  static constexpr int signed_states = 1, min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
 
   // Weights of the gradient beside the two averages.
   FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections&) {
@@ -175,7 +176,7 @@ struct QHAdam {
 struct Lamb {
   static constexpr const char* name = "lamb";
   static constexpr bool trust = true;
-  static constexpr int min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
+  static constexpr int signed_states = 1, min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
 
   // Weight of the gradient in exp_avg; debias and denom_scale, 1 without bias correction.
   FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
@@ -200,7 +201,7 @@ struct Lamb {
 struct Lion {
   static constexpr const char* name = "lion";
   static constexpr bool trust = false;
-  static constexpr int min_states = 1, max_states = 1;  // exp_avg
+  static constexpr int signed_states = 1, min_states = 1, max_states = 1;  // exp_avg
 
   template <class T, int S>
   FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
@@ -209,5 +210,44 @@ struct Lion {
     return h.lr * sign(mixed);
   }
 };
+
+// Adagrad, Duchi et al., JMLR 2011, as in torch. Option: lr_decay.
+struct Adagrad {
+  static constexpr const char* name = "adagrad";
+  static constexpr bool trust = false;
+  static constexpr int signed_states = 0, min_states = 1, max_states = 1;  // sum
+
+  // lr after its decay.
+  FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
+    return {group.lr / (1.0 + (at.step - 1.0) * group.option_a)};
+  }
+
+  template <class T, int S>
+  FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
+    state[0] = fma(grad, grad, state[0]);
+    return h.own_a * (grad / (square_root(state[0]) + h.eps));
+  }
+};
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+template <class... Rules>
+struct RuleList {
+  template <class F>
+  static bool visit(const char* name, F&& f) {
+    return ((std::strcmp(name, Rules::name) == 0 && (f(Tag<Rules>{}), true)) || ...);
+  }
+
+  template <class F>
+  static void each(F&& f) {
+    (f(Tag<Rules>{}), ...);
+  }
+};
+
+// Every rule. Kernels, modules and tests go over this list.
+using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion, Adagrad>;
 
 }  // namespace fused_optim

@@ -172,6 +172,19 @@ def lion(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) 
     return h.lr * sign(lerp(states[0], grad, h.weight1)), (lerp(states[0], grad, h.weight2),)
 
 
+@triton.jit
+def adagrad_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
+    """lr after its decay."""
+    return (group.lr / (1.0 + (at.step - 1.0) * group.option_a),)
+
+
+@triton.jit
+def adagrad(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """Adagrad, Duchi et al., JMLR 2011, as in torch. Option: lr_decay. States: sum."""
+    total = tl.fma(grad, grad, states[0])
+    return h.own_a * divide(grad, square_root(total) + h.eps), (total,)
+
+
 class Rule(NamedTuple):
     update: triton.JITFunction
     scalars: triton.JITFunction | None = None
@@ -184,4 +197,5 @@ RULES = {
     "qhadam": Rule(qhadam, qhadam_scalars),
     "lamb": Rule(lamb_moments, lamb_scalars, lamb_direction),
     "lion": Rule(lion),
+    "adagrad": Rule(adagrad, adagrad_scalars),
 }
