@@ -12,7 +12,7 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 }
 BLOCK = re.compile(
-    r"^(?:<!-- not run: (?P<why>.*?) -->\n)?(?P<indent> *)```(?P<kind>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.M | re.S
+    r"^(?:<!-- not run: (?P<why>.+?) -->\n)?(?P<indent> *)```(?P<kind>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.M | re.S
 )
 
 

@@ -258,6 +258,7 @@ def test_step_counters_are_independent(target: Target) -> None:
     assert [ours.state[p]["step"].item() for p in params] == [2, 7, 2]
 
 
+@pytest.mark.slow
 @on_every_target
 def test_saving_one_state_saves_only_it(target: Target) -> None:
     if target.backend == "triton" and target.device == "cpu":

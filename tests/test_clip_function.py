@@ -57,6 +57,7 @@ offsets = st.integers(0, 9)
 tensors = st.tuples(st.sampled_from(REAL), st.sampled_from([0, 1, 3, 130, 511, 513, 4095, 4097, 8200]), offsets)
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 @on_every_target
 @pytest.mark.parametrize("bound", [0.25, 1e9])

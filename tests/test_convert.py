@@ -38,6 +38,8 @@ from torch import Tensor
 
 from fused_optim import FusedAdam, FusedAdamW, FusedLAMB, FusedLion, FusedSGD, FusedSGDW, convert
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parent.parent / "docs" / "migration.md"
 
 

@@ -40,9 +40,12 @@ def look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 on_every_look = pytest.mark.parametrize("look", LOOKS, indirect=True)
+USED = getattr(modules.poll(), "ChangeDetector", class_of("python"))  # by all other tests
+on_other_looks = pytest.mark.parametrize("look", [look for look in LOOKS if class_of(look) is not USED], indirect=True)
 
 
-@on_every_look
+@pytest.mark.slow
+@on_other_looks  # test_changes.py does the same with the one that is used
 @for_every_rule_and_change
 def test_changes_are_noticed(case: Case, change: Callable[..., None], look: str) -> None:
     check_changes(case, REFERENCE, change)

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 import fused_optim
 from fused_optim.lr_finder import RangeTest, lr_range_test
 
+pytestmark = pytest.mark.slow
+
 
 class Net(nn.Module):
     """With buffers, dropout, a buffer that every forward replaces, and a training mode that it changes."""

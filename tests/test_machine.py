@@ -131,6 +131,7 @@ def test_there_is_no_nvcc(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "install the CUDA toolkit" in why_not_cuda()
 
 
+@pytest.mark.slow
 def test_torch_is_too_old() -> None:
     code = "import torch, runpy; torch.__version__ = '2.7.1+cpu'; runpy.run_module('fused_optim', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -116,6 +116,7 @@ def test_bytes_per_element(optimizer: str, options: dict[str, Any], moved: int, 
     assert found.states == states * count + 4 * len(shapes)  # and a step per param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", step_cost.GROUPS)
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, MIXED], ids=["plain", "clipped", "mixed"])
 @pytest.mark.parametrize("name", step_cost.OPTIMIZERS)
@@ -140,6 +141,7 @@ def test_memory_is_what_a_real_step_leaves(name: str, options: dict[str, Any], g
     assert found.groups == len(real.param_groups) == {"one": 1, "decay": 2, "each": 4}[groups]
 
 
+@pytest.mark.slow
 def test_tables_are_small() -> None:
     """Below a thousandth of the params, for one group and no clipping."""
     for name in MODELS.keys() - {"llama-70b"}:
@@ -175,6 +177,7 @@ def test_torch_launches(sizes: list[int], most_tensors: int, most_blocks: int) -
     assert kernel.count(iter(sizes), addresses=2) == launches_one_by_one(sizes, most_tensors, most_blocks)
 
 
+@pytest.mark.slow
 def test_torch_launches_by_hand() -> None:
     llama = cost(MODELS["llama-8b"]())
     assert llama.torch_launches == {CUDA_13.title: (55, 1), CUDA_12.title: (384, 3)}
