@@ -144,7 +144,7 @@ def test_prep_is_exact(rule: str) -> None:
     normalized = Group(
         weight_decay=0.2, decoupled=True, lr_reference=0.07, decay_period=390.0, option_a=1.0, option_b=0
     )
-    small = Group(beta1=3e-6, beta2=0.4999)
+    small = Group(beta1=3e-6, beta2=0.4999, option_a=0.3, option_b=0.0)
     groups = [one_cycle, clipped, normalized, small]
     steps = [1, 2, 3, 10, 999, 123457, 2**24] * 5
     states = {"sgd": 1, "lion": 1}.get(rule, 2)
