@@ -100,6 +100,27 @@ FUSED_HD T lerp_square(T average, T x, T weight) {
   return fma(weight * x, x, fma(-weight, bounded(average), average));
 }
 
+// beta * average. A beta of 0.5 or more is 1 - weight, as in lerp, and small_beta is 0. Below 0.5 the rounding of the
+// weight is large beside beta; then drop is 1, the inner sum is 0, and small_beta is beta, rounded once.
+// factor: the average, or a finite number in the place of inf.
+template <class T>
+FUSED_HD T keep(T average, T factor, T weight, T small_beta) {
+  const T drop = small_beta != T(0) ? T(1) : weight;  // the same for a whole tensor
+  return fma(small_beta, factor, fma(-drop, factor, average));
+}
+
+// beta * average + (1 - beta) * x, exact to a few ulp for any beta in [0, 1).
+template <class T>
+FUSED_HD T move_average(T average, T x, T weight, T small_beta) {
+  return fma(weight, x, keep(average, average, weight, small_beta));
+}
+
+// The same of x * x: finite where weight * x * x is, and inf (not NaN) once the average is inf.
+template <class T>
+FUSED_HD T move_average_square(T average, T x, T weight, T small_beta) {
+  return fma(weight * x, x, keep(average, bounded(average), weight, small_beta));
+}
+
 // The larger of the two; NaN if either is, as torch.maximum.
 template <class T>
 FUSED_HD T maximum(T a, T b) {
@@ -121,8 +142,8 @@ struct Adam {
 
   template <class T, int S>
   FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
-    T exp_avg = state[0] = lerp(state[0], grad, h.weight1);
-    T exp_avg_sq = state[1] = lerp_square(state[1], grad, h.weight2);
+    T exp_avg = state[0] = move_average(state[0], grad, h.weight1, h.small_beta1);
+    T exp_avg_sq = state[1] = move_average_square(state[1], grad, h.weight2, h.small_beta2);
     if constexpr (S == 3) exp_avg_sq = state[2] = maximum(state[2], exp_avg_sq);
     return h.step_size * (exp_avg / fma(square_root(exp_avg_sq), h.denom_scale, h.eps));
   }
@@ -164,8 +185,8 @@ struct QHAdam {
 
   template <class T, int S>
   FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
-    const T exp_avg = state[0] = lerp(state[0], grad, h.weight1);
-    const T exp_avg_sq = state[1] = lerp_square(state[1], grad, h.weight2);
+    const T exp_avg = state[0] = move_average(state[0], grad, h.weight1, h.small_beta1);
+    const T exp_avg_sq = state[1] = move_average_square(state[1], grad, h.weight2, h.small_beta2);
     const T mean = lerp(h.debias * exp_avg, grad, h.own_a);
     const T mean_sq = lerp_square(h.denom_scale * h.denom_scale * exp_avg_sq, grad, h.own_b);
     return h.lr * (mean / (square_root(mean_sq) + h.eps));
@@ -187,8 +208,8 @@ struct Lamb {
 
   template <class T, int S>
   FUSED_HD static void update_moments(const TensorScalars<T>& h, T grad, T (&state)[S]) {
-    state[0] = fma(h.own_a, grad, fma(-h.weight1, state[0], state[0]));
-    state[1] = lerp_square(state[1], grad, h.weight2);
+    state[0] = fma(h.own_a, grad, keep(state[0], state[0], h.weight1, h.small_beta1));
+    state[1] = move_average_square(state[1], grad, h.weight2, h.small_beta2);
   }
 
   template <class T, int S>
@@ -205,8 +226,8 @@ struct Lion {
 
   template <class T, int S>
   FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
-    const T mixed = lerp(state[0], grad, h.weight1);
-    state[0] = lerp(state[0], grad, h.weight2);
+    const T mixed = move_average(state[0], grad, h.weight1, h.small_beta1);
+    state[0] = move_average(state[0], grad, h.weight2, h.small_beta2);
     return h.lr * sign(mixed);
   }
 };

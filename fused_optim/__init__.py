@@ -1,5 +1,6 @@
 """Drop-in PyTorch optimizers. A step is one pass over memory and, on a GPU, two kernel launches (prepare, update) for
-any number of tensors. LAMB adds a pass and three launches, clipping a read of the gradients and two launches."""
+any number of tensors. LAMB adds a pass and three launches, clipping a read of the gradients and two or
+three launches."""
 
 from .engine import machine as machine  # first: it refuses a torch that is too old
 from .optim.adagrad import FusedAdagrad

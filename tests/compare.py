@@ -27,7 +27,8 @@ def states(optimizer: Optimizer) -> list[dict[str, Tensor]]:
 
 def updates(optimizer: Any, params: Sequence[Tensor]) -> list[float]:
     """How many updates each param has had, also where the rule keeps no `step` in its states."""
-    return [float(optimizer.state.get(p, {}).get("step", optimizer._steps.get(p, 0.0))) for p in params]
+    found = [optimizer.state.get(p, {}).get("step", optimizer._steps.get(p, 0.0)) for p in params]
+    return [0.0 if isinstance(count, Tensor) and count.is_meta else float(count) for count in found]
 
 
 def snapshot(optimizer: Any) -> list[oracle.Slot]:

@@ -215,14 +215,14 @@ def test_tensor_lr(case: Case, target: Target) -> None:
 BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"decay": "cosine"}, "decay must be .*, but got 'cosine'"),
     ({"decay": None}, "decay must be .*, but got None"),
-    ({"decay": "normalized"}, "needs decay_period.* got None"),
-    ({"decay": "normalized", "decay_period": 0}, "needs decay_period.* got 0"),
-    ({"decay": "normalized", "decay_period": -3}, "needs decay_period.* got -3"),
-    ({"decay": "normalized", "decay_period": math.nan}, "needs decay_period.* got nan"),
+    ({"decay": "normalized"}, "needs a decay_period above 0.* got None"),
+    ({"decay": "normalized", "decay_period": 0}, "needs a decay_period above 0.* got 0"),
+    ({"decay": "normalized", "decay_period": -3}, "needs a decay_period above 0.* got -3"),
+    ({"decay": "normalized", "decay_period": math.nan}, "needs a decay_period above 0.* got nan"),
     ({"decay": "paper", "lr_reference": -0.1}, "lr_reference must be 0 or more, but got -0.1"),
     ({"decay": "paper", "lr_reference": math.nan}, "lr_reference must be 0 or more, but got nan"),
-    ({"decay": "torch", "lr_reference": 0.1}, 'lr_reference has no meaning with decay="torch"'),
-    ({"decay": "paper", "decay_period": 10}, 'decay_period has a meaning only with decay="normalized"'),
+    ({"decay": "torch", "lr_reference": 0.1}, 'lr_reference is not used with decay="torch"'),
+    ({"decay": "paper", "decay_period": 10}, 'decay_period is not used with decay="paper"'),
 ]
 
 

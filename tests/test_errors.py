@@ -172,7 +172,7 @@ def test_broken_states_are_refused(target: Target, spoil: Callable[[dict[str, to
     optimizer.step()
     spoil(optimizer.state[params[1]])
     before = [p.detach().clone() for p in params]
-    with pytest.raises((RuntimeError, ValueError, KeyError, TypeError)):
+    with pytest.raises((RuntimeError, ValueError, TypeError), match=r'"(exp_avg|exp_avg_sq|step)"'):
         optimizer.step()
     assert_equal([p.detach() for p in params], before)
     assert all(optimizer.state[p]["step"] == 1 for p in (params[0], params[2]))
@@ -203,7 +203,7 @@ def test_broken_options_change_nothing(target: Target, option: dict[str, Any], s
     good = {key: optimizer.param_groups[1][key] for key in option}
     optimizer.param_groups[1].update(option)
     before = frozen(optimizer, params)
-    with pytest.raises((RuntimeError, ValueError, TypeError, KeyError)):
+    with pytest.raises((ValueError, TypeError), match=f'"{next(iter(option))}"'):
         optimizer.step()
     assert_equal(frozen(optimizer, params), before)
     optimizer.param_groups[1].update(good)

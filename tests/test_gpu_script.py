@@ -68,6 +68,29 @@ def test_a_part_that_is_cut_off_goes_on(python: Path) -> None:
     assert all("--resume" in call for call in calls(python))
 
 
+def test_an_archive_of_another_machine_goes_on(python: Path) -> None:
+    """With its markers, of parts and of the commands within a part that was cut off."""
+    out = python.parent / "out"
+    assert run(python, "update").returncode == 0
+    assert run(python, "step").returncode == 0
+    (out / "done/step").unlink()
+    (out / "ended/step.host").unlink()
+    assert run(python, "build").returncode == 0  # which makes the archive anew
+    archive, before = out / "results.tar.gz", len(calls(python))
+    again = run(python, "update", "step", OUT=str(python.parent / "other"), FROM=str(archive))
+    assert again.returncode == 0 and "update has been done" in again.stdout and "step has ended before" in again.stdout
+    assert [call.split()[0] for call in calls(python)[before:]] == ["bench/host.py"]
+
+
+def test_a_command_that_failed_before_still_fails_its_part(python: Path) -> None:
+    (python.parent / "fails").touch()
+    assert run(python, "update").returncode == 1
+    (python.parent / "fails").unlink()
+    (python.parent / "out/done/update").unlink()
+    again = run(python, "update")
+    assert again.returncode == 1 and "status 1" in again.stdout
+
+
 def test_failures_are_told_and_the_other_parts_run(python: Path) -> None:
     (python.parent / "fails").touch()
     done = run(python, "update", "family")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import sys
+import types
 
 import pytest
 from commands import ROOT, run
@@ -35,6 +36,12 @@ def test_every_module_carries_the_layout() -> None:
 def test_what_differs_is_named(other: dict[str, int], said: str | None) -> None:
     assert layout.difference(layout.LAYOUT | other) == said
     assert layout.difference({}) == "CHUNK is missing there and 4096 here"
+
+
+def test_a_module_whose_layout_has_no_names_is_refused() -> None:
+    old = types.ModuleType("_poll")
+    old.VERSION, old.LAYOUT = "1", (4096, 8, 17, 16)  # type: ignore[attr-defined]
+    assert "another layout of the tables (CHUNK is missing there" in str(modules.why_stale("_poll", old, "1"))
 
 
 @pytest.mark.skipif(isinstance(modules.cpu(), str), reason="the C++ kernel is not built")

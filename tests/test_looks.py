@@ -288,10 +288,10 @@ def test_gradients_that_cannot_be_stepped(look: str) -> None:
     optimizer.step()
     before = [p.detach().clone() for p in params]
     grads = random_grads(params, 1)
-    for wrong in (grads[1].to_sparse(), Wrapper(grads[1])):
+    for wrong, message in ((grads[1].to_sparse(), "sparse gradients"), (Wrapper(grads[1]), "changed while the step")):
         set_grads(params, grads)
         params[1].grad = wrong
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match=message):
             optimizer.step()
         assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
     set_grads(params, grads)

@@ -266,7 +266,7 @@ def test_a_broken_option_changes_nothing(target: Target) -> None:
     for option in ({"momentum": "much"}, {"dampening": None}, {"momentum": (0.1, 0.2)}):
         kept = dict(ours.param_groups[1])
         ours.param_groups[1].update(option)
-        with pytest.raises((TypeError, ValueError)):
+        with pytest.raises((TypeError, ValueError), match=f'"{next(iter(option))}"'):
             ours.step()
         ours.param_groups[1].update(kept)
         assert_equal([p.detach() for p in params], [p.detach() for p in before])

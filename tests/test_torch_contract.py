@@ -43,7 +43,9 @@ def database(case: Case) -> common_optimizers.OptimizerInfo:
 @on_every_target
 @for_every_class_of_torch
 def test_torchs_own_inputs(case: Case, target: Target) -> None:
-    for entry in database(case).optim_inputs_func(device=target.device, dtype=torch.float32):
+    entries = database(case).optim_inputs_func(device=target.device, dtype=torch.float32)
+    assert len(entries) > 3
+    for entry in entries:
         ours = case.ours(make_params(device=target.device), backend=target.backend, **entry.kwargs)
         theirs = case.torch(make_params(device=target.device), foreach=False, **entry.kwargs)
         train([ours, theirs], quick(target, 5, 2))

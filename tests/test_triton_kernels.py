@@ -130,17 +130,18 @@ def test_prep_is_exact(rule: str) -> None:
     normalized = Group(
         weight_decay=0.2, decoupled=True, lr_reference=0.07, decay_period=390.0, option_a=1.0, option_b=0
     )
-    groups = [one_cycle, clipped, normalized]
+    small = Group(beta1=3e-6, beta2=0.4999, option_a=0.3, option_b=0.0)
+    groups = [one_cycle, clipped, normalized, small]
     steps = [1, 2, 3, 10, 999, 123457, 2**24] * 5
     rows = [
-        Row(1, (F32,) * (2 + len(STATES[rule])), signed=0, group=i % 3, begun=i % 2 == 0) for i in range(len(steps))
+        Row(1, (F32,) * (2 + len(STATES[rule])), signed=0, group=i % 4, begun=i % 2 == 0) for i in range(len(steps))
     ]
     for row, step in zip(rows, steps, strict=True):
         row.step.fill_(step - 1)
     table = Table(rows, groups, rule, grad_scale=torch.tensor([3.0], device=DEVICE))
     table.launch()
     for number, step in enumerate(steps):
-        group = groups[number % 3]
+        group = groups[number % 4]
         scale = 1.0 / 3.0
         if group.max_norm:
             scale *= group.max_norm / (math.sqrt(table.squares.item()) * scale + group.clip_eps)
@@ -152,6 +153,8 @@ def test_prep_is_exact(rule: str) -> None:
             eps=group.eps,
             weight1=1.0 - group.beta1,
             weight2=1.0 - group.beta2,
+            small_beta1=group.beta1 if group.beta1 < 0.5 else 0.0,
+            small_beta2=group.beta2 if group.beta2 < 0.5 else 0.0,
             step_size=group.lr / correction1,
             debias=1.0 / correction1,
             denom_scale=1.0 / math.sqrt(correction2),

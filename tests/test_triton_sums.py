@@ -5,8 +5,12 @@ import math
 
 import pytest
 import torch
-from fused_optim.triton_kernels.launch import ROW_SUMS, TOTAL
-from triton_tables import BF16, DEVICE, F16, F32, F64, KINDS, RUNS, Group, Row, Table, rows_of
+from fused_optim.triton_kernels import launch as launching
+from fused_optim.triton_kernels.launch import ROW_SUMS, launch_total
+from triton_tables import BF16, DEVICE, F16, F32, F64, KINDS, LAUNCHES, RUNS, Group, Row, Table, rows_of
+
+from fused_optim.engine.layout import SHARE
+from fused_optim.engine.table import count_shares
 
 # Elsewhere there is nothing that could run a kernel: collect nothing.
 __test__ = RUNS
@@ -53,7 +57,7 @@ def check_scaled(table: Table) -> None:
     norm = math.sqrt(table.squares.item())
     assert norm == pytest.approx(expected, rel=1e-13)
     for row, (param, grad), around in zip(table.rows, before, outside, strict=True):
-        group = table.process_groups[row.group_index]
+        group = table.groups[row.group_index]
         factor = min(1.0, group.max_norm / (norm + group.clip_eps)) if group.max_norm and row.grad_address else 1.0
         wide = grad if grad.dtype == F64 else grad.float()
         assert torch.equal(row.views[0], param) and torch.equal(row.views[1], (wide * factor).to(grad.dtype))
@@ -103,12 +107,45 @@ def test_sums_of_many_chunks() -> None:
     row_offsets = torch.tensor([0, *counts]).cumsum(0).to(DEVICE)
     partials = torch.randn(sum(counts), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     sums = torch.full((len(counts), 2), math.nan, dtype=torch.float64, device=DEVICE)
-    ROW_SUMS.start(sums.device, len(counts), row_offsets, partials, sums)
+    with LAUNCHES.raising():
+        ROW_SUMS.start(sums.device, len(counts), row_offsets, partials, sums)
     expected = torch.stack([part.sum(0) for part in partials.split(counts)])
     torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4096, 4097, 3 * 4096 + 7])
+def test_total(count: int) -> None:
+    """Shares of neighbouring numbers, and then their sums: nothing beyond what `count_shares` leaves room for."""
+    numbers = torch.randn(count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    partials = torch.cat([numbers, torch.full((count_shares(count),), math.nan, dtype=torch.float64)]).to(DEVICE)
     out = torch.full((1,), math.nan, dtype=torch.float64, device=DEVICE)
-    TOTAL.start(sums.device, 1, partials, out, partials.numel())
-    torch.testing.assert_close(out, partials.sum().reshape(1), rtol=1e-12, atol=1e-12)
+    with LAUNCHES.raising():
+        launch_total(partials, count, out)
+    torch.testing.assert_close(out, numbers.sum().reshape(1).to(DEVICE), rtol=1e-12, atol=1e-12)
+    assert torch.equal(partials[:count].cpu(), numbers)
+    shares = numbers.split(SHARE) if count > SHARE else ()
+    expected = torch.tensor([share.sum() for share in shares], dtype=torch.float64, device=DEVICE)
+    torch.testing.assert_close(partials[count:], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_levels_of_a_total(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each launch adds up what the one before has left, and the last writes the total."""
+    launches: list[tuple[int, ...]] = []
+
+    class Stand:
+        def start(self, device: torch.device, *args: object) -> None:
+            launches.append(tuple(arg if isinstance(arg, int) else id(arg) for arg in args))
+
+    monkeypatch.setattr(launching, "TOTAL", Stand())
+    partials, out, count = torch.zeros(1), torch.zeros(1), 4096**2 + 1
+    launch_total(partials, count, out)
+    a, b = id(partials), id(out)
+    assert launches == [
+        (4097, a, a, 0, count, count),
+        (2, a, a, count, 4097, count + 4097),
+        (1, a, b, count + 4097, 2, 0),
+    ]
+    assert count_shares(count) == 4097 + 2
 
 
 def test_trust_ratios() -> None:

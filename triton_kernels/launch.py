@@ -22,7 +22,7 @@ from .prep import PREP_TENSORS, prep_kernel, trust_kernel
 from .rules import RULES
 from .scale import scale_kernel
 from .sums import TOTAL_THREADS, row_sums_kernel, squares_kernel, total_kernel
-from .tables import THREADS
+from .tables import SHARE, THREADS
 
 Signatures = tuple[tuple[int, ...], ...]
 
@@ -31,21 +31,31 @@ TYPES = {
     **dict.fromkeys(("chunk_table", "rows", "grads", "lr", "row_offsets"), "*i64"),
     **dict.fromkeys(("group_hparams", "tensor_scalars", "partials", "sums", "trust", "squares", "out"), "*fp64"),
     **dict.fromkeys(("grad_scale", "found_inf"), "*fp32"),
-    **dict.fromkeys(("tensors", "chunks"), "i32"),
+    **dict.fromkeys(("tensors", "first", "count", "place"), "i32"),
     "group_index": "*i32",
 }
 
 
-def register_limit(signature: int) -> int:
-    """How many registers a thread that walks rows of this signature may have; 0: no limit. Left to itself, NVIDIA's
-    assembler spills a few registers to fit one more block per SM; a limit keeps it from that. Others need fewer,
-    and a limit would only make it use more."""
+def register_limit(signatures: tuple[int, ...]) -> int:
+    """How many registers a thread that walks rows of these signatures may have; 0: no limit. Left to itself, NVIDIA's
+    assembler spills a few registers to fit one more block per SM; a limit keeps it from that. Others need fewer, and a
+    limit would only make it use more."""
+    if len(signatures) > 1 and all(count_streams(signature) == 1 for signature in signatures):
+        return 40
+    return max(map(_limit_of, signatures), default=0)
+
+
+def _limit_of(signature: int) -> int:
     streams, width = count_streams(signature), vector_width(signature)
-    if streams <= 2 or width == 4:
+    if streams <= 2 or (width == 4 and streams < 5):
         return 0
-    if streams == 3:
+    if streams == 3 or (width == 4 and streams == 5):
         return 64
-    return 104 if width == 2 and streams > 5 else 96
+    if width == 4:
+        return 72
+    if width == 8:
+        return 80  # six blocks per SM
+    return 104 if streams > 5 else 96
 
 
 class Variant:
@@ -75,9 +85,7 @@ class Variant:
 
     def options(self, target: GPUTarget) -> dict[str, Any]:
         options = {"num_warps": max(1, self.threads // target.warp_size), "enable_fp_fusion": False}
-        if target.backend == "cuda" and (
-            limit := max(map(register_limit, self.constants.get("SIGNATURES", ())), default=0)
-        ):
+        if target.backend == "cuda" and (limit := register_limit(self.constants.get("SIGNATURES", ()))):
             options["maxnreg"] = limit
         return options
 
@@ -201,10 +209,22 @@ def launch_squares(
 ) -> None:
     """out, float64 [1]: the sum of the squares of all gradients whose groups are clipped."""
     device, chunks = x.grads.device, x.chunk_table.numel()
+    assert x.partials is not None
     if chunks:
         hparams = x.group_hparams, x.group_index
         squares_variant(signatures).start(device, chunks, x.chunk_table, x.rows, x.grads, *hparams, x.partials)
-    TOTAL.start(device, 1, x.partials, out, chunks)
+    launch_total(x.partials, chunks, out)
+
+
+def launch_total(partials: Tensor, count: int, out: Tensor) -> None:
+    """out, float64 [1]: the sum of the first `count` of partials. The sums of their shares are written after them, and
+    sums of shares of those after them in turn, until there is one share."""
+    first = 0
+    while count > SHARE.value:
+        shares = -(-count // SHARE.value)
+        TOTAL.start(out.device, shares, partials, partials, first, count, first + count)
+        first, count = first + count, shares
+    TOTAL.start(out.device, 1, partials, out, first, count, 0)
 
 
 def launch_scale(

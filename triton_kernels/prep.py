@@ -104,6 +104,8 @@ def prep_kernel(
     tl.store(out + column(SCALARS, "eps"), group.eps, mask=go)
     tl.store(out + column(SCALARS, "weight1"), 1.0 - group.beta1, mask=go)
     tl.store(out + column(SCALARS, "weight2"), 1.0 - group.beta2, mask=go)
+    tl.store(out + column(SCALARS, "small_beta1"), tl.where(group.beta1 < 0.5, group.beta1, 0.0), mask=go)
+    tl.store(out + column(SCALARS, "small_beta2"), tl.where(group.beta2 < 0.5, group.beta2, 0.0), mask=go)
     tl.store(out + column(SCALARS, "step_size"), group.lr / at.correction1, mask=go)
     tl.store(out + column(SCALARS, "debias"), 1.0 / at.correction1, mask=go)
     tl.store(out + column(SCALARS, "denom_scale"), 1.0 / tl.sqrt(at.correction2), mask=go)

@@ -169,21 +169,28 @@ def walk(
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
-    """`count` elements of the streams of SIGNATURE: whole aligned blocks by full vectors, all else element by element.
-    Returns the sums, grown."""
+    """`count` elements of the streams of SIGNATURE. Aligned streams by vectors: whole blocks, then the rest, by the
+    threads that have a vector there. All else element by element. Returns the sums, grown."""
+    WIDTH: tl.constexpr = vector_width(SIGNATURE)
     # One access per thread and stream: a larger block would take the vector width of another signature of the launch.
-    BLOCK: tl.constexpr = THREADS * vector_width(SIGNATURE)
-    # Sums must not depend on where tensors lie: there, an element belongs to the same thread either way.
-    TAIL: tl.constexpr = BLOCK if len(sums) > 0 else THREADS
-    blocks = tl.where(aligned, count // BLOCK, 0)
+    BLOCK: tl.constexpr = THREADS * WIDTH
+    # The compiler must see that this is a multiple of WIDTH: then a mask is the same for all of a vector.
+    vectored = tl.where(aligned, count // WIDTH, 0) * WIDTH
+    blocks = vectored // BLOCK
     for i in range(blocks):
         at = i * BLOCK + tl.arange(0, BLOCK)
         sums = walk_block(h, [pointer + at for pointer in pointers], None, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA)
-    for i in range(blocks * BLOCK, count, TAIL):
+    for i in range(blocks * BLOCK, vectored, BLOCK):
+        at = i + tl.arange(0, BLOCK)
+        mask = at < vectored
+        sums = walk_block(h, [pointer + at for pointer in pointers], mask, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA)
+    # Sums must not depend on where tensors lie: there, an element belongs to the same thread either way.
+    TAIL: tl.constexpr = BLOCK if len(sums) > 0 else THREADS
+    start = vectored // TAIL * TAIL if len(sums) > 0 else vectored
+    for i in range(start, tl.where(vectored < count, count, 0), TAIL):
         at = i + tl.arange(0, TAIL)
-        sums = walk_block(
-            h, [pointer + at for pointer in pointers], at < count, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA
-        )
+        mask = (at >= vectored) & (at < count)
+        sums = walk_block(h, [pointer + at for pointer in pointers], mask, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA)
     return sums
 
 

@@ -15,6 +15,7 @@ from .tables import (
     GROUPS,
     ROW_WIDTH,
     ROWS,
+    SHARE,
     THREADS,
     column,
     first_element,
@@ -22,8 +23,7 @@ from .tables import (
     signature_number,
 )
 
-ROW_BLOCK = tl.constexpr(512)  # partial sums that a program adds up at once: of one tensor,
-TOTAL_BLOCK = tl.constexpr(4096)  # of all of them, which is one program's work
+ROW_BLOCK = tl.constexpr(512)  # partial sums of one tensor that a program adds up at once
 TOTAL_THREADS = tl.constexpr(1024)
 
 
@@ -88,28 +88,25 @@ def squares_kernel(
             square_chunk(entry, rows, grads, group_hparams, group_index, partials, SIGNATURES[i])
 
 
-@triton.jit
-def sum_partials(
-    partials: tl.tensor, COLUMNS: tl.constexpr, begin: tl.tensor, end: tl.tensor, BLOCK: tl.constexpr
-) -> tl.tensor:
-    """The sum of the first of `partials`' columns, rows `begin` up to `end`."""
-    total = tl.zeros((BLOCK,), tl.float64)
-    for i in range(begin, end, BLOCK):
-        at = i + tl.arange(0, BLOCK)
-        total += tl.load(partials + COLUMNS * at, mask=at < end, other=0.0)
-    return tl.sum(total)
-
-
 @triton.jit(do_not_specialize_on_alignment=["row_offsets", "partials", "sums"])
 def row_sums_kernel(row_offsets: tl.tensor, partials: tl.tensor, sums: tl.tensor) -> None:
     """What `update_moments` has left of each chunk, added up for one tensor per program."""
     row = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
     for i in tl.static_range(2):
-        tl.store(sums + 2 * row + i, sum_partials(partials + i, 2, begin, end, ROW_BLOCK))
+        total = tl.zeros((ROW_BLOCK,), tl.float64)
+        for first in range(begin, end, ROW_BLOCK):
+            at = first + tl.arange(0, ROW_BLOCK)
+            total += tl.load(partials + 2 * at + i, mask=at < end, other=0.0)
+        tl.store(sums + 2 * row + i, tl.sum(total))
 
 
-@triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["partials", "out"])
-def total_kernel(partials: tl.tensor, out: tl.tensor, chunks: tl.tensor) -> None:
-    """What squares_kernel has left of each chunk, added up by a single program."""
-    tl.store(out, sum_partials(partials, 1, tl.zeros((), tl.int64), chunks.to(tl.int64), TOTAL_BLOCK))
+@triton.jit(do_not_specialize=["first", "count", "place"], do_not_specialize_on_alignment=["partials", "out"])
+def total_kernel(partials: tl.tensor, out: tl.tensor, first: tl.tensor, count: tl.tensor, place: tl.tensor) -> None:
+    """Adds up `count` numbers of `partials`, those from `first` on, a share of SHARE neighbours per program:
+    out[place + i] becomes the sum of share i. A share has the same numbers on every machine, and all of them are added
+    up as one block, so that only the width of a warp (32; 64 on AMD) decides the order of the additions."""
+    share = tl.program_id(0).to(tl.int64)
+    at = share * SHARE + tl.arange(0, SHARE)
+    numbers = tl.load(partials + first + at, mask=at < count, other=0.0)
+    tl.store(out + place + share, tl.sum(numbers))

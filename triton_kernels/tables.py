@@ -7,6 +7,7 @@ import triton.language as tl
 from fused_optim.engine.layout import LAYOUT, GroupHparams, RowFields, TensorScalars
 
 CHUNK = tl.constexpr(LAYOUT["CHUNK"])  # elements of one tensor that one program handles
+SHARE = tl.constexpr(LAYOUT["SHARE"])  # numbers that one program adds up where the norm of all gradients is taken
 ALIGNMENT = tl.constexpr(LAYOUT["ALIGNMENT"])
 THREADS = tl.constexpr(128)  # of one program that walks a chunk
 

@@ -8,7 +8,7 @@ namespace fused_optim {
 template <class T>
 FUSED_HD void scale_chunk(const Tables& t, int64_t row, int64_t chunk, T factor, int thread) {
   if (factor == T(1)) return;
-  constexpr int V = kVector<T, 0>, kPart = kAccess / sizeof(T);
+  constexpr int V = kVector<T, kAbsent, 1>, kPart = kAccess / sizeof(T);
   const int64_t address = t.grads[row], begin = chunk * kChunk, left = t.rows[row * kRowWidth + kRowNumel] - begin;
   const int count = left < kChunk ? static_cast<int>(left) : kChunk;
   const Stream grad(address, format_of(t.rows[row * kRowWidth + kRowDtypeSignature], kStreamGrad), begin);

@@ -56,6 +56,8 @@ def scalars_of(table: Table, row: Row, grad_scale: float = 1.0, norm: float | No
         group.eps,
         weight1=1 - group.beta1,
         weight2=1 - group.beta2,
+        small_beta1=group.beta1 if group.beta1 < 0.5 else 0.0,
+        small_beta2=group.beta2 if group.beta2 < 0.5 else 0.0,
         step_size=quotient(group.lr, at.correction1),
         debias=quotient(1.0, at.correction1),
         denom_scale=1 / math.sqrt(at.correction2),

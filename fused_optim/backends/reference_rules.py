@@ -38,10 +38,15 @@ class Arithmetic(NamedTuple):
     direction: Callable[[TensorScalars, list[Tensor]], Tensor] | None = None
 
 
+def keep(average: Tensor, weight: float, small_beta: float) -> Tensor:
+    """beta * average. Beside a small beta the rounding of 1 - beta is large."""
+    return small_beta * average if small_beta else average - weight * average
+
+
 def averages(h: TensorScalars, grad: Tensor, states: list[Tensor]) -> list[Tensor]:
     """Running averages of the gradient and its square."""
-    exp_avg = states[0] - h.weight1 * states[0] + h.weight1 * grad
-    exp_avg_sq = states[1] - h.weight2 * states[1] + h.weight2 * grad * grad
+    exp_avg = keep(states[0], h.weight1, h.small_beta1) + h.weight1 * grad
+    exp_avg_sq = keep(states[1], h.weight2, h.small_beta2) + h.weight2 * grad * grad
     # Once the average is inf the line above says inf - inf.
     return [exp_avg, torch.where(states[1].isinf() & ~grad.isnan(), states[1], exp_avg_sq)]
 
@@ -82,8 +87,8 @@ def qhadam(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) 
 
 def lion(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
     """arXiv:2302.06675."""
-    mixed = (1 - h.weight1) * states[0] + h.weight1 * grad
-    return h.lr * mixed.sign(), [(1 - h.weight2) * states[0] + h.weight2 * grad]
+    mixed = keep(states[0], h.weight1, h.small_beta1) + h.weight1 * grad
+    return h.lr * mixed.sign(), [keep(states[0], h.weight2, h.small_beta2) + h.weight2 * grad]
 
 
 def lamb_scalars(group: GroupHparams, at: BiasCorrections) -> tuple[float, ...]:
@@ -96,7 +101,7 @@ def lamb(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) ->
     """arXiv:1904.00962 as in NVIDIA Apex. Own: the weight of the gradient in exp_avg; debias and denom_scale, 1 without
     bias correction."""
     _, exp_avg_sq = averages(h, grad, states)
-    states = [states[0] - h.weight1 * states[0] + h.own_a * grad, exp_avg_sq]
+    states = [keep(states[0], h.weight1, h.small_beta1) + h.own_a * grad, exp_avg_sq]
     return lamb_direction(h, states), states
 
 

@@ -46,9 +46,25 @@ def numbers_of(counts: Sequence[Any]) -> list[float]:
 
 
 def match_step(param: Tensor, step: Any) -> Tensor:
+    """The count of updates on the param's device, float32 [].
+
+    Raises:
+        RuntimeError: it has several elements, or no data (on meta) while the param has.
+    """
     if not isinstance(step, Tensor):
         step = torch.tensor(float(step))
+    if step.numel() != 1:
+        raise RuntimeError(f'state "step" must have one element, but has shape {tuple(step.shape)}')
+    check_data(param, step, "step")
     return local(step).to(local(param).device, torch.float32).reshape(())
+
+
+def check_data(param: Tensor, state: Tensor, name: str) -> None:
+    if state.is_meta and not param.is_meta:
+        raise RuntimeError(
+            f'state "{name}" must be on a device with data, like its param on {param.device}, but is on meta; load a '
+            "checkpoint, or clear the param's states"
+        )
 
 
 def match_layout(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
@@ -56,7 +72,7 @@ def match_layout(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) ->
     where they fit.
 
     Raises:
-        RuntimeError: a state has another shape than its param.
+        RuntimeError: a state has another shape than its param, or no data.
     """
     fitting: dict[str, Any] = {}
     for name in wanted:
@@ -67,6 +83,7 @@ def match_layout(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) ->
             raise RuntimeError(
                 f'state "{name}" must have its param\'s shape, {tuple(param.shape)}, but has {tuple(old.shape)}'
             )
+        check_data(param, old, name)
         old = spread_as(param, old, f'state "{name}"')
         if param.grad is not None:
             check_memory(old, f'state "{name}" of a param of shape {tuple(param.shape)}')

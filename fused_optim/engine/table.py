@@ -15,6 +15,7 @@ from .layout import (
     ALIGNMENT,
     CHUNK,
     MAX_SIGNATURES,
+    SHARE,
     Format,
     GroupHparams,
     RowFields,
@@ -187,6 +188,16 @@ class HostHparams:
         return GroupHparams(*self.group_hparams[group].tolist())
 
 
+def count_shares(count: int) -> int:
+    """How many sums lie between so many numbers and the sum of them all, where a block adds up SHARE at most. There are
+    never more of them than numbers."""
+    total = 0
+    while count > SHARE:
+        count = -(-count // SHARE)
+        total += count
+    return total
+
+
 class Table:
     """The arrays of one device's rows (see TableArrays), on the host; but `tensor_scalars` and what is summed lie on
     the device.
@@ -247,7 +258,8 @@ class Table:
         self.sums: Tensor | None = None
         self.trust: Tensor | None = None
         if rule.trust or clips:
-            shape = self.chunk_table.numel(), 2 if rule.trust else 1
+            count = self.chunk_table.numel()
+            shape = (count, 2) if rule.trust else (count + count_shares(count),)
             self.partials = torch.zeros(shape, dtype=torch.float64, device=device)
         if clips:
             self.squares = torch.zeros(1, dtype=torch.float64, device=device)

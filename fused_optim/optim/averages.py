@@ -25,7 +25,7 @@ class Averaged(Options):
 
     @property
     def ema(self) -> Mapping[Tensor, Tensor] | None:
-        """The averages of params that have had a gradient, by param: a view on state[param]["ema"]. To be read outside
+        """The averages by param, of params that have had a gradient: a view of `state[param]["ema"]`. Read it outside
         of ema_weights(). None without an ema_decay."""
         return None if self._ema is None else Averages(self.param_groups, self.state)
 

@@ -156,7 +156,7 @@ class FusedOptimizer(Averaged):
 
     def step(self, closure: Callable[[], Any] | None = None, grad_scale: float | Tensor | None = None) -> Any:
         """Updates every param that has a gradient. On each GPU this takes two launches, prepare and update; clipping
-        adds two, LAMB three.
+        adds two or three, LAMB three.
 
         Args:
             closure: reevaluates the model, with grad enabled, and returns the loss.

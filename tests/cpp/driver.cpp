@@ -70,8 +70,9 @@ Group make_group(Random& random, const Rule& rule) {
   Group g{};
   const bool switches = rule.trust || rule.max_states == 1;  // b, at least, is a switch
   g.lr = 1e-2 * (1 + below(random, 9));
-  g.beta1 = 0.8 + 0.01 * below(random, 19);
-  g.beta2 = 0.9 + 0.001 * below(random, 99);
+  const auto small = [&] { return std::pow(10.0, -1.0 - below(random, 7)); };
+  g.beta1 = chance(random, 0.2) ? small() : 0.8 + 0.01 * below(random, 19);
+  g.beta2 = chance(random, 0.2) ? small() : 0.9 + 0.001 * below(random, 99);
   g.eps = 1e-8;
   g.weight_decay = 0.1 * below(random, 3);
   g.decoupled = chance(random, 0.5);

@@ -56,7 +56,7 @@ class Oracle {
     if (is("lion")) return lion(grad, state);
     if (is("adagrad")) return adagrad(grad, state);
     if (!is("lamb")) fail("tests/cpp/rules.h has no oracle of the rule", rule_);
-    state[0] = group_.a != 0 ? state[0] + rest1_ * (grad - state[0]) : beta1_ * state[0] + grad;
+    state[0] = kept(state[0], beta1_) + (group_.a != 0 ? rest1_ * grad : grad);
     state[1] = beta2_ * state[1] + rest2_ * grad * grad;
     return Bounded::exact(0);
   }
@@ -86,8 +86,13 @@ class Oracle {
     return Bounded::rounded(1 - std::pow(static_cast<long double>(beta), step), 0x1p-47L);
   }
 
+  // What stays of an average. The walkers subtract from it, so an infinite one becomes NaN.
+  static Bounded kept(const Bounded& average, const Bounded& beta) {
+    return std::isinf(average.value) ? average - average : beta * average;
+  }
+
   Bounded adam(const Bounded& grad, std::vector<Bounded>& state) const {
-    state[0] = state[0] + rest1_ * (grad - state[0]);
+    state[0] = kept(state[0], beta1_) + rest1_ * grad;
     state[1] = beta2_ * state[1] + rest2_ * grad * grad;
     if (state.size() == 3) state[2] = larger(state[2], state[1]);
     return lr_ * (state[0] / correction1_) / (square_root(state.back() / correction2_) + eps_);
@@ -101,7 +106,7 @@ class Oracle {
   }
 
   Bounded qhadam(const Bounded& grad, std::vector<Bounded>& state) const {
-    state[0] = state[0] + rest1_ * (grad - state[0]);
+    state[0] = kept(state[0], beta1_) + rest1_ * grad;
     state[1] = beta2_ * state[1] + rest2_ * grad * grad;
     const Bounded mean = rest_a_ * grad + a_ * (state[0] / correction1_);
     return lr_ * mean / (square_root(rest_b_ * grad * grad + b_ * (state[1] / correction2_)) + eps_);
@@ -114,8 +119,8 @@ class Oracle {
   }
 
   Bounded lion(const Bounded& grad, std::vector<Bounded>& state) const {
-    const Bounded mixed = state[0] + rest1_ * (grad - state[0]);
-    state[0] = state[0] + rest2_ * (grad - state[0]);
+    const Bounded mixed = kept(state[0], beta1_) + rest1_ * grad;
+    state[0] = kept(state[0], beta2_) + rest2_ * grad;
     return lr_ * sign(mixed);
   }
 
