@@ -1,5 +1,5 @@
-// A stand-in for libcuda.so.1: the functions that Triton's driver.c calls. Launches go to a callback. It has one device,
-// like an H100. Streams, contexts and modules are plain numbers.
+// A stand-in for libcuda.so.1: the functions that Triton's driver.c calls. Launches go to a callback. Its only device
+// resembles an H100. Streams, contexts and modules are plain numbers.
 #include <stddef.h>
 #include <stdint.h>
 
