@@ -1,4 +1,4 @@
-"""What torch.optim promises, ours keep: constructors, groups, states, hooks, schedulers, late params."""
+"""Our optimizers keep the contract of torch.optim: constructors, groups, states, hooks, schedulers, late params."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_refusals_of_torchs_switches(case: Case) -> None:
 
 @for_every_class_of_torch
 def test_constructor_is_torchs(case: Case) -> None:
-    """Same arguments, same order, same defaults, same kinds; what ours add is keyword-only."""
+    """Same arguments, order, defaults and kinds. Our additional arguments are keyword-only."""
     ours = inspect.signature(case.ours).parameters
     theirs = inspect.signature(case.torch).parameters
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -193,13 +193,13 @@ def test_schedulers(case: Case, target: Target, name: str, tensor_lr: bool) -> N
             set_grads(parameters(optimizer), random_grads(parameters(optimizer), step))
             optimizer.step()
         set_grads(parameters(optimizers[0]), random_grads(parameters(optimizers[0]), step))
-        checked_step(optimizers[0], case.rule, 6.0)  # the larger lr, the more the step's own roundings are worth
+        checked_step(optimizers[0], case.rule, 6.0)  # a larger lr makes the rounding errors of the step larger
         for scheduler in schedulers:
             scheduler.step()
             assert scheduler.get_last_lr() == schedulers[0].get_last_lr()
         group = optimizers[0].param_groups[0]
         seen.add((float(group["lr"]), group["momentum"] if "momentum" in group else group["betas"][0]))
-    assert len(seen) == quick(target, 30, 4) or name == "CosineAnnealingWarmRestarts"  # which repeats itself
+    assert len(seen) == quick(target, 30, 4) or name == "CosineAnnealingWarmRestarts"  # which repeats lrs
     assert len({cycled for _, cycled in seen}) > 1 or name != "OneCycleLR"
     if case.torch:
         assert_like_torch(*optimizers)
@@ -245,4 +245,4 @@ def test_options_changed_between_steps(case: Case, target: Target) -> None:
     for step, change in enumerate(changes):
         optimizer.param_groups[1].update(case.known(**change))
         set_grads(params, random_grads(params, step))
-        checked_step(optimizer, case.rule, 8.0)  # steps of many times lr, once betas jump
+        checked_step(optimizer, case.rule, 8.0)  # after a jump of betas a step is many times lr
