@@ -46,8 +46,8 @@ def function(item: pytest.Item) -> str:
 
 
 def is_needless(item: pytest.Item) -> bool:
-    """Whether a test of host code repeats on a slow backend what AMSGRAD, which has every state, covers. The caller
-    keeps the test if its function has no AMSGRAD case."""
+    """Whether the test can be dropped: a test of host code, on a slow backend, with another case than AMSGRAD. AMSGRAD
+    has every state, so it is enough. The caller keeps the test if its function has no case AMSGRAD."""
     found = arguments(item)
     target, case = found.get("target"), found.get("case", AMSGRAD)
     slow = isinstance(target, Target) and target.backend in SLOW

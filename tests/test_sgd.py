@@ -1,5 +1,5 @@
-"""SGD and SGDW: they must match torch's for-loop. The momentum buffer starts as the param's first gradient, at whatever
-step that comes."""
+"""SGD and SGDW: they must match torch's for-loop. The momentum buffer starts as the param's first gradient, even if
+that comes late."""
 
 from __future__ import annotations
 

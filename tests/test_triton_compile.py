@@ -148,8 +148,8 @@ every_build = pytest.mark.parametrize(
         for name in (WALKS if target == HOPPER else ELSEWHERE)
     ],
 )
-# An SM has 65,536 registers. With 64 registers per thread 1,024 threads are resident, with 80 (two-byte dtypes) 768, with
-# 96 there are 640, with 104 (six streams of float64) 512. Each thread has one vector per stream in flight.
+# An SM has 65,536 registers. With 64 registers per thread 1,024 threads are resident, with 80 (two-byte dtypes) 768,
+# with 96 there are 640, with 104 (six streams of float64) 512. Each thread has one vector per stream in flight.
 FEW_REGISTERS, NARROW_REGISTERS, MOST_REGISTERS, WIDE_REGISTERS = 64, 80, 96, 104
 # The exact counts of instructions and registers are those of this version of Triton. Other versions may generate other
 # code: for them the tests require 128-bit accesses and no spills.
