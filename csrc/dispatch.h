@@ -1,29 +1,12 @@
 // From what is known at run time (a rule's name, a row's signature) to template arguments.
 #pragma once
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "rules.h"
 #include "tables.h"
 
 namespace fused_optim {
-
-template <class T>
-struct Tag {
-  using type = T;
-};
-
-template <class... Rules>
-struct RuleList {
-  template <class F>
-  static bool visit(const char* name, F&& f) {
-    return ((std::strcmp(name, Rules::name) == 0 && (f(Tag<Rules>{}), true)) || ...);
-  }
-};
-
-// Every rule of rules.h: a new one is entered here, and nowhere else.
-using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion>;
 
 // Calls f(Tag<Rule>{}) for the rule of that name. False when there is none.
 template <class F>

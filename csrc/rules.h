@@ -6,6 +6,7 @@
 // A rule with `trust` is walked twice, because each tensor's update is scaled by the ratio of two norms:
 // `update_moments` changes the states, `direction` makes the update of them alone, before lr and decay.
 //
+// Rules name the least and the most states that they take, and how many of these may be negative; those come first.
 // A rule may have a function `scalars`, which makes scalars of its own from the options of the tensor's group.
 #pragma once
 #include <cmath>
@@ -99,6 +100,27 @@ FUSED_HD T lerp_square(T average, T x, T weight) {
   return fma(weight * x, x, fma(-weight, bounded(average), average));
 }
 
+// beta * average. A beta of 0.5 or more is 1 - weight, as in lerp, and small_beta is 0. Below 0.5 the rounding of the
+// weight is large beside beta; then drop is 1, the inner sum is 0, and small_beta is beta, rounded once.
+// factor: the average, or a finite number in the place of inf.
+template <class T>
+FUSED_HD T keep(T average, T factor, T weight, T small_beta) {
+  const T drop = small_beta != T(0) ? T(1) : weight;  // the same for a whole tensor
+  return fma(small_beta, factor, fma(-drop, factor, average));
+}
+
+// beta * average + (1 - beta) * x, exact to a few ulp for any beta in [0, 1).
+template <class T>
+FUSED_HD T move_average(T average, T x, T weight, T small_beta) {
+  return fma(weight, x, keep(average, average, weight, small_beta));
+}
+
+// The same of x * x: finite where weight * x * x is, and inf (not NaN) once the average is inf.
+template <class T>
+FUSED_HD T move_average_square(T average, T x, T weight, T small_beta) {
+  return fma(weight * x, x, keep(average, bounded(average), weight, small_beta));
+}
+
 // The larger of the two; NaN if either is, as torch.maximum.
 template <class T>
 FUSED_HD T maximum(T a, T b) {
@@ -116,12 +138,12 @@ FUSED_HD T sign(T x) {
 struct Adam {
   static constexpr const char* name = "adam";
   static constexpr bool trust = false;
-  static constexpr int min_states = 2, max_states = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
+  static constexpr int signed_states = 1, min_states = 2, max_states = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
 
   template <class T, int S>
   FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
-    T exp_avg = state[0] = lerp(state[0], grad, h.weight1);
-    T exp_avg_sq = state[1] = lerp_square(state[1], grad, h.weight2);
+    T exp_avg = state[0] = move_average(state[0], grad, h.weight1, h.small_beta1);
+    T exp_avg_sq = state[1] = move_average_square(state[1], grad, h.weight2, h.small_beta2);
     if constexpr (S == 3) exp_avg_sq = state[2] = maximum(state[2], exp_avg_sq);
     return h.step_size * (exp_avg / fma(square_root(exp_avg_sq), h.denom_scale, h.eps));
   }
@@ -131,7 +153,7 @@ struct Adam {
 struct Sgd {
   static constexpr const char* name = "sgd";
   static constexpr bool trust = false;
-  static constexpr int min_states = 0, max_states = 1;  // momentum_buffer
+  static constexpr int signed_states = 1, min_states = 0, max_states = 1;  // momentum_buffer
 
   // Weights of gradient and buffer in the new buffer, momentum, nesterov.
   FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
@@ -154,7 +176,7 @@ struct Sgd {
 struct QHAdam {
   static constexpr const char* name = "qhadam";
   static constexpr bool trust = false;
-  static constexpr int min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
+  static constexpr int signed_states = 1, min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
 
   // Weights of the gradient beside the two averages.
   FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections&) {
@@ -163,8 +185,8 @@ struct QHAdam {
 
   template <class T, int S>
   FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
-    const T exp_avg = state[0] = lerp(state[0], grad, h.weight1);
-    const T exp_avg_sq = state[1] = lerp_square(state[1], grad, h.weight2);
+    const T exp_avg = state[0] = move_average(state[0], grad, h.weight1, h.small_beta1);
+    const T exp_avg_sq = state[1] = move_average_square(state[1], grad, h.weight2, h.small_beta2);
     const T mean = lerp(h.debias * exp_avg, grad, h.own_a);
     const T mean_sq = lerp_square(h.denom_scale * h.denom_scale * exp_avg_sq, grad, h.own_b);
     return h.lr * (mean / (square_root(mean_sq) + h.eps));
@@ -175,7 +197,7 @@ struct QHAdam {
 struct Lamb {
   static constexpr const char* name = "lamb";
   static constexpr bool trust = true;
-  static constexpr int min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
+  static constexpr int signed_states = 1, min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
 
   // Weight of the gradient in exp_avg; debias and denom_scale, 1 without bias correction.
   FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
@@ -186,8 +208,8 @@ struct Lamb {
 
   template <class T, int S>
   FUSED_HD static void update_moments(const TensorScalars<T>& h, T grad, T (&state)[S]) {
-    state[0] = fma(h.own_a, grad, fma(-h.weight1, state[0], state[0]));
-    state[1] = lerp_square(state[1], grad, h.weight2);
+    state[0] = fma(h.own_a, grad, keep(state[0], state[0], h.weight1, h.small_beta1));
+    state[1] = move_average_square(state[1], grad, h.weight2, h.small_beta2);
   }
 
   template <class T, int S>
@@ -200,14 +222,53 @@ struct Lamb {
 struct Lion {
   static constexpr const char* name = "lion";
   static constexpr bool trust = false;
-  static constexpr int min_states = 1, max_states = 1;  // exp_avg
+  static constexpr int signed_states = 1, min_states = 1, max_states = 1;  // exp_avg
 
   template <class T, int S>
   FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
-    const T mixed = lerp(state[0], grad, h.weight1);
-    state[0] = lerp(state[0], grad, h.weight2);
+    const T mixed = move_average(state[0], grad, h.weight1, h.small_beta1);
+    state[0] = move_average(state[0], grad, h.weight2, h.small_beta2);
     return h.lr * sign(mixed);
   }
 };
+
+// Adagrad, Duchi et al., JMLR 2011, as in torch. Option: lr_decay.
+struct Adagrad {
+  static constexpr const char* name = "adagrad";
+  static constexpr bool trust = false;
+  static constexpr int signed_states = 0, min_states = 1, max_states = 1;  // sum
+
+  // lr after its decay.
+  FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
+    return {group.lr / (1.0 + (at.step - 1.0) * group.option_a)};
+  }
+
+  template <class T, int S>
+  FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
+    state[0] = fma(grad, grad, state[0]);
+    return h.own_a * (grad / (square_root(state[0]) + h.eps));
+  }
+};
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+template <class... Rules>
+struct RuleList {
+  template <class F>
+  static bool visit(const char* name, F&& f) {
+    return ((std::strcmp(name, Rules::name) == 0 && (f(Tag<Rules>{}), true)) || ...);
+  }
+
+  template <class F>
+  static void each(F&& f) {
+    (f(Tag<Rules>{}), ...);
+  }
+};
+
+// Every rule. Kernels, modules and tests go over this list.
+using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion, Adagrad>;
 
 }  // namespace fused_optim

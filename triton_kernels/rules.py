@@ -84,6 +84,27 @@ def lerp_square(average: tl.tensor, x: tl.tensor, weight: tl.tensor) -> tl.tenso
 
 
 @triton.jit
+def keep(average: tl.tensor, factor: tl.tensor, weight: tl.tensor, small_beta: tl.tensor) -> tl.tensor:
+    """beta * average. A beta of 0.5 or more is 1 - weight, as in lerp, and small_beta is 0. Below 0.5 the rounding of
+    the weight is large beside beta; then drop is 1, the inner sum is 0, and small_beta is beta, rounded once.
+    factor: the average, or a finite number in the place of inf."""
+    drop = tl.where(small_beta != 0.0, 1.0, weight)  # the same for a whole tensor
+    return tl.fma(small_beta, factor, tl.fma(-drop, factor, average))
+
+
+@triton.jit
+def move_average(average: tl.tensor, x: tl.tensor, weight: tl.tensor, small_beta: tl.tensor) -> tl.tensor:
+    """beta * average + (1 - beta) * x, exact to a few ulp for any beta in [0, 1)."""
+    return tl.fma(weight, x, keep(average, average, weight, small_beta))
+
+
+@triton.jit
+def move_average_square(average: tl.tensor, x: tl.tensor, weight: tl.tensor, small_beta: tl.tensor) -> tl.tensor:
+    """The same of x * x: finite where weight * x * x is, and inf (not NaN) once the average is inf."""
+    return tl.fma(weight * x, x, keep(average, minimum(average, largest(x.dtype)), weight, small_beta))
+
+
+@triton.jit
 def sign(x: tl.tensor) -> tl.tensor:
     """-1, 0 or 1; 0 of NaN, as torch.sign."""
     return (x > 0.0).to(x.dtype) - (x < 0.0).to(x.dtype)
@@ -93,8 +114,8 @@ def sign(x: tl.tensor) -> tl.tensor:
 def adam(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
     """Adam, arXiv:1412.6980; with a third state amsgrad, Reddi et al., ICLR 2018, whose maximum torch takes before bias
     correction. States: exp_avg, exp_avg_sq, max_exp_avg_sq."""
-    exp_avg = lerp(states[0], grad, h.weight1)
-    exp_avg_sq = lerp_square(states[1], grad, h.weight2)
+    exp_avg = move_average(states[0], grad, h.weight1, h.small_beta1)
+    exp_avg_sq = move_average_square(states[1], grad, h.weight2, h.small_beta2)
     new_states: tl.tuple = (exp_avg, exp_avg_sq)
     if len(states) == 3:
         exp_avg_sq = maximum(states[2], exp_avg_sq)
@@ -136,8 +157,8 @@ def qhadam_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
 @triton.jit
 def qhadam(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
     """QHAdam, arXiv:1810.06801, section 4.2. Options: the two nus. States: exp_avg, exp_avg_sq."""
-    exp_avg = lerp(states[0], grad, h.weight1)
-    exp_avg_sq = lerp_square(states[1], grad, h.weight2)
+    exp_avg = move_average(states[0], grad, h.weight1, h.small_beta1)
+    exp_avg_sq = move_average_square(states[1], grad, h.weight2, h.small_beta2)
     mean = lerp(h.debias * exp_avg, grad, h.own_a)
     mean_sq = lerp_square(h.denom_scale * h.denom_scale * exp_avg_sq, grad, h.own_b)
     return h.lr * divide(mean, square_root(mean_sq) + h.eps), (exp_avg, exp_avg_sq)
@@ -157,8 +178,8 @@ def lamb_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
 def lamb_moments(h: TensorScalars, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
     """LAMB, arXiv:1904.00962, with the choices of NVIDIA Apex. Options: grad_averaging, bias_correction.
     States: exp_avg, exp_avg_sq."""
-    exp_avg = tl.fma(h.own_a, grad, tl.fma(-h.weight1, states[0], states[0]))
-    return exp_avg, lerp_square(states[1], grad, h.weight2)
+    exp_avg = tl.fma(h.own_a, grad, keep(states[0], states[0], h.weight1, h.small_beta1))
+    return exp_avg, move_average_square(states[1], grad, h.weight2, h.small_beta2)
 
 
 @triton.jit
@@ -169,7 +190,21 @@ def lamb_direction(h: TensorScalars, states: tl.tuple) -> tl.tensor:
 @triton.jit
 def lion(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
     """Lion, arXiv:2302.06675. States: exp_avg."""
-    return h.lr * sign(lerp(states[0], grad, h.weight1)), (lerp(states[0], grad, h.weight2),)
+    mixed = move_average(states[0], grad, h.weight1, h.small_beta1)
+    return h.lr * sign(mixed), (move_average(states[0], grad, h.weight2, h.small_beta2),)
+
+
+@triton.jit
+def adagrad_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
+    """lr after its decay."""
+    return (group.lr / (1.0 + (at.step - 1.0) * group.option_a),)
+
+
+@triton.jit
+def adagrad(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """Adagrad, Duchi et al., JMLR 2011, as in torch. Option: lr_decay. States: sum."""
+    total = tl.fma(grad, grad, states[0])
+    return h.own_a * divide(grad, square_root(total) + h.eps), (total,)
 
 
 class Rule(NamedTuple):
@@ -184,4 +219,5 @@ RULES = {
     "qhadam": Rule(qhadam, qhadam_scalars),
     "lamb": Rule(lamb_moments, lamb_scalars, lamb_direction),
     "lion": Rule(lion),
+    "adagrad": Rule(adagrad, adagrad_scalars),
 }

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .dtensor import like, local, spread_as
-from .table import DTYPE_CODES, Row, is_dense, real_dtype, same_strides
-from .validation import check_memory
+from .table import DTYPE_CODES, Row, Rule, is_dense, real_dtype, same_strides
+from .validation import check_memory, may_get_grad
 
 
 def target_of(param: Tensor) -> Tensor:
@@ -102,9 +102,14 @@ def match_layout(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) ->
 
 
 def make_states(
-    param: Tensor, state: dict[str, Any], wanted: Sequence[str], dtype: torch.dtype | None
+    param: Tensor,
+    state: dict[str, Any],
+    wanted: Sequence[str],
+    dtype: torch.dtype | None,
+    starts: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Those of `wanted` that `state` lacks: zeros, but the maximum of an average starts from the average."""
+    """Those of `wanted` that `state` lacks. starts: what they start from, where that is not 0; but the maximum of an
+    average starts from the average. Of complex states it is what both parts start from, as in torch."""
     made: dict[str, Any] = {}
     for name in wanted:
         if name in state:
@@ -113,9 +118,24 @@ def make_states(
         if average is not None:
             made[name] = like(param, local(average).clone())
         else:
-            zeros = torch.zeros_like(local(param), dtype=state_dtype_of(param, dtype), requires_grad=False)
-            made[name] = like(param, zeros)
+            start = (starts or {}).get(name, 0.0)
+            shard, value = local(param), complex(start, start) if param.is_complex() else start
+            full = torch.full_like(shard, value, dtype=state_dtype_of(param, dtype), requires_grad=False)
+            made[name] = like(param, full)
     return made
+
+
+def make_eager_states(
+    rule: Rule, group: Mapping[str, Any], state: MutableMapping[Tensor, dict[str, Any]], dtype: torch.dtype | None
+) -> None:
+    """Gives every param of a group the states that it has before its first step, in place of any that it has. Frozen
+    params get none."""
+    wanted, starts = rule.states_of(group), rule.starts_of(group)
+    for param in group["params"]:
+        state.pop(param, None)
+        if may_get_grad(param):
+            step = {"step": match_step(param, 0.0)} if rule.counted else {}
+            state[param] = {**step, **make_states(param, {}, wanted, dtype, starts)}
 
 
 def make_row(param: Tensor, state: dict[str, Any], wanted: Sequence[str], step: Tensor, group: int) -> Row:

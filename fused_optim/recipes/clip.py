@@ -42,7 +42,7 @@ def clip_grad_norm_(
     """torch.nn.utils.clip_grad_norm_ with one read and one write of the gradients: multiplies all gradients in place by
     min(1, max_norm / (norm + 1e-6)), where norm is the norm of all of them together.
 
-    On a GPU it takes three launches for any number of gradients and does not wait for the device, unless
+    On a GPU it takes three launches, or four above 16.8 million elements, and does not wait for the device, unless
     error_if_nonfinite is true. If nothing has to be clipped no gradient is written.
 
     The norm is a float64 sum in a fixed order and the same at every run. (On a CPU it sums float32 sums of eight
