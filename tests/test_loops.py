@@ -141,8 +141,8 @@ def parts_of(model: nn.Sequential) -> list[nn.Module]:
 
 @on_every_target
 def test_an_optimizer_for_each_part(target: Target) -> None:
-    """Compared with torch's optimizers. In the middle of the training ours load torch's checkpoint, or torch's load
-    ours."""
+    """Compared with torch's optimizers. In the middle of the training new optimizers load the checkpoint: ours from
+    torch's, torch's from ours, or ours from our own."""
     batches = [batch for micro in steps_of(target) for batch in micro]
 
     def mine(params: Iterable[Tensor]) -> Optimizer:
