@@ -175,9 +175,9 @@ class WeightAverage:
             self.swapped = False
             if converted:
                 warnings.warn(
-                    f"{converted} params were converted or replaced inside of ema_weights(). They keep what they hold "
-                    "now, and the weights that they were trained to are gone. To train on, convert a copy of the "
-                    "model: copy.deepcopy(model)",
+                    f"{converted} params were converted or replaced inside of ema_weights(). They keep their current "
+                    "values, and their trained values are lost. To continue training, convert a copy of the model: "
+                    "copy.deepcopy(model)",
                     stacklevel=5,  # past two context managers
                 )
 
@@ -251,15 +251,15 @@ def from_averaged_model(state: Mapping[str, Any], names: Sequence[str | None]) -
     """
     if None in names:
         raise ValueError(
-            "the averages of an AveragedModel are found by the names of the params, and this optimizer does not know "
-            "them; make it with model.named_parameters() in place of model.parameters()"
+            "the averages of an AveragedModel are found by the names of the params, but this optimizer does not have "
+            "the names; make it with model.named_parameters() in place of model.parameters()"
         )
     steps = int(state["n_averaged"])
     found = {index: state[f"module.{name}"] for index, name in enumerate(names) if f"module.{name}" in state}
     if not found:
         raise ValueError(
-            f"the AveragedModel has no average of the optimizer's params: it has {list(state)[1:4]}, and they are "
-            f"{list(names)[:3]}; load the averages of the same model"
+            f"the AveragedModel has no average of the optimizer's params: it has {list(state)[1:4]}, but the params "
+            f"are {list(names)[:3]}; load the averages of the same model"
         )
     return {"steps": steps, "averages": found if steps else {}}  # before the first update they are copies of the model
 
@@ -268,7 +268,7 @@ def make_average(decay: Decay | None, dtype: torch.dtype | None) -> WeightAverag
     """A WeightAverage, or None without a decay. Raises the errors of WeightAverage, and ValueError for a dtype if there
     is no decay."""
     if decay is None and dtype is not None:
-        raise ValueError("ema_dtype has a meaning only with ema_decay; leave it out, or use ema_decay=0.999, say")
+        raise ValueError("ema_dtype can be set only with ema_decay; leave it out, or set ema_decay, for example 0.999")
     return None if decay is None else WeightAverage(decay, dtype)
 
 
