@@ -1,29 +1,12 @@
 // Maps run-time values (a rule's name, a row's signature) to template arguments.
 #pragma once
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "rules.h"
 #include "tables.h"
 
 namespace fused_optim {
-
-template <class T>
-struct Tag {
-  using type = T;
-};
-
-template <class... Rules>
-struct RuleList {
-  template <class F>
-  static bool visit(const char* name, F&& f) {
-    return ((std::strcmp(name, Rules::name) == 0 && (f(Tag<Rules>{}), true)) || ...);
-  }
-};
-
-// All rules of rules.h. This is the only list of rules in C++.
-using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion>;
 
 // Calls f(Tag<Rule>{}) for the rule of this name. Returns false if there is none.
 template <class F>

@@ -74,6 +74,8 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   out[kScalarEps] = group.eps;
   out[kScalarWeight1] = 1.0 - group.beta1;
   out[kScalarWeight2] = 1.0 - group.beta2;
+  out[kScalarSmallBeta1] = group.beta1 < 0.5 ? group.beta1 : 0.0;
+  out[kScalarSmallBeta2] = group.beta2 < 0.5 ? group.beta2 : 0.0;
   out[kScalarStepSize] = group.lr / memo.correction1;
   out[kScalarDebias] = 1.0 / memo.correction1;
   out[kScalarDenomScale] = 1.0 / ::sqrt(memo.correction2);

@@ -7,7 +7,9 @@
 // walk calls `update_moments`, which changes the states. `direction` computes the update from the states alone, before
 // lr and decay.
 //
-// A rule may have a function `scalars`. It computes the rule's own scalars from the options of the tensor's group.
+// A rule declares its minimum and maximum number of states, and how many of its states can be negative. Those come
+// first. A rule can have a function `scalars`, which computes the rule's own scalars from the options of the tensor's
+// group.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -88,9 +90,9 @@ FUSED_HD T bounded(T x) {
   }
 }
 
-// (1 - weight) * average + weight * x. `weight` is 1 - beta, rounded once from float64. 1 - float(weight) is closer to
-// beta than float(beta) is, and the two weights sum to 1. With weight 1 (beta 0) the result is x if the average is
-// finite.
+// (1 - weight) * average + weight * x. `weight` is 1 - beta, rounded once from float64. For beta from 0.5, 1 - weight
+// is closer to beta than beta rounded to float, and the two weights sum to 1. With weight 1 (beta 0) the result is x if
+// the average is finite.
 template <class T>
 FUSED_HD T lerp(T average, T x, T weight) {
   return fma(weight, x, fma(-weight, average, average));
@@ -101,6 +103,28 @@ FUSED_HD T lerp(T average, T x, T weight) {
 template <class T>
 FUSED_HD T lerp_square(T average, T x, T weight) {
   return fma(weight * x, x, fma(-weight, bounded(average), average));
+}
+
+// beta * average. For beta from 0.5, small_beta is 0 and beta is computed as 1 - weight, as in lerp. Below 0.5 the
+// rounding error of the weight is large relative to beta. Then small_beta is beta, rounded once, and drop is 1, so the
+// inner sum is 0. factor: the average, or a finite number in place of an infinite average.
+template <class T>
+FUSED_HD T keep(T average, T factor, T weight, T small_beta) {
+  const T drop = small_beta != T(0) ? T(1) : weight;  // constant for a tensor
+  return fma(small_beta, factor, fma(-drop, factor, average));
+}
+
+// beta * average + (1 - beta) * x, with an error of a few ulp for any beta in [0, 1).
+template <class T>
+FUSED_HD T move_average(T average, T x, T weight, T small_beta) {
+  return fma(weight, x, keep(average, average, weight, small_beta));
+}
+
+// beta * average + (1 - beta) * x * x. As in lerp_square, x * x alone is not computed, and an infinite average stays
+// inf.
+template <class T>
+FUSED_HD T move_average_square(T average, T x, T weight, T small_beta) {
+  return fma(weight * x, x, keep(average, bounded(average), weight, small_beta));
 }
 
 // The maximum; NaN if either argument is NaN, as in torch.maximum.
@@ -120,12 +144,12 @@ FUSED_HD T sign(T x) {
 struct Adam {
   static constexpr const char* name = "adam";
   static constexpr bool trust = false;
-  static constexpr int min_states = 2, max_states = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
+  static constexpr int signed_states = 1, min_states = 2, max_states = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
 
   template <class T, int S>
   FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
-    T exp_avg = state[0] = lerp(state[0], grad, h.weight1);
-    T exp_avg_sq = state[1] = lerp_square(state[1], grad, h.weight2);
+    T exp_avg = state[0] = move_average(state[0], grad, h.weight1, h.small_beta1);
+    T exp_avg_sq = state[1] = move_average_square(state[1], grad, h.weight2, h.small_beta2);
     if constexpr (S == 3) exp_avg_sq = state[2] = maximum(state[2], exp_avg_sq);
     return h.step_size * (exp_avg / fma(square_root(exp_avg_sq), h.denom_scale, h.eps));
   }
@@ -136,7 +160,7 @@ struct Adam {
 struct Sgd {
   static constexpr const char* name = "sgd";
   static constexpr bool trust = false;
-  static constexpr int min_states = 0, max_states = 1;  // momentum_buffer
+  static constexpr int signed_states = 1, min_states = 0, max_states = 1;  // momentum_buffer
 
   // The weights of gradient and old buffer in the new buffer; momentum; nesterov.
   FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
@@ -159,7 +183,7 @@ struct Sgd {
 struct QHAdam {
   static constexpr const char* name = "qhadam";
   static constexpr bool trust = false;
-  static constexpr int min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
+  static constexpr int signed_states = 1, min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
 
   // The weights of the gradient and of its square in the two means.
   FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections&) {
@@ -168,8 +192,8 @@ struct QHAdam {
 
   template <class T, int S>
   FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
-    const T exp_avg = state[0] = lerp(state[0], grad, h.weight1);
-    const T exp_avg_sq = state[1] = lerp_square(state[1], grad, h.weight2);
+    const T exp_avg = state[0] = move_average(state[0], grad, h.weight1, h.small_beta1);
+    const T exp_avg_sq = state[1] = move_average_square(state[1], grad, h.weight2, h.small_beta2);
     const T mean = lerp(h.debias * exp_avg, grad, h.own_a);
     const T mean_sq = lerp_square(h.denom_scale * h.denom_scale * exp_avg_sq, grad, h.own_b);
     return h.lr * (mean / (square_root(mean_sq) + h.eps));
@@ -180,7 +204,7 @@ struct QHAdam {
 struct Lamb {
   static constexpr const char* name = "lamb";
   static constexpr bool trust = true;
-  static constexpr int min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
+  static constexpr int signed_states = 1, min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
 
   // The weight of the gradient in exp_avg; debias and denom_scale, or 1 without bias correction.
   FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
@@ -191,8 +215,8 @@ struct Lamb {
 
   template <class T, int S>
   FUSED_HD static void update_moments(const TensorScalars<T>& h, T grad, T (&state)[S]) {
-    state[0] = fma(h.own_a, grad, fma(-h.weight1, state[0], state[0]));
-    state[1] = lerp_square(state[1], grad, h.weight2);
+    state[0] = fma(h.own_a, grad, keep(state[0], state[0], h.weight1, h.small_beta1));
+    state[1] = move_average_square(state[1], grad, h.weight2, h.small_beta2);
   }
 
   template <class T, int S>
@@ -205,14 +229,53 @@ struct Lamb {
 struct Lion {
   static constexpr const char* name = "lion";
   static constexpr bool trust = false;
-  static constexpr int min_states = 1, max_states = 1;  // exp_avg
+  static constexpr int signed_states = 1, min_states = 1, max_states = 1;  // exp_avg
 
   template <class T, int S>
   FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
-    const T mixed = lerp(state[0], grad, h.weight1);
-    state[0] = lerp(state[0], grad, h.weight2);
+    const T mixed = move_average(state[0], grad, h.weight1, h.small_beta1);
+    state[0] = move_average(state[0], grad, h.weight2, h.small_beta2);
     return h.lr * sign(mixed);
   }
 };
+
+// Adagrad, Duchi et al., JMLR 2011, as in torch. Option: lr_decay.
+struct Adagrad {
+  static constexpr const char* name = "adagrad";
+  static constexpr bool trust = false;
+  static constexpr int signed_states = 0, min_states = 1, max_states = 1;  // sum
+
+  // The decayed lr.
+  FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
+    return {group.lr / (1.0 + (at.step - 1.0) * group.option_a)};
+  }
+
+  template <class T, int S>
+  FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
+    state[0] = fma(grad, grad, state[0]);
+    return h.own_a * (grad / (square_root(state[0]) + h.eps));
+  }
+};
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+template <class... Rules>
+struct RuleList {
+  template <class F>
+  static bool visit(const char* name, F&& f) {
+    return ((std::strcmp(name, Rules::name) == 0 && (f(Tag<Rules>{}), true)) || ...);
+  }
+
+  template <class F>
+  static void each(F&& f) {
+    (f(Tag<Rules>{}), ...);
+  }
+};
+
+// All rules. Kernels, modules and tests iterate over this list.
+using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion, Adagrad>;
 
 }  // namespace fused_optim

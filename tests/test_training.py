@@ -59,7 +59,7 @@ def test_late_params_and_missing_gradients(case: Case, target: Target) -> None:
             theirs.step()
             assert_like_torch(ours, theirs)
     counts = [state["step"].item() for state in states(ours) if "step" in state]
-    assert counts == ([3, 4, 2, 3] if "eps" in case.options else [])
+    assert counts == ([3, 4, 2, 3] if case.ours.rule.counted else [])
 
 
 @on_every_target
@@ -68,10 +68,10 @@ def test_a_param_without_gradient_gets_no_state(case: Case, target: Target) -> N
     params = make_params([(5,), (6,)], device=target.device)
     optimizer = build(case, target, params)
     optimizer.step()
-    assert len(optimizer.state) == 0
+    assert [*optimizer.state] == (params if case.is_eager else [])
     set_grads(params, [torch.ones_like(params[0]), None])
     optimizer.step()
-    assert [*optimizer.state] == params[:1]
+    assert [*optimizer.state] == (params if case.is_eager else params[:1])
 
 
 @on_every_target

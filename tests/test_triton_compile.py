@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from cases import CASES
 from fused_optim.triton_kernels import launch as launching
 from fused_optim.triton_kernels.launch import (
     ROW_SUMS,
@@ -57,7 +58,13 @@ MIXED = ("f32", "bf16, f32 states", "bf16", "f64")
 TABLES = {name: (kind,) for name, kind in KINDS.items()} | {"mixed": tuple(KINDS[name] for name in MIXED)}
 REPRESENTATIVE = ("f32", "bf16, f32 states", "bf16 amsgrad", "mixed")
 OTHERS = {"f32": (F32, F32), "bf16": (BF16, BF16), "bf16, f32 states": (BF16, F32)}  # param and gradient, states
-STATES = {"sgd": (0, 1), "qhadam": (2,), "lion": (1,), "lamb": (2,)}
+RULE_OF = {case.ours.rule.name: case.ours.rule for case in CASES}
+DIVIDES = {case.ours.rule.name for case in CASES if case.divides}
+STATES = {  # how many a rule takes
+    name: range(len(rule.states) - len(rule.switched), len(rule.states) + 1)
+    for name, rule in RULE_OF.items()
+    if name != "adam"
+}
 
 
 @dataclass(frozen=True)
@@ -84,9 +91,15 @@ AVERAGED = {  # the average of the weights comes last
         "bf16, f32 states amsgrad and average": (BF16, BF16, F32, F32, F32, F32),
         "f64 amsgrad": (F64,) * 6,
     },
-    "sgd": {"f32": (F32,) * 3, "bf16, f32 average": (BF16, BF16, BF16, F32)},
-    "qhadam": {"f32": (F32,) * 5, "bf16": (BF16,) * 5},
-    "lion": {"f32": (F32,) * 4, "bf16": (BF16,) * 4},
+    **{
+        name: {
+            "f32": (F32,) * (3 + states[-1]),
+            "bf16": (BF16,) * (3 + states[-1]),
+            "bf16, f32 average": (*(BF16,) * (2 + states[-1]), F32),
+        }
+        for name, states in STATES.items()
+        if not RULE_OF[name].trust
+    },
 }
 
 
@@ -94,7 +107,7 @@ def averaging_walks() -> dict[str, Walk]:
     named = {}
     for rule, kinds in AVERAGED.items():
         for name, kind in kinds.items():
-            variant, divides = step_variant(rule, (kind,), True), rule in ("adam", "qhadam")
+            variant, divides = step_variant(rule, (kind,), True), rule in DIVIDES
             named[f"{rule} {name} averaged"] = Walk(variant, (kind,), slice(0, None), divides=divides)
     for name, kind in AVERAGED["qhadam"].items():
         streams = ((kind[0], *kind[2:]),)
@@ -113,10 +126,10 @@ def walks() -> dict[str, Walk]:
             if states == 0 and state != param:
                 continue
             kinds = ((param, param, *[state] * states),)
-            written, sums = (slice(2, None), 2) if rule == "lamb" else (slice(0, None), 0)
+            written, sums = (slice(2, None), 2) if RULE_OF[rule].trust else (slice(0, None), 0)
             variant = step_variant(rule, kinds, False)
-            named[f"{rule}{states} {name}"] = Walk(variant, kinds, written, sums, rule in ("qhadam", "lamb"))
-            if rule == "lamb":
+            named[f"{rule}{states} {name}"] = Walk(variant, kinds, written, sums, rule in DIVIDES)
+            if RULE_OF[rule].trust:
                 streams = ((param, *[state] * states),)
                 named[f"apply update {name}"] = Walk(
                     apply_update_variant(rule, kinds, False), streams, slice(0, 1), divides=True

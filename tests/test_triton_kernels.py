@@ -8,8 +8,12 @@ import math
 
 import pytest
 import torch
-from triton_tables import BF16, DEVICE, F16, F32, F64, KINDS, RUNS, Group, Row, Table, rows_of
+from cases import Case, for_every_rule
+from fused_optim.triton_kernels.rules import RULES as RULES_OF_TRITON
+from triton_tables import BF16, DEVICE, F16, F32, F64, KINDS, RUNS, STATES, Group, Row, Table, rows_of
 
+from fused_optim.backends.reference_rules import RULES as RULES_OF_THE_REFERENCE
+from fused_optim.backends.reference_rules import BiasCorrections
 from fused_optim.engine.layout import TensorScalars
 
 # Elsewhere there is nothing that could run a kernel: collect nothing.
@@ -109,25 +113,7 @@ def test_no_gradient_leaves_the_tensor_alone() -> None:
     assert [row.step.item() for row in rows] == [2, 1, 1, 2]
 
 
-OWN_SCALARS = {  # of a group, the step and the bias corrections
-    "adam": lambda group, step, first, second: (),
-    "sgd": lambda group, step, first, second: (
-        1.0 if step == 1 else 1.0 - group.option_a,
-        0.0 if step == 1 else group.beta1,
-        group.beta1,
-        group.option_b,
-    ),
-    "qhadam": lambda group, step, first, second: (1.0 - group.option_a, 1.0 - group.option_b),
-    "lion": lambda group, step, first, second: (),
-    "lamb": lambda group, step, first, second: (
-        1.0 - group.beta1 if group.option_a else 1.0,
-        1.0 / first if group.option_b else 1.0,
-        1.0 / math.sqrt(second) if group.option_b else 1.0,
-    ),
-}
-
-
-@pytest.mark.parametrize("rule", OWN_SCALARS)
+@pytest.mark.parametrize("rule", RULES_OF_THE_REFERENCE)
 def test_prep_is_exact(rule: str) -> None:
     """Every scalar, bit for bit: float64 on the device is the float64 of Python."""
 
@@ -144,27 +130,31 @@ def test_prep_is_exact(rule: str) -> None:
     normalized = Group(
         weight_decay=0.2, decoupled=True, lr_reference=0.07, decay_period=390.0, option_a=1.0, option_b=0
     )
-    groups = [one_cycle, clipped, normalized]
+    small = Group(beta1=3e-6, beta2=0.4999, option_a=0.3, option_b=0.0)
+    groups = [one_cycle, clipped, normalized, small]
     steps = [1, 2, 3, 10, 999, 123457, 2**24] * 5
-    states = {"sgd": 1, "lion": 1}.get(rule, 2)
-    rows = [Row(1, (F32,) * (2 + states), group=i % 3, begun=i % 2 == 0) for i in range(len(steps))]
+    rows = [
+        Row(1, (F32,) * (2 + len(STATES[rule])), signed=0, group=i % 4, begun=i % 2 == 0) for i in range(len(steps))
+    ]
     for row, step in zip(rows, steps, strict=True):
         row.step.fill_(step - 1)
     table = Table(rows, groups, rule, grad_scale=torch.tensor([3.0], device=DEVICE))
     table.launch()
     for number, step in enumerate(steps):
-        group = groups[number % 3]
+        group = groups[number % 4]
         scale = 1.0 / 3.0
         if group.max_norm:
             scale *= group.max_norm / (math.sqrt(table.squares.item()) * scale + group.clip_eps)
         decay = group.lr / group.lr_reference * group.weight_decay / math.sqrt(group.decay_period)
-        decay = group.weight_decay if rule == "lamb" else decay
+        decay = group.weight_decay if RULES_OF_TRITON[rule].direction else decay
         correction1, correction2 = 1.0 - power(group.beta1, step), 1.0 - power(group.beta2, step)
         expected = TensorScalars(
             lr=group.lr,
             eps=group.eps,
             weight1=1.0 - group.beta1,
             weight2=1.0 - group.beta2,
+            small_beta1=group.beta1 if group.beta1 < 0.5 else 0.0,
+            small_beta2=group.beta2 if group.beta2 < 0.5 else 0.0,
             step_size=group.lr / correction1,
             debias=1.0 / correction1,
             denom_scale=1.0 / math.sqrt(correction2),
@@ -174,7 +164,9 @@ def test_prep_is_exact(rule: str) -> None:
             ema_weight=1.0 if step == 1 and not rows[number].begun else 1.0 - group.ema_decay,
             skip=0.0,
         )
-        own = OWN_SCALARS[rule](group, step, correction1, correction2)
+        scalars = RULES_OF_THE_REFERENCE[rule].scalars
+        at = BiasCorrections(step, correction1, correction2)
+        own = scalars(group.hparams(), at) if scalars else ()
         common = len(TensorScalars._fields) - len(TensorScalars._field_defaults)
         assert table.tensor_scalars[number].tolist()[: common + len(own)] == [*expected[:common], *own]
 
@@ -265,9 +257,18 @@ RULES = {
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_rules(name: str) -> None:
+def test_options_of_rules(name: str) -> None:
     rule, group, states = RULES[name]
     table = Table(rows_of(states, (0, 5, 5000)), [group], rule)
+    table.check_step()
+    table.check_step()
+
+
+@for_every_rule
+def test_rules(case: Case) -> None:
+    signed = len(case.states) - sum(state in case.ours.rule.squares for state in case.states)
+    rows = rows_of(len(case.states), (5, 4097), signed=signed)
+    table = Table(rows, [Group.of(case)], case.ours.rule.name)
     table.check_step()
     table.check_step()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import CASES
 from commands import ROOT, SETUP, run
 
 pytestmark = pytest.mark.codegen
@@ -26,8 +27,10 @@ def test_walker_against_double_precision(walker: str, tmp_path: Path) -> None:
     sources = ["tests/cpp/driver.cpp", *WALKERS[walker]]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     run(["g++", "-std=c++17", "-O1", "-g", "-fopenmp", *sanitizers, *sources, "-o", driver])
-    agreeing = re.search(r"(\d+) updates of single elements agree", run([driver, "0", "12"]))
-    assert agreeing and int(agreeing.group(1)) > 500_000
+    said = run([driver, "0", "12"])
+    agreeing = re.search(r"(\d+) numbers agree", said)
+    assert agreeing and int(agreeing.group(1)) > 1_500_000
+    assert set(re.findall(r"^(\w+): ", said, re.MULTILINE)) == {case.ours.rule.name for case in CASES}
 
 
 @needs_gxx

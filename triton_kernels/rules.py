@@ -7,7 +7,7 @@ A rule with a `direction` is walked twice, because the update of each tensor is 
 `update` gets no param and returns the new states alone. `direction` computes the update from the new states, before lr
 and decay.
 
-A rule may have a function `scalars`. It computes the rule's own scalars (own_a to own_d) from the options of the
+A rule can have a function `scalars`, which computes the rule's own scalars (own_a to own_d) from the options of the
 tensor's group, once per tensor and step, in float64.
 """
 
@@ -71,9 +71,9 @@ def divide(x: tl.tensor, y: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def lerp(average: tl.tensor, x: tl.tensor, weight: tl.tensor) -> tl.tensor:
-    """(1 - weight) * average + weight * x. `weight` is 1 - beta, rounded once from float64. 1 - float(weight) is closer
-    to beta than float(beta) is, and the two weights sum to 1. With weight 1 (beta 0) the result is x if the average is
-    finite."""
+    """(1 - weight) * average + weight * x. `weight` is 1 - beta, rounded once from float64. For beta from 0.5,
+    1 - weight is closer to beta than beta rounded to float, and the two weights sum to 1. With weight 1 (beta 0) the
+    result is x if the average is finite."""
     return tl.fma(weight, x, tl.fma(-weight, average, average))
 
 
@@ -86,6 +86,28 @@ def lerp_square(average: tl.tensor, x: tl.tensor, weight: tl.tensor) -> tl.tenso
 
 
 @triton.jit
+def keep(average: tl.tensor, factor: tl.tensor, weight: tl.tensor, small_beta: tl.tensor) -> tl.tensor:
+    """beta * average. For beta from 0.5, small_beta is 0 and beta is computed as 1 - weight, as in lerp. Below 0.5 the
+    rounding error of the weight is large relative to beta. Then small_beta is beta, rounded once, and drop is 1, so the
+    inner sum is 0. factor: the average, or a finite number in place of an infinite average."""
+    drop = tl.where(small_beta != 0.0, 1.0, weight)  # constant for a tensor
+    return tl.fma(small_beta, factor, tl.fma(-drop, factor, average))
+
+
+@triton.jit
+def move_average(average: tl.tensor, x: tl.tensor, weight: tl.tensor, small_beta: tl.tensor) -> tl.tensor:
+    """beta * average + (1 - beta) * x, with an error of a few ulp for any beta in [0, 1)."""
+    return tl.fma(weight, x, keep(average, average, weight, small_beta))
+
+
+@triton.jit
+def move_average_square(average: tl.tensor, x: tl.tensor, weight: tl.tensor, small_beta: tl.tensor) -> tl.tensor:
+    """beta * average + (1 - beta) * x * x. As in lerp_square, x * x alone is not computed, and an infinite average
+    stays inf."""
+    return tl.fma(weight * x, x, keep(average, minimum(average, largest(x.dtype)), weight, small_beta))
+
+
+@triton.jit
 def sign(x: tl.tensor) -> tl.tensor:
     """-1, 0 or 1. The sign of NaN is 0, as in torch.sign."""
     return (x > 0.0).to(x.dtype) - (x < 0.0).to(x.dtype)
@@ -95,8 +117,8 @@ def sign(x: tl.tensor) -> tl.tensor:
 def adam(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
     """Adam, arXiv:1412.6980. With a third state it is AMSGrad, Reddi et al., ICLR 2018. As in torch, the maximum is
     taken before bias correction. States: exp_avg, exp_avg_sq, max_exp_avg_sq."""
-    exp_avg = lerp(states[0], grad, h.weight1)
-    exp_avg_sq = lerp_square(states[1], grad, h.weight2)
+    exp_avg = move_average(states[0], grad, h.weight1, h.small_beta1)
+    exp_avg_sq = move_average_square(states[1], grad, h.weight2, h.small_beta2)
     new_states: tl.tuple = (exp_avg, exp_avg_sq)
     if len(states) == 3:
         exp_avg_sq = maximum(states[2], exp_avg_sq)
@@ -138,8 +160,8 @@ def qhadam_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
 @triton.jit
 def qhadam(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
     """QHAdam, arXiv:1810.06801, section 4.2. Options: nu1, nu2. States: exp_avg, exp_avg_sq."""
-    exp_avg = lerp(states[0], grad, h.weight1)
-    exp_avg_sq = lerp_square(states[1], grad, h.weight2)
+    exp_avg = move_average(states[0], grad, h.weight1, h.small_beta1)
+    exp_avg_sq = move_average_square(states[1], grad, h.weight2, h.small_beta2)
     mean = lerp(h.debias * exp_avg, grad, h.own_a)
     mean_sq = lerp_square(h.denom_scale * h.denom_scale * exp_avg_sq, grad, h.own_b)
     return h.lr * divide(mean, square_root(mean_sq) + h.eps), (exp_avg, exp_avg_sq)
@@ -159,8 +181,8 @@ def lamb_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
 def lamb_moments(h: TensorScalars, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
     """LAMB, arXiv:1904.00962, as in NVIDIA Apex. Options: grad_averaging, bias_correction. States: exp_avg,
     exp_avg_sq."""
-    exp_avg = tl.fma(h.own_a, grad, tl.fma(-h.weight1, states[0], states[0]))
-    return exp_avg, lerp_square(states[1], grad, h.weight2)
+    exp_avg = tl.fma(h.own_a, grad, keep(states[0], states[0], h.weight1, h.small_beta1))
+    return exp_avg, move_average_square(states[1], grad, h.weight2, h.small_beta2)
 
 
 @triton.jit
@@ -171,7 +193,21 @@ def lamb_direction(h: TensorScalars, states: tl.tuple) -> tl.tensor:
 @triton.jit
 def lion(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
     """Lion, arXiv:2302.06675. States: exp_avg."""
-    return h.lr * sign(lerp(states[0], grad, h.weight1)), (lerp(states[0], grad, h.weight2),)
+    mixed = move_average(states[0], grad, h.weight1, h.small_beta1)
+    return h.lr * sign(mixed), (move_average(states[0], grad, h.weight2, h.small_beta2),)
+
+
+@triton.jit
+def adagrad_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
+    """The decayed lr."""
+    return (group.lr / (1.0 + (at.step - 1.0) * group.option_a),)
+
+
+@triton.jit
+def adagrad(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """Adagrad, Duchi et al., JMLR 2011, as in torch. Option: lr_decay. States: sum."""
+    total = tl.fma(grad, grad, states[0])
+    return h.own_a * divide(grad, square_root(total) + h.eps), (total,)
 
 
 class Rule(NamedTuple):
@@ -186,4 +222,5 @@ RULES = {
     "qhadam": Rule(qhadam, qhadam_scalars),
     "lamb": Rule(lamb_moments, lamb_scalars, lamb_direction),
     "lion": Rule(lion),
+    "adagrad": Rule(adagrad, adagrad_scalars),
 }

@@ -37,7 +37,7 @@ def scale_chunk(
 ) -> None:
     row, first = row_of(entry), first_element(entry)
     grad = tl.load(grads + row)
-    group = read_group(group_hparams, tl.load(group_index + row), grad != 0)
+    group = read_group(group_hparams, None, tl.load(group_index + row), grad != 0)
     factor = clip_coefficient(group, tl.load(squares), 1.0).to(compute_dtype(SIGNATURE))
     # A gradient that does not change gets a count of 0: none of its elements is read or written.
     changes = (grad != 0) & (factor != 1.0)

@@ -57,10 +57,25 @@ def is_aligned(entry: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def read_group(group_hparams: tl.tensor, index: tl.tensor, mask: tl.tensor) -> GroupHparams:
-    """The hyperparameters of groups. The compiler removes the loads of unused ones."""
+def device_lr(address: tl.tensor, otherwise: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """The lr at an address in device memory. An odd address marks float64, an even one float32. Address 0 stands for
+    `otherwise`."""
+    wide = mask & (address & 1 != 0)
+    narrow = mask & (address & 1 == 0) & (address != 0)
+    lr64 = tl.load((address & -2).to(tl.pointer_type(tl.float64)), mask=wide, other=0.0)
+    lr32 = tl.load(address.to(tl.pointer_type(tl.float32)), mask=narrow, other=0.0)
+    return tl.where(wide, lr64, tl.where(narrow, lr32.to(tl.float64), otherwise))
+
+
+@triton.jit
+def read_group(group_hparams: tl.tensor, lr: tl.tensor | None, index: tl.tensor, mask: tl.tensor) -> GroupHparams:
+    """The hyperparameters of groups. The compiler removes the loads of unused ones. lr: the addresses of lr tensors,
+    which replace the host's values; None if the caller does not use lr."""
     row = group_hparams + index.to(tl.int64) * GROUP_WIDTH
     columns: tl.tuple = ()
     for i in tl.static_range(GROUP_WIDTH):
-        columns += (tl.load(row + i, mask=mask, other=GROUP_DEFAULTS[i]),)
+        number = tl.load(row + i, mask=mask, other=GROUP_DEFAULTS[i])
+        if lr is not None and i == column(GROUPS, "lr"):
+            number = device_lr(tl.load(lr + index, mask=mask, other=0), number, mask)
+        columns += (number,)
     return GroupHparams(*columns)

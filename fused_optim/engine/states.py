@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .dtensor import like, local, spread_as
-from .table import DTYPE_CODES, Row, is_dense, real_dtype, same_strides
-from .validation import check_memory
+from .table import DTYPE_CODES, Row, Rule, is_dense, real_dtype, same_strides
+from .validation import check_memory, may_get_grad
 
 
 def target_of(param: Tensor) -> Tensor:
@@ -104,10 +104,17 @@ def match_layout(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) ->
 
 
 def make_states(
-    param: Tensor, state: dict[str, Any], wanted: Sequence[str], dtype: torch.dtype | None
+    param: Tensor,
+    state: dict[str, Any],
+    wanted: Sequence[str],
+    dtype: torch.dtype | None,
+    starts: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """The states among `wanted` that `state` lacks. They are zeros. The maximum of an average is a copy of the
-    average."""
+    """The states among `wanted` that `state` lacks. The maximum of an average is a copy of the average. Other states
+    are filled with their start value.
+
+    starts: the start values that are not 0, by state. In complex states both parts have the value, as in torch.
+    """
     made: dict[str, Any] = {}
     for name in wanted:
         if name in state:
@@ -116,9 +123,24 @@ def make_states(
         if average is not None:
             made[name] = like(param, local(average).clone())
         else:
-            zeros = torch.zeros_like(local(param), dtype=state_dtype_of(param, dtype), requires_grad=False)
-            made[name] = like(param, zeros)
+            start = (starts or {}).get(name, 0.0)
+            shard, value = local(param), complex(start, start) if param.is_complex() else start
+            full = torch.full_like(shard, value, dtype=state_dtype_of(param, dtype), requires_grad=False)
+            made[name] = like(param, full)
     return made
+
+
+def make_eager_states(
+    rule: Rule, group: Mapping[str, Any], state: MutableMapping[Tensor, dict[str, Any]], dtype: torch.dtype | None
+) -> None:
+    """Replaces the states of every param of a group by those that exist before the first step. Frozen params get
+    none."""
+    wanted, starts = rule.states_of(group), rule.starts_of(group)
+    for param in group["params"]:
+        state.pop(param, None)
+        if may_get_grad(param):
+            step = {"step": match_step(param, 0.0)} if rule.counted else {}
+            state[param] = {**step, **make_states(param, {}, wanted, dtype, starts)}
 
 
 def make_row(param: Tensor, state: dict[str, Any], wanted: Sequence[str], step: Tensor, group: int) -> Row:
