@@ -68,7 +68,7 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   double scale = t.grad_scale ? 1.0 / *t.grad_scale : 1.0;
   if (t.squares) scale *= clip_coefficient(hparams, *t.squares, scale);
   const bool decoupled = group.decoupled != 0.0;
-  // The first update copies the new param into its average.
+  // The first update copies the new param into its average, unless the average has had updates before.
   const bool copies = step == 1.0 && !(t.rows[row * kRowWidth + kRowDtypeSignature] & kEmaBegun);
   out[kScalarLr] = group.lr;
   out[kScalarEps] = group.eps;

@@ -105,7 +105,7 @@ def row_sums_kernel(row_offsets: tl.tensor, partials: tl.tensor, sums: tl.tensor
 def total_kernel(partials: tl.tensor, out: tl.tensor, first: tl.tensor, count: tl.tensor, place: tl.tensor) -> None:
     """Adds up `count` numbers of `partials`, starting at `first`. Each program sums one share of SHARE consecutive
     numbers and writes the sum of share i to out[place + i]. Shares are the same on every machine, and a share is summed
-    as one block, so the order of the additions depends only on the width of a warp (32; 64 on AMD)."""
+    as one block, so the order of the additions depends only on the width of a warp (32, or 64 on some AMD GPUs)."""
     share = tl.program_id(0).to(tl.int64)
     at = share * SHARE + tl.arange(0, SHARE)
     numbers = tl.load(partials + first + at, mask=at < count, other=0.0)

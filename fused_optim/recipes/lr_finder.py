@@ -222,7 +222,7 @@ def put_back(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     restore_random = _random_states()
     try:
         for param in params:
-            param.grad = None  # zero_grad() skips params that the optimizer does not have, so backward() would add
+            param.grad = None  # optimizer.zero_grad() skips other params, so backward() would add to their gradients
         yield
     finally:
         with torch.no_grad():
