@@ -19,7 +19,8 @@ struct CpuWalker {
   // Multiplies each gradient in place by the clip coefficient of its group. The norm comes from `t.squares`. Gradients
   // with a coefficient of 1 are not written.
   void (*scale)(const Tables& t, int threads);
-  // A pass with the reads and writes of a step, without arithmetic. Returns false if `written` or `read` is out of range.
+  // A pass with the reads and writes of a step, without arithmetic. Returns false if `written` or `read` is out of
+  // range.
   bool (*bandwidth_probe)(const std::vector<ProbeSpan>& spans, int written, int read, const ProbePattern& pattern);
 };
 
