@@ -392,5 +392,5 @@ def test_warm_restarts_refuse(options: dict[str, Any], message: str) -> None:
 
 def test_decay_is_not_normalized_twice() -> None:
     optimizer, _ = adamwr(params_of(), batches_per_epoch=4)
-    with pytest.raises(ValueError, match='these groups have a "decay_period" and do it themselves'):
+    with pytest.raises(ValueError, match='these groups have a "decay_period" and normalize it'):
         WarmRestarts(optimizer, 1, batches_per_epoch=4, wd_norm=0.025)
