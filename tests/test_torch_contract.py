@@ -1,4 +1,4 @@
-"""What torch.optim promises, ours keep: constructors, groups, states, hooks, schedulers, late params."""
+"""Our optimizers keep the contract of torch.optim: constructors, groups, states, hooks, schedulers, late params."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_refusals_of_torchs_switches(case: Case) -> None:
 
 @for_every_class_of_torch
 def test_constructor_is_torchs(case: Case) -> None:
-    """Same arguments, same order, same defaults, same kinds; what ours add is keyword-only."""
+    """Same arguments, order, defaults and kinds. Our additional arguments are keyword-only."""
     ours = inspect.signature(case.ours).parameters
     theirs = inspect.signature(case.torch).parameters
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -138,7 +138,7 @@ def test_constructor_is_torchs(case: Case) -> None:
 @for_every_case_of_torch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 def test_states_before_the_first_step_are_torchs(case: Case, dtype: torch.dtype) -> None:
-    """There are none, but for classes that make them in their constructor."""
+    """There are no states, except in classes that create them in the constructor."""
     ours, theirs = (kind(make_params(dtype=dtype), **case.kwargs) for kind in (case.ours, case.torch))
     assert case.is_eager == bool(theirs.state)
     assert_equal([*ours.state.values()], [*theirs.state.values()])
@@ -146,8 +146,8 @@ def test_states_before_the_first_step_are_torchs(case: Case, dtype: torch.dtype)
 
 @every([case for case in CLASSES if case.is_eager])
 def test_eager_states(case: Case) -> None:
-    """Of a group that is added later, with its own start, in another dtype, in the param's memory format; none of what
-    is frozen."""
+    """A group that is added later has its own start value. The states have state_dtype and the param's memory format.
+    Frozen params get no state."""
     first, late, frozen = make_params([(5, 3), (4, 6), (7,)], torch.bfloat16)
     late.data = late.data.t()
     (state, option), *_ = case.ours.rule.starts.items()
@@ -222,14 +222,14 @@ def test_schedulers(case: Case, target: Target, name: str, tensor_lr: bool) -> N
             set_grads(parameters(optimizer), random_grads(parameters(optimizer), step))
             optimizer.step()
         set_grads(parameters(optimizers[0]), random_grads(parameters(optimizers[0]), step))
-        checked_step(optimizers[0], case.rule, 6.0)  # the larger lr, the more the step's own roundings are worth
+        checked_step(optimizers[0], case.rule, 6.0)  # a larger lr makes the rounding errors of the step larger
         for scheduler in schedulers:
             scheduler.step()
             assert scheduler.get_last_lr() == schedulers[0].get_last_lr()
         group = optimizers[0].param_groups[0]
         momentum = group[case.momentum] if case.momentum else None
         seen.add((float(group["lr"]), momentum))
-    assert len(seen) == quick(target, 30, 4) or name == "CosineAnnealingWarmRestarts"  # which repeats itself
+    assert len(seen) == quick(target, 30, 4) or name == "CosineAnnealingWarmRestarts"  # which repeats lrs
     assert len({momentum for _, momentum in seen}) > 1 or name != "OneCycleLR" or not case.momentum
     if case.torch:
         assert_like_torch(*optimizers)
@@ -275,4 +275,4 @@ def test_options_changed_between_steps(case: Case, target: Target) -> None:
     for step, change in enumerate(changes):
         optimizer.param_groups[1].update(case.known(**change))
         set_grads(params, random_grads(params, step))
-        checked_step(optimizer, case.rule, 8.0)  # steps of many times lr, once betas jump
+        checked_step(optimizer, case.rule, 8.0)  # after a jump of betas a step is many times lr

@@ -1,7 +1,7 @@
-"""Numbers of the Triton kernels, on tables built by hand, against the same step in float64.
+"""Results of the Triton kernels on tables built by hand, compared with the same step in float64.
 
-They run in Triton's interpreter (`TRITON_INTERPRET=1 pytest tests/test_triton_kernels.py`), in that of PTX
-(`FUSED_OPTIM_TEST_BACKENDS=triton-ptx`) or on a GPU if there is one.
+They run in Triton's interpreter (`TRITON_INTERPRET=1 pytest tests/test_triton_kernels.py`), in the PTX interpreter
+(`FUSED_OPTIM_TEST_BACKENDS=triton-ptx`), or on a GPU if there is one.
 """
 
 import math
@@ -16,7 +16,7 @@ from fused_optim.backends.reference_rules import RULES as RULES_OF_THE_REFERENCE
 from fused_optim.backends.reference_rules import BiasCorrections
 from fused_optim.engine.layout import TensorScalars
 
-# Elsewhere there is nothing that could run a kernel: collect nothing.
+# Otherwise nothing can run a kernel, and no test is collected.
 __test__ = RUNS
 pytestmark = [pytest.mark.compiled, pytest.mark.backend]
 
@@ -40,7 +40,8 @@ def test_misaligned_views(stream: int) -> None:
 
 
 def test_beyond_32_bits() -> None:
-    """The last chunk of a tensor of 2**32 elements and some. The rest of it is never touched, and need not exist."""
+    """The table has only the last chunk of a tensor with more than 2**32 elements. The rest is never accessed, so it is
+    not allocated."""
     rows = [Row(1030, KINDS[kind]) for kind in ("f32", "bf16", "f64")]
     Table(rows, chunks_before=2**20).check_step()
 
@@ -88,7 +89,7 @@ def test_grad_scale() -> None:
 
 @pytest.mark.parametrize("found_inf", [1.0, 2.0, math.inf, math.nan])
 def test_found_inf_skips(found_inf: float) -> None:
-    """`found_inf` is a sum over devices. Skipped states may be memory that nobody has written yet."""
+    """`found_inf` is a sum over devices. The states of a skipped tensor may be uninitialized memory."""
     rows = [Row(size, KINDS["f32"]) for size in (5, 1000)]
     for row in rows:
         for state in row.views[2:]:
@@ -115,7 +116,7 @@ def test_no_gradient_leaves_the_tensor_alone() -> None:
 
 @pytest.mark.parametrize("rule", RULES_OF_THE_REFERENCE)
 def test_prep_is_exact(rule: str) -> None:
-    """Every scalar, bit for bit: float64 on the device is the float64 of Python."""
+    """Every scalar is bitwise equal: float64 on the device rounds like Python's float."""
 
     def power(base: float, exponent: int) -> float:
         result = 1.0
@@ -221,7 +222,7 @@ def test_only_empty_tensors() -> None:
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_eps_zero_makes_no_trouble_past_the_end() -> None:
-    """NumPy warns of 0 / 0, so in the interpreter a lane past the end that divides by zero fails this test."""
+    """NumPy warns about 0 / 0. In the interpreter this test fails if a lane past the end divides by zero."""
     row = Row(5, KINDS["f32 amsgrad"])
     for state in row.views[2:]:
         state.zero_()
@@ -239,7 +240,7 @@ def test_nan_and_infinity_propagate() -> None:
     Table([row]).launch()
     assert param[:3].isnan().all() and max_exp_avg_sq[:1].isnan() and max_exp_avg_sq[2].isnan()
     assert exp_avg[1] == math.inf and exp_avg_sq[1] == math.inf and exp_avg_sq[3] == math.inf
-    # Without weight decay an infinite param says nothing about the gradient: 0 * inf must not leak NaN into the states.
+    # Without weight decay an infinite param must not affect the gradient: 0 * inf would put NaN into the states.
     assert param[4] == math.inf and row.views[2][4].isfinite() and exp_avg_sq[4].isfinite()
     assert param[5:].isfinite().all() and not torch.equal(param[5:], before)
 

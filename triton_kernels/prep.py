@@ -1,5 +1,5 @@
-"""From a group's hyperparameters and a tensor's step count to the scalars that its rule reads. Mirrors csrc/prep.h:
-float64, a tensor per thread."""
+"""Prep computes the scalars that a rule reads, from a group's hyperparameters and a tensor's step count. It uses
+float64 and one thread per tensor. Mirrors csrc/prep.h."""
 
 import triton
 import triton.language as tl
@@ -9,12 +9,12 @@ from fused_optim.engine.layout import GroupHparams
 from .rules import BiasCorrections
 from .tables import EMA_BEGUN, ROW_WIDTH, ROWS, SCALAR_WIDTH, SCALARS, column, read_group
 
-PREP_TENSORS = tl.constexpr(32)  # tensors that one program handles, with one warp
+PREP_TENSORS = tl.constexpr(32)  # tensors per program, which is one warp
 
 
 @triton.jit
 def power(base: tl.tensor, exponent: tl.tensor) -> tl.tensor:
-    """base**exponent by squaring. exponent: whole numbers below 2**31."""
+    """base**exponent by squaring. exponent: integers below 2**31."""
     bits = exponent.to(tl.int32)
     result = tl.full(base.shape, 1.0, base.dtype)
     for _ in range(31):
@@ -26,9 +26,9 @@ def power(base: tl.tensor, exponent: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def clip_coefficient(group: GroupHparams, squares: tl.tensor, scale: tl.tensor) -> tl.tensor:
-    """By what gradients are multiplied so that the norm of all stays within its bound. A norm that is NaN goes on into
-    the params."""
-    # Where nothing is clipped, 0 / 1 does no harm.
+    """The factor that scales a group's gradients so that the norm of all gradients is at most max_norm. A NaN norm
+    gives a NaN factor, so NaN is not hidden."""
+    # The divisor 1 avoids 0 / 0 in groups that are not clipped.
     bound = tl.where(group.max_norm <= 0.0, 1.0, tl.sqrt(squares) * scale + group.clip_eps)
     coefficient = group.max_norm / bound
     return tl.where((group.max_norm <= 0.0) | (coefficient >= 1.0), 1.0, coefficient)
@@ -36,7 +36,8 @@ def clip_coefficient(group: GroupHparams, squares: tl.tensor, scale: tl.tensor) 
 
 @triton.jit
 def decoupled_decay(group: GroupHparams, TRUST: tl.constexpr) -> tl.tensor:
-    """What each step takes off the params, per unit. A trust ratio and lr come to it later, where there is one."""
+    """The fraction of a param that decoupled decay subtracts in a step. With a trust ratio it is weight_decay alone.
+    The second walk multiplies it by the ratio and lr."""
     if TRUST:
         return group.weight_decay
     else:
@@ -73,8 +74,8 @@ def prep_kernel(
     OWN_SCALARS: tl.constexpr,
     TRUST: tl.constexpr,
 ) -> None:
-    """`prepare` of csrc/prep.h for 32 tensors per program: counts their steps, writes their scalars. OWN_SCALARS: what
-    makes the rule's own, or None. TRUST: whether their rule has a trust ratio."""
+    """`prepare` of csrc/prep.h for 32 tensors per program: increments their step counts and writes their scalars.
+    OWN_SCALARS: the rule's function `scalars`, or None. TRUST: whether the rule has a trust ratio."""
     row = tl.program_id(0) * PREP_TENSORS + tl.arange(0, PREP_TENSORS)
     inside = row < tensors
     grad = tl.load(grads + row, mask=inside, other=0)
@@ -131,7 +132,7 @@ def trust_kernel(
     trust: tl.tensor,
     tensors: tl.tensor,
 ) -> None:
-    """`trust_ratio` of csrc/prep.h for 32 tensors per program. That of a skipped tensor stays what it is."""
+    """`trust_ratio` of csrc/prep.h for 32 tensors per program. The ratio of a skipped tensor does not change."""
     row = tl.program_id(0) * PREP_TENSORS + tl.arange(0, PREP_TENSORS)
     inside = row < tensors
     skips = tensor_scalars + row.to(tl.int64) * SCALAR_WIDTH + column(SCALARS, "skip")

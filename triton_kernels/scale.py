@@ -1,4 +1,4 @@
-"""Clipping gradients where they stand."""
+"""Clips gradients in place."""
 
 import triton
 import triton.language as tl
@@ -14,6 +14,7 @@ def scaled(
     factor: tl.tensor,
     pointers: tl.tuple,
     values: tl.tuple,
+    packing: None,
     mask: tl.tensor | None,
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
@@ -21,7 +22,7 @@ def scaled(
     EMA: tl.constexpr,
 ) -> tl.tuple:
     """A pass (see step.py). Stream: the gradient."""
-    store(pointers, 0, (values[0] * factor,), mask, SIGNATURE)
+    store(pointers, 0, values[0] * factor, None, mask, SIGNATURE)
     return ()
 
 
@@ -39,13 +40,13 @@ def scale_chunk(
     grad = tl.load(grads + row)
     group = read_group(group_hparams, None, tl.load(group_index + row), grad != 0)
     factor = clip_coefficient(group, tl.load(squares), 1.0).to(compute_dtype(SIGNATURE))
-    # What stays as it is has no elements here: it is neither read nor written.
+    # A gradient that does not change gets a count of 0: none of its elements is read or written.
     changes = (grad != 0) & (factor != 1.0)
     count = tl.where(changes, tl.minimum(tl.load(rows + row * ROW_WIDTH + column(ROWS, "numel")) - first, CHUNK), 0).to(
         tl.int32
     )
     pointers = (pointer_to(grad, first, stream_dtype(SIGNATURE, 0)),)
-    walk(factor, pointers, count, grad & (ALIGNMENT - 1) == 0, (), scaled, None, None, SIGNATURE, False)
+    walk(factor, pointers, None, count, grad & (ALIGNMENT - 1) == 0, (), scaled, None, None, SIGNATURE, False)
 
 
 @triton.jit(do_not_specialize_on_alignment=["chunk_table", "rows", "grads", "group_hparams", "group_index", "squares"])
@@ -58,7 +59,7 @@ def scale_kernel(
     squares: tl.tensor,
     SIGNATURES: tl.constexpr,
 ) -> None:
-    """One chunk's gradient per program. SIGNATURES: of the gradient alone."""
+    """Clips one chunk's gradient per program. SIGNATURES: signatures of the gradient alone."""
     entry = tl.load(chunk_table + tl.program_id(0))
     for i in tl.static_range(len(SIGNATURES)):
         if signature_number(entry) == i:
