@@ -74,19 +74,21 @@ constexpr int kScalarLr = 0;
 constexpr int kScalarEps = 1;
 constexpr int kScalarWeight1 = 2;  // 1 - beta1
 constexpr int kScalarWeight2 = 3;  // 1 - beta2
-constexpr int kScalarStepSize = 4;  // lr / (1 - beta1**step)
-constexpr int kScalarDebias = 5;  // 1 / (1 - beta1**step)
-constexpr int kScalarDenomScale = 6;  // 1 / sqrt(1 - beta2**step)
-constexpr int kScalarGradFactor = 7;  // multiplies the gradient: 1 / grad_scale, the clip coefficient, the sign of maximize
-constexpr int kScalarL2 = 8;  // weight decay that is added to the gradient
-constexpr int kScalarDecay = 9;  // weight decay that goes past it; times lr, but where a trust ratio follows
-constexpr int kScalarEmaWeight = 10;  // of the new param in the moving average of the weights
-constexpr int kScalarSkip = 11;  // 1: this tensor is left alone, and the other columns mean nothing
-constexpr int kScalarOwnA = 12;  // what the rule's function `scalars` makes
-constexpr int kScalarOwnB = 13;
-constexpr int kScalarOwnC = 14;
-constexpr int kScalarOwnD = 15;
-constexpr int kScalarWidth = 16;
+constexpr int kScalarSmallBeta1 = 4;  // beta1 if it is below 0.5, otherwise 0
+constexpr int kScalarSmallBeta2 = 5;  // beta2 if it is below 0.5, otherwise 0
+constexpr int kScalarStepSize = 6;  // lr / (1 - beta1**step)
+constexpr int kScalarDebias = 7;  // 1 / (1 - beta1**step)
+constexpr int kScalarDenomScale = 8;  // 1 / sqrt(1 - beta2**step)
+constexpr int kScalarGradFactor = 9;  // multiplies the gradient: 1 / grad_scale, the clip coefficient, the sign of maximize
+constexpr int kScalarL2 = 10;  // weight decay that is added to the gradient
+constexpr int kScalarDecay = 11;  // weight decay that goes past it; times lr, but where a trust ratio follows
+constexpr int kScalarEmaWeight = 12;  // of the new param in the moving average of the weights
+constexpr int kScalarSkip = 13;  // 1: this tensor is left alone, and the other columns mean nothing
+constexpr int kScalarOwnA = 14;  // what the rule's function `scalars` makes
+constexpr int kScalarOwnB = 15;
+constexpr int kScalarOwnC = 16;
+constexpr int kScalarOwnD = 17;
+constexpr int kScalarWidth = 18;
 constexpr int kArrayChunkTable = 0;  // int64 [chunks]: see `chunk_entry`; the tensors in order, and of each its chunks
 constexpr int kArrayRows = 1;  // int64 [tensors, RowFields]
 constexpr int kArrayGrads = 2;  // int64 [tensors]: address of the gradient; 0: there is none, and the tensor sits this step out
@@ -137,6 +139,8 @@ struct TensorScalars {
   T eps;
   T weight1;  // 1 - beta1
   T weight2;  // 1 - beta2
+  T small_beta1;  // beta1 if it is below 0.5, otherwise 0
+  T small_beta2;  // beta2 if it is below 0.5, otherwise 0
   T step_size;  // lr / (1 - beta1**step)
   T debias;  // 1 / (1 - beta1**step)
   T denom_scale;  // 1 / sqrt(1 - beta2**step)
@@ -153,7 +157,7 @@ struct TensorScalars {
 
 template <class T>
 FUSED_HD TensorScalars<T> read_tensor_scalars(const double* in) {
-  return {T(in[kScalarLr]), T(in[kScalarEps]), T(in[kScalarWeight1]), T(in[kScalarWeight2]), T(in[kScalarStepSize]), T(in[kScalarDebias]), T(in[kScalarDenomScale]), T(in[kScalarGradFactor]), T(in[kScalarL2]), T(in[kScalarDecay]), T(in[kScalarEmaWeight]), T(in[kScalarSkip]), T(in[kScalarOwnA]), T(in[kScalarOwnB]), T(in[kScalarOwnC]), T(in[kScalarOwnD])};
+  return {T(in[kScalarLr]), T(in[kScalarEps]), T(in[kScalarWeight1]), T(in[kScalarWeight2]), T(in[kScalarSmallBeta1]), T(in[kScalarSmallBeta2]), T(in[kScalarStepSize]), T(in[kScalarDebias]), T(in[kScalarDenomScale]), T(in[kScalarGradFactor]), T(in[kScalarL2]), T(in[kScalarDecay]), T(in[kScalarEmaWeight]), T(in[kScalarSkip]), T(in[kScalarOwnA]), T(in[kScalarOwnB]), T(in[kScalarOwnC]), T(in[kScalarOwnD])};
 }
 
 // The whole layout by name, which every module shows to Python.
@@ -234,6 +238,8 @@ constexpr LayoutEntry kLayout[] = {
     {"SCALAR_EPS", kScalarEps},
     {"SCALAR_WEIGHT1", kScalarWeight1},
     {"SCALAR_WEIGHT2", kScalarWeight2},
+    {"SCALAR_SMALL_BETA1", kScalarSmallBeta1},
+    {"SCALAR_SMALL_BETA2", kScalarSmallBeta2},
     {"SCALAR_STEP_SIZE", kScalarStepSize},
     {"SCALAR_DEBIAS", kScalarDebias},
     {"SCALAR_DENOM_SCALE", kScalarDenomScale},

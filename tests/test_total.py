@@ -1,5 +1,5 @@
-"""The order in which the CUDA kernels add up the squares of all gradients: that of csrc/cuda/kernels.cuh, to the bit.
-Triton's kernels: test_triton_sums.py."""
+"""The CUDA kernels sum the squares of all gradients in the order of csrc/cuda/kernels.cuh, bit for bit.
+test_triton_sums.py tests Triton's kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ THREADS = 1024
 
 
 def in_order(numbers: Tensor) -> Tensor:
-    """The sum of one share: of each thread's numbers in turn, then of the threads' in pairs."""
+    """The sum of one share: first each thread's numbers in turn, then the threads' sums in pairs."""
     padded = torch.cat([numbers, numbers.new_zeros(SHARE - len(numbers))])
     sums = padded.new_zeros(THREADS)
     for part in padded.view(-1, THREADS):
@@ -31,7 +31,7 @@ def in_order(numbers: Tensor) -> Tensor:
 @pytest.mark.compiled
 def test_shares_then_their_sums(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     if not target.backend.startswith("cuda"):
-        pytest.skip("the order is that of the CUDA kernels")
+        pytest.skip("tests the order of the CUDA kernels")
     count = SHARE + 5
     values = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(target.device)
     params = [torch.zeros(1, device=target.device, requires_grad=True) for _ in range(count)]
@@ -43,7 +43,7 @@ def test_shares_then_their_sums(target: Target, monkeypatch: pytest.MonkeyPatch)
     (gradients,) = kept.values()
     table = gradients.table
     assert table.partials is not None and table.squares is not None
-    gradients.bound.sum_squares(table.squares)  # once more: what follows the norm may overwrite the sums
+    gradients.bound.sum_squares(table.squares)  # again, because the clipping pass may have overwritten the sums
     assert len(table.partials) == count + count_shares(count)
     squares = values.double() ** 2
     assert torch.equal(table.partials[:count], squares)

@@ -1,4 +1,4 @@
-"""The norm of all gradients, clipping by it, and the sums behind trust ratios, of the Triton kernels: as in
+"""Sums of the Triton kernels: the norm of all gradients, clipping by it, and the norms for trust ratios. They run as in
 test_triton_kernels.py."""
 
 import math
@@ -12,11 +12,11 @@ from triton_tables import BF16, DEVICE, F16, F32, F64, KINDS, LAUNCHES, RUNS, Gr
 from fused_optim.engine.layout import SHARE
 from fused_optim.engine.table import count_shares
 
-# Elsewhere there is nothing that could run a kernel: collect nothing.
+# Otherwise nothing can run a kernel, and no test is collected.
 __test__ = RUNS
 pytestmark = [pytest.mark.compiled, pytest.mark.backend]
 
-# One norm over the first two groups, which clips only one of them.
+# One norm over the first two groups. It exceeds the bound of the first group only.
 CLIPPED = [Group(max_norm=0.5), Group(max_norm=1e5, clip_eps=0.0), Group()]
 
 
@@ -49,7 +49,7 @@ def test_gradients_scaled_beyond_32_bits() -> None:
 
 
 def check_scaled(table: Table) -> None:
-    """To the bit, and nothing but gradients of groups that have to be clipped."""
+    """Bit for bit. Only gradients of groups that must be clipped may change."""
     outside = [row.bytes_outside() for row in table.rows]
     before = [[view.clone() for view in row.views] for row in table.rows]
     expected = table.norm()
@@ -71,7 +71,7 @@ def test_clipping_of_a_rule_with_trust() -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_clipping_by_nothing() -> None:
-    """No chunk, then only zeros: the norm is 0, and nothing comes of dividing by it."""
+    """First there is no chunk, then there are only zeros: the norm is 0, and the division by it must have no effect."""
     groups = [Group(max_norm=1.0, clip_eps=0.0)]
     table = Table([Row(0, KINDS["f32"])], groups)
     table.check_step()
@@ -90,7 +90,7 @@ def test_norm_of_nan_goes_into_what_is_clipped() -> None:
 
 
 def test_sums_depend_on_nothing_but_values() -> None:
-    """To the last bit: neither on where tensors lie nor on what lies around them."""
+    """Bitwise equal, independent of the addresses of tensors and of the memory around them."""
 
     def sums(offset: int) -> list[float]:
         shapes = [(4600, F32), (700, BF16), (50, F64)]
@@ -115,7 +115,8 @@ def test_sums_of_many_chunks() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 4096, 4097, 3 * 4096 + 7])
 def test_total(count: int) -> None:
-    """Shares of neighbouring numbers, and then their sums: nothing beyond what `count_shares` leaves room for."""
+    """First sums of shares of neighbouring numbers, then the sum of these. Nothing is written beyond the space that
+    `count_shares` reserves."""
     numbers = torch.randn(count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     partials = torch.cat([numbers, torch.full((count_shares(count),), math.nan, dtype=torch.float64)]).to(DEVICE)
     out = torch.full((1,), math.nan, dtype=torch.float64, device=DEVICE)
@@ -129,7 +130,7 @@ def test_total(count: int) -> None:
 
 
 def test_levels_of_a_total(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each launch adds up what the one before has left, and the last writes the total."""
+    """Each launch sums the results of the launch before it. The last one writes the total."""
     launches: list[tuple[int, ...]] = []
 
     class Stand:
@@ -152,14 +153,14 @@ def test_trust_ratios() -> None:
     lamb = {"option_a": 1.0, "option_b": 1.0, "eps": 1e-6, "decoupled": True}
     groups = [
         Group(weight_decay=0.1, **lamb),
-        Group(**lamb),  # no decay: no ratio
+        Group(**lamb),  # without decay the ratio is 1
         Group(trust_always=True, **lamb),
         Group(weight_decay=0.1, trust_low=40.0, trust_high=50.0, **lamb),
         Group(weight_decay=0.1, trust_high=0.25, **lamb),
     ]
     rows = [Row(300, KINDS["f32"], seed=i, group=i) for i in range(5)]
     rows += [Row(300, KINDS["f32"], seed=5), Row(300, KINDS["f32"], seed=6), Row(0, KINDS["f32"])]
-    rows[5].views[0].zero_()  # neither norm is 0, or the ratio is 1
+    rows[5].views[0].zero_()  # if a norm is 0, the ratio is 1
     for view in rows[6].views:
         view.zero_()
     rows.append(Row(300, KINDS["f32"], seed=8))
@@ -175,7 +176,7 @@ def test_trust_ratios() -> None:
 
 
 def test_norms_are_of_the_states_as_they_are_stored() -> None:
-    """In float16 these squares become 0 and the update huge; the ratio must bound the step all the same."""
+    """In float16 these squares become 0, so the update is huge. The ratio must still bound the step."""
     row = Row(500, (F16,) * 4)
     param, grad, *states = row.views
     grad.mul_(1e-4)

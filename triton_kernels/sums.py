@@ -1,5 +1,5 @@
-"""Sums over whole tensors: float64, in an order that nothing but the sizes decides, without atomics. So they are the
-same to the last bit at every run."""
+"""Sums over whole tensors, in float64 and without atomics. The order of the additions depends only on sizes, dtypes and
+the width of a warp, so every run gives the same bits."""
 
 import triton
 import triton.language as tl
@@ -23,7 +23,7 @@ from .tables import (
     signature_number,
 )
 
-ROW_BLOCK = tl.constexpr(512)  # partial sums of one tensor that a program adds up at once
+ROW_BLOCK = tl.constexpr(512)  # partial sums of one tensor that a program loads at once
 TOTAL_THREADS = tl.constexpr(1024)
 
 
@@ -39,7 +39,7 @@ def measure(
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
-    """A pass (see step.py) that only looks. Stream: the gradient."""
+    """A pass (see step.py) that stores nothing. Stream: the gradient."""
     return values
 
 
@@ -67,7 +67,7 @@ def square_chunk(
     (squares,) = walk(
         None, pointers, None, count, grad & (ALIGNMENT - 1) == 0, (none,), measure, None, None, SIGNATURE, False
     )
-    # Below 0 a group only shows whether its gradients are finite: 0 times what is not is NaN.
+    # A group with max_norm < 0 adds 0, or NaN if its gradients are not finite: 0 * inf and 0 * NaN are NaN.
     store_sums(partials, (squares * tl.where(max_norm > 0.0, 1.0, 0.0),))
 
 
@@ -81,8 +81,8 @@ def squares_kernel(
     partials: tl.tensor,
     SIGNATURES: tl.constexpr,
 ) -> None:
-    """The sum of the squares of one chunk's gradient per program, of those that are clipped. SIGNATURES: of the
-    gradient alone."""
+    """The sum of the squares of one chunk's gradient per program, 0 if its group is not clipped. SIGNATURES: signatures
+    of the gradient alone."""
     entry = tl.load(chunk_table + tl.program_id(0))
     for i in tl.static_range(len(SIGNATURES)):
         if signature_number(entry) == i:
@@ -91,7 +91,7 @@ def squares_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=["row_offsets", "partials", "sums"])
 def row_sums_kernel(row_offsets: tl.tensor, partials: tl.tensor, sums: tl.tensor) -> None:
-    """What `update_moments` has left of each chunk, added up for one tensor per program."""
+    """Adds up the partial sums that `update_moments` wrote for each chunk, for one tensor per program."""
     row = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
     for i in tl.static_range(2):
@@ -104,9 +104,9 @@ def row_sums_kernel(row_offsets: tl.tensor, partials: tl.tensor, sums: tl.tensor
 
 @triton.jit(do_not_specialize=["first", "count", "place"], do_not_specialize_on_alignment=["partials", "out"])
 def total_kernel(partials: tl.tensor, out: tl.tensor, first: tl.tensor, count: tl.tensor, place: tl.tensor) -> None:
-    """Adds up `count` numbers of `partials`, those from `first` on, a share of SHARE neighbours per program:
-    out[place + i] becomes the sum of share i. A share has the same numbers on every machine, and all of them are added
-    up as one block, so that only the width of a warp (32; 64 on AMD) decides the order of the additions."""
+    """Adds up `count` numbers of `partials`, starting at `first`. Each program sums one share of SHARE consecutive
+    numbers and writes the sum of share i to out[place + i]. Shares are the same on every machine, and a share is summed
+    as one block, so the order of the additions depends only on the width of a warp (32, or 64 on some AMD GPUs)."""
     share = tl.program_id(0).to(tl.int64)
     at = share * SHARE + tl.arange(0, SHARE)
     numbers = tl.load(partials + first + at, mask=at < count, other=0.0)

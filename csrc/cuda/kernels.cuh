@@ -100,13 +100,21 @@ FUSED_HD void measure_element(const TensorScalars<T>& h, T param, T grad, const 
   }
 }
 
+// Whether the update needs the registers of one stream more: a rule with squares among its states takes roots and
+// divides, and an average has to wait for that.
+template <Pass pass, class Rule, bool kAverages>
+constexpr bool crowds() {
+  if constexpr (pass == Pass::kUpdate && kAverages) return Rule::signed_states < Rule::max_states;
+  return false;
+}
+
 // One thread's share of the whole vectors of one chunk. kStored: the dtype of all streams, kAbsent if they differ or
 // have another one. Returns how many elements the vectors of all threads have.
 template <Pass pass, class Rule, bool kAverages, int kStored, class T, int S>
 FUSED_HD int update_vectors(const TensorScalars<T>& h, const Stream (&streams)[kStreamState0 + S + kAverages],
                             int count, int thread, Sums& sums) {
   constexpr int kAverage = kStreamState0 + S, kStreams = kAverage + kAverages, kPart = kAccess / sizeof(T);
-  constexpr int V = kVector<T, kStored, kStreams - (pass == Pass::kApplyUpdate)>;
+  constexpr int V = kVector<T, kStored, kStreams - (pass == Pass::kApplyUpdate) + crowds<pass, Rule, kAverages>()>;
   Stream stream[kStreams];
   for (int i = 0; i < kStreams; ++i) {
     if (!reads(pass, i)) continue;

@@ -3,7 +3,7 @@ the base class installs what comes out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,10 @@ from .dtensor import Groups, first_element_of, groups_of, is_sharded
 from .ema import EMA, WeightAverage
 from .masters import LOW, MasterWeights
 from .scaling import Scaler
-from .state_formats import ANCHOR, CODE_DTYPES, Storage, choices_of, convert, exponent_for, takes_codes
+from .state_formats import ANCHOR, CODE_DTYPES, StateDtype, Storage, choices_of, convert, exponent_for, takes_codes
 from .states import make_row, make_states, match_layout, match_step
 from .table import HostHparams, Row, Rule, Table
-from .validation import check_grad, check_hyperparameter, check_param
+from .validation import check_grad, check_hyperparameter, check_param, may_get_grad
 
 ParamGroups = Sequence[dict[str, Any]]
 States = Mapping[Tensor, dict[str, Any]]
@@ -87,7 +87,7 @@ def build_states(
             fresh[ANCHOR] = old[ANCHOR]
         if fresh:
             fresh = convert(param, fresh, choices, group.get("betas"))
-        made = make_states(param, fresh, wanted, state_dtypes(param, wanted, choices, masters))
+        made = make_states(param, fresh, wanted, state_dtypes(param, wanted, choices, masters), rule.starts_of(group))
         fresh.update(made)
         if "exp_avg" in made and choices.get("exp_avg") == "anchored8" and takes_codes(param):
             fresh[ANCHOR] = exponent_for(*group["betas"])
@@ -105,6 +105,25 @@ def build_states(
         built.steps[param] = step
         built.fresh[param] = {"step": step, **fresh} if rule.counted else fresh
     return built
+
+
+def make_eager_states(
+    rule: Rule,
+    group: Mapping[str, Any],
+    state: MutableMapping[Tensor, dict[str, Any]],
+    state_dtype: StateDtype,
+    masters: MasterWeights,
+) -> None:
+    """Replaces the states of every param of a group by those that exist before the first step. Frozen params get
+    none."""
+    wanted, starts = rule.states_of(group), rule.starts_of(group)
+    choices = choices_of(group.get("state_dtype", state_dtype), rule)
+    for param in group["params"]:
+        state.pop(param, None)
+        if may_get_grad(param):
+            step = {"step": match_step(param, 0.0)} if rule.counted else {}
+            made = make_states(param, {}, wanted, state_dtypes(param, wanted, choices, masters), starts)
+            state[param] = {**step, **made}
 
 
 def state_dtypes(

@@ -69,6 +69,8 @@ class TensorScalars(NamedTuple):
     eps: Any
     weight1: Any  # 1 - beta1
     weight2: Any  # 1 - beta2
+    small_beta1: Any  # beta1 if it is below 0.5, otherwise 0
+    small_beta2: Any  # beta2 if it is below 0.5, otherwise 0
     step_size: Any  # lr / (1 - beta1**step)
     debias: Any  # 1 / (1 - beta1**step)
     denom_scale: Any  # 1 / sqrt(1 - beta2**step)

@@ -1,4 +1,4 @@
-"""Converts states to the layout that kernels read, and makes those that are missing. Runs when tables are rebuilt."""
+"""Converts states to the layout that kernels read, and makes missing states. Runs when tables are rebuilt."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from .validation import check_memory
 
 
 def target_of(param: Tensor) -> Tensor:
-    """The param itself, or a dense tensor to take its place in the kernel where it has holes."""
+    """The tensor that the kernel writes: the param itself if it is dense and has no conjugate or negative bit,
+    otherwise an empty dense tensor of its shape."""
     plain = is_dense(param) and not param.is_conj() and not param.is_neg()
     return param if plain else torch.empty_like(param, requires_grad=False)
 
 
 def state_dtype_of(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of a new state: `wanted` for float32, bfloat16 and float16 params, otherwise the param's dtype."""
     narrow = param.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return wanted if narrow and wanted is not None else param.dtype
 
 
 def allowed_dtype(param: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype a loaded state is kept in: its own, unless the arithmetic of the param is wider or narrower
-    altogether. Codes of packed formats are converted later."""
+    """The dtype of a loaded state. It keeps its own if kernels support it, it is complex exactly if the param is, and
+    it is 64-bit (float64 or complex128) exactly if the param is. Otherwise it gets the param's dtype.
+    Codes of packed formats are converted later."""
     if dtype in PACKED_DTYPES:
         return dtype
     same_width = (real_dtype(param.dtype) == torch.float64) == (real_dtype(dtype) == torch.float64)
@@ -35,7 +38,7 @@ def allowed_dtype(param: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def numbers_of(counts: Sequence[Any]) -> list[float]:
-    """Counts of updates as numbers. Waits once for each of their devices."""
+    """Counts of updates as numbers. Waits once for each device that holds counts."""
     numbers = [0.0 if isinstance(count, Tensor) else float(count) for count in counts]
     by_device: dict[torch.device, dict[int, Tensor]] = {}
     for index, count in enumerate(counts):
@@ -48,10 +51,10 @@ def numbers_of(counts: Sequence[Any]) -> list[float]:
 
 
 def match_step(param: Tensor, step: Any) -> Tensor:
-    """The count of updates on the param's device, float32 [].
+    """The count of updates as a float32 tensor of shape [] on the param's device.
 
     Raises:
-        RuntimeError: it has several elements, or no data (on meta) while the param has.
+        RuntimeError: the count has several elements, or is on meta although the param is not.
     """
     if not isinstance(step, Tensor):
         step = torch.tensor(float(step))
@@ -72,11 +75,13 @@ def check_data(param: Tensor, state: Tensor, name: str) -> None:
 def match_layout(
     param: Tensor, state: Mapping[str, Any], wanted: Sequence[str], only_dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
-    """The states among `wanted` that are there: on the param's device, in its memory layout. The tensors themselves
-    where they fit. only_dtype: of all of them; None: those that a param's states may have.
+    """The states among `wanted` that exist, on the param's device and in its memory layout. A state that fits is
+    returned itself, others are copied.
+
+    only_dtype: the dtype of all of them; None: a state keeps its dtype if the param may have states of that dtype.
 
     Raises:
-        RuntimeError: a state has another shape than its param, or no data.
+        RuntimeError: a state has another shape than its param, or is on meta although the param is not.
     """
     fitting: dict[str, Any] = {}
     for name in wanted:
@@ -106,10 +111,18 @@ def match_layout(
 
 
 def make_states(
-    param: Tensor, state: dict[str, Any], wanted: Sequence[str], dtypes: Mapping[str, torch.dtype]
+    param: Tensor,
+    state: dict[str, Any],
+    wanted: Sequence[str],
+    dtypes: Mapping[str, torch.dtype],
+    starts: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Those of `wanted` that `state` lacks: zeros, but the maximum of an average starts from the average. dtypes: of
-    those that do not have their param's."""
+    """The states among `wanted` that `state` lacks. The maximum of an average is a copy of the average. Other states
+    are filled with their start value.
+
+    dtypes: the dtypes of states that do not have their param's. starts: the start values that are not 0, by state. In
+        complex states both parts have the value, as in torch.
+    """
     made: dict[str, Any] = {}
     for name in wanted:
         if name in state:
@@ -118,8 +131,10 @@ def make_states(
         if average is not None:
             made[name] = like(param, local(average).clone())
         else:
-            zeros = torch.zeros_like(local(param), dtype=state_dtype_of(param, dtypes.get(name)), requires_grad=False)
-            made[name] = like(param, zeros)
+            start = (starts or {}).get(name, 0.0)
+            shard, value = local(param), complex(start, start) if param.is_complex() else start
+            full = torch.full_like(shard, value, dtype=state_dtype_of(param, dtypes.get(name)), requires_grad=False)
+            made[name] = like(param, full)
     return made
 
 

@@ -58,6 +58,10 @@ class Rule:
     states: names in `optimizer.state[param]`, in the order in which the rule takes them.
     options: the options of its groups besides REQUIRED and OPTIONAL.
     switched: states that exist only where a group's option is true, as {state: option}; they come last in `states`.
+    squares: states that are made of squares, and are never negative.
+    starts: the option whose value a state starts from, as {state: option}; all others start from 0, but the maximum of
+        an average starts from the average.
+    eager: whether states are made with the param group, and not when the param has its first gradient.
     counted: whether `step` is one of the states. Where it is not, the optimizer counts out of sight, because the first
         update of a param may differ.
     trust: whether each tensor's update is scaled by a ratio of norms, which takes a second walk.
@@ -68,12 +72,18 @@ class Rule:
     states: tuple[str, ...]
     options: tuple[Option, ...]
     switched: Mapping[str, str] = field(default_factory=dict)
+    squares: tuple[str, ...] = ()
+    starts: Mapping[str, str] = field(default_factory=dict)
+    eager: bool = False
     counted: bool = True
     trust: bool = False
     clip_eps: float = 1e-6
 
     def states_of(self, group: Mapping[str, object]) -> list[str]:
         return [name for name in self.states if name not in self.switched or group[self.switched[name]]]
+
+    def starts_of(self, group: Mapping[str, Any]) -> dict[str, float]:
+        return {state: float(group[option]) for state, option in self.starts.items()}
 
     @property
     def deciding(self) -> list[str]:

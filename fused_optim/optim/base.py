@@ -14,7 +14,7 @@ from .. import backends
 from ..backends.device_tables import release
 from ..backends.trial import choose
 from ..engine.backend import Backend, Scaling
-from ..engine.build import build_states, build_tables, members_of, validate
+from ..engine.build import build_states, build_tables, make_eager_states, members_of, validate
 from ..engine.changes import RAW_CHANGED, REBUILD, detect_changes
 from ..engine.checkpoints import arrived, leaving_out, loading, without_update
 from ..engine.dtensor import local
@@ -135,6 +135,9 @@ class FusedOptimizer(Mastered):
         self._steps: dict[Tensor, Tensor] = {}  # of params whose rule keeps no `step` in its states
         self._forget()
         super().__init__(*args, **kwargs)
+        if self.rule.eager:  # once more: torch's constructor has made its own
+            for group in self.param_groups:
+                make_eager_states(self.rule, group, self.state, state_dtype, self._masters)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         check_group(param_group, self)
@@ -159,6 +162,8 @@ class FusedOptimizer(Mastered):
         except Exception:
             self.param_groups.pop()
             raise
+        if self.rule.eager:
+            make_eager_states(self.rule, group, self.state, self._state_dtype, self._masters)
         self._forget()
 
     @property
@@ -177,7 +182,7 @@ class FusedOptimizer(Mastered):
 
     def step(self, closure: Callable[[], Any] | None = None, grad_scale: float | Tensor | None = None) -> Any:
         """Updates every param that has a gradient. On each GPU this takes two launches, prepare and update; clipping
-        adds two, LAMB three.
+        adds two or three, LAMB three.
 
         Args:
             closure: reevaluates the model, with grad enabled, and returns the loss.
