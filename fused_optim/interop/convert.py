@@ -241,8 +241,8 @@ def to_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
     """
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(
-            'the checkpoint must be a dict with "state" and "param_groups", as the state_dict() of an optimizer returns '
-            f"it, but has the keys {sorted(map(str, state_dict))}"
+            'the checkpoint must be a dict with "state" and "param_groups", as state_dict() of an optimizer '
+            f"returns it, but has the keys {sorted(map(str, state_dict))}"
         )
     converted = {}
     for index, state in state_dict["state"].items():
