@@ -100,12 +100,11 @@ FUSED_HD T lerp_square(T average, T x, T weight) {
 }
 
 // beta * average. A beta of 0.5 or more is 1 - weight, as in lerp, and small_beta is 0. Below 0.5 the rounding of the
-// weight is large beside beta; then drop is 1, the inner sum is 0, and small_beta is beta, rounded once.
+// weight is large beside beta, and small_beta is beta, rounded once. It is the same for a whole tensor.
 // factor: the average, or a finite number in the place of inf.
 template <class T>
 FUSED_HD T keep(T average, T factor, T weight, T small_beta) {
-  const T drop = small_beta != T(0) ? T(1) : weight;  // the same for a whole tensor
-  return fma(small_beta, factor, fma(-drop, factor, average));
+  return small_beta != T(0) ? small_beta * average : fma(-weight, factor, average);
 }
 
 // beta * average + (1 - beta) * x, exact to a few ulp for any beta in [0, 1).
@@ -152,6 +151,7 @@ struct Adam {
 struct Sgd {
   static constexpr const char* name = "sgd";
   static constexpr bool trust = false;
+  static constexpr bool has_betas = false;
   static constexpr int min_states = 0, max_states = 1;  // momentum_buffer
 
   // Weights of gradient and buffer in the new buffer, momentum, nesterov.

@@ -99,7 +99,7 @@ template <Pass pass, class Rule, bool kAverages, class T, int S>
 FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, bool unaligned, int thread) {
   constexpr int kAverage = kStreamState0 + S, kStreams = kAverage + kAverages, kPart = kAccess / sizeof(T);
   constexpr int V = kVector<T, kStreams - (pass == Pass::kApplyUpdate)>;
-  const TensorScalars<T> h = scalars_of<pass, T>(t, row_number);
+  const TensorScalars<T> h = scalars_of<pass, T>(t, row_number), usual = without_small_betas(h);
   const int64_t* row = t.rows + row_number * kRowWidth;
   const int64_t signature = row[kRowDtypeSignature], grad = t.grads[row_number];
   const int64_t begin = chunk * kChunk, left = row[kRowNumel] - begin;
@@ -117,7 +117,8 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
   }
   // `unaligned` speaks of param, states and average.
   const bool aligned = !(reads(pass, kStreamParam) && unaligned) && !(reads(pass, kStreamGrad) && grad % kAccess != 0);
-  const int vectored = aligned ? count - count % V : 0;
+  const bool by_element = !aligned || (pass != Pass::kApplyUpdate && has_small_betas(h));
+  const int vectored = by_element ? 0 : count - count % V;
   Sums sums{};
 
   for (int piece = 0; piece < vectored; piece += kThreads * V) {
@@ -138,7 +139,7 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
     for (int v = 0; v < V; ++v) {
       T state[S > 0 ? S : 1];
       for (int s = 0; s < S; ++s) state[s] = x[kStreamState0 + s][v];
-      update_element<pass, Rule, T, S>(h, x[kStreamParam][v], x[kStreamGrad][v], state);
+      update_element<pass, Rule, T, S>(usual, x[kStreamParam][v], x[kStreamGrad][v], state);
       for (int s = 0; s < S; ++s) x[kStreamState0 + s][v] = state[s];
     }
     for (int i = 0; i < kAverage; ++i) {
