@@ -86,10 +86,9 @@ def lerp_square(average: tl.tensor, x: tl.tensor, weight: tl.tensor) -> tl.tenso
 @triton.jit
 def keep(average: tl.tensor, factor: tl.tensor, weight: tl.tensor, small_beta: tl.tensor) -> tl.tensor:
     """beta * average. A beta of 0.5 or more is 1 - weight, as in lerp, and small_beta is 0. Below 0.5 the rounding of
-    the weight is large beside beta; then drop is 1, the inner sum is 0, and small_beta is beta, rounded once.
+    the weight is large beside beta, and small_beta is beta, rounded once. It is the same for a whole tensor.
     factor: the average, or a finite number in the place of inf."""
-    drop = tl.where(small_beta != 0.0, 1.0, weight)  # the same for a whole tensor
-    return tl.fma(small_beta, factor, tl.fma(-drop, factor, average))
+    return tl.where(small_beta != 0.0, small_beta * average, tl.fma(-weight, factor, average))
 
 
 @triton.jit

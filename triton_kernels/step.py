@@ -44,6 +44,18 @@ def read_scalars(
 
 
 @triton.jit
+def without_small_betas(h: TensorScalars) -> TensorScalars:
+    """The same scalars with constants of 0 for the small betas, so that these cost nothing."""
+    columns: tl.tuple = ()
+    for i in tl.static_range(SCALAR_WIDTH):
+        if i == column(SCALARS, "small_beta1") or i == column(SCALARS, "small_beta2"):
+            columns += (tl.full((), 0.0, h[i].dtype),)
+        else:
+            columns += (h[i],)
+    return TensorScalars(*columns)
+
+
+@triton.jit
 def gradient(h: TensorScalars, param: tl.tensor, grad: tl.tensor) -> tl.tensor:
     """The gradient that a rule sees: scaled, clipped, and with L2 in it."""
     scaled = grad * h.grad_factor
@@ -169,16 +181,20 @@ def walk(
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
-    """`count` elements of the streams of SIGNATURE: whole aligned blocks by full vectors, all else element by element.
-    Returns the sums, grown."""
+    """`count` elements of the streams of SIGNATURE: whole aligned blocks by full vectors, all else element by element,
+    and so are tensors with small betas. Returns the sums, grown."""
     # One access per thread and stream: a larger block would take the vector width of another signature of the launch.
     BLOCK: tl.constexpr = THREADS * vector_width(SIGNATURE)
     # Sums must not depend on where tensors lie: there, an element belongs to the same thread either way.
     TAIL: tl.constexpr = BLOCK if len(sums) > 0 else THREADS
-    blocks = tl.where(aligned, count // BLOCK, 0)
+    usual = without_small_betas(h)
+    by_vectors = aligned & (h.small_beta1 == 0.0) & (h.small_beta2 == 0.0)
+    blocks = tl.where(by_vectors, count // BLOCK, 0)
     for i in range(blocks):
         at = i * BLOCK + tl.arange(0, BLOCK)
-        sums = walk_block(h, [pointer + at for pointer in pointers], None, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA)
+        sums = walk_block(
+            usual, [pointer + at for pointer in pointers], None, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA
+        )
     for i in range(blocks * BLOCK, count, TAIL):
         at = i + tl.arange(0, TAIL)
         sums = walk_block(

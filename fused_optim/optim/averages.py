@@ -25,8 +25,8 @@ class Averaged(Options):
 
     @property
     def ema(self) -> Mapping[Tensor, Tensor] | None:
-        """The averages of params that have had a gradient, by param: a view on the states of that name. To be read outside
-        of ema_weights(). None without an ema_decay."""
+        """The averages of params that have had a gradient, by param: a view on the states. To be read outside of
+        ema_weights(). None without an ema_decay."""
         return None if self._ema is None else Averages(self.param_groups, self.state)
 
     @contextmanager
