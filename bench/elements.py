@@ -22,6 +22,7 @@ import torch
 import triton
 from environment import ROOT, commit
 from instructions import machine_code
+from loops import loops
 from report import markdown
 from triton.backends.nvidia.compiler import get_ptxas
 
@@ -53,8 +54,10 @@ Instructions per element, and registers, of the walks over whole aligned vectors
 - Bytes: the walk reads and writes this many per element.
 - Executed: PTX instructions, counted by the interpreter of tests/ptx. A division and a square root count as {expanded}
   each, as in machine code. Moves between registers count as none.
-- Machine code: instructions of the loop over vectors, per element. Only kernels of one kind have such a loop; nvcc's
-  kernels serve all dtypes of a rule and have none.
+- Machine code: instructions per element of the longest path through the loop over vectors, without the calls for
+  divisions and square roots of numbers near the ends of the range. Empty where nvcc's kernel has no loop for these
+  dtypes alone.
+- Elements: how many a thread processes in one iteration of that loop.
 - Registers: those of the machine code for sm_{arch}.
 - Blocks: how many blocks of 128 threads the 65,536 registers of a multiprocessor can hold."""
 
@@ -144,21 +147,26 @@ def assembled(ptx: str, by_triton: bool) -> tuple[dict[str, int], dict[str, str]
     return {name: int(registers) for name, registers in found}, code
 
 
-def loop_over_vectors(code: str) -> int | None:
-    """Instructions of the innermost loop with the most wide loads, or None if no loop has any."""
-    lines = [
-        (int(address, 16), text)
-        for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
-    ]
-    best: tuple[int, int | None] = (0, None)
-    for address, text in lines:
-        jump = re.search(r"\bBRA(?:\.\w+)*\s+.*?(0x[0-9a-f]+)", text)
-        if jump and int(jump[1], 16) < address:
-            body = [other for at, other in lines if int(jump[1], 16) <= at <= address and "NOP" not in other]
-            wide = sum(bool(re.search(r"LDG\S*\.(64|128)\b", other)) for other in body)
-            if wide > best[0]:
-                best = (wide, len(body))
-    return best[1]
+def iteration_of(code: str, case: Case, walk: str, by_triton: bool) -> tuple[float, int] | None:
+    """Instructions per element of the loop over whole blocks of vectors, and elements per thread and iteration. None
+    where this loop cannot be identified: nvcc's kernels have loops for several dtypes, and the squares convert nothing
+    that would tell them apart."""
+    streams, dtypes = READ[walk] + STATES_READ[walk] * states_of(case), {case.param}
+    if STATES_READ[walk]:
+        dtypes.add(case.states or case.param)
+    if averages(case, walk):
+        streams, dtypes = streams + 1, dtypes | {AVERAGE}
+    width = 16 // max(dtype.itemsize for dtype in dtypes)
+    found = [loop for loop in loops(code) if loop.wide % streams == 0]
+    if not by_triton:
+        if len(dtypes) > 1 or walk == "squares":
+            return None
+        name = str(case.param).removeprefix("torch.")
+        least = streams * (2 if name == "float32" and streams <= 4 else 1)
+        found = [loop for loop in found if loop.dtypes == {name} and loop.wide == least]
+    # Triton's kernels have a loop without a mask and one with a mask. The first is shorter.
+    counts = [(loop.instructions, loop.wide // streams * width) for loop in found]
+    return min(((instructions / elements, elements) for instructions, elements in counts), default=None)
 
 
 def row(case: Case, backend: str, program: Program, count: float) -> list[str]:
@@ -168,18 +176,14 @@ def row(case: Case, backend: str, program: Program, count: float) -> list[str]:
     registers, code = assembled(LAUNCHES.modules[program], by_triton)
     used = registers[name]
     blocks = 65536 // (-(-used // 8) * 8 * 128)
-    loop = loop_over_vectors(code[name]) if by_triton else None
-    width = 16 // max(dtype.itemsize for dtype in (case.param, case.states or case.param))
-    if walk == "squares":
-        width = 16 // case.param.itemsize
-    machine = f"{loop / width:.1f}" if loop else ""
+    iteration = iteration_of(code[name], case, walk, by_triton)
     return [
         backend.removesuffix("-ptx"),
         str(case),
         walk,
         str(bytes_of(case, walk)),
         f"{count:.1f}",
-        machine,
+        *(("", "") if iteration is None else (f"{iteration[0]:.1f}", str(iteration[1]))),
         str(used),
         str(blocks),
     ]
@@ -193,14 +197,28 @@ def walk_of(name: str, case: Case, program: Program) -> str:
     return "update_moments" if program.kernel.shared else "apply_update"  # only the first walk adds up
 
 
+# Streams that a walk reads besides states, and whether it reads these.
+READ = {"update": 2, "update_moments": 2, "apply_update": 1, "squares": 1}
+STATES_READ = {"update": 1, "update_moments": 1, "apply_update": 1, "squares": 0}
 STATES = {"FusedAdamW": 2, "FusedSGD": 1, "FusedQHAdamW": 2, "FusedLAMB": 2, "FusedLion": 1}
+
+
+AVERAGE = torch.float32  # dtype of averages, of bfloat16 params too
+
+
+def averages(case: Case, walk: str) -> bool:
+    return "ema_decay" in case.options and walk in ("update", "apply_update")
+
+
+def states_of(case: Case) -> int:
+    return STATES[case.optimizer] + ("amsgrad" in case.options)
 
 
 def bytes_of(case: Case, walk: str) -> int:
     """Bytes that a walk reads and writes per element."""
     param, state = case.param.itemsize, (case.states or case.param).itemsize
-    states = (STATES[case.optimizer] + ("amsgrad" in case.options)) * state
-    average = 2 * param if "ema_decay" in case.options else 0
+    states = states_of(case) * state
+    average = 2 * AVERAGE.itemsize if averages(case, walk) else 0
     return {
         "update": 3 * param + 2 * states + average,
         "update_moments": 2 * param + 2 * states,
@@ -220,7 +238,7 @@ def section() -> str:
     (version,) = re.findall(r"release [\d.]+", nvcc)
     facts = {"commit": commit(), "triton": triton.__version__, "nvcc": f"nvcc {version}", "arch": ARCH}
     text = TEXT.format(expanded=EXPANDED["div.rn.f32"], **facts)
-    header = ["backend", "optimizer", "walk", "bytes", "executed", "machine code", "registers", "blocks"]
+    header = ["backend", "optimizer", "walk", "bytes", "executed", "machine code", "elements", "registers", "blocks"]
     return f"{HEADING}\n\n{text}\n\n{markdown(header, rows)}\n"
 
 

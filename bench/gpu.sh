@@ -13,9 +13,12 @@
 #   sanitizers  compute-sanitizer: memcheck, initcheck, racecheck
 #   suite       all tests that step on a backend, eight at a time
 #
-# A part that has ended is not run again (FORCE=1: it is); one that was cut off goes on where it ended, when called again.
-# All output goes to $OUT, else to bench/results/<gpu>; after each part $OUT/results.tar.gz holds all of it.
-# $PYTHON is a Python that has torch; nothing is installed but this package. LIMIT: seconds for each part.
+# A part that has ended is not run again (FORCE=1: it is). One that was cut off continues when called again: commands that
+# have ended are not repeated, and benchmarks continue after the last case.
+# All output goes to $OUT, else to bench/results/<gpu>; after each part $OUT/results.tar.gz holds all of it. FROM: such an
+# archive of an earlier call, for a machine that has not kept $OUT. Every part builds the package if this was not done yet.
+# $PYTHON is a Python that has torch; nothing is installed but this package, and nothing is downloaded. LIMIT: seconds for
+# each part.
 # COMPILED=1 adds torch.compile to the peers, which takes minutes for each case. FUSED_OPTIM_COMMIT: what is measured, where
 # there is no .git.
 set -uo pipefail
@@ -33,14 +36,34 @@ dry() { # dry SENTENCE: what this part cannot show here
 }
 
 run() { # run NAME COMMAND...: keeps its output in $OUT/NAME.txt, and remembers a failure
-  local name=$1
+  local name=$1 ended=$OUT/ended/$part.$1 status=0
   shift
+  if [ -e "$ended" ] && [ -z "${FORCE:-}" ]; then
+    say "$name has ended before, with status $(cat "$ended")"
+    [ "$(cat "$ended")" = 0 ] || failed=1
+    return
+  fi
   say "$name: $*"
-  if ! "$@" > "$OUT/$name.txt" 2>&1; then
+  "$@" > "$OUT/$name.txt" 2>&1 || status=$?
+  echo $status > "$ended"
+  if [ $status != 0 ]; then
     failed=1
     say "$name failed, see $OUT/$name.txt"
   fi
   tail -n 5 "$OUT/$name.txt"
+}
+
+build() { # for the GPU of this machine alone, where this has not been done
+  if [ -e fused_optim/_build.json ] && ! [ "$part" = build -a -n "${FORCE:-}" ]; then return; fi
+  local cuda=1
+  command -v "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" > /dev/null || {
+    cuda=0
+    say "there is no nvcc: the backend \"cuda\" is left out"
+  }
+  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$PYTHON" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')}
+  export TORCH_CUDA_ARCH_LIST
+  rm -f "$OUT/ended/$part.build" # of a machine before this one
+  run build env FUSED_OPTIM_CPP=1 FUSED_OPTIM_CUDA=$cuda "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --editable .
 }
 
 has() { # has MODULE WHAT: whether Python has it; else says what is left out
@@ -53,21 +76,15 @@ pytest_() { "$PYTHON" -m pytest -q -p no:cacheprovider "$@"; }
 
 part_build() {
   dry "nothing is built; the Triton kernels run in the interpreter of PTX, and tests/test_gpu*.py are skipped"
-  if [ -z "$DRY" ]; then
-    local cuda=1
-    command -v "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" > /dev/null || {
-      cuda=0
-      say "there is no nvcc: the backend \"cuda\" is left out"
-    }
-    run build env FUSED_OPTIM_CPP=1 FUSED_OPTIM_CUDA=$cuda "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --editable .
-  fi
   run environment "$PYTHON" -m fused_optim
   has pytest "its tests are left out" || return
   local by_hand=(tests/test_triton_kernels.py tests/test_triton_sums.py)
   if [ -n "$DRY" ]; then
     run tests env FUSED_OPTIM_TEST_BACKENDS=triton-ptx "$PYTHON" -m pytest -q -s tests/test_gpu.py tests/test_gpu_lifetimes.py "${by_hand[@]}" -k "gpu or rules"
   else
-    run tests pytest_ -s tests/test_gpu.py tests/test_gpu_lifetimes.py "${by_hand[@]}"
+    run tests-gpu pytest_ -s tests/test_gpu.py
+    run tests-kernels pytest_ "${by_hand[@]}"
+    run tests-lifetimes pytest_ tests/test_gpu_lifetimes.py
   fi
 }
 
@@ -135,13 +152,14 @@ part_suite() {
   if [ -n "$DRY" ]; then
     run suite env FUSED_OPTIM_TEST_BACKENDS=triton-ptx,cuda-ptx "$PYTHON" -m pytest -q "${jobs[@]}" tests -m compiled
   else
-    run suite env FUSED_OPTIM_TEST_BACKENDS=triton,cuda "$PYTHON" -m pytest -q "${jobs[@]}" tests
+    run suite env FUSED_OPTIM_TEST_BACKENDS=triton,cuda "$PYTHON" -m pytest -q "${jobs[@]}" tests -m backend
   fi
 }
 
 if [ "${1:-}" = --inside ]; then # a part, under its time limit
-  failed=0
-  "part_$2"
+  failed=0 part=$2
+  [ -n "$DRY" ] || build
+  "part_$part"
   exit $failed
 fi
 
@@ -161,8 +179,11 @@ else
   fi
 fi
 export OUT=${OUT:-bench/results/$gpu}
-mkdir -p "$OUT/done"
+mkdir -p "$OUT/done" "$OUT/ended"
 OUT=$(cd "$OUT" && pwd)
+if [ -n "${FROM:-}" ] && [ ! -e "$OUT/results.tar.gz" ]; then
+  tar -xzf "$FROM" -C "$OUT" || exit 2
+fi
 failed=0
 for part in "${@:-${PARTS[@]}}"; do
   if [ -e "$OUT/done/$part" ] && [ -z "${FORCE:-}" ]; then

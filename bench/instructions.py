@@ -44,7 +44,11 @@ may be unrolled differently, so that fewer is not faster. CPU: instructions exec
 Scaling, clipping and skipping are settled in prep, once per tensor; passes over elements multiply by what it leaves,
 as they did before there was any of these. An average of the weights and the second walk of a trust ratio are kernels
 of their own. Where nothing is asked for, a pass should cost what it cost at {other}. On the CPU the compiler decides
-anew how to inline and unroll whenever a source changes, which is worth a few percent either way."""
+anew how to inline and unroll whenever a source changes, which is worth a few percent either way.
+
+The GPU kernels have more loops than at 0039f90: Triton's kernels one for the vectors after the last whole block, nvcc's
+kernels one each for float32 and bfloat16. These counts include all loops. The table "Per element" has what an element
+costs."""
 
 
 class Rule(NamedTuple):

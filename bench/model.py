@@ -22,7 +22,7 @@ from environment import ROOT
 from report import markdown
 from shapes import CASES, elements
 
-from fused_optim.engine.layout import CHUNK
+from fused_optim.engine.layout import CHUNK, SHARE
 
 sys.path[:0] = [str(ROOT / "tests")]
 
@@ -30,7 +30,7 @@ MULTIPROCESSORS, SCHEDULERS, CLOCK = 132, 4, 1.755e9  # of an H100 SXM
 BANDWIDTH = 3.0e12  # bytes per second that a copy reaches, of 3.35e12
 LATENCY = 0.8e-6  # of one access to memory under load
 LAUNCH = 3e-6  # from the end of one kernel to the first work of the next
-FRONT = 3 * LATENCY  # of a block: its entry, then its row, then its elements
+FRONT = 2 * LATENCY  # of a block before its elements: its entry, then its row
 THREADS = 128  # of a block
 ISSUED = MULTIPROCESSORS * SCHEDULERS * 32 * CLOCK  # instructions of threads per second
 
@@ -42,69 +42,84 @@ class Walk:
     name: str
     bytes: int
     instructions: float
+    width: int  # elements per thread and iteration of the loop
     blocks: int
 
     @property
-    def width(self) -> int:
-        """Elements of a thread in one turn."""
-        if self.backend == "cuda":
-            return 8
-        return 8 if "bfloat16" in self.optimizer and "states" not in self.optimizer else 4
+    def only_bfloat16(self) -> bool:
+        return "bfloat16" in self.optimizer and not ("states" in self.optimizer or "ema_decay" in self.optimizer)
+
+    @property
+    def loads_ahead(self) -> bool:
+        """Whether the loads of an iteration are issued before the arithmetic of the iteration before it."""
+        four = "amsgrad" not in self.optimizer and self.name != "squares"
+        return self.backend == "cuda" and self.only_bfloat16 and four
 
 
 def walks() -> list[Walk]:
-    """From the table in instructions.md. Of Triton's kernels the machine code counts, where it is known."""
+    """From the table in instructions.md: instructions of machine code if they are known, else of PTX."""
     text = (ROOT / "bench/results/instructions.md").read_text().split("## Per element")[1]
     found = []
     for line in re.findall(r"^\| (?:triton|cuda) .*$", text, re.MULTILINE):
-        backend, optimizer, name, size, executed, machine, _, blocks = (
+        backend, optimizer, name, size, executed, machine, width, _, blocks = (
             cell.strip() for cell in line.strip("|").split("|")
         )
-        found.append(Walk(backend, optimizer, name, int(size), max(float(executed), float(machine or 0)), int(blocks)))
+        found.append(
+            Walk(backend, optimizer, name, int(size), float(machine or executed), int(width or 8), int(blocks))
+        )
     return found
 
 
-def turns(walk: Walk, size: int) -> float:
-    """Of the loops of a block with so many elements: vectors, then the rest one by one."""
-    block = THREADS * walk.width
-    if walk.backend == "triton":
-        return size // block + math.ceil(size % block / THREADS)
-    return math.ceil(size // walk.width * walk.width / block) + (size % walk.width > 0)
+def iterations(walk: Walk, size: int) -> int:
+    """Of a block with so many elements: over vectors, and one over the elements after the last vector."""
+    vectors, rest = divmod(size, walk.width)
+    return math.ceil(vectors / THREADS) + (rest > 0)
 
 
 def seconds(walk: Walk, shapes: list[tuple[int, ...]]) -> tuple[float, float, float]:
-    """Of one kernel: by memory, by instructions, by the way of its blocks."""
+    """Of one kernel: by memory, by instructions, by the time that each of its blocks takes."""
     count = elements(shapes)
     sizes = [math.prod(shape) for shape in shapes]
     chunks = sum(math.ceil(size / CHUNK) for size in sizes)
-    loops = sum(
-        size // CHUNK * turns(walk, CHUNK) + (turns(walk, size % CHUNK) if size % CHUNK else 0) for size in sizes
-    )
-    resident = MULTIPROCESSORS * walk.blocks
-    way = (chunks * FRONT + loops * LATENCY) / min(resident, max(chunks, 1))
-    return count * walk.bytes / BANDWIDTH, count * walk.instructions / ISSUED, way
+    resident = min(MULTIPROCESSORS * walk.blocks, max(chunks, 1))
+    memory, instructions = count * walk.bytes / BANDWIDTH, count * walk.instructions / ISSUED
+    # Warps of several blocks share a scheduler: a warp gets the slots that the others leave.
+    free = max(0.2, 1 - instructions / max(memory, instructions))
+    arithmetic = walk.width * walk.instructions / CLOCK / free
+    first = LATENCY + arithmetic
+    later = max(LATENCY, arithmetic) if walk.loads_ahead else first
+
+    def block(size: int) -> float:
+        return FRONT + first + (iterations(walk, size) - 1) * later if size else 0.0
+
+    total = sum(size // CHUNK * block(CHUNK) + block(size % CHUNK) for size in sizes)
+    return memory, instructions, total / resident
 
 
 def total_seconds(shapes: list[tuple[int, ...]]) -> float:
-    """One block adds up what each chunk has left: 1,024 threads, 4 loads of 8 bytes each on their way."""
-    chunks = sum(math.ceil(math.prod(shape) / CHUNK) for shape in shapes)
-    return math.ceil(chunks / (1024 * 4)) * LATENCY + 10 * 0.05e-6
+    """Blocks of 1,024 threads add up a share each of the sums of chunks, then of shares: 4 loads per thread, all
+    in flight, and 10 steps that halve the number of sums. With the launches."""
+    numbers, launches = sum(math.ceil(math.prod(shape) / CHUNK) for shape in shapes), 1
+    while numbers > SHARE:
+        numbers, launches = math.ceil(numbers / SHARE), launches + 1
+    return launches * (LAUNCH + LATENCY + 10 * 0.05e-6)
 
 
 def predicted(backend: str, optimizer: str, case: str) -> list[str]:
     shapes = CASES[case]()
     chosen = [walk for walk in walks() if (walk.backend, walk.optimizer) == (backend, optimizer)]
     device = bytes_moved = 0.0
-    bounds = []
+    bounds, margins = [], []
     for walk in chosen:
         parts = seconds(walk, shapes)
+        margins.append(parts[0] / max(parts[1:]))
         device += max(parts) + LAUNCH
         bytes_moved += elements(shapes) * walk.bytes
         bounds.append(("memory", "instructions", "blocks")[parts.index(max(parts))])
     device += LAUNCH  # prep
     names = [walk.name for walk in chosen]
     if "squares" in names:
-        device += total_seconds(shapes) + LAUNCH
+        device += total_seconds(shapes)
     if "update_moments" in names:  # the sums of each tensor, and the ratios
         device += 2 * LAUNCH + 2 * LATENCY * math.ceil(len(shapes) / (MULTIPROCESSORS * 16))
     floor = bytes_moved / BANDWIDTH + LAUNCH
@@ -116,6 +131,7 @@ def predicted(backend: str, optimizer: str, case: str) -> list[str]:
         f"{1e3 * device:.3g}",
         f"{floor / device:.0%}",
         f"{issue / device:.0%}",
+        f"{min(margins):.2f}",
         " and ".join(dict.fromkeys(bounds)),
     ]
 
@@ -180,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", action="store_true")
     options = parser.parse_args()
-    header = ["case", "step", "backend", "ms", "of copy", "of issue", "bound by"]
+    header = ["case", "step", "backend", "ms", "of copy", "of issue", "margin", "bound by"]
     rows = [
         predicted(backend, optimizer, case)
         for case, optimizers in PREDICTED

@@ -1,7 +1,6 @@
-// From what is known at run time (a rule's name, a row's signature) to template arguments.
+// Maps run-time values (a rule's name, a row's signature) to template arguments.
 #pragma once
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "rules.h"
@@ -9,29 +8,14 @@
 
 namespace fused_optim {
 
-template <class T>
-struct Tag {
-  using type = T;
-};
-
-template <class... Rules>
-struct RuleList {
-  template <class F>
-  static bool visit(const char* name, F&& f) {
-    return ((std::strcmp(name, Rules::name) == 0 && (f(Tag<Rules>{}), true)) || ...);
-  }
-};
-
-// Every rule of rules.h: a new one is entered here, and nowhere else.
-using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion>;
-
-// Calls f(Tag<Rule>{}) for the rule of that name. False when there is none.
+// Calls f(Tag<Rule>{}) for the rule of this name. Returns false if there is none.
 template <class F>
 bool visit_rule(const char* name, F&& f) {
   return AllRules::visit(name, static_cast<F&&>(f));
 }
 
-// Calls f(std::integral_constant<int, S>{}) with S the number of states in the signature, within what the rule allows.
+// Calls f(std::integral_constant<int, S>{}), where S is the number of states in the signature, clamped to the rule's
+// min_states and max_states.
 template <class Rule, int S = Rule::min_states, class F>
 FUSED_HD void visit_states(int64_t signature, F&& f) {
   if constexpr (S < Rule::max_states) {

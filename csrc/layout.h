@@ -12,6 +12,7 @@
 namespace fused_optim {
 
 constexpr int kChunk = 4096;  // elements of one tensor that one program (GPU) or one loop turn (CPU) handles
+constexpr int kShare = 4096;  // numbers that one block of a GPU adds up where the norm of all gradients is taken
 constexpr int kAlignment = 16;  // bytes of the widest access
 constexpr int kMaxStates = 3;  // of one tensor
 constexpr int64_t kEmpty = 16;  // in `grads`: stands for the address of a gradient without elements, which is null
@@ -89,7 +90,7 @@ constexpr int kArrayGroupHparams = 4;  // float64 [groups, GroupHparams]
 constexpr int kArrayGroupIndex = 5;  // int32 [tensors]: the row of group_hparams
 constexpr int kArrayTensorScalars = 6;  // float64 [tensors, TensorScalars]
 constexpr int kArrayRowOffsets = 7;  // int64 [tensors + 1]: tensor t has the entries row_offsets[t] up to row_offsets[t + 1]
-constexpr int kArrayPartials = 8;  // float64 [chunks, 2]: sums over each chunk; [chunks] for the norm of all gradients
+constexpr int kArrayPartials = 8;  // float64 [chunks, 2]: sums over each chunk; [chunks + shares] for the norm of all gradients
 constexpr int kArraySums = 9;  // float64 [tensors, 2]: squares of param and update
 constexpr int kArrayTrust = 10;  // float64 [tensors]: trust ratios
 constexpr int kArrayWidth = 11;
@@ -159,6 +160,7 @@ struct LayoutEntry {
 };
 constexpr LayoutEntry kLayout[] = {
     {"CHUNK", kChunk},
+    {"SHARE", kShare},
     {"ALIGNMENT", kAlignment},
     {"MAX_STATES", kMaxStates},
     {"EMPTY", kEmpty},

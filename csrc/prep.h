@@ -1,5 +1,5 @@
-// Prep: from a group's hyperparameters and a tensor's step count to the scalars that its rule reads, in float64, once
-// per tensor.
+// Prep computes the scalars that a rule reads, from a group's hyperparameters and a tensor's step count. It runs once
+// per tensor and step, in float64.
 #pragma once
 #include <type_traits>
 
@@ -8,8 +8,8 @@
 
 namespace fused_optim {
 
-// base**exponent by squaring: the same few multiplications on every device, no libm. exponent is a whole number below
-// 2**31.
+// base**exponent by squaring. It does not call libm, so every device does the same multiplications. exponent is an
+// integer below 2**31.
 FUSED_HD double power(double base, double exponent) {
   double result = 1.0;
   for (unsigned bits = static_cast<unsigned>(exponent); bits != 0; bits >>= 1) {
@@ -24,16 +24,16 @@ FUSED_HD double device_lr(int64_t address) {
   return *reinterpret_cast<const float*>(address);
 }
 
-// By what a group's gradients are multiplied so that the norm of all stays within its bound: torch's formula, and with
-// clip_eps 0 Apex's. A norm that is NaN goes on into the params.
+// The factor that scales a group's gradients so that the norm of all gradients is at most max_norm. torch's formula;
+// Apex's if clip_eps is 0. A NaN norm gives a NaN factor, so NaN is not hidden.
 FUSED_HD double clip_coefficient(const double* hparams, double squares, double scale) {
   if (!(hparams[kGroupMaxNorm] > 0.0)) return 1.0;
   const double coefficient = hparams[kGroupMaxNorm] / (::sqrt(squares) * scale + hparams[kGroupClipEps]);
   return coefficient >= 1.0 ? 1.0 : coefficient;
 }
 
-// Of a decoupled group: what each step takes off its params, per unit. A trust ratio and lr come to it later, where
-// there is one.
+// The fraction of a param that decoupled decay subtracts in a step. With a trust ratio it is weight_decay alone. The
+// second walk multiplies it by the ratio and lr.
 FUSED_HD double decoupled_decay(const GroupHparams& group, bool trust) {
   if (trust) return group.weight_decay;
   if (group.lr_reference == 0.0) return 0.0;
@@ -45,14 +45,14 @@ struct HasScalars : std::false_type {};
 template <class Rule>
 struct HasScalars<Rule, std::void_t<decltype(&Rule::scalars)>> : std::true_type {};
 
-// Whether a rule's first two hyperparameters are decay rates of averages. A rule says so only if they are not.
+// Whether beta1 and beta2 of a rule are decay rates of averages. A rule states it only if they are not.
 template <class Rule, class = void>
 struct HasBetas : std::true_type {};
 template <class Rule>
 struct HasBetas<Rule, std::void_t<decltype(Rule::has_betas)>> : std::bool_constant<Rule::has_betas> {};
 
-// Counts the update of tensor `row` and writes its scalars. `memo` spares the powers where the last tensor had the same
-// betas and step.
+// Increments the step count of tensor `row` and writes its scalars. If the tensor is skipped, only the skip flag is
+// written. `memo` holds the bias corrections of the last tensor: tensors with the same betas and step reuse them.
 template <class Rule>
 FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   double* out = t.tensor_scalars + row * kScalarWidth;
@@ -74,7 +74,7 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   double scale = t.grad_scale ? 1.0 / *t.grad_scale : 1.0;
   if (t.squares) scale *= clip_coefficient(hparams, *t.squares, scale);
   const bool decoupled = group.decoupled != 0.0;
-  // An average begins as a copy of what its param's first update has made.
+  // The first update copies the new param into its average, unless the average has had updates before.
   const bool copies = step == 1.0 && !(t.rows[row * kRowWidth + kRowDtypeSignature] & kEmaBegun);
   out[kScalarLr] = group.lr;
   out[kScalarEps] = group.eps;
@@ -98,7 +98,8 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   }
 }
 
-// Small betas take the walkers' slow loops: as constants of 0 they cost the fast ones nothing.
+// Tensors with small betas are walked by slower loops. In the fast loops the small betas are the constant 0, which adds
+// no instruction.
 template <class T>
 FUSED_HD bool has_small_betas(const TensorScalars<T>& h) {
   return h.small_beta1 != T(0) || h.small_beta2 != T(0);
@@ -110,35 +111,36 @@ FUSED_HD TensorScalars<T> without_small_betas(TensorScalars<T> h) {
   return h;
 }
 
-// What every rule shares. The gradient that it sees: scaled, clipped, and with L2 in it.
+// The gradient that a rule gets: scaled, clipped, with L2 added.
 template <class T>
 FUSED_HD T gradient(const TensorScalars<T>& h, T param, T grad) {
   const T scaled = grad * h.grad_factor;
-  // Without decay the param stays out of it: 0 * inf would put NaN into the states, and an infinite param (a mask, say)
-  // must stay what it is.
+  // Without decay the param is not used. 0 * inf would put NaN into the states, and an infinite param (for example a
+  // mask) must keep its value.
   return h.l2 != T(0) ? fma(h.l2, param, scaled) : scaled;
 }
 
-// The new param: the rule's update and decoupled decay taken off.
+// The new param: the old one minus the rule's update and decoupled decay.
 template <class Rule, class T, int S>
 FUSED_HD T apply(const TensorScalars<T>& h, T param, T grad, T (&state)[S > 0 ? S : 1]) {
   const T update = Rule::template update<T, S>(h, param, gradient(h, param, grad), state);
   return param - fma(h.decay, finite(param), update);
 }
 
-// Of a rule with trust: the update made of states that have advanced, decay in it and lr not yet.
+// The update of a rule with a trust ratio, from the new states. It includes decay, but not the ratio and lr.
 template <class Rule, class T, int S>
 FUSED_HD T trusted_update(const TensorScalars<T>& h, T param, const T (&state)[S]) {
   return fma(h.decay, finite(param), Rule::template direction<T, S>(h, state));
 }
 
-// The average of the weights after a step, of a param as it is stored. With weight 1 whatever was there before is gone.
+// The average of the weights after a step. `param` is the value as stored, after rounding. With weight 1 the old
+// average has no effect, even if it is inf or NaN.
 template <class T>
 FUSED_HD T averaged(const TensorScalars<T>& h, T average, T param) {
   return h.ema_weight == T(1) ? param : lerp(average, param, h.ema_weight);
 }
 
-// The trust ratio of a tensor from `sums`, which is final by then.
+// The trust ratio of a tensor. `sums` must be complete.
 FUSED_HD double trust_ratio(const Tables& t, int64_t row) {
   const GroupHparams group = read_group_hparams(t.group_hparams + int64_t{t.group_index[row]} * kGroupWidth);
   if (group.weight_decay == 0.0 && group.trust_always == 0.0) return 1.0;

@@ -1,12 +1,15 @@
-// Rules: the arithmetic of each optimizer, on values. No pointers, no torch, no CUDA headers: g++ and nvcc compile the
-// same lines. A rule gets the scalars of the tensor, and the param, the gradient and the S states of one element. It
-// changes the states and returns the update that the walker subtracts from the param. T is float, or double for float64
-// tensors.
+// Rules: the arithmetic of each optimizer, on values. Rules use no pointers, torch or CUDA headers, so g++ and nvcc
+// compile the same code. A rule gets the scalars of the tensor, and the param, the gradient and the S states of one
+// element. It changes the states and returns the update that the walker subtracts from the param. T is float, or double
+// for float64 tensors.
 //
-// A rule with `trust` is walked twice, because each tensor's update is scaled by the ratio of two norms:
-// `update_moments` changes the states, `direction` makes the update of them alone, before lr and decay.
+// A rule with `trust` is walked twice, because the update of each tensor is scaled by the ratio of two norms. The first
+// walk calls `update_moments`, which changes the states. `direction` computes the update from the states alone, before
+// lr and decay.
 //
-// A rule may have a function `scalars`, which makes scalars of its own from the options of the tensor's group.
+// A rule declares its minimum and maximum number of states, and how many of its states can be negative. Those come
+// first. A rule can have a function `scalars`, which computes the rule's own scalars from the options of the tensor's
+// group.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -29,8 +32,8 @@ FUSED_HD float bits_float(uint32_t bits) {
   return x;
 }
 
-// Numbers of a rule's own that `scalars` makes: once per tensor and step, in double precision. A rule reads them as
-// own_a to own_d.
+// A rule's own scalars. Its function `scalars` computes them in double precision, once per tensor and step. The rule
+// reads them as own_a to own_d.
 struct OwnScalars {
   double a = 0.0, b = 0.0, c = 0.0, d = 0.0;
 };
@@ -40,7 +43,8 @@ struct BiasCorrections {
   double beta1, beta2, step, correction1, correction2;
 };
 
-// GCC vectorises these builtins; without FMA hardware a call per element would cost more than the second rounding.
+// GCC vectorises these builtins. Without FMA hardware they would be one library call per element, so the product is
+// rounded separately instead.
 template <class T>
 FUSED_HD T fma(T a, T b, T c) {
 #if defined(__CUDACC__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
@@ -74,8 +78,8 @@ FUSED_HD T finite(T x) {
   return absolute(x) <= largest<T>() ? x : T(0);
 }
 
-// x, which is not negative, or the largest number where it is inf. As whole numbers floats keep their order, and the
-// smaller of two is one instruction; a select of floats is two.
+// min(x, largest finite number), for x >= 0. Non-negative floats have the same order as their bits read as integers.
+// The minimum of two integers is one instruction; a select of floats is two.
 template <class T>
 FUSED_HD T bounded(T x) {
   if constexpr (sizeof(T) == 4) {
@@ -86,57 +90,60 @@ FUSED_HD T bounded(T x) {
   }
 }
 
-// (1 - weight) * average + weight * x. `weight` is rounded once from float64: 1 - float(weight) is closer to the truth
-// than float(beta), and the two still sum to 1. With weight 1 (beta 0) the old average is gone without a trace.
+// (1 - weight) * average + weight * x. `weight` is 1 - beta, rounded once from float64. For beta from 0.5, 1 - weight
+// is closer to beta than beta rounded to float, and the two weights sum to 1. With weight 1 (beta 0) the result is x if
+// the average is finite.
 template <class T>
 FUSED_HD T lerp(T average, T x, T weight) {
   return fma(weight, x, fma(-weight, average, average));
 }
 
-// The same of x * x: finite where weight * x * x is, and inf (not NaN) once the average is inf.
+// (1 - weight) * average + weight * x * x. x * x alone is not computed, because it can overflow where weight * x * x
+// does not. An infinite average stays inf: unbounded, inf - inf would give NaN.
 template <class T>
 FUSED_HD T lerp_square(T average, T x, T weight) {
   return fma(weight * x, x, fma(-weight, bounded(average), average));
 }
 
-// beta * average. A beta of 0.5 or more is 1 - weight, as in lerp, and small_beta is 0. Below 0.5 the rounding of the
-// weight is large beside beta, and small_beta is beta, rounded once. It is the same for a whole tensor.
-// factor: the average, or a finite number in the place of inf.
+// beta * average. For beta from 0.5, small_beta is 0 and beta is computed as 1 - weight, as in lerp. Below 0.5 the
+// rounding error of the weight is large relative to beta. Then small_beta is beta, rounded once. It is constant for a
+// tensor. factor: the average, or a finite number in place of an infinite average.
 template <class T>
 FUSED_HD T keep(T average, T factor, T weight, T small_beta) {
   return small_beta != T(0) ? small_beta * average : fma(-weight, factor, average);
 }
 
-// beta * average + (1 - beta) * x, exact to a few ulp for any beta in [0, 1).
+// beta * average + (1 - beta) * x, with an error of a few ulp for any beta in [0, 1).
 template <class T>
 FUSED_HD T move_average(T average, T x, T weight, T small_beta) {
   return fma(weight, x, keep(average, average, weight, small_beta));
 }
 
-// The same of x * x: finite where weight * x * x is, and inf (not NaN) once the average is inf.
+// beta * average + (1 - beta) * x * x. As in lerp_square, x * x alone is not computed, and an infinite average stays
+// inf.
 template <class T>
 FUSED_HD T move_average_square(T average, T x, T weight, T small_beta) {
   return fma(weight * x, x, keep(average, bounded(average), weight, small_beta));
 }
 
-// The larger of the two; NaN if either is, as torch.maximum.
+// The maximum; NaN if either argument is NaN, as in torch.maximum.
 template <class T>
 FUSED_HD T maximum(T a, T b) {
   return (b > a || b != b) ? b : a;
 }
 
-// 0 of NaN, as torch.sign.
+// The sign of NaN is 0, as in torch.sign.
 template <class T>
 FUSED_HD T sign(T x) {
   return T(x > T(0)) - T(x < T(0));
 }
 
-// Adam, arXiv:1412.6980; with a third state amsgrad, Reddi et al., ICLR 2018, whose maximum torch takes before bias
-// correction.
+// Adam, arXiv:1412.6980. With a third state it is AMSGrad, Reddi et al., ICLR 2018. As in torch, the maximum is taken
+// before bias correction.
 struct Adam {
   static constexpr const char* name = "adam";
   static constexpr bool trust = false;
-  static constexpr int min_states = 2, max_states = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
+  static constexpr int signed_states = 1, min_states = 2, max_states = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
 
   template <class T, int S>
   FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
@@ -147,14 +154,15 @@ struct Adam {
   }
 };
 
-// SGD as in torch: the first buffer is the gradient itself. Options: beta1 is the momentum; dampening, nesterov.
+// SGD as in torch: the first update sets the buffer to the gradient. beta1 is the momentum. Options: dampening,
+// nesterov.
 struct Sgd {
   static constexpr const char* name = "sgd";
   static constexpr bool trust = false;
   static constexpr bool has_betas = false;
-  static constexpr int min_states = 0, max_states = 1;  // momentum_buffer
+  static constexpr int signed_states = 1, min_states = 0, max_states = 1;  // momentum_buffer
 
-  // Weights of gradient and buffer in the new buffer, momentum, nesterov.
+  // The weights of gradient and old buffer in the new buffer; momentum; nesterov.
   FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
     const bool first = at.step == 1.0;
     return {first ? 1.0 : 1.0 - group.option_a, first ? 0.0 : group.beta1, group.beta1, group.option_b};
@@ -171,13 +179,13 @@ struct Sgd {
   }
 };
 
-// QHAdam, arXiv:1810.06801, section 4.2. Options: the two nus.
+// QHAdam, arXiv:1810.06801, section 4.2. Options: nu1, nu2.
 struct QHAdam {
   static constexpr const char* name = "qhadam";
   static constexpr bool trust = false;
-  static constexpr int min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
+  static constexpr int signed_states = 1, min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
 
-  // Weights of the gradient beside the two averages.
+  // The weights of the gradient and of its square in the two means.
   FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections&) {
     return {1.0 - group.option_a, 1.0 - group.option_b};
   }
@@ -192,13 +200,13 @@ struct QHAdam {
   }
 };
 
-// LAMB, arXiv:1904.00962, with the choices of NVIDIA Apex. Options: grad_averaging, bias_correction.
+// LAMB, arXiv:1904.00962, as in NVIDIA Apex. Options: grad_averaging, bias_correction.
 struct Lamb {
   static constexpr const char* name = "lamb";
   static constexpr bool trust = true;
-  static constexpr int min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
+  static constexpr int signed_states = 1, min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
 
-  // Weight of the gradient in exp_avg; debias and denom_scale, 1 without bias correction.
+  // The weight of the gradient in exp_avg; debias and denom_scale, or 1 without bias correction.
   FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
     const bool debias = group.option_b != 0.0;
     return {group.option_a != 0.0 ? 1.0 - group.beta1 : 1.0, debias ? 1.0 / at.correction1 : 1.0,
@@ -221,7 +229,7 @@ struct Lamb {
 struct Lion {
   static constexpr const char* name = "lion";
   static constexpr bool trust = false;
-  static constexpr int min_states = 1, max_states = 1;  // exp_avg
+  static constexpr int signed_states = 1, min_states = 1, max_states = 1;  // exp_avg
 
   template <class T, int S>
   FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
@@ -230,5 +238,44 @@ struct Lion {
     return h.lr * sign(mixed);
   }
 };
+
+// Adagrad, Duchi et al., JMLR 2011, as in torch. Option: lr_decay.
+struct Adagrad {
+  static constexpr const char* name = "adagrad";
+  static constexpr bool trust = false;
+  static constexpr int signed_states = 0, min_states = 1, max_states = 1;  // sum
+
+  // The decayed lr.
+  FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
+    return {group.lr / (1.0 + (at.step - 1.0) * group.option_a)};
+  }
+
+  template <class T, int S>
+  FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
+    state[0] = fma(grad, grad, state[0]);
+    return h.own_a * (grad / (square_root(state[0]) + h.eps));
+  }
+};
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+template <class... Rules>
+struct RuleList {
+  template <class F>
+  static bool visit(const char* name, F&& f) {
+    return ((std::strcmp(name, Rules::name) == 0 && (f(Tag<Rules>{}), true)) || ...);
+  }
+
+  template <class F>
+  static void each(F&& f) {
+    (f(Tag<Rules>{}), ...);
+  }
+};
+
+// All rules. Kernels, modules and tests iterate over this list.
+using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion, Adagrad>;
 
 }  // namespace fused_optim

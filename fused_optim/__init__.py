@@ -1,7 +1,9 @@
 """Drop-in PyTorch optimizers. A step is one pass over memory and, on a GPU, two kernel launches (prepare, update) for
-any number of tensors. LAMB adds a pass and three launches, clipping a read of the gradients and two launches."""
+any number of tensors. LAMB adds a pass and three launches, clipping a read of the gradients and two or
+three launches."""
 
 from .engine import machine as machine  # first: it refuses a torch that is too old
+from .optim.adagrad import FusedAdagrad
 from .optim.adam import FusedAdam, FusedAdamW
 from .optim.base import FusedOptimizer
 from .optim.lamb import FusedLAMB
@@ -12,6 +14,7 @@ from .recipes.clip import clip_grad_norm_
 
 __version__ = "0.1.0"
 __all__ = [
+    "FusedAdagrad",
     "FusedAdam",
     "FusedAdamW",
     "FusedLAMB",

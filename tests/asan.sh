@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the modules with the address sanitizer into a folder of their own, and runs the tests of memory layouts and of
-# changes between steps on them.
+# Builds the modules with the address sanitizer into a temporary folder, and runs the tests of memory layouts and of
+# changes between steps with them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 repo=$PWD
@@ -12,10 +12,11 @@ FUSED_OPTIM_DEBUG=1 FUSED_OPTIM_CPP=1 "$PY" setup.py --quiet build_ext --build-t
 cp -r fused_optim/*.py fused_optim/{backends,cost,engine,interop,optim,recipes} "$out/lib/fused_optim/"
 cp -r triton_kernels "$out/lib/fused_optim/triton_kernels"
 
-# The interpreter itself is not sanitized, so the library must be there first; it never frees everything, so leaks say nothing.
+# Python itself is not sanitized, so the sanitizer's library must be preloaded. Python does not free all memory at exit, so
+# leak reports would be meaningless.
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$out/lib" FUSED_OPTIM_CUDA_EMULATE=1
-cd "$out"  # the checkout's own build must not be found first
+cd "$out"  # keeps Python from importing the checkout's own build
 "$PY" -c 'import fused_optim, sys; assert fused_optim.__file__.startswith(sys.argv[1]), fused_optim.__file__' "$out"
 "$PY" -m pytest -q -c "$repo/pyproject.toml" --rootdir "$repo" -p no:cacheprovider \
   "$repo/tests/test_layouts.py" "$repo/tests/test_changes.py" "$repo/tests/test_looks.py" "$repo/tests/test_robust.py" -k "not fork and not import and not module"

@@ -1,4 +1,4 @@
-"""What the tests of the average of the weights share: an optimizer that keeps one."""
+"""Shared by the EMA tests: an optimizer that keeps an average of the weights."""
 
 from __future__ import annotations
 

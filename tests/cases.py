@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fused_optim import (
+    FusedAdagrad,
     FusedAdam,
     FusedAdamW,
     FusedLAMB,
@@ -51,15 +52,46 @@ class Case:
     torch: Any  # class; None where torch has none
     rule: oracle.Rule
     kwargs: dict[str, Any] = field(default_factory=dict)
+    typical: bool = False  # the case that stands for its rule where one is enough; it has every state
 
     def __str__(self) -> str:
         return self.name
 
     @cached_property
+    def group(self) -> dict[str, Any]:
+        """A param group."""
+        one = torch.nn.Parameter(torch.zeros(1))
+        return self.ours([one], backend="reference", **self.kwargs).param_groups[0]
+
+    @property
     def options(self) -> set[str]:
         """What the param groups hold."""
-        one = torch.nn.Parameter(torch.zeros(1))
-        return set(self.ours([one], backend="reference", **self.kwargs).param_groups[0])
+        return set(self.group)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the states besides `step`."""
+        return tuple(self.ours.rule.states_of(self.group))
+
+    @property
+    def momentum(self) -> str | None:
+        """The option that holds its momentum, which schedulers may cycle."""
+        return next((option for option in ("momentum", "betas") if option in self.options), None)
+
+    @property
+    def has_betas(self) -> bool:
+        """Whether a pair of betas decays its averages."""
+        return "betas" in self.options
+
+    @property
+    def divides(self) -> bool:
+        """Whether the gradient is divided by a root, to which eps is added."""
+        return "eps" in self.options
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether states are there before the first step."""
+        return self.ours.rule.eager
 
     def known(self, **kwargs: Any) -> dict[str, Any]:
         """Those options that the class has."""
@@ -91,6 +123,7 @@ CASES = [
         AdamW,
         oracle.adam,
         {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True, "betas": (0.9, 0.99)},
+        typical=True,
     ),
     Case(
         "adamw-maximize",
@@ -105,6 +138,7 @@ CASES = [
         SGD,
         oracle.sgd,
         {"lr": 0.01, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1, "maximize": True},
+        typical=True,
     ),
     Case("sgd-plain", FusedSGD, SGD, oracle.sgd, {"lr": 0.01, "weight_decay": 0.1}),
     Case("sgdw-nesterov", FusedSGDW, None, oracle.sgd, {"lr": 0.01, "momentum": 0.9, "nesterov": True}),
@@ -114,6 +148,7 @@ CASES = [
         None,
         oracle.qhadam,
         {"lr": 0.01, "nus": (0.7, 0.9), "weight_decay": 0.1, "maximize": True},
+        typical=True,
     ),
     Case(
         "qhadamw-normalized",
@@ -122,7 +157,7 @@ CASES = [
         oracle.qhadam,
         {"lr": 0.01, "nus": (0.8, 1.0), "weight_decay": 0.5, "decay": "normalized", "decay_period": 400},
     ),
-    Case("lamb", FusedLAMB, None, oracle.lamb, {"lr": 0.01}),
+    Case("lamb", FusedLAMB, None, oracle.lamb, {"lr": 0.01}, typical=True),
     Case(
         "lamb-l2-nvlamb",
         FusedLAMB,
@@ -144,6 +179,13 @@ CASES = [
         None,
         oracle.lion,
         {"lr": 0.01, "weight_decay": 0.1, "maximize": True, "decay": "paper", "lr_reference": 0.05},
+        typical=True,
+    ),
+    Case(
+        "adagrad", FusedAdagrad, torch.optim.Adagrad, oracle.adagrad, {"lr_decay": 0.1, "initial_accumulator_value": 1}
+    ),
+    Case(
+        "adagrad-maximize", FusedAdagrad, torch.optim.Adagrad, oracle.adagrad, {"weight_decay": 0.1, "maximize": True}
     ),
 ]
 BY_NAME = {case.name: case for case in CASES}
@@ -189,13 +231,9 @@ def targets() -> list[Any]:
 
 
 on_every_target = pytest.mark.parametrize("target", targets())
-ONE_EACH = [
-    AMSGRAD,
-    BY_NAME["sgd-dampening-maximize"],
-    BY_NAME["qhadam-l2-maximize"],
-    LAMB,
-    BY_NAME["lion-paper-maximize"],
-]
+# Of a rule without a typical case its first one.
+TYPICAL = {case.rule: case for case in reversed(CASES)} | {case.rule: case for case in CASES if case.typical}
+ONE_EACH = [case for case in CASES if case is TYPICAL[case.rule]]
 RUN = ONE_EACH if INTERPRETED else CASES  # in Triton's interpreter each rule once: minutes instead of half an hour
 CLASSES = list({case.ours: case for case in reversed(RUN)}.values())[::-1]  # the first case of each of our classes
 DECOUPLED = [case for case in CLASSES if issubclass(case.ours, Decoupled)]

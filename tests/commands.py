@@ -1,4 +1,4 @@
-"""Compilers and what they make, for the tests that look at code rather than at numbers. Flags are those of setup.py."""
+"""Compiles code for the tests that inspect generated code instead of numbers. The flags are those of setup.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SETUP: dict[str, Any] = runpy.run_path(str(ROOT / "setup.py"), run_name="not mai
 
 
 def run(command: list[str]) -> str:
-    """Output of a command that must succeed, both streams."""
+    """Output of a command, stdout and stderr together. The command must succeed."""
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
     return done.stdout

@@ -8,7 +8,7 @@ from typing import Any
 
 import oracle
 import torch
-from cases import hypers, parameters, random_grads, set_grads
+from cases import CASES, hypers, parameters, random_grads, set_grads
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -27,7 +27,8 @@ def states(optimizer: Optimizer) -> list[dict[str, Tensor]]:
 
 def updates(optimizer: Any, params: Sequence[Tensor]) -> list[float]:
     """How many updates each param has had, also where the rule keeps no `step` in its states."""
-    return [optimizer._count_of(p) for p in params]
+    found = [optimizer.state.get(p, {}).get("step", optimizer._steps.get(p, 0.0)) for p in params]
+    return [0.0 if isinstance(count, Tensor) and count.is_meta else float(count) for count in found]
 
 
 def snapshot(optimizer: Any) -> list[oracle.Slot]:
@@ -214,6 +215,9 @@ def assert_equal(ours: Any, theirs: Any) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
+SQUARES = {state for case in CASES for state in case.ours.rule.squares}
+
+
 def assert_like_torch(ours: Optimizer, theirs: Optimizer, rtol: float = 1e-5, atol: float = 1e-6) -> None:
     """Params and states within rounding; the same states, the same step counts.
 
@@ -224,5 +228,5 @@ def assert_like_torch(ours: Optimizer, theirs: Optimizer, rtol: float = 1e-5, at
     for mine, torchs in zip(states(ours), states(theirs), strict=True):
         assert mine.keys() == torchs.keys()
         for key, value in torchs.items():
-            least = atol * 1e-6 if key.endswith("_sq") else atol
+            least = atol * 1e-6 if key in SQUARES else atol
             torch.testing.assert_close(mine[key].cpu(), value.cpu(), rtol=rtol, atol=least, equal_nan=True)

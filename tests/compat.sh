@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One wheel, built with the torch that is here, under other versions of torch: compat.sh VERSION...
-# Each version gets an environment of its own in $COMPAT (some 5 GB each, kept for the next time), the unchanged wheel, and
+# Tests one wheel, built with the installed torch, under other versions of torch: compat.sh VERSION...
+# Each version gets its own environment in $COMPAT (about 5 GB each, kept for the next run) with the unchanged wheel. Runs
 # the tests of numbers, of changes between steps and of torch's contract.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,7 +14,7 @@ trap 'rm -rf "$out"' EXIT
 FUSED_OPTIM_CPP=1 "$PY" -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$out" .
 wheel=$(echo "$out"/*.whl)
 echo "== $(basename "$wheel"), built with torch $("$PY" -c 'import torch; print(torch.__version__)')"
-cp -r tests pyproject.toml setup.py "$out"  # the sources must not be imported in the wheel's place
+cp -r tests pyproject.toml setup.py "$out"  # without the package, so that the wheel is imported
 
 for version in "$@"; do
   env=$COMPAT/torch-$version

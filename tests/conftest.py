@@ -1,5 +1,5 @@
-"""Markers. `make quick` leaves out the tests that are slow, distributed, trainers or codegen. The runs that repeat
-tests for one more backend (see the Makefile) take those that are marked backend."""
+"""Markers. `make quick` leaves out the tests marked slow, distributed, trainers or codegen. The runs that repeat tests
+for one more backend (see the Makefile) take the tests marked backend."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}: {meaning}")
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m selects
+@pytest.hookimpl(tryfirst=True)  # pytest's -m must see the markers that this adds
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(arguments(item).get("target"), Target) and item.get_closest_marker("once") is None:
@@ -46,7 +46,8 @@ def function(item: pytest.Item) -> str:
 
 
 def is_needless(item: pytest.Item) -> bool:
-    """Unless nothing takes its place: the same function with AMSGRAD, which has every state."""
+    """Whether the test can be dropped: a test of host code, on a slow backend, with another case than AMSGRAD. AMSGRAD
+    has every state, so it is enough. The caller keeps the test if its function has no case AMSGRAD."""
     found = arguments(item)
     target, case = found.get("target"), found.get("case", AMSGRAD)
     slow = isinstance(target, Target) and target.backend in SLOW

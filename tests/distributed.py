@@ -1,7 +1,7 @@
-"""Worlds: a test whose body several processes run at once, with gloo between them on CPUs and NCCL between GPUs.
+"""Worlds: one test body runs in several processes at once. They communicate through gloo on CPUs and NCCL on GPUs.
 
-Every test gets processes of its own, so nothing that fails or hangs in one reaches another. They are forked from a
-server that has imported torch, which takes a tenth of a second each instead of several. A rank that fails or hangs
+Every test gets new processes, so a failure or a hang does not affect other tests. They are forked from a server that
+has already imported torch: this takes a tenth of a second per process instead of several. A rank that fails or hangs
 fails the test with its traceback.
 """
 
@@ -59,7 +59,7 @@ class World:
         return dist.get_rank()
 
     def mesh(self, *names: str) -> DeviceMesh:
-        """One dimension, or two of which the first holds two processes."""
+        """A mesh of one dimension, or of two dimensions, the first of size 2."""
         shape = (self.size,) if len(names) < 2 else (min(2, self.size), math.ceil(self.size / 2))
         return init_device_mesh(self.device, shape, mesh_dim_names=names or None)
 
@@ -72,7 +72,8 @@ def worlds() -> list[World]:
 
 
 def in_every_world(body: Callable[..., None]) -> Any:
-    """A test whose body every rank runs, with the same arguments (tmp_path is one folder for all). `world` is one."""
+    """A test whose body runs on every rank with the same arguments. All ranks share tmp_path. The argument `world` is
+    required."""
 
     @functools.wraps(body)
     def test(**arguments: Any) -> None:
@@ -88,7 +89,8 @@ def in_every_world(body: Callable[..., None]) -> Any:
 
 
 def run(body: Callable[..., None], arguments: dict[str, Any], folder: Path, limit: float = LIMIT) -> None:
-    """Runs a test's body in all ranks of arguments["world"]; fails with the traceback of the first that failed."""
+    """Runs a test's body on every rank of arguments["world"]. Fails with the traceback of the rank that failed
+    first."""
     world: World = arguments["world"]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -111,7 +113,8 @@ def _said(rank: int, exitcode: int | None, folder: Path) -> str:
 
 
 def _watch(ranks: Sequence[BaseProcess], deadline: float) -> list[int]:
-    """Waits until all have ended; where one failed, stops the others, who wait for it. Who failed, the first first."""
+    """Waits until all ranks have ended. If one fails, the others wait for it, so they are stopped. Returns the failed
+    ranks, the first failure first."""
     failed: list[int] = []
     running = {process.sentinel: rank for rank, process in enumerate(ranks)}
     try:
@@ -136,7 +139,7 @@ def _rank(rank: int, place: tuple[str, str, str, float], arguments: dict[str, An
     with open(f"{folder}/rank{rank}.txt", "w") as report:
         faulthandler.dump_traceback_later(limit, exit=True, file=report)
         try:
-            gc.freeze()  # what was imported before the fork needs no collecting, and its pages no copying
+            gc.freeze()  # keeps the collector off the preloaded objects, so that their pages stay shared
             torch.set_num_threads(1)
             if world.device == "cuda":
                 torch.cuda.set_device(rank)

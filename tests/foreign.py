@@ -1,7 +1,7 @@
-"""Other libraries' optimizers for the tests of their checkpoints, and how those are compared.
+"""Stand-ins for other libraries' optimizers, and comparisons with them, for the tests that convert checkpoints.
 
-Apex and DeepSpeed need a GPU and a build of their own. Stand-ins keep states and counts as theirs do, so that
-state_dict() is that of theirs, and compute the formula of their kernels in plain PyTorch; by the sources of Apex
+Apex and DeepSpeed need a GPU and a compiled build. The stand-ins keep states and counts in the same way, so
+state_dict() has the same keys and values. They compute the kernels' formulas in plain PyTorch. Sources: Apex
 (apex/optimizers, csrc/multi_tensor_adam.cu, multi_tensor_sgd_kernel.cu) and DeepSpeed 0.19.8 (deepspeed/ops, csrc).
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 SHAPES = [(5, 3), (), (70, 61)]
-BACKEND = "reference"  # converting ends where a checkpoint begins, and those are tested on every backend
+BACKEND = "reference"  # conversion only makes a state_dict; loading one is tested on every backend
 
 
 def package(name: str) -> ModuleType:
@@ -35,7 +35,8 @@ def through_file(state: Any) -> Any:
 
 
 def unlike(optimizer: torch.optim.Optimizer, groups: int) -> list[Any]:
-    """Copies of the optimizer's params in as many groups, with options that a checkpoint must overrule."""
+    """Copies of the optimizer's params in the given number of groups, without their options: those must come from the
+    checkpoint."""
     other = copies(parameters(optimizer))
     cut = len(optimizer.param_groups[0]["params"])
     return [{"params": other}] if groups == 1 else [{"params": other[:cut]}, {"params": other[cut:]}]
@@ -49,7 +50,8 @@ def goes_on(
     steps: int = 4,
     **options: Any,
 ) -> torch.optim.Optimizer:
-    """Loads what theirs has come to into ours, and trains both on; whatever is in the dict stays as it is."""
+    """Loads the converted state_dict of theirs into ours and trains both further. The converter must not change its
+    input."""
     saved = through_file(theirs.state_dict())
     kept = copy.deepcopy(saved)
     converted = converter(saved)
@@ -69,7 +71,7 @@ def in_groups(dtype: torch.dtype = F64, **options: Any) -> list[dict[str, Any]]:
 
 
 def build_theirs(name: str, params: Any, **options: Any) -> Any:
-    """On the CPU there is nothing to page to, which it says."""
+    """An optimizer of bitsandbytes. On the CPU its paged classes warn that they cannot page."""
     if name.startswith("SGD"):
         options["momentum"] = 0.9
     return getattr(package("bitsandbytes").optim, name)(params, lr=0.01, **options)
@@ -81,7 +83,7 @@ def build_theirs(name: str, params: Any, **options: Any) -> Any:
 def adam_update(
     p: Tensor, state: dict[str, Tensor], step: float, group: dict[str, Any], adam_w_mode: bool = True
 ) -> None:
-    """One update of both FusedAdams' kernels; eps stands beside the root, after bias correction."""
+    """One update as in the kernels of both FusedAdams. eps is added to the root, after bias correction."""
     beta1, beta2 = group["betas"]
     grad = p.grad if adam_w_mode else p.grad + group["weight_decay"] * p
     state["exp_avg"].mul_(beta1).add_((1 - beta1) * grad)
@@ -92,7 +94,7 @@ def adam_update(
 
 
 class Stand(torch.optim.Optimizer):
-    """Options and updates are what differs."""
+    """Base of the stand-ins. Subclasses define options and update()."""
 
     options: ClassVar[dict[str, Any]]
 
@@ -119,7 +121,7 @@ SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1, "nesterov": False}
 
 
 class ApexAdam(Stand):
-    """Counts in its groups; with capturable, lr and step are tensors."""
+    """Keeps the step count in the group. With capturable=True, lr and step are tensors."""
 
     options: ClassVar[dict[str, Any]] = ADAM
 
@@ -158,7 +160,7 @@ class ApexSGD(Stand):
 
 
 class DeepSpeedAdam(Stand):
-    """The last param of a group counts for all, once for each dtype among them."""
+    """The last param of a group holds the step count of the group. It advances once for each dtype in the group."""
 
     options: ClassVar[dict[str, Any]] = ADAM
 
@@ -201,7 +203,7 @@ class DeepSpeedLamb(Stand):
 
 
 class DeepSpeedLion(Stand):
-    """`cpu`: with the second average that DeepSpeedCPULion keeps and never uses."""
+    """`cpu`: keeps exp_avg_sq, which DeepSpeedCPULion allocates and never uses."""
 
     options: ClassVar[dict[str, Any]] = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1}
     cpu = False

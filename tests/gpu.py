@@ -1,4 +1,4 @@
-"""What the tests that need a GPU share."""
+"""Shared by the tests that need a GPU."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""A stand-in for the CUDA runtime where torch has no GPU: streams whose work waits, events, pinned buffers, captures.
+"""A stand-in for the CUDA runtime on machines without a GPU: streams with queued work, events, pinned buffers,
+captures.
 
-Device memory is host memory. What is launched is only queued, and runs when its stream is run; what is captured runs at
-every replay. The backend "standin" steps with the emulated CUDA kernels, over the arrays of a DeviceTable. As in CUDA,
-a capture may neither allocate pinned memory nor query an event.
+Device memory is host memory. A launch is only queued; it executes when its stream runs. Captured work executes at every
+replay. The backend "standin" steps with the emulated CUDA kernels, over the arrays of a DeviceTable. As in CUDA, a
+capture may neither allocate pinned memory nor query an event.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Stream:
         self.launched += 1
 
     def run(self) -> None:
-        """What is waiting, in order."""
+        """Executes the queued work in order."""
         while self.waiting:
             self.waiting.pop(0)()
             self.done += 1
@@ -70,7 +71,7 @@ class Event:
 
 
 class Runtime:
-    """recorded: (address, stream) of all that record_stream was told of. pinned: how many bytes were pinned."""
+    """recorded: (address, stream) of every call of record_stream. pinned: the number of bytes pinned so far."""
 
     def __init__(self) -> None:
         self.streams = [Stream(0)]
@@ -114,7 +115,7 @@ class Runtime:
 
     @contextmanager
     def capture(self) -> Iterator[Graph]:
-        """As torch.cuda.graph: on a stream of its own, and all that was launched before is done."""
+        """Like torch.cuda.graph: captures on a new stream, after all earlier work has finished."""
         self.synchronize()
         graph = Graph(self)
         with self.on(self.new_stream()):
@@ -128,7 +129,7 @@ class Runtime:
         launch = self.launch
 
         class StandIn(Cuda):
-            """The emulated kernels on the arrays of a DeviceTable."""
+            """Runs the emulated kernels on the arrays of a DeviceTable."""
 
             name = "standin"
 
@@ -144,8 +145,8 @@ class Runtime:
                 self._on_device().update(changes)
 
             def _call(self, function: str, before: tuple[str, ...], *numbers: Tensor | None) -> None:
-                # A kernel gets addresses: whether the table's arrays are still there when it runs is the optimizer's
-                # affair. What is made for one step is kept, as the allocator's stream order keeps it.
+                # The kernel gets only the addresses of the table's arrays: the optimizer must keep them alive until it
+                # runs. The queued work holds the tensors made for one step, as the allocator's stream order does.
                 if self._arrays is None:
                     self._arrays = arrays_of(self._module, self.table, self.arrays)
                 module, rest = self._module, (self._arrays, *map(address_of, numbers))

@@ -1,4 +1,4 @@
-"""Gradients to be clipped, and what clipping must make of them."""
+"""Gradients for the clipping tests, and the expected results."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SHAPES = [(3, 5), (), (0,), (5000,), (7, 1, 9)]
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's function is not there to do the work."""
+    """Removes torch's clip_grad_norm_, so that ours cannot delegate to it."""
     monkeypatch.delattr(torch.nn.utils, "clip_grad_norm_")
 
 
 def holding(grads: Sequence[Tensor | None]) -> list[Tensor]:
-    """Params with these gradients, the very tensors."""
+    """Params whose .grad are these tensors themselves, not copies."""
     params = []
     for grad in grads:
         params.append(torch.zeros(()) if grad is None else torch.empty_like(grad, requires_grad=True))
@@ -39,13 +39,13 @@ def grads_of(params: Sequence[Tensor]) -> list[Tensor]:
 
 
 def whole_numbers(shape: Sequence[int], dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
-    """Any sum of their squares is exact, so that nobody's order of summation shows."""
+    """Integers: every sum of their squares is exact, so the order of summation does not matter."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-64, 65, tuple(shape), generator=generator).to(device, dtype)
 
 
 def clipped(grads: Sequence[Tensor], max_norm: float) -> list[Tensor]:
-    """torch's formula in float64; the coefficient rounded once, and the result once more."""
+    """torch's formula in float64. The coefficient is rounded once, and the result once more."""
     reals = [torch.view_as_real(g) if g.is_complex() else g for g in grads]
     norm = math.sqrt(sum(x.double().square().sum().item() for x in reals))
     scaled = [(x if x.dtype == torch.float64 else x.float()) * min(1.0, max_norm / (norm + 1e-6)) for x in reals]

@@ -1,4 +1,4 @@
-"""The looks at the tensors before each step: every one that there is here, to be tested one after the other."""
+"""The change detectors: each implementation that is available here, so that tests can run with each of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOOKS = ("aten", "dlpack", "python")
 
 
 def class_of(look: str) -> Any:
-    """The class ChangeDetector of that look, or why there is none."""
+    """The ChangeDetector class of that implementation, or the reason why it is not available."""
     if look == "python":
         return changes.ChangeDetector
     module = modules.load("_poll_aten" if look == "aten" else "_poll")
@@ -21,7 +21,7 @@ def class_of(look: str) -> Any:
 
 
 def only(look: str) -> Any:
-    """What modules.poll() answers where there is no other look."""
+    """What modules.poll() returns if this is the only implementation."""
     return (
         "the compiled looks are hidden from this test"
         if look == "python"
@@ -30,7 +30,7 @@ def only(look: str) -> Any:
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, look: str) -> None:
-    """Has optimizers look by it until the test ends."""
+    """Makes optimizers use this change detector until the test ends. Skips the test if it is not available."""
     if isinstance(reason := class_of(look), str):
         pytest.skip(reason)
     monkeypatch.setattr(modules, "poll", lambda: only(look))

@@ -134,6 +134,14 @@ def lion(grad: Tensor, state: State, *, betas: Pair, **_: Any) -> tuple[Tensor, 
     return direction, {"exp_avg": beta2 * exp_avg + (1 - beta2) * grad}
 
 
+@with_decay
+def adagrad(grad: Tensor, state: State, *, lr_decay: float, eps: float, **hyper: Any) -> tuple[Tensor, State]:
+    """Adagrad (Duchi, Hazan and Singer, JMLR 2011) as torch.optim.Adagrad documents it."""
+    step = next_step(state)
+    total = state.get("sum", torch.full_like(grad, hyper["initial_accumulator_value"])) + grad**2
+    return grad / (total.sqrt() + eps) / (1 + (step.item() - 1) * lr_decay), {"step": step, "sum": total}
+
+
 def lamb(
     param: Tensor,
     grad: Tensor,

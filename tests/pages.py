@@ -1,4 +1,4 @@
-"""The pages that people read, README.md and docs/*.md, and the code in them."""
+"""The documentation pages, README.md and docs/*.md, and the code in them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ BLOCK = re.compile(
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. line: of its first line, from 1. section: its "## " heading. why: the reason not to run it."""
+    """A fenced code block. line: its first line of code, from 1. section: its "## " heading. why: the reason not to run
+    it, or None."""
 
     page: str
     line: int
@@ -28,7 +29,7 @@ class Block:
     why: str | None
 
     def run(self, names: dict[str, Any]) -> None:
-        """Runs the block with these names, and adds its own. Tracebacks show the page and its lines."""
+        """Executes the block with these names and adds the names it defines. Tracebacks show the page and its lines."""
         exec(compile("\n" * (self.line - 1) + self.code, str(ROOT / self.page), "exec"), names)
 
 
@@ -44,5 +45,5 @@ def blocks(page: str) -> list[Block]:
 
 
 def examples(page: str) -> list[Block]:
-    """The blocks of Python that can run."""
+    """The Python blocks of a page, without those marked as not run."""
     return [block for block in blocks(page) if block.kind in ("python", "py") and block.why is None]

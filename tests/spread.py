@@ -1,4 +1,5 @@
-"""What the distributed tests train: optimizers, a net, its batches, ways to spread it over a world, and comparison."""
+"""Shared by the distributed tests: optimizers, a net, its batches, ways to distribute it over a world, and
+comparisons."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ def build(name: str, params: Any, **options: Any) -> Any:
 
 
 def in_turn(*things: Any) -> Iterator[Any]:
-    """One after the other in the same processes, where a test of its own for each would mostly start processes. Prints
-    each, which pytest shows beside a failure."""
+    """Yields the cases one after the other in the same processes. A separate test for each case would spend most of its
+    time on starting processes. Prints each case; pytest shows the output if the test fails."""
     for thing in things:
         if dist.get_rank() == 0:
             print(f"now {thing}", flush=True)
@@ -47,14 +48,15 @@ OUT = 3
 
 
 def make_net(device: str = "cpu", dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    """Over 2 and 4 processes its params fall into equal shards (8), unequal ones (5, 3), and empty ones (3, 1)."""
+    """Over 2 and 4 processes its params split into equal shards (8), unequal shards (5, 3), and some empty shards (3,
+    1)."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 5), nn.LayerNorm(5), nn.Linear(5, OUT), Scale())
     return net.to(device, dtype)
 
 
 class Scale(nn.Module):
-    """One number."""
+    """Multiplies by a single param."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +67,7 @@ class Scale(nn.Module):
 
 
 def backward(net: nn.Module, step: int, part: int = 0, parts: int = 1, scale: float = 1.0) -> None:
-    """The gradients of the mean loss over one of the equal parts of the step's batch of 8."""
+    """Computes the gradients of the mean loss over one of the equal parts of the step's batch of 8."""
     generator = torch.Generator().manual_seed(step)
     x, y = (torch.randn(8, size, generator=generator, dtype=torch.float64).chunk(parts)[part] for size in (4, OUT))
     param = next(net.parameters())
@@ -73,7 +75,7 @@ def backward(net: nn.Module, step: int, part: int = 0, parts: int = 1, scale: fl
     (((net(x) - y) ** 2).mean() * 10 * scale).backward()
 
 
-# ---- ways to spread a net over a world; each gives the net, and which part of the batch is this rank's
+# ---- ways to distribute a net over a world: each returns the net, and this rank's part of the batch (index, count)
 
 
 def replicated(world: World) -> tuple[nn.Module, tuple[int, int]]:
@@ -85,12 +87,12 @@ def sharded(world: World, dtype: torch.dtype = torch.float64, **options: Any) ->
 
 
 def hybrid(world: World) -> tuple[nn.Module, tuple[int, int]]:
-    """Shards within each half of the world, which repeats the other."""
+    """Shards within each half of the world and replicates across the halves."""
     return fully(make_net(world.device), world.mesh("replicate", "shard")), (world.rank, world.size)
 
 
 def mixed(world: World) -> tuple[nn.Module, tuple[int, int]]:
-    """Every layer on one of two meshes."""
+    """The layers use two meshes in turn."""
     net, meshes = make_net(world.device), itertools.cycle([world.mesh(), world.mesh("replicate", "shard")])
     for layer in net:
         fully_shard(layer, mesh=next(meshes))
@@ -98,12 +100,12 @@ def mixed(world: World) -> tuple[nn.Module, tuple[int, int]]:
 
 
 def tensor_parallel(world: World) -> tuple[nn.Module, tuple[int, int]]:
-    """Two layers are DTensors, the others plain tensors that are the same on every rank."""
+    """The params of two layers are DTensors. The others are plain tensors with the same values on every rank."""
     return parallel(make_net(world.device), world.mesh()), (0, 1)
 
 
 def parallel_and_sharded(world: World) -> tuple[nn.Module, tuple[int, int]]:
-    """Two layers lie on a mesh of two dimensions, the others on the first of these."""
+    """Two layers are on a mesh of two dimensions, the others on its first dimension."""
     mesh = world.mesh("data", "tensor")
     net = fully(parallel(make_net(world.device), mesh["tensor"]), mesh["data"])
     return net, (mesh.get_local_rank("data"), mesh["data"].size())
@@ -132,7 +134,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def assert_same(ours: Optimizer, theirs: Optimizer, rtol: float = 1e-9, atol: float = 1e-10) -> None:
-    """Params and states of a distributed optimizer and of a plain one, whose params are in the same order."""
+    """Compares the params and states of a distributed optimizer with those of a plain one. Their params have the same
+    order."""
     pairs = list(zip(parameters(ours), parameters(theirs), strict=True))
     for p, q in pairs:
         assert_close(p, q, rtol, atol)
@@ -157,7 +160,7 @@ def assert_close(a: Tensor, b: Tensor, rtol: float = 1e-9, atol: float = 1e-10) 
 
 
 def assert_alike(value: Tensor) -> None:
-    """To the bit the same on every rank."""
+    """The value is bitwise equal on every rank."""
     everyone = [torch.empty_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, value.detach().contiguous())
     assert all(torch.equal(value, other) for other in everyone), everyone

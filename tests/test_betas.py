@@ -1,7 +1,7 @@
 """Betas anywhere in [0, 1): states are exact to a few ulp of beta * |average| + (1 - beta) * |x|.
 
-compare.scales also allows an error of the state before the step, which hides an inexact beta: with a small beta nearly
-all of that state is gone afterwards.
+compare.scales also allows for an error of the state before the step. That hides an inexact beta: with a small beta the
+step removes nearly all of that state.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from cases import (
 )
 from compare import MORE, errors, scales, snapshot, stored_dtypes
 
-# Ulp. Four roundings in a new state; the update divides and takes a root besides.
+# Bounds in ulp. A new state has four roundings. The update adds a division and a root.
 STATES, PARAMS = 3.0, 6.0
 EDGES = [(3e-6, 0.999999), (0.999999, 1e-7), (0.5, 0.4999999), (0.4999999, 0.5), (0.0, 0.0), (0.0, 3e-6), (3e-6, 0.0)]
 
 
 def some_beta(numbers: random.Random) -> float:
-    """Every order of magnitude from 1e-7 to 0.5 is equally likely, and of 1 - beta from 1e-6 to 0.5."""
+    """beta from 1e-7 to 0.5, or 1 - beta from 1e-6 to 0.5. Every order of magnitude is equally likely."""
     return 10.0 ** numbers.uniform(-7, -0.3) if numbers.random() < 0.5 else 1 - 10.0 ** numbers.uniform(-6, -0.3)
 
 
 def strict_scales(case: Case, optimizer: Any, grads: list[Any]) -> list[dict[str, Any]]:
-    """What the rule makes of absolute values, where nothing cancels. The larger of two states is as exact as these."""
+    """The states that the rule computes from absolute values, so that nothing cancels. The maximum of two states is as
+    exact as the states."""
     absolute = [
         oracle.Slot(slot.param.abs(), {k: v.abs() for k, v in slot.state.items()}) for slot in snapshot(optimizer)
     ]
@@ -51,7 +52,8 @@ def strict_scales(case: Case, optimizer: Any, grads: list[Any]) -> list[dict[str
 @every(ONE_EACH, "betas")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_states_are_exact_for_all_betas(case: Case, dtype: torch.dtype, target: Target) -> None:
-    """bfloat16 with float32 states. Later gradients are much smaller, so that the average is most of the new one."""
+    """state_dtype is float32 for params of every dtype. Later gradients are much smaller, so the old average dominates
+    the new one."""
     numbers = random.Random(case.name)
     betas = EDGES + [(some_beta(numbers), some_beta(numbers)) for _ in range(quick(target, 41, 5))]
     params = [make_params([(40,)], dtype, target.device, seed)[0] for seed in range(len(betas))]
@@ -73,6 +75,6 @@ def test_states_are_exact_for_all_betas(case: Case, dtype: torch.dtype, target: 
             worst = errors(got[each], want[each], sizes[each], stored_dtypes(optimizer)[each])
             param = worst.pop("param")
             assert max(worst.values()) <= STATES + MORE.get(case.rule, 0.0), (pair, worst)
-            # 1 - beta**t of a beta near 1 has fewer digits than float64, in the oracle too.
+            # With a beta near 1, 1 - beta**t has fewer exact digits than float64. This applies to the oracle too.
             assert param <= PARAMS + MORE.get(case.rule, 0.0) or dtype == torch.float64, (pair, param)
     assert len(parameters(optimizer)) == len(betas)

@@ -1,4 +1,4 @@
-"""Users who change tensors, states and groups under the optimizer: nothing stale may ever be used."""
+"""Users change tensors, states and groups between steps. The step must never use stale data."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_changes_between_steps_are_noticed(case: Case, target: Target, change: C
 
 @on_every_target
 def test_gradients_in_reused_memory(target: Target) -> None:
-    """The allocator hands the same address to another gradient, of another dtype or layout, for another param."""
+    """The allocator reuses an address for a gradient of another param, with another shape or layout."""
     params = make_params([(64,), (8, 8)], device=target.device)
     optimizer = build(AMSGRAD, target, params)
     generator = torch.Generator().manual_seed(0)
@@ -178,7 +178,7 @@ def test_gradients_in_reused_memory(target: Target) -> None:
 
 @on_every_target
 def test_params_in_reused_memory(target: Target) -> None:
-    """Optimizers come and go; a new param may lie where an old one lay."""
+    """Optimizers are created and freed. A new param can get the address of an old one."""
     for seed in range(quick(target, 20, 3)):
         params = make_params([(64,), (8, 8)], device=target.device, seed=seed)
         optimizer = build(AMSGRAD, target, params)

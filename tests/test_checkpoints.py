@@ -1,4 +1,5 @@
-"""Checkpoints: both ways with torch's classes bit for bit, old ones, deepcopy, pickle; training goes on identically."""
+"""Checkpoints: exchange with torch's classes in both directions, bit for bit; checkpoints of old versions of torch;
+deepcopy and pickle. Training continues identically."""
 
 from __future__ import annotations
 
@@ -74,7 +75,7 @@ def test_torch_to_ours_to_torch(case: Case, target: Target, way: Callable[[Any],
     back = build_torch(case, copies(params), lr=0.7)
     back.load_state_dict(way(ours.state_dict()))
     assert_same_checkpoint(back.state_dict(), saved)
-    if dtype == torch.float32 and way is not WAYS["as-is"]:  # as they are, tensors are shared, in torch too
+    if dtype == torch.float32 and way is not WAYS["as-is"]:  # without a copy the optimizers share tensors, as in torch
         train([theirs, ours, back], 2, seed=7)
         assert_like_torch(ours, theirs)
         assert_like_torch(back, theirs, rtol=0, atol=0)
@@ -109,7 +110,7 @@ def test_ours_to_torch_to_ours(case: Case, target: Target, way: Callable[[Any], 
 def test_loading_never_changes_a_dtype(
     case: Case, target: Target, way: Callable[[Any], Any], loads_into: torch.dtype | None
 ) -> None:
-    """torch casts states to the dtype of their param; float32 states of a bfloat16 param would be lost."""
+    """torch casts states to the dtype of their param, which would round the float32 states of a bfloat16 param."""
     params = make_params(SHAPES, torch.bfloat16, target.device)
     ours = build(case, target, params, state_dtype=torch.float32)
     train([ours], 3)
@@ -131,7 +132,7 @@ def test_loading_never_changes_a_dtype(
     ids=["int", "float", "cpu-tensor", "int64-tensor", "float64-tensor"],
 )
 def test_old_checkpoints(target: Target, as_saved: Callable[[Tensor], Any]) -> None:
-    """Torch has saved `step` as an int, and as tensors of other dtypes and devices; groups had fewer options."""
+    """torch once saved `step` as an int, and as tensors of other dtypes and devices. Groups had fewer options."""
     params = make_params(SHAPES, device=target.device)
     theirs = build_torch(AMSGRAD, params)
     train([theirs], 3)
@@ -172,7 +173,7 @@ def test_group_options_survive(case: Case, target: Target) -> None:
 @on_every_target
 @for_every_class
 def test_loading_does_not_share_memory_with_file_or_other_optimizer(case: Case, target: Target) -> None:
-    """As in torch a loaded optimizer may share tensors with the dict; a deep copy of the dict must not be touched."""
+    """As in torch, a loaded optimizer may share tensors with the dict. A deep copy of the dict must stay unchanged."""
     params = make_params(SHAPES, device=target.device)
     ours = build(case, target, params)
     train([ours], 2)
@@ -220,7 +221,8 @@ def clone(optimizer: Any, how: str) -> Any:
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_deepcopy_and_pickle(case: Case, target: Target, how: str, steps_before: int) -> None:
-    """A copy has its own params and states, keeps our options, and trains on identically; neither touches the other."""
+    """A copy has its own params and states, keeps our options and trains identically. Training one does not change the
+    other."""
     dtype = torch.bfloat16 if case is AMSGRAD else torch.float32
     ours = build(case, target, make_params(SHAPES, dtype, target.device), state_dtype=torch.float32)
     train([ours], steps_before)
@@ -247,7 +249,7 @@ def test_deepcopy_and_pickle(case: Case, target: Target, how: str, steps_before:
 
 @on_every_target
 def test_step_counters_are_independent(target: Target) -> None:
-    """Each `step` is a tensor of its own to the user, whatever memory it lives in."""
+    """Users see each `step` as a separate tensor, even if the tensors share one buffer."""
     params = make_params([(3,), (4,), (5,)], device=target.device)
     ours = build(AMSGRAD, target, params)
     train([ours], 1)
@@ -262,7 +264,7 @@ def test_step_counters_are_independent(target: Target) -> None:
 @on_every_target
 def test_saving_one_state_saves_only_it(target: Target) -> None:
     if target.backend == "triton" and target.device == "cpu":
-        pytest.skip("a thousand tensors take a minute in Triton's interpreter")
+        pytest.skip("Triton's interpreter takes a minute per thousand tensors")
     params = make_params([(1,)] * 5000, device=target.device)
     ours = build(ADAMW, target, params)
     train([ours], 1)

@@ -1,4 +1,4 @@
-"""clip_grad_norm_ among threads, forks, autograd and compilers, and what it leaves behind."""
+"""clip_grad_norm_ with threads, fork, autograd and torch.compile, and the objects that it keeps alive."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def test_few_tables_are_kept() -> None:
 @on_every_target
 @pytest.mark.usefixtures("alone")
 def test_what_autograd_knows(target: Target) -> None:
-    """A write shows in the version of a gradient; gradients with a history, and in inference mode, are clipped too."""
+    """Clipping increments the gradient's version counter. Gradients with a history and gradients in inference mode are
+    clipped too."""
     p = torch.ones(5, device=target.device, requires_grad=True)
     (p.grad,) = torch.autograd.grad((p**3).sum(), p, create_graph=True)
     version = p.grad._version
@@ -72,7 +73,7 @@ def test_another_default_device(target: Target) -> None:
     params = random_params(target, torch.float64)
     wanted = clipped(grads_of(params), 0.125)
     with torch.device("meta"):
-        for factor in (1.0, 0.25):  # the second time with a table that is there
+        for factor in (1.0, 0.25):  # the second call reuses the table
             clip_grad_norm_(params, 0.5 * factor, backend=target.backend)
     torch.testing.assert_close(grads_of(params), wanted, rtol=1e-5, atol=0)
 
@@ -109,13 +110,13 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @on_every_target
-@pytest.mark.skipif(sys.platform != "linux", reason="says how Linux ends a process that writes where it may not")
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal for a write to read-only memory is that of Linux")
 def test_what_is_not_clipped_is_not_written(target: Target) -> None:
-    """Gradients in memory that may only be read: the end comes when they are to be clipped, and not before."""
+    """The gradients are in read-only memory. The process must die when they are clipped, and not before."""
     if target.device != "cpu":
-        pytest.skip("the host's pages are those that can be protected")
+        pytest.skip("mprotect works on host memory only")
     if target.backend in ptx.backends.NAMES:
-        pytest.skip("another process knows no more than the library's own backends")
+        pytest.skip("the PTX backends are not registered in the subprocess")
     done = run_python(f"""
     import ctypes, mmap, torch
     from fused_optim import clip_grad_norm_
@@ -134,7 +135,7 @@ def test_what_is_not_clipped_is_not_written(target: Target) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_fork() -> None:
-    """A forked child has none of its parent's worker threads."""
+    """Worker threads do not survive fork, so a child has none."""
     done = run_python("""
     import os, signal, torch
     from fused_optim import clip_grad_norm_
@@ -163,7 +164,7 @@ def test_backends_by_name() -> None:
 
 
 def test_under_torch_compile() -> None:
-    """The graph holds torch's operators, and no break."""
+    """The graph contains torch's operators and has no break."""
     params = random_params(Target("cpp", "cpu"))
     others = holding(grads_of(params))
     norm = torch.compile(lambda: clip_grad_norm_(params, 0.5), backend="eager", fullgraph=True)()

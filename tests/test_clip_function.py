@@ -1,4 +1,4 @@
-"""clip_grad_norm_ against torch's function of that name."""
+"""clip_grad_norm_ compared with torch's function of the same name."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_clips_as_torch(bound: float, dtype: torch.dtype, target: Target) -> Non
     others = holding([g.clone() for g in before])
     wide = holding([g.to(torch.complex128 if dtype.is_complex else torch.float64) for g in before])
     norm = clip_grad_norm_(params, bound, backend=target.backend)
-    torch.testing.assert_close(norm, torchs(others, bound))  # dtype and device, too
+    torch.testing.assert_close(norm, torchs(others, bound))  # compares dtype and device too
     torch.testing.assert_close(norm, torchs(wide, bound).to(norm.dtype), rtol=1e-6 if norm.itemsize > 2 else 0, atol=0)
     for ours, theirs, exact in zip(params, others, wide, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
         eps = torch.finfo(dtype).eps
         tiny = torch.finfo(dtype.to_real()).smallest_normal * eps
         wanted = exact.grad.to(dtype)
-        # In float64 torch's sum, too, is rounded a few times.
+        # In float64 torch's sum also has several rounding errors.
         torch.testing.assert_close(ours.grad, wanted, rtol=(8 if eps < 1e-12 else 1.5) * eps, atol=tiny)
     if bound > 1:
         assert_bits(grads_of(params), before)
@@ -62,7 +62,8 @@ tensors = st.tuples(st.sampled_from(REAL), st.sampled_from([0, 1, 3, 130, 511, 5
 @on_every_target
 @pytest.mark.parametrize("bound", [0.25, 1e9])
 def test_to_the_bit_and_not_a_byte_around(bound: float, target: Target) -> None:
-    """Views at any offset of longer tensors, in any mixture of dtypes."""
+    """Gradients are views at any offset into longer tensors, in any mixture of dtypes. The bytes around them must not
+    change."""
     most = quick(target, 60, 6)
 
     @settings(max_examples=most, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -85,7 +86,7 @@ def test_to_the_bit_and_not_a_byte_around(bound: float, target: Target) -> None:
 @on_every_target
 @pytest.mark.usefixtures("alone")
 def test_memory_formats(target: Target) -> None:
-    """Dense in any order, conjugate and negative views: the elements are taken as they lie."""
+    """Dense layouts of any order, conjugate views and negative views: elements are processed in memory order."""
     image = whole_numbers((2, 3, 4, 5), torch.float32, target.device)
     waves = torch.complex(whole_numbers((30,), torch.float32, target.device), torch.ones(30, device=target.device))
     grads = [
@@ -102,7 +103,7 @@ def test_memory_formats(target: Target) -> None:
 
 @on_every_target
 @pytest.mark.usefixtures("alone")
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in Triton's interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy warns in Triton's interpreter
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", REAL, ids=str)
 @pytest.mark.parametrize("bound", [0.5, math.inf])
@@ -118,7 +119,7 @@ def test_what_is_not_finite(bound: float, dtype: torch.dtype, bad: float, target
 @on_every_target
 @pytest.mark.usefixtures("alone")
 def test_norms_that_overflow_their_dtype(target: Target) -> None:
-    """torch takes such a norm for infinite, and all gradients become 0."""
+    """torch computes an infinite norm here and sets all gradients to 0."""
     for dtype, size in ((torch.float16, 1e4), (torch.float32, 1e30)):
         params = holding([torch.full((100,), size, dtype=dtype, device=target.device)])
         norm = clip_grad_norm_(params, 1.0, backend=target.backend)
@@ -154,7 +155,7 @@ def test_promoted_dtypes(target: Target) -> None:
 
 
 def test_forms_of_parameters() -> None:
-    """As torch takes them: one tensor, any iterable, an empty one, and gradients that are not there."""
+    """The same arguments as torch: one tensor, any iterable, an empty one, and params without gradients."""
     params = random_params(Target("cpp", "cpu"))
     params[1].grad = None
     forms: list[Callable[[], Any]] = [
@@ -193,7 +194,7 @@ def test_forms_of_parameters() -> None:
 )
 def test_what_the_kernels_do_not_know(max_norm: Any, norm_type: Any, foreach: bool | None) -> None:
     params = random_params(Target("cpp", "cpu"))
-    params[2].grad = None  # nothing has no largest element, torch says
+    params[2].grad = None  # removes the empty gradient: torch's inf norm raises for it
     others = holding(grads_of(params))
     norm = clip_grad_norm_(params, max_norm, norm_type, foreach=foreach)
     torch.testing.assert_close(norm, torchs(others, max_norm, norm_type, foreach=foreach))
@@ -201,7 +202,7 @@ def test_what_the_kernels_do_not_know(max_norm: Any, norm_type: Any, foreach: bo
 
 
 class Wrapped(torch.Tensor):
-    """A subclass that may mean anything by its elements."""
+    """A subclass that can give its elements any meaning."""
 
 
 def odd_gradients() -> dict[str, list[Tensor]]:
@@ -220,7 +221,7 @@ def odd_gradients() -> dict[str, list[Tensor]]:
 
 @pytest.mark.parametrize("name", odd_gradients())
 def test_odd_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing but torch's function touches them."""
+    """These gradients are passed to torch's function and otherwise left alone."""
     ours, theirs = odd_gradients()[name], odd_gradients()[name]
     asked = []
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: asked.append(args) or torchs(*args))
@@ -251,7 +252,8 @@ def test_expanded_gradients_are_refused_as_by_torch() -> None:
 @on_every_target
 @pytest.mark.usefixtures("alone")
 def test_gradients_that_move(target: Target) -> None:
-    """New memory at every step, other bounds, others missing, and another model of the same shape in turn."""
+    """Every step has new gradient memory. Bounds change, a gradient is missing in one step, and two models of the same
+    shape alternate."""
     models = [make_params(SHAPES, torch.float32, target.device, seed) for seed in range(2)]
     kept = []
     for step, bound in enumerate([0.5, 0.5, 0.1, 1e9, 0.7, 0.7][: quick(target, 6, 3)]):
@@ -259,7 +261,7 @@ def test_gradients_that_move(target: Target) -> None:
             grads: list[Any] = [whole_numbers(p.shape, torch.float32, target.device, step) for p in model]
             if step == 2:
                 grads[3] = None
-            kept.append(grads)  # so that no address comes again
+            kept.append(grads)  # so that no address is reused
             wanted = clipped([g for g in grads if g is not None], bound)
             for p, grad in zip(model, grads, strict=True):
                 p.grad = grad

@@ -1,4 +1,4 @@
-"""Clipping by the norm of all gradients, skipping what is not finite, and scaling, inside the step."""
+"""Inside the step: clipping by the norm of all gradients, skipping nonfinite gradients, and scaling."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def assert_same(ours: Any, theirs: Any, rtol: float = 1e-11, atol: float = 1e-12
 def test_clips_as_torch(build: Any, kwargs: dict[str, Any], norm_type: float, bound: float, target: Target) -> None:
     ours = make(build, kwargs, target, max_grad_norm=bound, norm_type=norm_type)
     theirs = make(build, kwargs, target)
-    eps = 0.0 if build is FusedLAMB else 1e-6  # Apex divides by the norm alone
+    eps = 0.0 if build is FusedLAMB else 1e-6  # Apex adds no eps to the norm
     for step in range(quick(target, 4, 2)):
         grads = random_grads(parameters(ours), step)
         set_grads(parameters(ours), grads)
@@ -69,7 +69,7 @@ def test_clips_as_torch(build: Any, kwargs: dict[str, Any], norm_type: float, bo
 @pytest.mark.compiled
 @on_every_target
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64], ids=str)
-@pytest.mark.parametrize("magnitude", [1.0, 1e25, 1e-25])  # whose squares are no float32
+@pytest.mark.parametrize("magnitude", [1.0, 1e25, 1e-25])  # their squares overflow or underflow float32
 def test_the_norm_in_every_dtype(dtype: torch.dtype, magnitude: float, target: Target) -> None:
     magnitude = min(max(magnitude, 1e-3), 1e3) if dtype == torch.float16 else magnitude
     optimizer = make(FusedAdamW, {}, target, dtype, max_grad_norm=1.0)
@@ -194,14 +194,15 @@ def test_skips_for_groups_that_are_not_clipped(target: Target) -> None:
     ("unscale", "overflow", "clip", "skip"), list(itertools.product([False, True], repeat=4)), ids=str
 )
 def test_with_grad_scaler(unscale: bool, overflow: bool, clip: bool, skip: bool, target: Target) -> None:
-    """In every order that users write: the step equals one without a scaler, or does nothing."""
+    """All combinations of unscale_, overflow, clipping and skipping: a step equals one without a scaler, or does
+    nothing."""
     options = {"max_grad_norm": 0.5} if clip else {}
     ours = make(FusedAdamW, {"lr": 0.1}, target, torch.float32, skip_nonfinite=skip, **options)
     theirs = make(FusedAdamW, {"lr": 0.1}, target, torch.float32, **options)
     scaler = torch.amp.GradScaler(target.device, init_scale=1024.0)
     for step in range(3):
         grads = random_grads(parameters(ours), step)
-        scaler.scale(torch.zeros((), device=target.device))  # the scale comes into being with the first loss
+        scaler.scale(torch.zeros((), device=target.device))  # the scaler creates its scale at the first loss
         scaled = [g * scaler.get_scale() for g in grads]
         overflows = overflow and step == 1
         if overflows:
@@ -224,7 +225,7 @@ def test_with_grad_scaler(unscale: bool, overflow: bool, clip: bool, skip: bool,
 @on_every_target
 @on_every_class
 def test_accumulated_gradients(build: Any, kwargs: dict[str, Any], target: Target) -> None:
-    """Gradients added up over four micro-batches, divided inside the step; clipping sees the mean."""
+    """Gradients are summed over four micro-batches and divided inside the step. Clipping uses the mean."""
     ours, theirs = (make(build, kwargs, target, max_grad_norm=0.5) for _ in range(2))
     for step, scale in enumerate((4, torch.tensor(4.0), torch.tensor([4.0], dtype=torch.float64))):
         grads = random_grads(parameters(ours), step)

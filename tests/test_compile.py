@@ -1,5 +1,5 @@
-"""torch.compile around a training step: the step is a graph break, its numbers are those of eager, and no change of a
-hyperparameter compiles anything again."""
+"""torch.compile around a training step: the step is a graph break, the numbers equal eager mode, and a change of a
+hyperparameter recompiles nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ import fused_optim
 from fused_optim.decay import decoupled
 from fused_optim.schedules import OneCycle
 
-pytestmark = [pytest.mark.once, pytest.mark.slow]  # once: Dynamo sees nothing of a backend
+pytestmark = [pytest.mark.once, pytest.mark.slow]  # once: Dynamo does not trace into backends
 STEPS, WARM = 5, 2
 USABLE = [row for row in targets() if not row.marks]
 ON_GPU = [row for row in USABLE if row.values[0].device == "cuda"]
@@ -42,7 +42,7 @@ Call = Callable[[Any], Any]
 
 
 class Graphs(list[Any]):
-    """A compiler that keeps the graphs that it is given and runs them as they are."""
+    """A Dynamo backend that records its graphs and runs them unchanged."""
 
     def __call__(self, graph: Any, _: Any) -> Callable[..., Any]:
         self.append(graph)
@@ -89,7 +89,7 @@ def training_step(
 
 
 def train(function: Callable[..., Any], device: str, each: Callable[[int], None] | None = None) -> list[Any]:
-    """Losses. After the first steps nothing may be compiled any more."""
+    """Returns the losses. After the first WARM steps a recompilation raises an error."""
     losses = []
     for step, batch in enumerate(batches(device)):
         with torch.compiler.set_stance("fail_on_recompile" if step >= WARM else "default"):
@@ -111,7 +111,7 @@ def assert_same(optimizers: list[Any]) -> None:
 
 
 def change(optimizer: Any, step: int) -> None:
-    """As schedulers and training loops do it, in Python."""
+    """Changes hyperparameters in Python, as schedulers and training loops do."""
     for group in optimizer.param_groups:
         group["lr"] = 0.02 / (step + 1)
         group["weight_decay"] = 0.01 * step
@@ -124,7 +124,8 @@ def change(optimizer: Any, step: int) -> None:
 @on_every_target
 @for_every_class
 def test_compiled_step_like_eager(case: Case, target: Target) -> None:
-    """To the bit, while lr, betas, momentum and weight_decay change; one graph in all, that of the model."""
+    """Bitwise equal while lr, betas, momentum and weight_decay change. There is one graph in total, that of the
+    model."""
     models, optimizers = pair(case, target)
     graphs = Graphs()
     eager, function = (training_step(*each) for each in zip(models, optimizers, strict=True))
@@ -146,7 +147,8 @@ def test_through_autograds_compiler(target: Target) -> None:
 
 @on_one_target
 def test_nothing_below_step_is_compiled(target: Target) -> None:
-    """Dynamo looks at every frame that runs while it is on: none of ours but `step` itself, which has no operation."""
+    """Dynamo inspects every frame that runs while it is active. Of our frames it may compile only `step`, without any
+    operation."""
     model = make_model(target.device)
     optimizer = build(LAMB, target, model.parameters(), skip_nonfinite=True)
     clear_compilation_metrics()
@@ -155,7 +157,7 @@ def test_nothing_below_step_is_compiled(target: Target) -> None:
     folder = str(fused_optim.__path__[0])
     ours = [entry for entry in get_compilation_metrics() if str(entry.co_filename).startswith(folder)]
     assert ours and all("step" in entry.co_name and not entry.graph_op_count for entry in ours), ours
-    assert len(ours) <= 2, ours  # until the break, and after it
+    assert len(ours) <= 2, ours  # before and after the graph break
 
 
 @on_one_target
@@ -170,7 +172,7 @@ def test_nothing_below_step_is_compiled(target: Target) -> None:
     ids=["LambdaLR", "torch's OneCycleLR", "OneCycle"],
 )
 def test_schedulers(schedule: Callable[[Any], Any], inside: bool, target: Target) -> None:
-    """That change lr, and betas, inside the compiled function or outside."""
+    """Schedulers change lr and betas inside or outside the compiled function."""
     models, optimizers = pair(ADAMW, target)
     for model, optimizer, is_compiled in zip(models, optimizers, (False, True), strict=True):
         scheduler = schedule(optimizer)
@@ -210,7 +212,8 @@ def test_scaled_steps(kwargs: dict[str, Any], call: Call, target: Target) -> Non
 @on_one_target
 @pytest.mark.parametrize("unscale", [False, True], ids=["step-unscales", "unscale_-called"])
 def test_grad_scaler(unscale: bool, target: Target) -> None:
-    """Which sets two attributes of the optimizer before its step and takes them away again; one step overflows."""
+    """GradScaler sets two attributes of the optimizer before its step and removes them afterwards. One step
+    overflows."""
     models, optimizers = pair(ADAMW, target)
     for model, optimizer, is_compiled in zip(models, optimizers, (False, True), strict=True):
         scaler = torch.amp.GradScaler(target.device, init_scale=1024.0, growth_interval=2)
@@ -272,7 +275,7 @@ def test_hooks_run(target: Target) -> None:
 
 @on_one_target
 def test_decay_around_the_step(target: Target) -> None:
-    """A hook that Dynamo may compile."""
+    """Dynamo may compile the hook that decays."""
     models, optimizers = pair(ADAMW, target, weight_decay=0.0)
     for optimizer in optimizers:
         decoupled(optimizer, 0.1)
@@ -294,7 +297,8 @@ def test_the_step_alone(target: Target) -> None:
 
 @on_one_target
 def test_many_optimizers_through_one_function(target: Target) -> None:
-    """More than Dynamo compiles one function for: the first one's code serves them all, of every class."""
+    """There are more optimizers, of every class, than Dynamo's recompile limit: all must reuse the code compiled for
+    the first."""
     models = [make_model(target.device) for _ in range(2 * len(ONE_EACH))]
     optimizers = [build(ONE_EACH[i // 2], target, model.parameters()) for i, model in enumerate(models)]
     assert len(models) > torch._dynamo.config.recompile_limit
@@ -313,7 +317,7 @@ def test_many_optimizers_through_one_function(target: Target) -> None:
 @on_one_target
 @pytest.mark.parametrize("variant", ONE_EACH, ids=str)
 def test_made_where_it_steps(variant: Case, target: Target) -> None:
-    """A compiled function may make its optimizer, as it may make torch's."""
+    """A compiled function may create its optimizer, as it may create torch's."""
     models = [make_model(target.device) for _ in range(2)]
     batch = batches(target.device)[0]
 
@@ -328,7 +332,7 @@ def test_made_where_it_steps(variant: Case, target: Target) -> None:
 
 @on_one_target
 def test_no_break_allowed(target: Target) -> None:
-    """Dynamo's own error, with our reason in it, and nothing changed."""
+    """Dynamo raises its own error, which contains our reason. Nothing has changed."""
     model = make_model(target.device)
     optimizer = build(ADAMW, target, model.parameters())
     loss_of(model, batches(target.device)[0]).backward()
@@ -341,8 +345,8 @@ def test_no_break_allowed(target: Target) -> None:
 
 @on_one_target
 def test_compiled_models(target: Target) -> None:
-    """With torch's default compiler: the model and its loss compiled, as most people have it, and the same with the
-    step inside; and eager to within rounding."""
+    """torch's default compiler. The usual setup compiles the model and its loss. Compiling the step as well gives
+    bitwise equal results; eager mode is equal within rounding."""
     models, optimizers = pair(ADAMW, target)
     models.append(make_model(target.device))
     optimizers.append(build(ADAMW, target, models[2].parameters()))

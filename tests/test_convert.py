@@ -1,6 +1,7 @@
-"""Checkpoints of Apex, DeepSpeed, optimi and bitsandbytes: what is loaded goes on as the other library would have.
+"""Converted checkpoints of Apex, DeepSpeed, optimi and bitsandbytes: training continues as it would in the other
+library.
 
-optimi and bitsandbytes train here themselves, on the CPU; foreign.py stands in for Apex and DeepSpeed.
+optimi and bitsandbytes train in these tests, on the CPU. foreign.py has stand-ins for Apex and DeepSpeed.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def test_apex_adam(adam_w_mode: bool, lr: float | Tensor) -> None:
 
 
 def test_apex_states_keep_their_dtype_and_their_memory() -> None:
-    """float32 averages of bfloat16 params, which torch's own classes would cast."""
+    """The states of bfloat16 params are float32. torch's own classes would cast them."""
     theirs = ApexAdam(make_params(SHAPES, BF16))
     train([theirs], 2)
     saved = theirs.state_dict()
@@ -84,7 +85,7 @@ def test_apex_sgd(options: dict[str, Any], wd_after_momentum: bool) -> None:
 
 
 def test_apex_lamb() -> None:
-    """FusedLAMB reads Apex's checkpoints as they are; converted ones are no others."""
+    """FusedLAMB reads Apex's checkpoints directly. A converted checkpoint gives the same result."""
     source = FusedLAMB(make_params(SHAPES, F64), lr=0.01, backend=BACKEND)
     train([source], 3)
     saved = source.state_dict()
@@ -116,8 +117,8 @@ def test_deepspeed_adam(kind: type[Stand], adam_w_mode: bool) -> None:
 
 
 def test_deepspeed_counts() -> None:
-    """Params of two dtypes make FusedAdam count double; its old checkpoints count in the group alone; the CPU's Adam
-    counts for each param."""
+    """With params of two dtypes FusedAdam counts each step twice. Its old checkpoints have the count in the group only.
+    DeepSpeedCPUAdam has a count per param."""
     params = [*make_params([(3,)], F32), *make_params([(4,)], BF16)]
     theirs: Stand = DeepSpeedAdam(params)
     train([theirs], 5)
@@ -150,7 +151,7 @@ def test_deepspeed_lamb(max_grad_norm: float) -> None:
 
 
 def test_deepspeed_lamb_corrects_bias_elsewhere() -> None:
-    """Which is said; once nothing is left to correct, both are one."""
+    """The conversion warns about the different bias correction. Once the correction is negligible, both train alike."""
     theirs = DeepSpeedLamb(make_params(SHAPES, F64), betas=(0.5, 0.5))
     train([theirs], 1)
     with pytest.warns(UserWarning, match="after the ratio of norms"):
@@ -187,13 +188,13 @@ OPTIMI: list[tuple[str, dict[str, Any], Any, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:You are using weight_decay")  # optimi's own, of what decouple_lr makes of it
+@pytest.mark.filterwarnings("ignore:You are using weight_decay")  # optimi warns about weight_decay with decouple_lr
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize(("name", "options", "ours", "own"), OPTIMI, ids=lambda value: str(value))
 def test_optimi(name: str, options: dict[str, Any], ours: Any, own: dict[str, Any], foreach: bool) -> None:
     optimi = package("optimi")
     groups = in_groups(lr=0.02)
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of foreach
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # foreach is deprecated
         theirs = getattr(optimi, name)(groups, lr=0.01, foreach=foreach, triton=False, **options)
     train([theirs], 3)
     theirs.param_groups[0]["lr"] = 0.015
@@ -204,7 +205,7 @@ def test_optimi(name: str, options: dict[str, Any], ours: Any, own: dict[str, An
 
 
 def test_optimi_counts() -> None:
-    """By group, also for a param that came late; by param where gradients are released."""
+    """The count is per group, also for a param that joined late. With gradient release it is per param."""
     optimi = package("optimi")
     theirs = optimi.AdamW(make_params([(3,), (4,)], F64), lr=0.01, triton=False)
     set_grads(parameters(theirs), [random_grads(parameters(theirs), 0)[0], None])
@@ -223,7 +224,7 @@ def test_optimi_counts() -> None:
 
 
 def test_optimi_kahan_compensation_is_missed() -> None:
-    """It cannot be kept; added to float32 params, as the message says, it is not lost."""
+    """The compensation cannot be converted. Adding it to float32 params, as the warning says, preserves it."""
     optimi = package("optimi")
     params = make_params([(500,)], BF16)
     plain, exact = copies(params), [torch.nn.Parameter(params[0].detach().float())]
@@ -243,7 +244,7 @@ def test_optimi_kahan_compensation_is_missed() -> None:
     saved = theirs.state_dict()
     with warnings.catch_warnings(action="error"):
         convert.optimi(saved)
-        saved["state"][0]["kahan_comp"] = torch.zeros(1, dtype=torch.uint8)  # what stands there for its Triton kernels
+        saved["state"][0]["kahan_comp"] = torch.zeros(1, dtype=torch.uint8)  # placeholder of optimi's Triton kernels
         convert.optimi(saved)
 
 
@@ -280,8 +281,8 @@ def test_bitsandbytes(name: str, ours: Any) -> None:
     ],
 )
 def test_bitsandbytes_8_bits(name: str, ours: Any, unwrapped: bool) -> None:
-    """The numbers that its own function finds in a state, and the step that it makes of them. Small tensors, and those
-    of the 32-bit classes, are float32 there too."""
+    """The states equal those of bitsandbytes' own dequantization, and so does the next step. Small tensors, and all
+    states of the 32-bit classes, are float32 in bitsandbytes too."""
     functional = package("bitsandbytes").functional
     theirs = build_theirs(name, in_groups(F32, lr=0.02))
     train([theirs], 4)
@@ -289,7 +290,7 @@ def test_bitsandbytes_8_bits(name: str, ours: Any, unwrapped: bool) -> None:
     def converter(saved: dict[str, Any]) -> dict[str, Any]:
         if unwrapped:
             hidden = "__bnb_optimizer_quant_state__"
-            old = {"gnorm_vec": torch.zeros(100)}  # of percentile clipping
+            old = {"gnorm_vec": torch.zeros(100)}  # state of percentile clipping
             rest = {i: {k: v for k, v in s.items() if k != hidden} | s[hidden] | old for i, s in saved["state"].items()}
             saved = {**saved, "state": rest}
         converted = convert.bitsandbytes(saved)
@@ -309,7 +310,7 @@ def test_bitsandbytes_8_bits(name: str, ours: Any, unwrapped: bool) -> None:
 
 
 def test_blocks() -> None:
-    """Of 256 and, long ago, of 2048 elements; the last one may be short."""
+    """Blocks have 256 elements, in old versions 2048. The last block can be shorter."""
     qmap = torch.linspace(-1, 1, 256)
     codes = torch.randint(0, 256, (3, 1500), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for size in (256, 2048):
@@ -352,7 +353,7 @@ MAKERS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("library", MAKERS)
 @pytest.mark.filterwarnings("ignore:the Kahan compensations")
 def test_the_page(library: str) -> None:
-    """The blocks of python under each library's heading run, one after the other, on a checkpoint of that library."""
+    """The Python blocks under each library's heading run in order, on a checkpoint of that library."""
     section = re.search(rf"^## {library}\b.*?(?=^## |\Z)", PAGE.read_text(), re.M | re.S)
     assert section is not None
     blocks = re.findall(r"^```python\n(.*?)^```", section[0], re.M | re.S)

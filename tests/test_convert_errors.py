@@ -1,4 +1,5 @@
-"""Checkpoints that fused_optim.convert refuses: of optimizers without counterpart, of engines, of other libraries."""
+"""Checkpoints that fused_optim.convert refuses: of optimizers without a counterpart, of training engines, of other
+libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The CUDA kernels without a GPU: what nvcc makes of them. test_walkers.py has what they compute."""
+"""The code that nvcc generates for the CUDA kernels. No GPU is needed. test_walkers.py tests the results of the
+kernels."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ from commands import ROOT, SETUP, run
 pytestmark = pytest.mark.codegen
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 FLAGS: list[str] = SETUP["CUDA_FLAGS"]
-# In PTX, which every CUDA toolkit can print; an access that stands there in asm is one instruction of the GPU, too.
+# Checked in PTX, which every CUDA toolkit can emit. An access written in asm is one instruction on the GPU as well.
 ACCESS = re.compile(r"\b(ld|st)\.global\.(v4\.u32|v2\.u32)")
-SHARED = {"sum_kernel": 128 * 16, "squares_kernel": 128 * 8, "total_kernel": 1024 * 8}  # bytes, of partial sums
+SHARED = {"sum_kernel": 128 * 16, "squares_kernel": 128 * 8, "total_kernel": 1024 * 8}  # bytes of partial sums
 UPDATE, UPDATE_MOMENTS, APPLY_UPDATE = range(3)  # enum Pass
 NVCC: str | None = SETUP["nvcc"]()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
@@ -23,49 +24,53 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 @dataclass(frozen=True)
 class Streaming:
-    """A kernel that goes over elements, as it is called in object code."""
+    """A kernel that walks over elements. symbol: part of its mangled name."""
 
     symbol: str
     states: range
-    reads: int  # streams besides the states
+    reads: int  # streams other than states
     writes: int
     writes_states: bool
     shared: int  # bytes
+    crowded: bool = False  # uses as many registers as with one more stream
 
 
 def listed_rules() -> list[str]:
-    """Those of dispatch.h."""
-    listed = re.search(r"RuleList<(.*?)>;", (ROOT / "csrc/dispatch.h").read_text(), re.DOTALL)
+    """The rules in rules.h."""
+    listed = re.search(r"RuleList<(.*?)>;", (ROOT / "csrc/rules.h").read_text(), re.DOTALL)
     assert listed
     return re.split(r",\s+", listed.group(1))
 
 
 def streaming_kernels() -> list[Streaming]:
-    """Of every rule: one kernel, or with a trust ratio two; and each that writes params again with an average of the
-    weights."""
+    """squares_kernel and scale_kernel; for every rule one kernel, or two with a trust ratio; and a variant with an
+    average of the weights of each kernel that writes params."""
     rules = (ROOT / "csrc/rules.h").read_text()
     kernels = [Streaming("squares_kernel", range(1), 1, 0, False, SHARED["squares_kernel"])]
     kernels.append(Streaming("scale_kernel", range(1), 1, 1, False, 0))
     for rule in listed_rules():
         has_trust = rf"struct {rule} {{.*?trust = (\w+);.*?"
-        traits = re.search(has_trust + r"min_states = (\d), max_states = (\d);", rules, re.DOTALL)
+        traits = re.search(has_trust + r"signed_states = (\d), min_states = (\d), max_states = (\d);", rules, re.DOTALL)
         assert traits, rule
-        states = range(int(traits.group(2)), int(traits.group(3)) + 1)
+        states = range(int(traits.group(3)), int(traits.group(4)) + 1)
+        squares = int(traits.group(2)) < states[-1]
         passes = [(UPDATE, 2, 1, True, 0)]
         if traits.group(1) == "true":
             passes = [(UPDATE_MOMENTS, 2, 0, True, 128 * 16), (APPLY_UPDATE, 1, 1, False, 0)]
         for number, reads, writes, writes_states, shared in passes:
-            for average in (0, 1) if number != UPDATE_MOMENTS else (0,):  # of the weights, which is read and written
+            for average in (0, 1) if number != UPDATE_MOMENTS else (0,):  # an average is read and written
                 symbol = f"step_kernelILNS_4PassE{number}ENS_{len(rule)}{rule}ELb{average}E"
-                kernels.append(Streaming(symbol, states, reads + average, writes + average, writes_states, shared))
+                crowded = bool(average) and number == UPDATE and squares
+                streams = reads + average, writes + average
+                kernels.append(Streaming(symbol, states, *streams, writes_states, shared, crowded))
     return kernels
 
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_need_no_stack(arch: str, tmp_path: Path) -> None:
-    """Without torch's headers; no spills, no stack frame, shared memory for sums alone; and a multiprocessor holds five
-    blocks of 128."""
+    """Compiles without torch's headers. No spills, no stack frame, shared memory only for sums. The registers allow
+    five blocks of 128 threads per multiprocessor."""
     assert NVCC is not None
     output = ["-cubin", "-o", str(tmp_path / "step.cubin")]
     log = run([NVCC, *FLAGS, f"-arch={arch}", "-Xptxas", "-v", *output, "csrc/cuda/step.cu"])
@@ -91,8 +96,8 @@ def test_kernels_need_no_stack(arch: str, tmp_path: Path) -> None:
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_stream_has_wide_accesses(arch: str, tmp_path: Path) -> None:
-    """Kernels take 16 bytes at a time of every stream (8 only of 2-byte dtypes among more than four streams) and leave
-    alone those that they have no use for."""
+    """Kernels access every stream in units of 16 bytes, and access no stream that they do not need. With more than four
+    streams of several dtypes, 2-byte dtypes are accessed in units of 8 bytes."""
     assert NVCC is not None
     ptx = tmp_path / "step.ptx"
     run([NVCC, *FLAGS, f"-arch={arch}", "-ptx", "-o", str(ptx), "csrc/cuda/step.cu"])
@@ -100,14 +105,21 @@ def test_every_stream_has_wide_accesses(arch: str, tmp_path: Path) -> None:
     for kernel in streaming_kernels():
         (text,) = (text for symbol, text in entries.items() if kernel.symbol in symbol)
         found = Counter(match.groups() for match in ACCESS.finditer(text))
+        loops = 1 if kernel.symbol == "scale_kernel" else 3  # float32, bfloat16, any dtypes; double in addition
         for access, others, states in (("ld", kernel.reads, True), ("st", kernel.writes, kernel.writes_states)):
             least = most = narrow = 0
             for count in kernel.states:
-                streams, few = others + states * count, kernel.reads + count <= 4
-                # float32 in two parts, double in one; nvcc may let 2-byte dtypes share the first. Among more streams
-                # float32 in one.
-                least += streams * (3 if few else 2)
-                most += streams * (4 if few else 2)
+                streams, few = others + states * count, kernel.reads + count + kernel.crowded <= 4
+                # Without an average, the bfloat16 loop also loads ahead, before the loop.
+                ahead = access == "ld" and few and "step_kernel" in kernel.symbol and "ELb0E" in kernel.symbol
+                # Accesses per stream: one for double and bfloat16, two for float32, or one with more than four streams.
+                # The loop for any dtypes has those of float32, and one for 2-byte dtypes, which nvcc may merge with the
+                # first of float32. With a single stream only float16 uses this loop.
+                of_float32 = 2 if few else 1
+                fixed = 1 + (of_float32 + 1 + ahead if loops > 1 else 0)
+                of_any = (1, 1) if kernel.symbol == "squares_kernel" else (of_float32, of_float32 + few)
+                least += streams * (fixed + of_any[0])
+                most += streams * (fixed + of_any[1])
                 narrow += streams * (not few)
             assert least <= found[access, "v4.u32"] <= most, (kernel, found)
             assert found[access, "v2.u32"] == narrow, (kernel, found)

@@ -1,4 +1,4 @@
-"""Checkpoints of spread params through torch.distributed.checkpoint, and what any load keeps: memory and dtypes."""
+"""Checkpoints of distributed params through torch.distributed.checkpoint. Every load keeps memory and dtypes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ in_both_forms = pytest.mark.parametrize("form", [NESTED, FLAT], ids=["nested", "
 
 
 def several(*sizes: int) -> list[World]:
-    """Worlds of these sizes, or of as many processes as there are GPUs."""
+    """Worlds of these sizes, limited to the number of GPUs."""
     device, most = worlds()[-1].device, worlds()[-1].size
     return [World(min(size, most), device) for size in sizes]
 
@@ -98,14 +98,14 @@ def leg(
     source: Path | None,
     target: Path,
 ) -> None:
-    """Two steps of trainings that go from world to world."""
+    """Two steps of trainings that move from world to world."""
     for name in in_turn(*names):
         net, part = spread(world)
-        elsewhere = {} if source is None else {"lr": 0.77}  # the saved one comes back
+        elsewhere = {} if source is None else {"lr": 0.77}  # loading must restore the saved lr
         optimizer = build(name, net.parameters(), **elsewhere)
         if source is not None:
             before = [whole(p.detach()).clone() for p in net.parameters()]
-            get_optimizer_state_dict(net, optimizer)  # makes states by a step with lr 0 and no gradients
+            get_optimizer_state_dict(net, optimizer)  # torch creates the states by a step with lr 0 and zero gradients
             for p, old in zip(net.parameters(), before, strict=True):
                 assert_equal(whole(p.detach()), old)
             resume(net, optimizer, form, source / name)
@@ -127,20 +127,20 @@ def travel(
 
 @in_both_forms
 def test_from_two_processes_to_four_to_one(form: StateDictOptions, tmp_path: Path) -> None:
-    """Each with another number of shards; training goes on as if one process had never stopped."""
+    """Each world has another number of shards. Training continues as in one uninterrupted process."""
     travel([sharded] * 3, (2, 4, 1), list(CLASSES), form, tmp_path)
 
 
 @in_both_forms
 def test_from_one_engine_to_another(form: StateDictOptions, tmp_path: Path) -> None:
-    """DDP, then FSDP2, then tensor parallelism with FSDP2, then DDP again: names and whole tensors are the same."""
+    """DDP, then FSDP2, then tensor parallelism with FSDP2, then DDP again: names and full tensors are the same."""
     travel([replicated, sharded, parallel_and_sharded, replicated], (2, 4, 4, 2), ["adamw-amsgrad"], form, tmp_path)
 
 
 @in_every_world
 @in_both_forms
 def test_averages_of_the_weights(world: World, form: StateDictOptions, tmp_path: Path) -> None:
-    """They come back bit for bit, with the states, from shards that are equal, unequal and empty."""
+    """Averages are restored bit for bit, with the states, from equal, unequal and empty shards."""
     for name in in_turn("lamb", "lion"):
         (net, part), (other, _) = sharded(world, torch.float32), sharded(world, torch.float32)
         one, two = build(name, net.parameters()), build(name, other.parameters())
@@ -156,7 +156,7 @@ def test_averages_of_the_weights(world: World, form: StateDictOptions, tmp_path:
 
 
 def test_steps_of_a_decay_that_is_a_function(tmp_path: Path) -> None:
-    """A checkpoint of torch.distributed.checkpoint does not say how many steps there were, but its states do."""
+    """A checkpoint of torch.distributed.checkpoint does not store the number of steps. It is read from the states."""
     nets = [make_net() for _ in range(3)]
     one, two = (FusedAdamW(net.parameters(), lr=0.1, ema_decay=lambda steps: 0.1 * steps) for net in nets[:2])
     go_on(nets[0], one, (0, 1), 0)
@@ -173,7 +173,7 @@ def test_steps_of_a_decay_that_is_a_function(tmp_path: Path) -> None:
 
 
 def test_averages_that_begin_after_a_load(tmp_path: Path) -> None:
-    """A checkpoint without averages: ema_decay is set once it is loaded."""
+    """The checkpoint has no averages. ema_decay is set after loading."""
     net, other = make_net(), make_net()
     one, two = FusedAdamW(net.parameters(), lr=0.1), FusedAdamW(other.parameters(), lr=0.1)
     go_on(net, one, (0, 1), 0)
@@ -190,7 +190,7 @@ def test_averages_that_begin_after_a_load(tmp_path: Path) -> None:
 
 
 def torchs(name: str, params: Any) -> Any:
-    """torch's optimizer of the same rule and options."""
+    """torch's optimizer with the same rule and options."""
     ours, options = CLASSES[name]
     return {"FusedAdamW": torch.optim.AdamW, "FusedSGD": torch.optim.SGD}[ours.__name__](params, **options)
 
@@ -198,7 +198,7 @@ def torchs(name: str, params: Any) -> Any:
 @in_every_world
 @in_both_forms
 def test_with_torch_in_both_directions(world: World, form: StateDictOptions, tmp_path: Path) -> None:
-    """The same keys, and either goes on with what the other has saved."""
+    """The keys are the same, and each optimizer continues from the other's checkpoint."""
     for name, ours_first in in_turn(("adamw-amsgrad", True), ("adamw-amsgrad", False), ("sgd", False)):
         makers: list[Callable[[str, Any], Any]] = [build, torchs] if ours_first else [torchs, build]
         (net, part), (other, _) = sharded(world), sharded(world)
@@ -224,7 +224,7 @@ def test_with_torch_in_both_directions(world: World, form: StateDictOptions, tmp
 @in_every_world
 @pytest.mark.parametrize("cpu_offload", [False, True])
 def test_full_state_dict(world: World, cpu_offload: bool) -> None:
-    """Gathered on the first rank, broadcast from there."""
+    """The state_dict is gathered on the first rank and broadcast from there."""
     net, part = sharded(world)
     optimizer = build("adamw-amsgrad", net.parameters())
     go_on(net, optimizer, part, 0)
@@ -247,16 +247,16 @@ def test_full_state_dict(world: World, cpu_offload: bool) -> None:
     assert_same(loaded, uninterrupted(world, "adamw-amsgrad", 4))
 
 
-# ---- saving beside the training, and dying in it
+# ---- saving during training, and processes that die while saving
 
 
 @in_every_world
 def test_async_save(world: World, tmp_path: Path) -> None:
-    """What is saved are the numbers of the moment of the call, while training goes on."""
+    """The checkpoint has the values at the time of the call, although training continues."""
     net, part = sharded(world)
     optimizer = build("adamw-amsgrad", net.parameters())
     go_on(net, optimizer, part, 0)
-    own = dist.new_group(backend="gloo")  # the saving thread's collectives must not meet the training's
+    own = dist.new_group(backend="gloo")  # keeps the saving thread's collectives apart from the training's
     saving = dcp.async_save(gathered(net, optimizer, FLAT), checkpoint_id=tmp_path / "checkpoint", process_group=own)
     go_on(net, optimizer, part, 2, steps=3)
     saving.result()
@@ -269,7 +269,7 @@ def test_async_save(world: World, tmp_path: Path) -> None:
 
 
 class Dies(dcp.FileSystemWriter):
-    """Kills its process, as `kill -9` does, where it begins to write, or where nothing is missing but the metadata."""
+    """Kills its process, as `kill -9` does, before the data are written, or when only the metadata are missing."""
 
     def __init__(self, path: Path, where: str) -> None:
         super().__init__(path)
@@ -312,7 +312,7 @@ def comes_back(world: World, folder: Path) -> None:
 @pytest.mark.parametrize("world", worlds(), ids=str)
 @pytest.mark.parametrize("where", ["data", "metadata"])
 def test_killed_in_the_middle_of_a_save(world: World, where: str, tmp_path: Path) -> None:
-    """The checkpoint before is whole, and the broken one cannot be taken for a checkpoint."""
+    """The earlier checkpoint is complete. The interrupted one is not accepted as a checkpoint."""
     folder = tmp_path / "checkpoints"
     with pytest.raises(pytest.fail.Exception, match=f"exit code -{signal.SIGKILL.value}"):
         run(is_killed.__wrapped__, {"world": world, "where": where, "folder": folder}, tmp_path)
@@ -323,8 +323,8 @@ def test_killed_in_the_middle_of_a_save(world: World, where: str, tmp_path: Path
 
 
 def test_safetensors(tmp_path: Path) -> None:
-    """Tensors in one file, which holds nothing else; options beside them. No two states share memory, which the format
-    refuses; dtypes stay."""
+    """One file contains all tensors; the options are in its metadata. The format refuses tensors that share memory, so
+    no two states may. Dtypes are preserved."""
     safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors")
     params = make_params([(5, 3), (), (0,), (40,)], torch.bfloat16)
     ours = FusedAdamW(params, lr=0.1, amsgrad=True, state_dtype=torch.float32)
@@ -351,7 +351,7 @@ def test_safetensors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["absent", "int", "cpu-tensor"])
 def test_old_checkpoints_of_torch(missing: str) -> None:
-    """`step` was an int once, and a CPU tensor for a long time; a state without it counts from the start."""
+    """`step` was once an int, and a CPU tensor for a long time. A state without it counts from 0."""
     theirs = build_torch(ADAMW, make_params([(5, 3), (40,)]))
     train([theirs], 3)
     old = copy.deepcopy(theirs.state_dict())
@@ -372,7 +372,7 @@ def test_old_checkpoints_of_torch(missing: str) -> None:
 
 
 def peak(work: Callable[[], Any]) -> int:
-    """Bytes that `work` had allocated at most, and not given back."""
+    """The peak of the memory that `work` allocates, in bytes, net of what it frees."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     events = profile.profiler.kineto_results.events()
@@ -387,10 +387,10 @@ def test_peak_is_what_it_says() -> None:
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_loading_takes_the_tensors(dtype: torch.dtype, state_dtype: torch.dtype) -> None:
-    """States are taken as they are, not copied: neither load_state_dict nor the step after it needs their memory
-    again, and no dtype changes."""
+    """States are used without a copy: neither load_state_dict nor the next step allocates their memory again, and no
+    dtype changes."""
     if (reason := backends.available()["cpp"]) is not None:
-        pytest.skip(f"the reference backend's arithmetic needs memory itself, and cpp: {reason}")
+        pytest.skip(f"the reference backend allocates temporaries, and cpp: {reason}")
     count, size = 8, 100_000
     one = FusedAdamW(make_params([(size,)] * count, dtype), state_dtype=state_dtype)
     train([one], 1)
@@ -410,7 +410,8 @@ def test_loading_takes_the_tensors(dtype: torch.dtype, state_dtype: torch.dtype)
 
 @in_every_world
 def test_dtypes_of_spread_states(world: World, tmp_path: Path) -> None:
-    """Through a checkpoint, and into an optimizer that would have made others; load_state_dict takes the shards."""
+    """Dtypes survive a checkpoint. They survive load_state_dict into an optimizer with another state_dtype too, which
+    uses the shards without a copy."""
     for dtype, state_dtype in in_turn((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
         folder = tmp_path / f"{dtype}-{state_dtype}"
         net, part = sharded(world, dtype)

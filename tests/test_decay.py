@@ -1,4 +1,4 @@
-"""decay.decoupled: the same as decay inside, in one call, and nothing that a step would not have done itself."""
+"""decay.decoupled: the same result as decay inside the step, in one call. A skipped step does not decay."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 class Calls(TorchDispatchMode):
-    """Counts the operators that run."""
+    """Records the operators that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,8 @@ def test_ours_outside_as_inside(decaying: str, plain: str, kwargs: dict[str, Any
 @pytest.mark.parametrize("name", ["SGD", "Adagrad", "RMSprop", "Rprop", "NAdam", "Adamax", "Adadelta", "RAdam"])
 @pytest.mark.parametrize("convention", ["torch", "plain"])
 def test_any_optimizer_by_hand(name: str, convention: str) -> None:
-    """With zero gradients only the decay moves anything: 1 - share, a number per group, a schedule of the step."""
+    """With zero gradients only the decay changes params, by the factor 1 - share. Each group has its own number, and a
+    schedule depends on the step."""
     first, second = params_of(0, torch.float64), params_of(1, torch.float64)
     optimizer = getattr(torch.optim, name)([{"params": first}, {"params": second, "lr": 0.2}], lr=0.1)
     decoupled(optimizer, [0.3, 0.5], lambda step: 1 / (1 + step), convention=convention)
@@ -149,7 +150,7 @@ def test_lr_as_a_tensor(device: str, convention: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("where", ["host", "device"])
 def test_narrow_params_are_rounded_once(dtype: torch.dtype, where: str) -> None:
-    """0.997 is 0.996 in bfloat16: a factor that was rounded itself would decay a third faster."""
+    """In bfloat16 0.997 rounds to 0.996. A rounded factor would decay a third faster."""
     params = params_of(dtype=dtype)
     expected = [(value.double() * 0.997).to(dtype) for value in values(params)]
     if where == "host":
@@ -214,7 +215,7 @@ def test_one_call_per_dtype() -> None:
 
 @pytest.mark.parametrize("in_keyword", [False, True])
 def test_closure_sees_the_params_before_they_decay(in_keyword: bool) -> None:
-    """As in torch's AdamW, whose closure runs first."""
+    """The closure runs before the decay, as in torch's AdamW."""
     seen: dict[str, list[Tensor]] = {"inside": [], "outside": []}
 
     def trained(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], log: list[Tensor]) -> list[Tensor]:
@@ -289,7 +290,7 @@ def test_skipped_steps_of_torch_optimizers() -> None:
     assert equal(values(params), before) and handle.updates == 0
 
 
-@pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device, whose synchronisations torch can report")
+@pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device: torch reports synchronizations only for CUDA")
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_no_wait_for_the_device(tensor_lr: bool) -> None:
     params = params_of(device="cuda")

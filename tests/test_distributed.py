@@ -1,4 +1,5 @@
-"""Params that are plain tensors on every rank: DDP, ZeRO, FSDP1. Each against one process with the whole batch."""
+"""Params that are plain tensors on every rank: DDP, ZeRO, FSDP1. Each is compared with one process that has the whole
+batch."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def test_ddp(world: World, views: bool) -> None:
 
 @in_every_world
 def test_ddp_whole_update(world: World) -> None:
-    """Clipping, accumulation and skipping: gradients are the same on all ranks, and so is all that is made of them."""
+    """Clipping, accumulation and skipping. The gradients are the same on all ranks, so the norm and the update are
+    too."""
     net, alone = ddp(world), make_net(world.device)
     options = {"lr": 0.1, "skip_nonfinite": True}
     ours, theirs = FusedAdamW(net.parameters(), max_grad_norm=0.5, **options), FusedAdamW(alone.parameters(), **options)
@@ -60,9 +62,9 @@ def test_ddp_whole_update(world: World) -> None:
             with net.no_sync() if micro == 0 else nullcontext():
                 backward(net, 10 * step + micro, world.rank, world.size)
             backward(alone, 10 * step + micro)
-        if step == 1 and world.rank == 0:  # as an overflow in a backward that DDP did not see
+        if step == 1 and world.rank == 0:  # simulates an overflow that DDP did not reduce
             parameters(ours)[0].grad.view(-1)[0] = math.nan
-        if step == 1:  # DDP has reduced already: without this the ranks would part, in torch as well
+        if step == 1:  # DDP has reduced already: without this the ranks would diverge, in torch too
             dist.broadcast(parameters(ours)[0].grad, 0)
             parameters(theirs)[0].grad.view(-1)[0] = math.nan
         for param in parameters(theirs):
@@ -86,7 +88,7 @@ def zero(name: str, params: Any, **options: Any) -> ZeroRedundancyOptimizer:
 
 @in_every_world
 def test_zero(world: World, tmp_path: Path) -> None:
-    """States lie on one rank each; gathered, they are those of one process, and they go back to where they belong."""
+    """Each state is on one rank. The gathered states equal those of one process, and loading distributes them again."""
     for name in in_turn(*CLASSES):
         net, alone = ddp(world), make_net(world.device)
         bound = {"max_grad_norm": None} if name == "lamb" else {}
@@ -114,7 +116,7 @@ def test_zero(world: World, tmp_path: Path) -> None:
 @in_every_world
 @pytest.mark.parametrize("params", [1, 6])
 def test_zero_clips_by_the_norm_over_all_ranks(world: World, params: int) -> None:
-    """Also where some ranks have no params at all."""
+    """Also if some ranks have no params."""
     for norm_type in in_turn(2.0, math.inf):
 
         def tensors() -> list[nn.Parameter]:
@@ -134,7 +136,7 @@ def test_zero_clips_by_the_norm_over_all_ranks(world: World, params: int) -> Non
                 q.grad = p.grad.clone()
             bad = step == 2
             if bad:
-                mine[0].grad[0, 0] = math.inf  # its owner sees it, the others must hear of it
+                mine[0].grad[0, 0] = math.inf  # only the owner of the param sees it
             total = nn.utils.clip_grad_norm_(alone, 0.5, norm_type)
             ours.step()
             if not bad:
@@ -160,12 +162,12 @@ def test_zero_without_a_norm_group_clips_by_its_own_norm(world: World) -> None:
 # ---- FSDP1
 
 
-# Its clip_grad_norm_ refuses float64.
+# FSDP1's clip_grad_norm_ does not accept float64.
 SINGLE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def fsdp1(world: World, original: bool, dtype: torch.dtype = torch.float64, **options: Any) -> FullyShardedDataParallel:
-    """Two flat params: the inner linear layer's, and that of all the rest."""
+    """There are two flat params: one for the inner linear layer, one for all other layers."""
     place = torch.device(world.device, world.rank if world.device == "cuda" else None)
     net = make_net(world.device, dtype)
     options = {"device_id": place, "use_orig_params": original, **options}
@@ -198,7 +200,7 @@ def test_fsdp1(world: World, original: bool) -> None:
 @in_every_world
 @pytest.mark.parametrize("original", [True, False], ids=["orig-params", "flat"])
 def test_fsdp1_clips_as_its_own_method(world: World, original: bool) -> None:
-    """One pass instead of FullyShardedDataParallel.clip_grad_norm_ and a step."""
+    """One pass replaces FullyShardedDataParallel.clip_grad_norm_ and a step."""
     for norm_type in in_turn(2.0, math.inf):
         net, twin = fsdp1(world, original, torch.float32), fsdp1(world, original, torch.float32)
         alone = make_net(world.device, torch.float32)
@@ -222,7 +224,7 @@ def test_fsdp1_clips_as_its_own_method(world: World, original: bool) -> None:
 
 @in_every_world
 def test_fsdp1_hybrid_clips_by_each_shard_once(world: World) -> None:
-    """The norm goes over the group that shards; over the world it would count every replica."""
+    """The norm is summed over the sharding group. A sum over the world would count every replica."""
     shape = max(1, world.size // 2), min(2, world.size)
     mesh = init_device_mesh(world.device, shape, mesh_dim_names=("replicate", "shard"))
     strategy = ShardingStrategy.HYBRID_SHARD
@@ -240,7 +242,7 @@ def test_fsdp1_hybrid_clips_by_each_shard_once(world: World) -> None:
 
 @in_every_world
 def test_fsdp1_with_its_grad_scaler(world: World) -> None:
-    """An overflow on one rank alone: ShardedGradScaler's unscale_ tells the others, and nobody moves."""
+    """One rank has an overflow. ShardedGradScaler.unscale_ tells the other ranks, and no param changes."""
     net, alone = fsdp1(world, True), make_net(world.device)
     ours, theirs = build("adamw-amsgrad", net.parameters()), build("adamw-amsgrad", alone.parameters())
     scaler = ShardedGradScaler(world.device, init_scale=64.0)
@@ -262,11 +264,11 @@ def test_fsdp1_with_its_grad_scaler(world: World) -> None:
     assert scaler.get_scale() == 32.0
 
 
-# With use_orig_params torch gathers every state of a param into the same memory on CPUs, its own AdamW's too: one state
-# alone comes out right.
+# With use_orig_params on CPUs torch gathers every state of a param into the same memory, also for its own AdamW. So the
+# result is correct only for optimizers with one state.
 @in_every_world
 def test_fsdp1_checkpoint(world: World) -> None:
-    """optim_state_dict gathers whole states under names; they load into a new optimizer and go on."""
+    """optim_state_dict gathers full states by name. A new optimizer loads them and training continues."""
     for name, original in in_turn(("adamw-amsgrad", False), ("sgd", False), ("sgd", True), ("lion", False)):
         net, alone = fsdp1(world, original), make_net(world.device)
         ours, theirs = build(name, net.parameters()), build(name, alone.named_parameters())
@@ -278,7 +280,7 @@ def test_fsdp1_checkpoint(world: World) -> None:
             if step == 1:
                 saved = FullyShardedDataParallel.optim_state_dict(net, ours)
                 plain = {param: theirs.state[p] for param, p in alone.named_parameters()}
-                if world.rank == 0:  # where torch gathers it
+                if world.rank == 0:  # torch gathers the states on this rank only
                     assert saved["state"].keys() == plain.keys()
                     for param, state in plain.items():
                         assert state.keys() == saved["state"][param].keys()
@@ -293,7 +295,7 @@ def test_fsdp1_checkpoint(world: World) -> None:
         assert_whole_params(net, alone)
 
 
-# ---- the harness
+# ---- tests of distributed.py
 
 
 @in_every_world

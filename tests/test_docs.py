@@ -1,4 +1,4 @@
-"""The documentation site: docstrings say what callers need, every public name is in the reference, pages render."""
+"""The documentation site: docstrings describe every argument, every public name is in the reference, pages render."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from commands import ROOT
 
 import fused_optim
 
-# A test sees to it that nothing public is missing here.
+# test_every_public_name_is_in_the_reference fails for a public name that the reference does not have.
 pytestmark = pytest.mark.slow
 MODULES = [
     "fused_optim",
@@ -30,7 +30,7 @@ DOCUMENTED = re.findall(r"^::: (\S+)$", "\n".join(REFERENCE.values()), re.M)
 
 
 def public(module: Any) -> dict[str, Any]:
-    """The functions and classes that a module shows, by name: its own, and those that it takes from a room below."""
+    """The public functions and classes of a module by name: its own, and those re-exported from lower rooms."""
     names = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
     found = {name: getattr(module, name) for name in names}
     return {
@@ -50,7 +50,7 @@ BY_NAME = {full.rpartition(".")[2]: value for full, value in SHOWN.items()}
 
 
 def texts(value: Any, seen: set[str]) -> Iterator[str]:
-    """The docstring, and those that it refers to ("as FusedAdam's", "see FusedOptimizer")."""
+    """The docstring, and the docstrings that it refers to ("as FusedAdam's", "see FusedOptimizer")."""
     text = inspect.cleandoc(value.__doc__ or "")
     yield text
     for name in re.findall(r"\b(?:as|see) (?:fused_optim\.)?(?:\w+\.)?(\w+)", text):
@@ -60,7 +60,7 @@ def texts(value: Any, seen: set[str]) -> Iterator[str]:
 
 
 def arguments(value: Any) -> list[str]:
-    """Names of what a call takes; not **options, which belong to a class named in the text."""
+    """Names of the arguments. Not **options, which belong to a class named in the text."""
     kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     return [name for name, parameter in inspect.signature(value).parameters.items() if parameter.kind not in kinds]
 
@@ -75,7 +75,7 @@ def test_docstrings_name_their_arguments(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, value in SHOWN.items() if inspect.isclass(value)])
 def test_methods_have_docstrings(name: str) -> None:
-    """Their own, or that of the method they override."""
+    """Each method has a docstring, or overrides a method that has one."""
     methods = [
         key for key, value in vars(SHOWN[name]).items() if inspect.isroutine(value) or isinstance(value, property)
     ]
@@ -84,7 +84,7 @@ def test_methods_have_docstrings(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_public_name_is_in_the_reference(name: str) -> None:
-    """Under its shortest path."""
+    """With its shortest path."""
     found = public(importlib.import_module(name))
     assert found
     top = {key for key in fused_optim.__all__ if hasattr(fused_optim, key)}
@@ -96,12 +96,12 @@ def test_every_public_name_is_in_the_reference(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The HTML of every page, made as `make docs` makes it: warnings, such as of broken links, are errors."""
+    """The HTML of every page, built with the command of `make docs`: warnings, such as broken links, are errors."""
     out = tmp_path_factory.mktemp("site")
     recipe = re.search(
         r"^\tNO_MKDOCS_2_WARNING=1 \$\(PY\) (-m mkdocs build .*)$", (ROOT / "Makefile").read_text(), re.M
     )
-    assert recipe, "the Makefile has no `make docs` any more"
+    assert recipe, "the recipe of `make docs` is not in the Makefile"
     command = [sys.executable, *recipe[1].split(), "--site-dir", str(out)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -120,11 +120,11 @@ def test_the_reference_holds_what_its_pages_name(site: dict[str, str]) -> None:
 
 
 def test_markup_is_rendered(site: dict[str, str]) -> None:
-    """Headings, lists and formulas: none of their source is left in a page."""
+    """No source of headings, lists or formulas is left in a page."""
     for name, page in site.items():
         text = re.sub(r"<(pre|code|script|style)\b.*?</\1>", "", page, flags=re.S)
         assert not re.findall(r":math:|\.\. math|:(?:class|func|ref):|\b(?:Args|Raises|Returns):\n", text), name
-        # An item's second line that is not indented becomes an item of its own, which begins amid a sentence.
+        # If an item's second line is not indented, it becomes a separate item that starts in lower case.
         assert not re.findall(r"<li>(?:<p>)?[a-z].*", text) or not name.startswith("reference/"), name
         assert not re.findall(r'class="arithmatex"|\$\$', text), name
 
@@ -133,7 +133,7 @@ def test_formulas_are_mathml(site: dict[str, str]) -> None:
     formulas = re.findall(r"<math.*?</math>", site["reference/optimizers.html"], re.S)
     assert len([formula for formula in formulas if 'display="block"' in formula]) >= 6
     assert any("<mfrac>" in formula and "<msqrt>" in formula for formula in formulas)
-    # What the converter does not know stays as a command with its backslash.
+    # The converter leaves unknown commands in place, with their backslash.
     assert not [formula for formula in formulas if "\\" in html.unescape(formula)]
 
 

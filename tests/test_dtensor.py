@@ -1,5 +1,5 @@
-"""DTensor params on a mesh of one process: what a step does with them on every backend, what it refuses, and that no
-operation of it goes through DTensor's dispatch."""
+"""DTensor params on a mesh of one process: the result of a step on every backend, errors, and that no operation of the
+step goes through DTensor's dispatch."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_steps_as_plain_tensors(case: Case, bound: float | None, target: Target)
 
 
 class Count(TorchDispatchMode):
-    """Counts the operations that DTensors are dispatched for."""
+    """Records the operations dispatched for DTensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ def test_versions_count_and_new_shards_are_seen() -> None:
 
     old = params[0]._local_tensor
     kept = old.clone()
-    params[0]._local_tensor = torch.zeros_like(old)  # as FSDP does when it shards anew
+    params[0]._local_tensor = torch.zeros_like(old)  # FSDP does this when it shards again
     optimizer.step()
     assert_equal(old, kept)
     assert params[0]._local_tensor.abs().sum() > 0
@@ -185,7 +185,7 @@ def test_a_plain_gradient_or_state_is_refused() -> None:
 
 def test_sharded_and_plain_params_share_the_launch_where_nothing_is_summed() -> None:
     sharded, others = spread(make_params(SHAPES)), make_params(SHAPES)
-    for build_one, tables in ((FusedAdamW, 1), (FusedLAMB, 1)):  # on one process nothing is spread
+    for build_one, tables in ((FusedAdamW, 1), (FusedLAMB, 1)):  # with one process nothing is reduced over processes
         optimizer = build_one([*sharded, *others])
         grads = random_grads(others, 0)
         set_spread_grads(sharded, grads)

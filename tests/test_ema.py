@@ -161,7 +161,7 @@ def test_params_without_gradient(case: Case, target: Target) -> None:
         kept = {params[i]: optimizer.ema[params[i]].clone() for i in missing if params[i] in optimizer.ema}
         optimizer.step()
         assert set(optimizer.ema) >= {p for p in params if p.grad is not None}
-        assert params[3] not in optimizer.ema or missing == (0,)
+        assert params[3] not in optimizer.ema or missing == (0,) or case.is_eager
         for p, average in kept.items():
             assert torch.equal(optimizer.ema[p], average)
     assert torch.equal(optimizer.ema[params[3]], params[3])  # the first update, whenever it comes

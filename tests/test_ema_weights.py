@@ -157,8 +157,8 @@ def test_optimizers_without_averages() -> None:
 def test_the_mapping_is_to_be_read() -> None:
     optimizer = make(REFERENCE)
     train([optimizer], 1)
-    with pytest.raises(TypeError):
-        optimizer.ema[parameters(optimizer)[0]] = torch.zeros(3, 5)
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        optimizer.ema["a tensor would be tried as an index"] = torch.zeros(3, 5)
 
 
 # ---- checkpoints and copies

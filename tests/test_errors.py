@@ -1,4 +1,4 @@
-"""What cannot be stepped is refused in a full sentence, and before anything has changed."""
+"""Invalid input is refused with a full sentence, before anything has changed."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from compare import assert_equal
 from torch.optim import Optimizer
 from torch.testing._internal.two_tensor import TwoTensor
 
-SENTENCE = re.compile(r"(\S+\s+){8,}\S+")  # torch's messages have neither capitals nor full stops
+SENTENCE = re.compile(r"(\S+\s+){8,}\S+")  # nine words: torch's messages have no capitals or full stops
 
 
 def frozen(optimizer: Optimizer, params: list[torch.nn.Parameter]) -> Any:
-    """Everything a failed step must leave as it is."""
+    """A copy of everything that a failed step must leave unchanged."""
     return (
         [p.detach().clone() for p in params],
         [p._version for p in params],
@@ -95,7 +95,7 @@ def test_refused_before_anything_changed(
     set_grads(params, random_grads(params, 9))
     spoil(params)
     before = frozen(optimizer, params)
-    for _ in range(2):  # a failed step must not leave a table behind that the next one trusts
+    for _ in range(2):  # the next step must not use a table that a failed step left
         with pytest.raises((RuntimeError, ValueError, TypeError)) as error:
             optimizer.step()
         assert SENTENCE.search(str(error.value)), str(error.value)
@@ -114,12 +114,12 @@ def test_sparse_gradients_are_refused(case: Case) -> None:
     p.grad = torch.eye(3).to_sparse()
     with pytest.raises(RuntimeError, match="does not support sparse gradients") as error:
         optimizer.step()
-    if case.torch in (torch.optim.Adam, torch.optim.AdamW):  # torch's own words
+    if case.torch in (torch.optim.Adam, torch.optim.AdamW):  # torch's message
         assert str(error.value) == "Adam does not support sparse gradients, please consider SparseAdam instead"
 
 
 def test_wrapping_subclasses_are_refused() -> None:
-    """Their own address is null: the memory is that of the tensors inside."""
+    """The subclass itself has no memory: its data pointer is null. The memory belongs to the tensors inside."""
     inside = torch.ones(4)
     with pytest.raises(RuntimeError, match=r"must be plain tensors or DTensors.*TwoTensor.*tensors inside"):
         ADAMW.ours([TwoTensor(inside, inside.clone()).requires_grad_()])
@@ -128,7 +128,7 @@ def test_wrapping_subclasses_are_refused() -> None:
 @on_every_target
 @for_every_class_of_torch
 def test_gradient_without_memory_is_zero(case: Case, target: Target) -> None:
-    """Autograd may hand over zeros that are stored nowhere."""
+    """Autograd can produce zeros without storage."""
     p, q = (torch.nn.Parameter(torch.ones(5, device=target.device)) for _ in range(2))
     ours, torchs = build(case, target, [p]), build_torch(case, [q])
     for step in range(3):
@@ -140,7 +140,7 @@ def test_gradient_without_memory_is_zero(case: Case, target: Target) -> None:
 
 
 @on_every_target
-@pytest.mark.skipif(not HAS_CUDA, reason="a gradient on another device than its param needs a second kind of device")
+@pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU: a gradient on another device than its param")
 def test_gradient_on_another_device(target: Target) -> None:
     params = make_params([(5, 3), (40,), (7,)], device=target.device)
     optimizer = build(AMSGRAD, target, params)
@@ -172,7 +172,7 @@ def test_broken_states_are_refused(target: Target, spoil: Callable[[dict[str, to
     optimizer.step()
     spoil(optimizer.state[params[1]])
     before = [p.detach().clone() for p in params]
-    with pytest.raises((RuntimeError, ValueError, KeyError, TypeError)):
+    with pytest.raises((RuntimeError, ValueError, TypeError), match=r'"(exp_avg|exp_avg_sq|step)"'):
         optimizer.step()
     assert_equal([p.detach() for p in params], before)
     assert all(optimizer.state[p]["step"] == 1 for p in (params[0], params[2]))
@@ -193,7 +193,7 @@ BROKEN_OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("option", BROKEN_OPTIONS, ids=str)
 @pytest.mark.parametrize("steps_before", [0, 1])
 def test_broken_options_change_nothing(target: Target, option: dict[str, Any], steps_before: int) -> None:
-    """The second group's option is wrong: the first group must not have been stepped when that is noticed."""
+    """The second group has an invalid option. The error must come before the first group is stepped."""
     params = make_params([(5, 3), (40,)], device=target.device)
     optimizer = build(AMSGRAD, target, [{"params": params[:1]}, {"params": params[1:]}])
     for step in range(steps_before):
@@ -203,7 +203,7 @@ def test_broken_options_change_nothing(target: Target, option: dict[str, Any], s
     good = {key: optimizer.param_groups[1][key] for key in option}
     optimizer.param_groups[1].update(option)
     before = frozen(optimizer, params)
-    with pytest.raises((RuntimeError, ValueError, TypeError, KeyError)):
+    with pytest.raises((ValueError, TypeError), match=f'"{next(iter(option))}"'):
         optimizer.step()
     assert_equal(frozen(optimizer, params), before)
     optimizer.param_groups[1].update(good)
@@ -228,7 +228,7 @@ def test_failing_closure_changes_nothing(target: Target) -> None:
 
 @on_every_target
 def test_expanded_params_are_refused(target: Target) -> None:
-    """Elements that share memory would be updated several times, in any order."""
+    """Elements that share memory would be updated several times, in an undefined order."""
     p = torch.nn.Parameter(torch.zeros(1, 4, device=target.device).expand(3, 4))
     with pytest.raises((RuntimeError, ValueError)) as error:
         optimizer = build(AMSGRAD, target, [p])

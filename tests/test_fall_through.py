@@ -1,4 +1,4 @@
-"""Backends that fail at their first launch, and steps that fail half way."""
+"""Backends that fail at their first launch, and steps that fail in the middle."""
 
 from __future__ import annotations
 
@@ -41,13 +41,14 @@ class Broken(Exception):
 
 
 def variant(backend: str, **attributes: Any) -> type[Backend]:
-    """The backend with other attributes."""
+    """A subclass of the backend with these attributes."""
     return type("Variant", (backends.BACKENDS[backend],), attributes)
 
 
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """On CPU tensors "auto" tries broken backends first, as on GPUs Triton and CUDA. Returns what was called."""
+    """On CPU tensors "auto" tries two broken backends first, as it tries Triton and CUDA on GPUs. Returns the list of
+    calls."""
     called: list[str] = []
 
     def fail(what: str) -> Callable[..., None]:
@@ -112,7 +113,7 @@ def test_a_named_backend_says_why_and_changes_nothing(order: list[str]) -> None:
     optimizer = FusedAdamW(params, backend="steps")
     set_grads(params, random_grads(params, 0))
     before = frozen(optimizer, params)
-    for _ in range(2):  # and it is tried again, for it might have been repaired
+    for _ in range(2):  # it is tried again, because it may have been repaired
         with pytest.raises(RuntimeError, match="no luck with a kernel in the second line") as error:
             optimizer.step()
         assert isinstance(error.value.__cause__, Broken)
@@ -152,7 +153,7 @@ def test_clipping_falls_through_too(order: list[str]) -> None:
 @on_every_target
 @for_every_class
 def test_a_trial_touches_nothing(case: Case, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of what its kernels pass over stays as it was, and so do the optimizer's own tensors."""
+    """A trial's kernels leave their own zero tensors and the optimizer's tensors unchanged."""
     trials = []
     make = trial._table_of
     monkeypatch.setattr(trial, "_table_of", lambda *args: trials.append(make(*args)) or trials[-1])
@@ -183,7 +184,7 @@ OPTIONS: list[dict[str, Any]] = [{}, {"ema_decay": 0.5}, {"max_grad_norm": 1.0},
 def test_a_trial_launches_all_that_steps_launch(
     case: Case, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So no step is the first to compile a kernel."""
+    """So the trial has compiled every kernel that a step needs."""
     launch = pytest.importorskip("fused_optim.triton_kernels.launch")
     started: list[Any] = []
     monkeypatch.setattr(launch.Variant, "start", lambda variant, *_: started.append(variant))
@@ -205,7 +206,7 @@ def test_a_trial_launches_all_that_steps_launch(
     assert started[:half] == started[half:] and len(started) == 2 * half >= 4
 
 
-# ---- steps that fail half way
+# ---- steps that fail in the middle
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, target: Target, **functions: Any) -> None:
@@ -261,7 +262,8 @@ def test_an_interrupt_between_the_walks_remains_one(monkeypatch: pytest.MonkeyPa
 @on_every_target
 @pytest.mark.parametrize("where", ["poll", "upload", "sum_squares"])
 def test_an_error_before_the_walks_changes_nothing(target: Target, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the next step goes on as if there had been none, with what has moved since."""
+    """The next step continues as if the failed one had not happened. It still notices all changes since the last
+    step."""
     lists = [make_params([(3,), (5,)], device=target.device) for _ in range(2)]
     options: dict[str, Any] = {"max_grad_norm": 1.0, "ema_decay": lambda step: 0.5 + 0.1 * step}
     optimizers = [build(ADAMW, target, params, **options) for params in lists]
@@ -272,7 +274,7 @@ def test_an_error_before_the_walks_changes_nothing(target: Target, where: str, m
             if step and optimizer is optimizers[0]:
                 before = frozen(optimizer, params)
                 with monkeypatch.context() as patch:
-                    if where == "poll":  # which has noticed what has moved by then
+                    if where == "poll":  # it fails after it has detected the changes
                         poll = optimizer._detector.poll
                         optimizer._detector = types.SimpleNamespace(poll=lambda poll=poll: fail(poll()))
                     else:

@@ -1,4 +1,4 @@
-"""Params that no step touches: frozen ones of any kind, and those on meta."""
+"""Params that no step changes: frozen params of any kind, and params on meta."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def frozen(kind: str) -> nn.Parameter:
 @on_every_target
 @for_every_class
 def test_a_quantised_base_with_adapters(case: Case, target: Target) -> None:
-    """As LoRA has it. The frozen params are passed over, and those that learn are stepped as without them."""
+    """As with LoRA. Frozen params are skipped; trainable params are stepped as if the frozen ones were absent."""
     base = [nn.Parameter(KINDS[kind].to(target.device), requires_grad=False) for kind in KINDS if kind != "meta"]
     versions = [p._version for p in base]
     ours, theirs = (build(case, target, make_params(device=target.device)) for _ in range(2))
@@ -125,7 +125,7 @@ def on_meta() -> list[nn.Parameter]:
 @for_every_class_of_torch
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_params_on_meta_step_as_torchs(case: Case, backend: str) -> None:
-    """States come into being, with torch's keys, shapes and dtypes: this is how frameworks plan their memory."""
+    """States are created with torch's keys, shapes and dtypes. Frameworks plan their memory this way."""
     ours = case.ours(on_meta(), backend=backend, **case.kwargs)
     theirs = build_torch(case, on_meta())
     for _ in range(2):
@@ -168,7 +168,7 @@ def test_meta_beside_real_params(target: Target) -> None:
 
 
 def test_params_that_leave_meta() -> None:
-    """Deferred initialisation: the params get their memory after a step that planned for it."""
+    """Deferred initialization: the params get their memory after a step on meta that planned the memory."""
     params = on_meta()
     optimizer = FusedAdamW(params)
     optimizer.step()

@@ -1,5 +1,5 @@
-"""Params that are DTensors: FSDP2, hybrid sharding, tensor parallelism and both. Each against one process with the
-whole batch, in float64."""
+"""Params that are DTensors: FSDP2, hybrid sharding, tensor parallelism and both. Each is compared with one process that
+has the whole batch, in float64."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ in_every_way = pytest.mark.parametrize("spread", DTENSORS, ids=lambda way: way._
 @in_every_world
 @in_every_way
 def test_as_in_one_process(world: World, spread: Spread) -> None:
-    """Also LAMB's trust ratios, which are of whole tensors, and its norm, which is of all of them."""
+    """This includes LAMB's trust ratios, which need norms of full tensors, and its norm of all gradients."""
     for name in in_turn(*CLASSES):
         (net, part), alone = spread(world), make_net(world.device)
         ours, theirs = build(name, net.parameters()), build(name, alone.parameters())
@@ -65,7 +65,7 @@ def test_as_in_one_process(world: World, spread: Spread) -> None:
 
 @in_every_world
 def test_the_shards_are_equal_unequal_and_empty(world: World) -> None:
-    """What the tests here rest on."""
+    """The other tests in this file rely on this."""
     net, _ = sharded(world)
     sizes = torch.tensor([p.to_local().numel() for p in net.parameters()], device=world.device)
     everyone = [torch.empty_like(sizes) for _ in range(world.size)]
@@ -77,7 +77,8 @@ def test_the_shards_are_equal_unequal_and_empty(world: World) -> None:
 
 
 def poison(param: nn.Parameter, bad: float) -> None:
-    """The gradient's last element becomes `bad` on the rank that holds it, and on no other that shards it."""
+    """Sets the last element of one shard of the gradient to `bad`: the first shard along the last mesh dimension. Other
+    shards are unchanged."""
     grad = param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad
     first = not isinstance(param.grad, DTensor) or param.device_mesh.get_coordinate()[-1] == 0
     if first and grad.numel():
@@ -87,8 +88,8 @@ def poison(param: nn.Parameter, bad: float) -> None:
 @in_every_world
 @in_every_way
 def test_whole_update(world: World, spread: Spread) -> None:
-    """Clips by the norm over all shards, replicas counted once, and all ranks skip what one of them saw. `bad` stands
-    in one rank's shard alone."""
+    """The clipping norm is over all shards and counts replicas once. `bad` is in a single shard, but all ranks skip the
+    step."""
     for norm_type, bad in in_turn((2.0, -math.inf), (math.inf, math.nan)):
         (net, part), alone = spread(world), make_net(world.device)
         clip = {"max_grad_norm": 0.5, "norm_type": norm_type, "skip_nonfinite": True}
@@ -118,7 +119,7 @@ def test_whole_update(world: World, spread: Spread) -> None:
 
 @in_every_world
 def test_clips_as_torch_clips_dtensors(world: World) -> None:
-    """One pass instead of clip_grad_norm_ and torch's step, both over DTensors."""
+    """One pass replaces clip_grad_norm_ and torch's step, both on DTensors."""
     (net, part), (twin, _) = sharded(world), sharded(world)
     ours = FusedAdamW(net.parameters(), lr=0.1, max_grad_norm=0.5)
     theirs = torch.optim.AdamW(twin.parameters(), lr=0.1)
@@ -158,7 +159,7 @@ def test_groups_have_their_own_bounds(world: World) -> None:
 
 @in_every_world
 def test_grad_scaler(world: World) -> None:
-    """An overflow in one rank's shard: GradScaler looks at DTensors over the whole mesh, so all ranks skip alike."""
+    """One rank's shard overflows. GradScaler checks DTensors over the whole mesh, so all ranks skip."""
     for unscale, clip in in_turn(*itertools.product([False, True], repeat=2)):
         (net, part), alone = sharded(world), make_net(world.device)
         bound = {"max_grad_norm": 0.5} if clip else {}
@@ -189,8 +190,8 @@ def test_grad_scaler(world: World) -> None:
 @in_every_world
 @pytest.mark.parametrize("params", [torch.float32, torch.bfloat16], ids=str)
 def test_mixed_precision(world: World, params: torch.dtype) -> None:
-    """The forward pass in bfloat16, gradients reduced in float32; float32 states in any case. One process gets the same
-    gradients, and where nothing is summed over tensors, the same bits come out."""
+    """The forward pass is in bfloat16, gradients are reduced in float32, and states are always float32. One process
+    gets the same gradients. The results are bitwise equal unless the rule sums over tensors."""
     for name in in_turn(*CLASSES):
         net, part = sharded(world, params, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
         alone = nn.ParameterList(copies([whole(p) for p in net.parameters()]))
@@ -204,13 +205,13 @@ def test_mixed_precision(world: World, params: torch.dtype) -> None:
             ours.step()
             theirs.step()
         assert {p.dtype for p in parameters(ours)} == {params}
-        rounding = {torch.float32: (1e-6, 1e-7), torch.bfloat16: (2**-7, 1e-4)}  # of LAMB's ratios, which sums precede
+        rounding = {torch.float32: (1e-6, 1e-7), torch.bfloat16: (2**-7, 1e-4)}  # LAMB's ratios depend on sums
         assert_same(ours, theirs, *(rounding[params] if name == "lamb" else (0.0, 0.0)))
 
 
 @in_every_world
 def test_gradients_spread_otherwise(world: World) -> None:
-    """They are brought into their param's placements: replicated ones are cut, partial ones summed."""
+    """Gradients are redistributed to their param's placements: replicated ones are sharded, partial ones are summed."""
     mesh = world.mesh()
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(6, 5, generator=generator, dtype=torch.float64).to(world.device) for _ in range(2)]
@@ -288,7 +289,8 @@ def counted(name: str) -> AbstractContextManager[mock.MagicMock]:
 @in_every_world
 @pytest.mark.parametrize("spread", [sharded, tensor_parallel], ids=lambda way: way.__name__)
 def test_collectives_of_a_step(world: World, spread: Spread) -> None:
-    """One for the norm and one for LAMB's ratios, whatever the number of params; none where nothing is summed."""
+    """One collective for the norm and one for LAMB's ratios, for any number of params. None if the step needs no
+    sums."""
     for name, clip, calls in in_turn(*CALLS):
         net, part = spread(world)
         optimizer = build(name, net.parameters(), max_grad_norm=clip)
@@ -301,7 +303,7 @@ def test_collectives_of_a_step(world: World, spread: Spread) -> None:
 
 @in_every_world
 def test_under_every_look(world: World) -> None:
-    """Those that are here, one after the other."""
+    """With each change detector that is available."""
     for look in (look for look in LOOKS if not isinstance(class_of(look), str)):
         (net, part), alone = sharded(world), make_net(world.device)
         with mock.patch.object(modules, "poll", return_value=only(look)):
@@ -318,7 +320,7 @@ def test_under_every_look(world: World) -> None:
 
 @in_every_world
 def test_ranks_without_any_element(world: World) -> None:
-    """One number in all: it lies on the first rank, and the others take part."""
+    """The model has one element, on the first rank. The other ranks still join the collectives."""
     net, alone = nn.Linear(1, 1, bias=False, dtype=torch.float64), nn.Linear(1, 1, bias=False, dtype=torch.float64)
     for model in (net, alone):
         nn.init.ones_(model.to(world.device).weight)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: closeness to torch's fused kernel, no waiting for the device, graphs and streams."""
+"""Tests that need a GPU: agreement with torch's fused kernel, no synchronization, graphs and streams."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def test_close_to_torch_fused(backend: str, amsgrad: bool) -> None:
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
         for name, state in b.state[q].items():
-            # Torch's kernel rounds otherwise. Where exp_avg cancels, a thousandth of the values is more than 1e-8 away,
-            # the farthest by 1.8e-7 (seen in PyTorch's arithmetic on a CPU, done in the kernel's order). Squares do not
-            # cancel.
+            # torch's kernel rounds differently. Where the terms of exp_avg cancel, a thousandth of the values differ by
+            # more than 1e-8, at most by 1.8e-7 (measured on a CPU with PyTorch operations in the kernel's order). The
+            # squares do not cancel.
             atol = 2e-7 if name == "exp_avg" else 1e-8
             torch.testing.assert_close(a.state[p][name], state, rtol=4e-6, atol=atol)
     equal = sum(int((p == q).sum()) for p, q in zip(ours, theirs, strict=True))
@@ -91,7 +91,7 @@ def test_graph_replays_as_eager_steps(backend: str, build: Any, options: dict[st
     require(backend)
     captured, eager = params(), params()
     lrs = [torch.tensor(1e-2, device="cuda") for _ in range(2)]
-    capturable = {} if build is FusedSGD else {"capturable": True}  # torch's SGD has no such option
+    capturable = {} if build is FusedSGD else {"capturable": True}  # torch's SGD has no capturable
     a = build(captured, lr=lrs[0], backend=backend, **capturable, **options)
     b = build(eager, lr=lrs[1], backend=backend, **options)
     set_grads(captured, eager, seed=0)
@@ -123,8 +123,8 @@ def test_graph_replays_as_eager_steps(backend: str, build: Any, options: dict[st
 
 @on_gpu_backends
 def test_a_whole_train_step_in_a_graph(backend: str) -> None:
-    """Forward, backward and all that the step does, with an lr that changes between replays and a batch whose gradients
-    are not finite."""
+    """Forward, backward and all parts of the step are captured. The lr changes between replays, and one batch gives
+    nonfinite gradients."""
     require(backend)
     torch.manual_seed(0)
     models = [torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 4)).cuda()]
@@ -202,7 +202,7 @@ def test_steps_on_another_stream(backend: str) -> None:
 
 @on_gpu_backends
 def test_changing_hyperparameters_never_outrun_their_copies(backend: str) -> None:
-    """Many steps are queued before the first one runs, each with an lr of its own."""
+    """Many steps with different lrs are queued before the first one runs."""
     require(backend)
     ours = [torch.zeros(1000, device="cuda", requires_grad=True)]
     optimizer = FusedAdamW(ours, lr=1.0, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, backend=backend)
@@ -218,7 +218,7 @@ def test_changing_hyperparameters_never_outrun_their_copies(backend: str) -> Non
 
 
 def assert_clipped(ours: list[Tensor], before: list[Tensor], norm: Tensor, bound: float) -> None:
-    """Against torch's function in float64."""
+    """Compares with torch's function in float64."""
     exact = [torch.empty_like(grad, dtype=torch.float64, device="cpu") for grad in before]
     for param, grad in zip(exact, before, strict=True):
         param.grad = grad.double().cpu()
@@ -265,7 +265,7 @@ def test_clip_grad_norm_in_a_graph(backend: str, clipped_before: bool) -> None:
         kept = [grad.clone() for grad in before]
         graph.replay()
         assert_clipped(ours, kept, norm, 0.5)
-        # Between replays, gradients that lie elsewhere.
+        # Between replays: gradients in other memory.
         assert_clipped(others, kept, clip_grad_norm_(others, 0.5, backend=backend), 0.5)
     del graph
     assert clip._captured or not clipped_before

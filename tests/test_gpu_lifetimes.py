@@ -1,4 +1,4 @@
-"""What outlives a step, on a GPU; tests/test_lifetimes.py has the same without one."""
+"""Objects that must outlive a step, on a GPU. tests/test_lifetimes.py has similar tests without a GPU."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ pytestmark = needs_gpu
 
 
 def warmed_up(build: Any, backend: str, **options: Any) -> tuple[Any, list[Tensor], Any, list[Tensor]]:
-    """An optimizer to be captured and one to step beside it, with their params, after a step."""
+    """An optimizer for capture and one for eager steps, with their params, after one step each."""
     captured, eager = params(), params()
-    capturable = {} if build is FusedSGD else {"capturable": True}  # torch's SGD has no such option
+    capturable = {} if build is FusedSGD else {"capturable": True}  # torch's SGD has no capturable
     a = build(captured, lr=0.5, backend=backend, **capturable, **options)
     b = build(eager, lr=0.5, backend=backend, **options)
     set_grads(captured, eager, seed=0)
@@ -62,7 +62,7 @@ def test_two_captures_with_no_step_between(backend: str, build: Any, options: di
         graph.replay()
         step_with(b, lr)
     assert_same(a, captured, b, eager)
-    step_with(a, 0.3)  # outside of captures, and with what the last replay has left on the device
+    step_with(a, 0.3)  # outside of captures, after what the last replay wrote to the device
     step_with(b, 0.3)
     assert_same(a, captured, b, eager)
     del graph, graphs
@@ -95,7 +95,7 @@ def test_released_memory_is_free(backend: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         a.step()
-    a.load_state_dict(a.state_dict())  # new tables for the next step; the graph goes on with the old ones
+    a.load_state_dict(a.state_dict())  # the next step builds new tables; the graph keeps the old ones
     set_grads(list(a.state), seed=1)
     a.step()
     gc.collect()
@@ -119,7 +119,7 @@ def test_new_tables_in_a_capture_are_refused(backend: str) -> None:
 
 @on_gpu_backends
 def test_host_arrays_are_made_on_the_host(backend: str) -> None:
-    """Whatever the default device is."""
+    """Independent of the default device."""
     require(backend)
     lists = params(), params()
     optimizers = [FusedAdamW(tensors, lr=1e-2, max_grad_norm=1.0, backend=backend) for tensors in lists]
@@ -135,7 +135,7 @@ def test_host_arrays_are_made_on_the_host(backend: str) -> None:
 
 @on_gpu_backends
 def test_first_steps_on_two_streams(backend: str) -> None:
-    """What all optimizers share is there, although neither stream waits for the other."""
+    """The tensors that all optimizers share must be ready on each stream, although no stream waits for another."""
     require(backend)
     if backend == "triton":
         from fused_optim.triton_kernels import launch
@@ -174,7 +174,7 @@ def test_new_tables_while_another_stream_still_reads_the_old_ones(
     shapes = [tensor.shape for bound in b._tables for tensor in bound.arrays if tensor is not None]
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        a.step()  # the side stream is known by now
+        a.step()  # from now on the optimizer knows the side stream
         torch.cuda._sleep(200_000_000)
         a.step()
     a.add_param_group({"params": [torch.ones(3, device="cuda", requires_grad=True)]})  # drops the tables

@@ -1,4 +1,4 @@
-"""bench/gpu.sh without a GPU: its parts, markers, time limit and archive, with a program in the place of Python."""
+"""bench/gpu.sh without a GPU: its parts, markers, time limit and archive. A stub replaces Python."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCRIPT = ROOT / "bench" / "gpu.sh"
 
 @pytest.fixture
 def python(tmp_path: Path) -> Path:
-    """Writes down its arguments; fails or sleeps where the file beside it says so."""
+    """A stub that records its arguments. It fails or sleeps if a file named fails or sleeps exists beside it."""
     path = tmp_path / "python"
     path.write_text(
         '#!/bin/sh\nhere=$(dirname "$0")\necho "$@" >> "$here/calls"\n'
@@ -43,7 +43,7 @@ def test_all_parts_in_the_order_of_their_value(python: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     parts = ["build", "step", "grid", "family", "update", "sanitizers", "suite"]
     assert [path.name for path in sorted(python.parent.glob("out/done/*"), key=os.path.getmtime)] == parts
-    assert done.stdout.count("dry run: ") == len(parts), "each says what it cannot show"
+    assert done.stdout.count("dry run: ") == len(parts), "each part must say that it is a dry run"
     assert [line.split()[0] for line in calls(python) if line.startswith("bench/")].count("bench/step.py") == 3
 
 
@@ -66,6 +66,29 @@ def test_a_part_that_is_cut_off_goes_on(python: Path) -> None:
     assert run(python, "update").returncode == 0
     assert (python.parent / "out/done/update").exists()
     assert all("--resume" in call for call in calls(python))
+
+
+def test_an_archive_of_another_machine_goes_on(python: Path) -> None:
+    """The archive has the markers of finished parts, and of finished commands in a part that was interrupted."""
+    out = python.parent / "out"
+    assert run(python, "update").returncode == 0
+    assert run(python, "step").returncode == 0
+    (out / "done/step").unlink()
+    (out / "ended/step.host").unlink()
+    assert run(python, "build").returncode == 0  # writes the archive again
+    archive, before = out / "results.tar.gz", len(calls(python))
+    again = run(python, "update", "step", OUT=str(python.parent / "other"), FROM=str(archive))
+    assert again.returncode == 0 and "update has been done" in again.stdout and "step has ended before" in again.stdout
+    assert [call.split()[0] for call in calls(python)[before:]] == ["bench/host.py"]
+
+
+def test_a_command_that_failed_before_still_fails_its_part(python: Path) -> None:
+    (python.parent / "fails").touch()
+    assert run(python, "update").returncode == 1
+    (python.parent / "fails").unlink()
+    (python.parent / "out/done/update").unlink()
+    again = run(python, "update")
+    assert again.returncode == 1 and "status 1" in again.stdout
 
 
 def test_failures_are_told_and_the_other_parts_run(python: Path) -> None:

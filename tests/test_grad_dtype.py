@@ -1,4 +1,4 @@
-"""Gradients of another dtype than their params' (Tensor.grad_dtype), as backward() makes and accumulates them."""
+"""Gradients with another dtype than their params (Tensor.grad_dtype), as backward() creates and accumulates them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fused_optim import FusedAdamW, clip_grad_norm_
 
 pytestmark = pytest.mark.skipif(
     not hasattr(Tensor, "grad_dtype"),
-    reason="Tensor.grad_dtype came with torch 2.10; before it gradients have no own dtype",
+    reason="needs Tensor.grad_dtype, which torch has since 2.10",
 )
 HALF = [torch.bfloat16, torch.float16]
 
@@ -59,7 +59,7 @@ def test_micro_batches_are_added_up_in_float32(case: Case, dtype: torch.dtype, t
 
 @on_every_target
 def test_any_dtype(target: Target) -> None:
-    """grad_dtype=None allows a gradient of another dtype at every step."""
+    """With grad_dtype=None the dtype of the gradient may change at every step."""
     model = net(torch.bfloat16, target.device, None)
     optimizer = build(ADAMW, target, [*model.parameters()], eps=1e-3)
     for step, dtype in enumerate((torch.bfloat16, torch.float32, torch.float32, torch.float16, torch.bfloat16)):
@@ -70,7 +70,7 @@ def test_any_dtype(target: Target) -> None:
 
 @on_every_target
 def test_grad_scaler_and_clipping(target: Target) -> None:
-    """float16 params with float32 gradients: unscale_, which refuses float16 gradients, works as well."""
+    """float16 params with float32 gradients. unscale_ works too; it would refuse float16 gradients."""
     for unscale in (False, True):
         model, twin = (net(torch.float16, target.device, torch.float32) for _ in range(2))
         ours = FusedAdamW(model.parameters(), lr=0.01, eps=1e-3, max_grad_norm=0.1, backend=target.backend)
@@ -94,10 +94,10 @@ def test_grad_scaler_and_clipping(target: Target) -> None:
                 torch.testing.assert_close(p, q, rtol=2**-10, atol=0)
 
 
-@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="docs/precision.md says so of torch 2.13")
+@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="docs/precision.md claims this for torch 2.13")
 @pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
 def test_torchs_adamw_raises(how: dict[str, Any]) -> None:
-    """Here it works. That is a claim of docs/precision.md."""
+    """torch's AdamW raises, ours works: a claim of docs/precision.md."""
     for kind, options in ((torch.optim.AdamW, how), (FusedAdamW, {})):
         model = net(torch.bfloat16, "cpu", torch.float32)
         optimizer = kind(model.parameters(), **options)

@@ -1,4 +1,4 @@
-"""The number that step() divides the gradients by: what it may be, and when it makes a step skip."""
+"""grad_scale, by which step() divides the gradients: valid values, and values that skip a step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ for_adam_and_lamb = pytest.mark.parametrize("case", [AMSGRAD, LAMB], ids=str)
 
 
 def stepped(case: Case, target: Target, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """An optimizer after one step, whose params have gradients again."""
+    """An optimizer after one step, with new gradients."""
     params = make_params(SHAPES, dtype, target.device)
     optimizer = build(case, target, params, **{**case.known(max_grad_norm=None), **options})
     for seed in range(2):
@@ -71,7 +71,7 @@ def test_skips_where_the_scale_is_no_use(
 @on_every_target
 @pytest.mark.parametrize("grad", [0.0, 1.0])
 def test_the_mean_over_no_tokens(grad: float, target: Target) -> None:
-    """Every token is masked: the gradients are zeros, and the scale is 0."""
+    """Every token is masked, so the scale is 0. The step is skipped with zero and with nonzero gradients."""
     model = nn.Linear(4, 7).to(target.device)
     optimizer = FusedAdamW(model.parameters(), skip_nonfinite=True, backend=target.backend)
     before = [p.detach().clone() for p in model.parameters()]
@@ -88,7 +88,7 @@ def test_the_mean_over_no_tokens(grad: float, target: Target) -> None:
     ("dtype", "skips"), [(torch.float32, 1), (torch.bfloat16, 1), (torch.float64, 0)], ids=["f32", "bf16", "f64"]
 )
 def test_skips_what_the_division_lifts_out_of_range(dtype: torch.dtype, skips: int, target: Target) -> None:
-    """1e10 / 1e-30 is no float32, and a float64."""
+    """1e10 / 1e-30 overflows float32, but not float64."""
     params = [torch.nn.Parameter(torch.ones(40, dtype=dtype, device=target.device))]
     optimizer = FusedAdamW(params, skip_nonfinite=True, backend=target.backend)
     params[0].grad = torch.full_like(params[0], 1e10)
@@ -99,7 +99,7 @@ def test_skips_what_the_division_lifts_out_of_range(dtype: torch.dtype, skips: i
 
 @on_every_target
 def test_with_grad_scaler(target: Target) -> None:
-    """The product of both scales decides."""
+    """The product of both scales decides whether the step is skipped."""
     optimizer = stepped(AMSGRAD, target, skip_nonfinite=True)
     before = contents(optimizer)
     optimizer.grad_scale = torch.tensor(65536.0, device=target.device)
@@ -147,7 +147,8 @@ def test_what_is_no_number_is_refused(scale: Any, error: Any, message: str, skip
 @for_adam_and_lamb
 @pytest.mark.parametrize("bound", [None, 0.5])
 def test_tensors_without_skipping(case: Case, bound: float | None, target: Target) -> None:
-    """Nobody looks at a tensor's value: a 0 on the device makes NaN of all params, on every backend, and counts."""
+    """The value of a tensor is not checked. On every backend a scale of 0 on the device makes all params NaN, and the
+    step is counted."""
     optimizer = stepped(case, target, max_grad_norm=bound)
     optimizer.step(grad_scale=torch.zeros((), device=target.device))
     for param, state in contents(optimizer):

@@ -1,4 +1,5 @@
-"""Param groups: who is in which, that nobody is lost or twice there, and that they cost no launch."""
+"""Param groups: which params each group has, that no param is lost or duplicated, and that groups need no extra
+launches."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """An embedding tied to the head, a param of the model itself, norms of several kinds, a frozen layer."""
+    """It has an embedding tied to the head, a param of its own, norms of several kinds, and a frozen layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +46,8 @@ def everybody(model: nn.Module) -> list[str]:
 
 
 def check_complete(model: nn.Module, groups: list[Group]) -> None:
-    """Every trainable param once, and in the model's order within its group; groups in the order of their first."""
+    """Every trainable param is in one group. Within a group params are in the model's order. Groups are ordered by
+    their first param."""
     order = everybody(model)
     found = [[order.index(name) for name, _ in group["params"]] for group in groups]
     assert sorted(index for indices in found for index in indices) == list(range(len(order)))
@@ -110,7 +112,7 @@ def test_each_rule_alone(options: dict[str, Any], exempt: Callable[[str, nn.Para
     ids=lambda norm: type(norm).__name__,
 )
 def test_norms_of_torch(norm: nn.Module) -> None:
-    """Also those whose weight has two dimensions."""
+    """Including norms whose weight has two dimensions."""
     model = nn.Sequential(nn.Linear(4, 4, bias=False), norm)
     found = names(no_decay(model, 0.05, biases=False, ndim_below=0))
     assert found == {"decay": ["0.weight"], "no_decay": [name for name in everybody(model) if name.startswith("1.")]}
@@ -122,7 +124,7 @@ def test_only_own_names_count() -> None:
 
 
 def test_tied_params_stand_once() -> None:
-    """Exempt because one of their two modules says so, whichever comes first."""
+    """It is exempt if either of its two modules is exempt, independent of their order."""
     model = nn.Module()
     model.head, model.embed = nn.Linear(4, 6, bias=False), nn.Embedding(6, 4)
     model.embed.weight = model.head.weight
@@ -135,12 +137,13 @@ def test_tied_params_stand_once() -> None:
 
 
 def test_layerwise() -> None:
-    """Six layers: embed, block 0, convolution, batch norm, the frozen one, LSTM, head; ReLU has no params."""
+    """Seven depths: embed, block 0, convolution, batch norm, the frozen layer, LSTM, head. ReLU has no params, so it is
+    not counted."""
     model = Net()
     groups = layerwise(model, 1.0, 0.5)
     check_complete(model, groups)
     found = names(groups)
-    assert found["depth_0"] == ["scale", "embed.weight"]  # the head's weight is this one
+    assert found["depth_0"] == ["scale", "embed.weight"]  # tied to the head's weight
     assert found["depth_1"] == [name for name in everybody(model) if name.startswith("blocks.0")]
     assert found["depth_2"] == ["blocks.1.0.weight", "blocks.1.0.bias"]
     assert found["depth_3"] == ["blocks.1.2.weight", "blocks.1.2.bias"]
@@ -210,7 +213,7 @@ def test_options_and_own_rates_are_kept() -> None:
         ("head.decay", None, None),
         ("head.no_decay", None, None),
     ]
-    assert body["name"] == "body" and len(body["params"]) == 2  # what came in is as it was
+    assert body["name"] == "body" and len(body["params"]) == 2  # the argument is unchanged
     groups = layerwise(model, 0.1, 0.5, groups=[named_group(model, lr=0.4)])
     assert [group["lr"] for group in groups] == [0.2, 0.4]
 
@@ -240,7 +243,7 @@ def test_one_optimizer_steps_as_many_and_with_one_launch() -> None:
     model, twin = Net(), Net()
     twin.load_state_dict(model.state_dict())
     optimizer = fused_optim.FusedAdamW(layerwise(model, 0.1, 0.5, groups=no_decay(model, 0.05)))
-    # torch's lr and weight_decay of each group, in an optimizer of its own
+    # one optimizer of torch for each group, with its lr and weight_decay
     separate = [
         torch.optim.AdamW([param for _, param in group["params"]], lr=group["lr"], weight_decay=group["weight_decay"])
         for group in layerwise(twin, 0.1, 0.5, groups=no_decay(twin, 0.05))
@@ -259,7 +262,7 @@ def test_one_optimizer_steps_as_many_and_with_one_launch() -> None:
 
 
 def count_launches(optimizer: Any) -> int:
-    """Steps, and counts how often the backends of the tables that are there already were called."""
+    """Makes a step and counts the calls to the backends of the existing tables."""
     calls = 0
     wrapped = []
     for backend in optimizer._tables:

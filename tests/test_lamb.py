@@ -1,4 +1,5 @@
-"""LAMB: NVIDIA Apex's formula in every combination of its options, trust ratios, clipping, and run-to-run equality."""
+"""LAMB: NVIDIA Apex's formula in every combination of its options, trust ratios, clipping, and run-to-run
+reproducibility."""
 
 from __future__ import annotations
 
@@ -61,7 +62,7 @@ def test_every_combination(
 def apex(
     param: torch.Tensor, grad: torch.Tensor, m: torch.Tensor, v: torch.Tensor, step: int, lr: float, wd: float
 ) -> torch.Tensor:
-    """One update with Apex's defaults, on paper; m and v are changed."""
+    """One update with Apex's defaults, written out. Updates m and v in place."""
     m.mul_(0.9).add_(grad, alpha=0.1)
     v.mul_(0.999).add_(grad * grad, alpha=0.001)
     u = m / (1 - 0.9**step) / ((v / (1 - 0.999**step)).sqrt() + 1e-6) + wd * param
@@ -70,7 +71,7 @@ def apex(
 
 @on_every_target
 def test_defaults_are_apexs(target: Target) -> None:
-    """The class and the formula without any option named, on gradients whose norm is 5 and so five times the bound."""
+    """No option is set. The gradients have norm 5, so they are clipped to a fifth."""
     p = torch.nn.Parameter(torch.tensor([3.0, -1.0, 0.5], dtype=F64, device=target.device))
     truth, m, v = p.detach().clone(), torch.zeros_like(p.detach()), torch.zeros_like(p.detach())
     ours = FusedLAMB([p], backend=target.backend)
@@ -84,7 +85,7 @@ def test_defaults_are_apexs(target: Target) -> None:
 @pytest.mark.compiled
 @on_every_target
 def test_trust_ratios(target: Target) -> None:
-    """‖p‖ / ‖u‖ as they were in the step; the update is lr * ‖p‖ long."""
+    """trust_ratios holds ‖p‖ / ‖u‖ of the last step. The update has length lr * ‖p‖."""
     params = make_params([(50,), (9000,)], F64, target.device)
     ours = build(target, params, weight_decay=0.01)
     for step in range(2):
@@ -103,7 +104,7 @@ def test_trust_ratios(target: Target) -> None:
 
 @on_every_target
 def test_ratio_is_one_without_norms(target: Target) -> None:
-    """Zero params, zero updates and empty tensors; and where there is neither weight decay nor nvlamb."""
+    """The ratio is 1 for zero params, zero updates and empty tensors, and if weight decay and nvlamb are both off."""
     shapes = [(7,), (7,), (0,), (7,)]
     for options in ({"weight_decay": 0.1}, {"weight_decay": 0.0, "use_nvlamb": True}, {"weight_decay": 0.0}):
         params = make_params(shapes, device=target.device)
@@ -114,7 +115,7 @@ def test_ratio_is_one_without_norms(target: Target) -> None:
         checked_step(ours, lamb, 3.0)
         ratios = [ours.trust_ratios[p].item() for p in params]
         assert ratios[0] == ratios[2] == 1.0
-        assert (ratios[1] == 1.0) == (options["weight_decay"] == 0.0)  # decay alone is an update too
+        assert (ratios[1] == 1.0) == (options["weight_decay"] == 0.0)  # decay alone is a nonzero update
         assert (ratios[3] == 1.0) == (options == {"weight_decay": 0.0})
 
 
@@ -133,7 +134,8 @@ def test_trust_clip(target: Target, trust_clip: tuple[float, float]) -> None:
 
 @on_every_target
 def test_clipping(target: Target) -> None:
-    """A bound above the norm changes no bit; below it the step is that of gradients scaled down beforehand."""
+    """A bound above the norm changes no bit. With a bound below it the step equals one with gradients scaled
+    beforehand."""
     params = make_params(SHAPES, F64, target.device)
     grads = random_grads(params, 0)
     total = norm(grads)
@@ -154,7 +156,7 @@ def test_clipping(target: Target) -> None:
 
 @on_every_target
 def test_only_gradients_that_are_there_are_clipped(target: Target) -> None:
-    """The norm is of the gradients of this step, in all groups that are clipped, at each group's own bound."""
+    """The norm is over the gradients of this step in all clipped groups. Each group has its own bound."""
     params = make_params([(5,), (6,), (7,), (8,)], device=target.device)
     groups = [
         {"params": params[:2], "max_grad_norm": 0.1},
@@ -171,7 +173,8 @@ def test_only_gradients_that_are_there_are_clipped(target: Target) -> None:
 @pytest.mark.slow
 @on_every_target
 def test_the_same_at_every_run_and_number_of_threads(target: Target) -> None:
-    """Sums over whole tensors in a fixed order, whoever computes their parts. The last bits of both norms show."""
+    """Sums over full tensors have a fixed order, independent of the thread that computes each part. A different order
+    would change the last bits."""
     shapes = [(50_000,), (3,), (40_001,), (4096,), (7, 9)] if target.backend not in SLOW else [(9000,), (7, 9)]
     threads = torch.get_num_threads()
     runs = []
@@ -204,7 +207,7 @@ def test_skipped_steps_leave_the_ratios(target: Target) -> None:
 
 @on_every_target
 def test_nan_gradients_reach_the_params(target: Target) -> None:
-    """Nothing hides them: the norm of all gradients is NaN, and so is every clipped gradient."""
+    """A NaN gradient makes the norm of all gradients NaN, and so every clipped gradient and every param."""
     params = make_params([(4,), (5,)], device=target.device)
     ours = build(target, params)
     set_grads(params, [torch.tensor([1.0, math.nan, 2.0, 3.0], device=target.device), torch.ones_like(params[1])])
@@ -214,7 +217,7 @@ def test_nan_gradients_reach_the_params(target: Target) -> None:
 
 @on_every_target
 def test_checkpoints_of_apex(target: Target) -> None:
-    """It counts the steps of a group in the group, and its groups have some keys of its own."""
+    """Apex keeps the step count in the group, and its groups have keys of their own."""
     params = make_params(SHAPES, device=target.device)
     ours = build(target, [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.1}])
     train([ours], 4)
@@ -261,7 +264,7 @@ def test_refused_options(options: dict[str, Any], kind: type[Exception], message
 
 
 def test_arguments_are_apexs() -> None:
-    """Positional, in this order."""
+    """As positional arguments, in this order."""
     ours = FusedLAMB(make_params(), 0.5, False, (0.8, 0.9), 1e-3, 0.2, False, False, False, True, 3.0, True)
     group = ours.param_groups[0]
     names = ["lr", "bias_correction", "betas", "eps", "weight_decay", "adam_w_mode", "grad_averaging"]

@@ -1,10 +1,12 @@
-"""The layout of tables has one definition, fused_optim/engine/layout.py. What was built from another one is refused."""
+"""The layout of tables has one definition, fused_optim/engine/layout.py. Modules built from another layout are
+refused."""
 
 from __future__ import annotations
 
 import re
 import runpy
 import sys
+import types
 
 import pytest
 from commands import ROOT, run
@@ -37,9 +39,15 @@ def test_what_differs_is_named(other: dict[str, int], said: str | None) -> None:
     assert layout.difference({}) == "CHUNK is missing there and 4096 here"
 
 
+def test_a_module_whose_layout_has_no_names_is_refused() -> None:
+    old = types.ModuleType("_poll")
+    old.VERSION, old.LAYOUT = "1", (4096, 8, 17, 16)  # type: ignore[attr-defined]
+    assert "another layout of the tables (CHUNK is missing there" in str(modules.why_stale("_poll", old, "1"))
+
+
 @pytest.mark.skipif(isinstance(modules.cpu(), str), reason="the C++ kernel is not built")
 def test_tests_of_a_stale_build_fail() -> None:
-    """They would be skipped, because the backend that they are for does not work."""
+    """Without this check the tests of the backend would be skipped, because a stale backend is not available."""
     code = """
 import pytest
 import sys
@@ -53,7 +61,8 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--collect-only", "tests/t
 
 
 def test_triton_compiles_anew_for_another_layout() -> None:
-    """What it has compiled is found by the text of the kernels, in which the numbers of columns do not stand."""
+    """Triton's cache key depends on the source of the kernels, which does not contain the column numbers. The key must
+    depend on the layout too."""
     pytest.importorskip("triton", reason="Triton is not installed")
     code = """
 from collections import namedtuple

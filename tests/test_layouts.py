@@ -1,4 +1,4 @@
-"""Every memory layout, by Hypothesis: sizes, offsets, strides, dtypes; nothing around a view moves."""
+"""Random memory layouts with Hypothesis: sizes, offsets, strides, dtypes. The memory around a view must not change."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ BOUNDS = {torch.bfloat16: 0.6, torch.float16: 0.6, torch.float64: 200.0}  # expl
 
 @dataclass(frozen=True)
 class Spec:
-    """How one param and its gradient lie in memory."""
+    """The memory layout of one param and its gradient."""
 
     layout: str
     size: int
@@ -82,7 +82,7 @@ def shape_and_stride(spec: Spec) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 class Guarded:
-    """A param that is a view into a larger block of memory, which remembers what lies around it."""
+    """A param that is a view into a larger block of memory. It keeps a copy of the memory around the view."""
 
     def __init__(self, spec: Spec, device: str, generator: torch.Generator) -> None:
         shape, stride = shape_and_stride(spec)
@@ -101,7 +101,7 @@ class Guarded:
 
 
 def in_layout(values: Tensor, kind: str, like: Tensor) -> Tensor:
-    """The same values in other strides."""
+    """The same values with other strides. "expanded" repeats the first value."""
     if kind == "alike":
         return torch.empty_like(like, dtype=values.dtype, requires_grad=False).copy_(values)
     if kind == "reversed":
@@ -147,7 +147,7 @@ hyperparameters = st.fixed_dictionaries(
 @given(
     layouts=st.lists(specs, min_size=1, max_size=2 if INTERPRETED else 6),
     options=hyperparameters,
-    momentum=st.sampled_from([0.0, 0.5, 0.9]),  # of the groups, for a constructor refuses nesterov without it
+    momentum=st.sampled_from([0.0, 0.5, 0.9]),  # set in the groups: a constructor refuses nesterov without momentum
     seed=st.integers(0, 2**16),
     data=st.data(),
 )
@@ -170,9 +170,9 @@ def test_any_layout(
         present = data.draw(st.lists(st.booleans(), min_size=len(params), max_size=len(params)))
         for guard, spec, has_grad in zip(guards, layouts, present, strict=True):
             guard.param.grad = gradient(guard, spec, generator) if has_grad else None
-        # Each dtype has its own bound: the largest covers all in one comparison only where all are alike.
+        # The bound depends on the dtype. A step with several dtypes gets the largest of their bounds.
         kinds = {spec.dtype for spec in layouts}
-        # Of half a unit of lr, and of gradients that cancel against L2, more than elsewhere.
+        # 6 is more than in other tests: lr is up to 0.5, and gradients can cancel against L2 decay.
         checked_step(optimizer, case.rule, max(BOUNDS.get(kind, 6.0) for kind in kinds))
         for guard in guards:
             guard.assert_nothing_around_moved()
@@ -185,7 +185,7 @@ def test_any_layout(
 @examples(12)
 @given(spec=specs, seed=st.integers(0, 2**16))
 def test_one_tensor_of_each_dtype(case: Case, target: Target, dtype: torch.dtype, spec: Spec, seed: int) -> None:
-    """As above with one tensor, and so with the bound of its own dtype."""
+    """Like test_any_layout with one tensor, so the bound is that of its dtype."""
     if INTERPRETED and case is not AMSGRAD:
         pytest.skip("one case is enough in Triton's interpreter")
     generator = torch.Generator().manual_seed(seed)
@@ -203,7 +203,7 @@ def test_one_tensor_of_each_dtype(case: Case, target: Target, dtype: torch.dtype
 @pytest.mark.parametrize("grad_layout", GRADS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_strides_unlike_the_params(case: Case, target: Target, layout: str, grad_layout: str) -> None:
-    """torch 2.13's fused CPU kernels pair elements by address here, and are silently wrong."""
+    """In this case torch 2.13's fused CPU kernels pair elements by address and give wrong results without an error."""
     if INTERPRETED and case is not AMSGRAD:
         pytest.skip("one case is enough in Triton's interpreter")
     spec = Spec(layout, 400, 1, torch.float32, grad_layout)
@@ -231,13 +231,13 @@ def test_states_have_the_layout_of_torchs(case: Case, target: Target, layout: st
         assert key == "step" or value.stride() == torch.zeros_like(guard.param).stride()
 
 
-# Each rule, and Adam and SGD with fewer states: more of a case does not change how a kernel goes over a tensor.
+# Each rule, and Adam and SGD with fewer states. Other options of a case do not change how a kernel walks over a tensor.
 @pytest.mark.slow
 @pytest.mark.compiled
 @on_every_target
 @every([*ONE_EACH, ADAMW, BY_NAME["sgd-plain"]])
 def test_sizes_around_the_chunk(case: Case, target: Target) -> None:
-    """Vector widths and chunk borders, all in one step, aligned and off by one element."""
+    """Sizes around vector widths and chunk boundaries in one step, aligned and off by one element."""
     if INTERPRETED and case is not AMSGRAD:
         pytest.skip("one case is enough in Triton's interpreter")
     near = [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 127, 129, 1023, 1025, 4095, 4096, 4097, 8191, 8192, 8193]
@@ -257,7 +257,7 @@ def test_sizes_around_the_chunk(case: Case, target: Target) -> None:
 @pytest.mark.compiled
 @on_every_target
 def test_conjugate_views(target: Target) -> None:
-    """A gradient that is a lazy conjugate or a lazy negation must be read through its flag."""
+    """A lazy conjugate or negative view stores other values than it represents: the step must use its flag."""
     p = torch.nn.Parameter(torch.randn(50, dtype=torch.complex64, device=target.device))
     optimizer = build(AMSGRAD, target, [p])
     grad = torch.randn(50, dtype=torch.complex64, device=target.device)
@@ -273,7 +273,8 @@ def test_conjugate_views(target: Target) -> None:
 
 @on_every_target
 def test_layout_changes_between_steps(target: Target) -> None:
-    """The gradient's strides, then the param's and the states', change while training goes on."""
+    """First the gradient's strides change between steps, then the param's, so that those of the states no longer
+    match."""
     p = torch.nn.Parameter(torch.randn(6, 8, device=target.device))
     optimizer = build(AMSGRAD, target, [p])
     for kind in ("alike", "reversed", "expanded", "unaligned", "alike"):
@@ -289,9 +290,9 @@ def test_layout_changes_between_steps(target: Target) -> None:
     os.environ.get("FUSED_OPTIM_BIG") != "1", reason="needs 16 GB of memory on the device: set FUSED_OPTIM_BIG=1"
 )
 def test_more_than_two_to_the_31_elements(target: Target) -> None:
-    """Offsets beyond 32 bits. The gradient is the param itself, which saves a quarter of the memory."""
+    """Offsets exceed 32 bits. The gradient is the param itself, which saves a quarter of the memory."""
     if INTERPRETED or target.backend == "reference":
-        pytest.skip("the interpreter would take days, and plain PyTorch takes copies of what barely fits")
+        pytest.skip("the interpreter would take days, and plain PyTorch makes copies that do not fit in memory")
     n = 2**31 + 5000
     p = torch.nn.Parameter(torch.full((n,), 0.5, dtype=torch.bfloat16, device=target.device))
     places = torch.tensor([0, 1, 4096, 2**31 - 1, 2**31, 2**31 + 1, 2**31 + 4097, n - 1], device=target.device)

@@ -1,5 +1,5 @@
-"""What outlives a step on a GPU: pinned buffers, tables of captured graphs, memory that other streams use. On the
-stand-in for the runtime; tests/test_gpu_lifetimes.py has the same on a GPU."""
+"""Objects that must outlive a step on a GPU: pinned buffers, tables of captured graphs, memory used by other streams.
+These tests use the stand-in for the CUDA runtime; tests/test_gpu_lifetimes.py has similar tests on a GPU."""
 
 from __future__ import annotations
 
@@ -38,43 +38,45 @@ def params() -> list[Tensor]:
 
 
 def set_grads(tensors: list[Tensor], seed: int) -> None:
-    """In other memory than before: what a gradient was is kept until the next one is there."""
+    """Each new gradient has other memory: the old one is freed only after the new one is allocated."""
     generator = torch.Generator().manual_seed(seed)
     for param in tensors:
         param.grad = torch.randn(param.shape, generator=generator)
 
 
 class Pair:
-    """An optimizer on the stand-in, and one whose steps are compared with its."""
+    """An optimizer on the stand-in, and a reference optimizer to compare it with."""
 
     def __init__(self, build: Any = FusedAdamW, **options: Any) -> None:
         self.ours, self.theirs = params(), params()
         self.optimizer = build(self.ours, lr=0.5, backend="standin", **options)
         self.plain = build(self.theirs, lr=0.5, backend="reference", **options)
         self.held: list[Tensor | None] = []
+        self.steps = 0  # the expected step count of both
 
     def grads(self, seed: int) -> None:
-        """For both. The memory of older ones is not given back: graphs go on reading it."""
+        """Sets new gradients for both. The old gradients are kept alive, because graphs still read them."""
         for tensors in (self.ours, self.theirs):
             self.held += [param.grad for param in tensors if param.grad is not None]
             set_grads(tensors, seed)
 
     def step(self, seed: int, lr: float) -> None:
-        """Of both."""
+        """A step of both optimizers."""
         self.grads(seed)
         self.begin(lr)
         self.expect(seed, lr)
 
     def begin(self, lr: float) -> None:
-        """Of ours alone, with the gradients that are there."""
+        """A step of our optimizer only, with its current gradients."""
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
 
     def expect(self, seed: int, lr: float) -> None:
-        """What a step, captured or not, would do."""
+        """Applies to the reference what our step did, directly or in a replay."""
         set_grads(self.theirs, seed)
         self.plain.param_groups[0]["lr"] = lr
         self.plain.step()
+        self.steps += 1
 
     def check(self) -> None:
         for p, q in zip(self.ours, self.theirs, strict=True):
@@ -85,7 +87,8 @@ class Pair:
             assert ours.keys() == theirs.keys()
             for name, state in theirs.items():
                 torch.testing.assert_close(ours[name], state, rtol=1e-4, atol=0 if name == "step" else 1e-4)
-        assert updates(self.optimizer, self.ours) == updates(self.plain, self.theirs)
+        for optimizer, tensors in ((self.optimizer, self.ours), (self.plain, self.theirs)):
+            assert updates(optimizer, tensors) == [self.steps] * len(tensors)
 
 
 @pytest.mark.slow
@@ -99,7 +102,7 @@ def test_steps_are_queued_before_the_first_one_runs(runtime: Runtime, build: Any
     before = runtime.pinned
     runtime.synchronize()
     pair.check()
-    for step in range(40, 60):  # nothing is pinned any more
+    for step in range(40, 60):  # these steps pin no more memory
         pair.step(step, lr=0.01 * (step + 1))
         runtime.synchronize()
     assert runtime.pinned == before
@@ -121,7 +124,7 @@ def test_two_captures_with_no_step_between(runtime: Runtime, build: Any, options
         pair.expect(*((1, 0.25), (2, 0.125))[which])
     runtime.synchronize()
     pair.check()
-    pair.step(3, lr=0.3)  # outside, with what no graph has left there
+    pair.step(3, lr=0.3)  # outside of captures, with values that no graph wrote
     graphs[0].replay()
     pair.expect(1, 0.25)
     pair.step(4, lr=0.2)
@@ -152,7 +155,8 @@ def table_of(optimizer: Any) -> DeviceTable:
 
 
 def test_captures_without_end(runtime: Runtime) -> None:
-    """Steps with gradients at one address, or one lr, share a buffer; others run out of them, which changes nothing."""
+    """Steps with equal gradient addresses, or equal hyperparameters, share a pinned buffer. Other steps use up the
+    buffers; the error that follows changes nothing."""
     pair = Pair()
     pair.step(0, lr=0.5)
     with runtime.capture() as graph:
@@ -168,7 +172,7 @@ def test_captures_without_end(runtime: Runtime) -> None:
     runtime.synchronize()
     pair.check()
     with runtime.capture():
-        for number in range(device.SPARES):  # the step outside has made as many
+        for number in range(device.SPARES):  # a step outside captures keeps this many ready
             pair.begin(0.25 / (2 + number))
 
 
@@ -194,7 +198,7 @@ def test_steps_bring_back_what_a_replay_has_overwritten(runtime: Runtime) -> Non
     with runtime.capture() as graph:
         pair.begin(0.25)
     for param, grad in zip(pair.ours, grads, strict=True):
-        pair.held += [param.grad]  # which the graph reads
+        pair.held += [param.grad]  # the graph still reads it
         param.grad = grad
     pair.begin(0.125)
     pair.expect(0, 0.125)
@@ -203,14 +207,14 @@ def test_steps_bring_back_what_a_replay_has_overwritten(runtime: Runtime) -> Non
         pair.expect(1, 0.25)
         if releases:
             pair.optimizer.release_captured()
-        pair.begin(0.125)  # nothing has moved since the step before
+        pair.begin(0.125)  # nothing has changed since the last step
         pair.expect(0, 0.125)
     runtime.synchronize()
     pair.check()
 
 
 def test_a_captured_table_lives_until_it_is_released(runtime: Runtime) -> None:
-    """Whatever makes the optimizer forget it."""
+    """Also if the optimizer drops it, here by load_state_dict."""
     pair = Pair()
     pair.step(0, lr=0.5)
     captured = weakref.ref(table_of(pair.optimizer))
@@ -229,7 +233,7 @@ def test_a_captured_table_lives_until_it_is_released(runtime: Runtime) -> None:
 
 
 def test_a_captured_table_is_replayed_after_its_memory_was_wanted(runtime: Runtime) -> None:
-    """Arrays that were freed too soon would be overwritten by what comes next."""
+    """New allocations would overwrite arrays that were freed too early."""
     pair = Pair()
     pair.step(0, lr=0.5)
     sizes = {array.nbytes for array in table_of(pair.optimizer).arrays if array is not None}
@@ -258,7 +262,7 @@ def test_a_table_that_nothing_has_captured_goes_with_its_optimizer(runtime: Runt
 
 
 def test_new_tables_in_a_capture_are_refused(runtime: Runtime) -> None:
-    """Each replay would make the states anew."""
+    """Otherwise each replay would create the states again."""
     pair = Pair()
     pair.grads(0)
     with pytest.raises(RuntimeError, match="before the capture"), runtime.capture():
@@ -276,11 +280,11 @@ def test_new_tables_in_a_capture_are_refused(runtime: Runtime) -> None:
 
 @for_the_family
 def test_memory_waits_for_the_other_streams_that_use_it(runtime: Runtime, build: Any, options: dict[str, Any]) -> None:
-    """All that a table's kernels use and the optimizer has allocated is known to the allocator as used there."""
+    """record_stream is called for all memory that the optimizer allocated and the table's kernels use."""
     pair = Pair(build, **options)
     pair.step(0, lr=0.5)
     pair.step(1, lr=0.5)
-    assert not runtime.recorded, "all of it was allocated on this stream"
+    assert not runtime.recorded, "all memory was allocated on this stream"
     runtime.synchronize()
     with runtime.on(runtime.new_stream()):
         pair.step(2, lr=0.5)
@@ -289,7 +293,7 @@ def test_memory_waits_for_the_other_streams_that_use_it(runtime: Runtime, build:
     if pair.optimizer.ema is not None:
         wanted += [pair.optimizer.ema[param] for param in pair.ours]
     assert {(tensor.data_ptr(), 1) for tensor in wanted} <= runtime.recorded
-    assert not {(param.data_ptr(), 1) for param in pair.ours} & runtime.recorded, "these are not ours"
+    assert not {(param.data_ptr(), 1) for param in pair.ours} & runtime.recorded, "params belong to the user"
     before = len(runtime.recorded)
     with runtime.on(runtime.streams[1]):
         pair.step(3, lr=0.5)
@@ -314,7 +318,7 @@ def test_the_copy_of_a_param_with_holes_waits_too(runtime: Runtime) -> None:
 def test_shared_scalars_are_there_before_another_stream_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = pytest.importorskip("fused_optim.triton_kernels.launch")
     order: list[str] = []
-    place = torch.device("meta")  # as good as any device that is not the host
+    place = torch.device("meta")  # stands for any device other than the host
 
     class Current:
         def synchronize(self) -> None:

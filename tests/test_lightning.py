@@ -1,7 +1,8 @@
-"""PyTorch Lightning with our optimizer, beside the same training with torch's: closures, clipping, mixed precision.
+"""PyTorch Lightning with our optimizer, compared with the same training with torch's: closures, clipping, mixed
+precision.
 
-Under mixed precision Lightning refuses to clip for optimizers that unscale gradients themselves, torch's fused ones and
-ours. Ours clip inside the step.
+Under mixed precision Lightning refuses to clip for optimizers that unscale gradients themselves, such as torch's fused
+ones and ours. Our optimizers clip inside the step.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ pytestmark = [
     pytest.mark.trainers,
     on_cpp,
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),  # advice on workers and logging intervals
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated"),  # how Lightning uses torch
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated"),  # caused by Lightning's code
 ]
-STEPS = 8  # an epoch
+STEPS = 8  # per epoch
 BOUND = 1.0
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -40,7 +41,7 @@ def lightning() -> ModuleType:
 
 
 def fit(lightning: ModuleType, build: Callable[..., Any], options: dict[str, Any], ckpt: Path | None = None) -> Any:
-    """A trainer after its training, which lasts an epoch unless options say otherwise."""
+    """Trains and returns the trainer. The training takes one epoch unless options set another number."""
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -65,7 +66,8 @@ def clipping(params: Any, **options: Any) -> Any:
 
 
 def float16(lightning: ModuleType) -> Any:
-    """What Trainer(precision="16-mixed") makes on a GPU. On the CPU it makes bf16-mixed of it, unless given this."""
+    """The plugin that Trainer(precision="16-mixed") creates on a GPU. On the CPU the trainer would use bf16-mixed
+    instead."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     return lightning.plugins.MixedPrecision("16-mixed", device="cpu", scaler=scaler)
 
@@ -90,7 +92,7 @@ def test_clipping_in_the_step_is_clipping_by_the_trainer(lightning: ModuleType) 
 
 
 def test_mixed_precision(lightning: ModuleType) -> None:
-    """The trainer clips for torch's for-loop, ours clip themselves."""
+    """The trainer clips for torch's for-loop. Our optimizer clips inside the step."""
     for precision in ("bf16-mixed", "16-mixed"):
 
         def options(clip: float | None, precision: str = precision) -> dict[str, Any]:

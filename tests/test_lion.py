@@ -1,4 +1,4 @@
-"""Lion: the sign of an average, which leaves nothing of a gradient's size."""
+"""Lion: the update uses only the sign of an average, so the size of gradients does not matter."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SHAPES = [(5, 3), (), (0,), (40,)]
 @on_every_target
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_by_hand(target: Target, dtype: torch.dtype) -> None:
-    """beta1 1/2, beta2 3/4, lr 1/8, decay 1/2: every number below is exact."""
+    """beta1 = 1/2, beta2 = 3/4, lr = 1/8, decay = 1/2: every number below is exact."""
     p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 4.0], dtype=dtype, device=target.device))
     ours = FusedLion([p], lr=0.125, betas=(0.5, 0.75), weight_decay=0.5, backend=target.backend)
     kept = 1 - 0.125 * 0.5  # 0.9375
     first = [kept - 0.125, -2 * kept + 0.125, 4 * kept]
-    # The averages, 4, -8 and 0 before the second step, mixed with its gradients half and half: 0, -2 and 2.
+    # Before the second step the averages are 4, -8 and 0. Their means with its gradients are 0, -2 and 2.
     second = [first[0] * kept, first[1] * kept + 0.125, first[2] * kept - 0.125]
     steps = [([16.0, -32.0, 0.0], first, [4.0, -8.0, 0.0]), ([-4.0, 4.0, 4.0], second, [2.0, -5.0, 1.0])]
     for grad, param, exp_avg in steps:
@@ -35,7 +35,8 @@ def test_by_hand(target: Target, dtype: torch.dtype) -> None:
 
 @on_every_target
 def test_the_size_of_gradients_does_not_matter(target: Target) -> None:
-    """Powers of two, which round nothing: the same params to the bit, the averages that much larger."""
+    """Scaling gradients by a power of two is exact: the params are bitwise equal, and the averages scale by the same
+    factor."""
     params = make_params(SHAPES, device=target.device)
     ours, larger = (FusedLion(copies(params), lr=0.01, weight_decay=0.1, backend=target.backend) for _ in range(2))
     for step in range(quick(target, 10, 3)):
@@ -65,7 +66,7 @@ def test_every_element_moves_by_lr(target: Target, maximize: bool) -> None:
 
 @on_every_target
 def test_sign_of_zero_is_zero(target: Target) -> None:
-    """A param that has never had a gradient other than zero (an embedding not looked up, for one) only decays."""
+    """A param whose gradients were all zero, such as an unused embedding, only decays."""
     params = make_params([(40,)], device=target.device)
     ours = FusedLion(params, lr=0.1, weight_decay=0.0, backend=target.backend)
     for zero in (0.0, -0.0):
@@ -81,7 +82,7 @@ def test_sign_of_zero_is_zero(target: Target) -> None:
 @on_every_target
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64], ids=str)
 def test_other_dtypes(target: Target, dtype: torch.dtype) -> None:
-    """Complex numbers are pairs of reals, each with a sign of its own."""
+    """Complex numbers are pairs of reals, each with its own sign."""
     params = make_params(SHAPES, dtype, target.device)
     ours = FusedLion(params, lr=0.05, weight_decay=0.1, backend=target.backend)
     for step in range(quick(target, 6, 2)):
@@ -91,7 +92,7 @@ def test_other_dtypes(target: Target, dtype: torch.dtype) -> None:
 
 @on_every_target
 def test_special_gradients(target: Target) -> None:
-    """Infinity has a sign; NaN stays in the average, where it is found, and no other element hears of it."""
+    """Infinity has a sign. NaN stays in the average of its element and does not affect other elements."""
     p = torch.nn.Parameter(torch.ones(5, device=target.device))
     ours = FusedLion([p], lr=0.5, backend=target.backend)
     p.grad = torch.tensor([math.inf, -math.inf, math.nan, 1e-38, -3e38], device=target.device)

@@ -1,4 +1,4 @@
-"""The looks at the tensors before each step, one suite for all: nothing that moves may be missed by any of them."""
+"""The change detectors: the same tests for each implementation. None of them may miss a change."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REFERENCE = Target("reference", "cpu")
 
 @pytest.fixture
 def look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Its name; while the test runs, no other look is used."""
+    """The name of the change detector. During the test no other one is used."""
     choose(monkeypatch, request.param)
     kinds = set()
 
@@ -40,12 +40,12 @@ def look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 on_every_look = pytest.mark.parametrize("look", LOOKS, indirect=True)
-USED = getattr(modules.poll(), "ChangeDetector", class_of("python"))  # by all other tests
+USED = getattr(modules.poll(), "ChangeDetector", class_of("python"))  # the one that all other tests use
 on_other_looks = pytest.mark.parametrize("look", [look for look in LOOKS if class_of(look) is not USED], indirect=True)
 
 
 @pytest.mark.slow
-@on_other_looks  # test_changes.py does the same with the one that is used
+@on_other_looks  # test_changes.py covers the one that is used
 @for_every_rule_and_change
 def test_changes_are_noticed(case: Case, change: Callable[..., None], look: str) -> None:
     check_changes(case, REFERENCE, change)
@@ -69,7 +69,7 @@ def test_late_params_and_a_stale_graph(look: str) -> None:
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-    unstepped = (params[0] ** 2).sum()  # has no gradient, so its graph is as good as it was
+    unstepped = (params[0] ** 2).sum()  # has no gradient, so it does not change and its graph stays valid
     optimizer.step()
     unstepped.backward()
 
@@ -91,7 +91,7 @@ UNUSUAL: dict[str, Bits] = {
 @pytest.mark.parametrize("kind", UNUSUAL)
 @pytest.mark.parametrize("steps", [(0,), (1,), (2,)], ids=str)
 def test_unusual_gradients(kind: str, steps: tuple[int, ...], look: str) -> None:
-    """From the first step on, and in between."""
+    """In the first step or in a later one."""
     params = make_params([(5, 3), (), (1,), (40,)])
     optimizer = build(AMSGRAD, REFERENCE, params)
     for step in range(3):
@@ -102,7 +102,7 @@ def test_unusual_gradients(kind: str, steps: tuple[int, ...], look: str) -> None
 
 @on_every_look
 def test_the_sign_of_a_gradient_that_stays_where_it_is(look: str) -> None:
-    """The same memory and address, read with and without the bit that negates it."""
+    """The memory stays the same; the negation flag changes."""
     for shape in [(6,), (1,), (3, 2)]:
         p, q = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
         ours, theirs = FusedSGD([p], lr=0.1, backend="reference"), torch.optim.SGD([q], lr=0.1)
@@ -119,7 +119,7 @@ def test_the_sign_of_a_gradient_that_stays_where_it_is(look: str) -> None:
 @on_every_look
 @pytest.mark.parametrize("keeps_the_object", [True, False])
 def test_the_sign_of_a_gradient_whose_python_object_was_seen(keeps_the_object: bool, look: str) -> None:
-    """Its data are replaced, or it is freed and the next one gets its address."""
+    """The gradient gets new data, or it is freed and the next one can get its address."""
     p, q = (torch.nn.Parameter(torch.zeros(6)) for _ in range(2))
     ours, theirs = FusedSGD([p], lr=0.1, backend="reference"), torch.optim.SGD([q], lr=0.1)
     memory = torch.rand(6)
@@ -158,7 +158,7 @@ def reshape_param(p: torch.nn.Parameter, state: dict[str, Any]) -> None:
 
 
 def transpose_param(p: torch.nn.Parameter, state: dict[str, Any]) -> None:
-    p.data = p.data.t()  # the same memory, another shape and order
+    p.data = p.data.t()  # the same memory with another shape and order
     p.grad = torch.ones(4, 3)
     for key, value in state.items():
         if key != "step":
@@ -190,7 +190,7 @@ def test_changes_in_place(change: Callable[..., None], look: str) -> None:
 
 @on_every_look
 def test_params_that_change_groups_in_place(look: str) -> None:
-    """The last of one group becomes the first of the next, so that all params stand in the same order as before."""
+    """The last param of one group becomes the first of the next, so the order of all params stays the same."""
     params = make_params(SHAPES)
     optimizer = FusedAdamW([{"params": params[:2]}, {"params": params[2:], "lr": 0.5}], backend="reference")
     for step in range(2):
@@ -233,7 +233,8 @@ def test_hyperparameters_of_every_kind(look: str) -> None:
 
 @on_every_look
 def test_what_decides_nothing_may_change_at_every_step(look: str) -> None:
-    """Wrappers, timm's Lookahead among them, count in the param groups."""
+    """Wrappers such as timm's Lookahead keep counters in the param groups. A change of these must not rebuild the
+    tables."""
     params = make_params()
     optimizer = FusedAdamW(params, backend="reference")
     group = optimizer.param_groups[0]
@@ -265,7 +266,7 @@ def test_gradients_are_let_go_after_the_step(look: str) -> None:
 
 
 class Wrapper(torch.Tensor):
-    """A class with its own operations, and no memory."""
+    """A subclass with its own operations and without memory."""
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> Wrapper:
@@ -281,17 +282,17 @@ class Wrapper(torch.Tensor):
 
 @on_every_look
 def test_gradients_that_cannot_be_stepped(look: str) -> None:
-    """An error, and nothing has changed."""
+    """The step raises an error and changes nothing."""
     params = make_params([(4,), (4,)])
     optimizer = FusedAdamW(params, backend="reference")
     set_grads(params, random_grads(params, 0))
     optimizer.step()
     before = [p.detach().clone() for p in params]
     grads = random_grads(params, 1)
-    for wrong in (grads[1].to_sparse(), Wrapper(grads[1])):
+    for wrong, message in ((grads[1].to_sparse(), "sparse gradients"), (Wrapper(grads[1]), "changed while the step")):
         set_grads(params, grads)
         params[1].grad = wrong
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match=message):
             optimizer.step()
         assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
     set_grads(params, grads)
@@ -299,7 +300,7 @@ def test_gradients_that_cannot_be_stepped(look: str) -> None:
 
 
 def test_the_compiled_look_is_the_one_that_is_used() -> None:
-    """Unless this installation says why not."""
+    """Unless it is not available in this installation."""
     optimizer = FusedAdamW(make_params())
     set_grads(optimizer.param_groups[0]["params"], random_grads(optimizer.param_groups[0]["params"], 0))
     optimizer.step()
@@ -311,7 +312,8 @@ def test_the_compiled_look_is_the_one_that_is_used() -> None:
 
 @on_every_look
 def test_params_whose_contents_are_swapped(look: str) -> None:
-    """As model.half() does with DTensors. torch refuses it where C++ holds a reference to one of the tensors."""
+    """model.half() does this with DTensors. torch refuses to swap if C++ code holds a reference to one of the
+    tensors."""
     params = make_params([(5, 3), (), (40,)])
     optimizer = build(AMSGRAD, REFERENCE, params)
     for step in range(3):
@@ -336,7 +338,8 @@ def test_params_that_become_conjugate_in_the_same_memory(look: str) -> None:
 
 @pytest.mark.skipif(class_of("dlpack") is None or isinstance(class_of("dlpack"), str), reason=str(class_of("dlpack")))
 def test_a_torch_that_the_look_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its exchange table may have changed: then Python looks, and says why."""
+    """torch's DLPack exchange table may have another version. Then the Python implementation is used, and the report
+    names the reason."""
 
     def check() -> None:
         raise RuntimeError("another major version than 1")
@@ -371,7 +374,7 @@ def test_nothing_to_step(look: str) -> None:
 @pytest.mark.parametrize("taken", [1, 2])
 @pytest.mark.parametrize("what", ["param", "grad", "exp_avg"])
 def test_tensors_without_memory_are_refused(what: str, taken: int, look: str) -> None:
-    """As sharding engines leave them: a kernel that reads them ends the process."""
+    """Sharding engines free storages like this. A kernel that reads them would crash the process."""
     params = make_params([(5, 3), (40,)])
     optimizer = build(AMSGRAD, REFERENCE, params)
     for step in range(2):

@@ -1,7 +1,7 @@
-"""Loops that people write themselves: accumulation, clipping, warmup, checkpoints, several optimizers, a scaler.
+"""Hand-written training loops: accumulation, clipping, warmup, checkpoints, several optimizers, a scaler.
 
-As torchtitan's: a part of the model each has an optimizer under pipeline parallelism, checkpoints hold states by the
-names of params, and optimizers may step in the middle of backward.
+As in torchtitan, each part of a model has its own optimizer under pipeline parallelism, checkpoints store states by the
+names of params, and optimizers can step during backward.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from trainers import assert_stepped, assert_trained_alike, loader, loss_of, net, on_cpp, run_page
 
 pytestmark = pytest.mark.slow
-MICRO, BOUND = 2, 0.5  # batches per step, and what their mean gradient is clipped to
+MICRO, BOUND = 2, 0.5  # batches per step; the bound for the norm of their mean gradient
 Batch = list[Tensor]
 
 
 def steps_of(target: Target) -> list[list[Batch]]:
-    """The micro-batches of each step."""
+    """The list of micro-batches for each step."""
     batches = [[tensor.to(target.device) for tensor in batch] for batch in loader(MICRO * quick(target, 12, 2))]
     return [batches[start : start + MICRO] for start in range(0, len(batches), MICRO)]
 
 
 class Training:
-    """Model, optimizer and warmup, and all that a checkpoint of them holds."""
+    """A model, its optimizer and its warmup schedule. A checkpoint contains all three."""
 
     def __init__(self, target: Target, make: Callable[[Iterable[Tensor]], Optimizer]) -> None:
         self.model = net().to(target.device)
@@ -50,7 +50,7 @@ class Training:
             loss_of(self.model, batch).backward()
 
     def step(self, micro: list[Batch]) -> None:
-        """All that stands between backward and the next batch, in the step."""
+        """Divides and clips the gradients inside the optimizer's step."""
         self.backward(micro)
         self.optimizer.step(grad_scale=MICRO)
         self.schedule.step()
@@ -110,7 +110,7 @@ def test_resumes_to_the_bit(case: Case, target: Target, tmp_path: Path) -> None:
 
 
 class PerPart:
-    """An optimizer for each part of a model, and one checkpoint of all, by the names of params."""
+    """One optimizer for each part of a model, and one checkpoint of all by the names of params."""
 
     OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -135,13 +135,14 @@ class PerPart:
 
 
 def parts_of(model: nn.Sequential) -> list[nn.Module]:
-    """With the names that the params have in the whole model."""
+    """The params keep their names in the full model."""
     return [nn.ModuleDict({str(i): model[i] for i in chosen}) for chosen in ((0, 1), (3,))]
 
 
 @on_every_target
 def test_an_optimizer_for_each_part(target: Target) -> None:
-    """Like torch's, whose optimizers take over in the middle of the training, and ours from them."""
+    """Compared with torch's optimizers. In the middle of the training new optimizers load the checkpoint: ours from
+    torch's, torch's from ours, or ours from our own."""
     batches = [batch for micro in steps_of(target) for batch in micro]
 
     def mine(params: Iterable[Tensor]) -> Optimizer:
@@ -174,7 +175,8 @@ def test_an_optimizer_for_each_part(target: Target) -> None:
 
 @on_every_target
 def test_options_that_a_checkpoint_lacks(target: Target) -> None:
-    """torch looks for every option of every param: the checkpoint is laid over our own."""
+    """torch requires every option of every param in the checkpoint. Merging it into our own state_dict adds the missing
+    ones."""
     model = net().to(target.device)
     theirs = PerPart(parts_of(model), lambda params: build_torch(ADAMW, params))
     for batch in steps_of(target)[0]:
@@ -191,7 +193,7 @@ def test_options_that_a_checkpoint_lacks(target: Target) -> None:
 
 @on_every_target
 def test_stepping_in_backward(target: Target) -> None:
-    """An optimizer for each param, which steps when the param's gradient is complete."""
+    """Each param has its own optimizer, which steps when the param's gradient is complete."""
     models = []
     for make in (
         lambda params: build(ADAMW, target, params, eps=1e-4),

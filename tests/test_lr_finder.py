@@ -1,4 +1,4 @@
-"""The range test: the lrs it runs, what it suggests, and that it leaves no trace."""
+"""The LR range test: the lrs it runs, its suggestions, and that it restores everything."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 class Net(nn.Module):
-    """With buffers, dropout, a buffer that every forward replaces, and a training mode that it changes."""
+    """It has buffers, dropout, and a buffer that every forward replaces."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def train(model: nn.Module, optimizer: Any, steps: int = 3) -> None:
 
 
 def everything(model: nn.Module, optimizer: Any) -> Any:
-    """All values that training changes, by value."""
+    """A copy of all values that training changes."""
     return copy.deepcopy(
         (
             dict(model.named_parameters()),
@@ -114,7 +114,7 @@ def test_smoothing_by_hand() -> None:
     result = lr_range_test(
         model, optimizer, lambda: next(losses) + 0 * anchor.sum(), start_lr=1e-4, end_lr=1e-2, steps=3, smoothing=1.0
     )
-    # Neighbours are one standard deviation away, the ends two.
+    # Adjacent losses are one standard deviation apart, the outer two are two apart.
     one, two = math.exp(-0.5), math.exp(-2.0)
     assert result.losses == [4.0, 2.0, 1.0]
     assert result.smoothed == pytest.approx(
@@ -151,8 +151,8 @@ def test_batches_begin_again_unless_they_are_an_iterator() -> None:
 
 
 def test_finds_the_edge_of_a_quadratic() -> None:
-    """Gradient descent on 5 w**2 + 1: each step multiplies w by 1 - 10 lr, so most of the way is gone where the lrs so
-    far, lr / 0.056 together, reach about 1 / 10, and from 0.2 on it diverges."""
+    """Gradient descent on 5 w**2 + 1: each step multiplies w by 1 - 10 lr. The sum of the lrs so far is lr / 0.056.
+    Most of the loss is gone when this sum is about 1 / 10. From lr = 0.2 on the loss diverges."""
     model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
     nn.init.ones_(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -166,7 +166,7 @@ def test_finds_the_edge_of_a_quadratic() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["FusedAdamW", "FusedSGD", "FusedLAMB", "SGD"])
 def test_suggests_rates_that_train(name: str) -> None:
-    """Both of its rules. The range test leaves nothing behind, so one serves both."""
+    """Tests both suggestion rules with one result, because the range test restores everything."""
     result = None
     for rule in ("suggestion", "minimum_over_ten"):
         model, optimizer = build(name)
@@ -199,7 +199,7 @@ def test_closures_that_are_called_often() -> None:
     assert_same(everything(model, optimizer), before)
 
 
-# ---- what it leaves behind
+# ---- restoring
 
 
 @pytest.mark.slow
@@ -208,7 +208,7 @@ def test_closures_that_are_called_often() -> None:
 )
 @pytest.mark.parametrize("steps", [0, 3])
 def test_leaves_no_trace(name: str, steps: int) -> None:
-    """Values, objects, and what comes after: the next steps are those of a twin that was never tested."""
+    """Values and objects are the same as before, and later steps equal those of a twin without a range test."""
     options = {"momentum": 0.9} if "SGD" in name else {}
     (model, optimizer), (twin, other) = build(name, **options), build(name, **options)
     torch.manual_seed(1)
@@ -291,7 +291,7 @@ def result_by_hand() -> RangeTest:
 
 
 def test_suggestions_by_hand() -> None:
-    """Central slopes at 1e-4 to 1e-1: -1, -2.9, -3, +1, each over two decades."""
+    """The central slopes at 1e-4 to 1e-1 are -1, -2.9, -3 and +1, each over two decades."""
     result = result_by_hand()
     assert result.suggestion == pytest.approx(1e-2)
     assert result.minimum_over_ten == pytest.approx(1e-2)
@@ -300,7 +300,7 @@ def test_suggestions_by_hand() -> None:
 
 
 def test_plot(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib, which only the plot needs, is not installed")
+    pytest.importorskip("matplotlib", reason="needs matplotlib, which only the plot uses")
     from matplotlib.figure import Figure
 
     result = result_by_hand()

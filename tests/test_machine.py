@@ -1,4 +1,4 @@
-"""Machines that lack something: each lack has a sentence that says what to do."""
+"""Machines on which something is missing: each case has a message that says what to do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A machine with a GPU and all that Triton needs, as far as anybody looks. Returns the only folder in PATH."""
+    """Simulates a machine with a GPU and everything that Triton needs. Returns the only folder in PATH."""
     for name in ("gcc", "clang", "nvcc"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
@@ -50,7 +50,7 @@ def reason(name: str = "triton") -> str | None:
 def test_nothing_is_missing(healthy: Path) -> None:
     assert reason() is None
     (healthy / "gcc").unlink()
-    assert reason() is None, "clang will do"
+    assert reason() is None, "clang is enough"
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_there_is_no_gpu(
 
 
 def test_there_is_no_nvcc(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The build says so, and its record is what a missing module is explained by."""
+    """The build reports it. Its record explains why the module is missing."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.version, "hip", None)
     why_not_cuda = SETUP["why_not_cuda"]
@@ -154,11 +154,12 @@ LACKING: dict[str, Callable[[pytest.MonkeyPatch, Path], None]] = {
 def test_report(
     healthy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lacking: str
 ) -> None:
-    """`python -m fused_optim`: a sentence for what is missing. With a GPU its kernels are tried, which fails here."""
+    """`python -m fused_optim` prints a sentence for what is missing. With a GPU it makes a trial launch, which fails
+    here."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
     if torch.backends.cuda.is_built():
-        pytest.skip("the stand-in for a GPU is a torch that has none")
+        pytest.skip("expects the error of a torch without CUDA")
     LACKING[lacking](monkeypatch, healthy)
     assert cli.main([]) == 0
     lines = capsys.readouterr().out.splitlines()

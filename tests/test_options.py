@@ -73,7 +73,7 @@ def test_clipping_is_that_of_the_groups() -> None:
     other.param_groups[0]["max_grad_norm"] = 3.0
     assert other.max_grad_norm == 3.0
     other.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], "max_grad_norm": 1.0})
-    with pytest.raises(AttributeError, match=r"different max_grad_norm, \[3\.0, 1\.0\]; read group"):
+    with pytest.raises(AttributeError, match=r"different values of max_grad_norm, \[3\.0, 1\.0\]; read group"):
         _ = other.max_grad_norm
     other.max_grad_norm = 4.0
     assert [group["max_grad_norm"] for group in other.param_groups] == [4.0, 4.0]

@@ -1,4 +1,5 @@
-"""What strangers get: the sdist, the wheel made of it, its installation, and compiled modules that do not fit."""
+"""What users install: the sdist, the wheel built from it, its installation, and errors for compiled modules that do not
+match."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def sources(folder: str, *patterns: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a copy of the sources: the sdist, and a wheel without modules that was built from the sdist."""
+    """Builds the sdist from a copy of the sources, and from the sdist a wheel without compiled modules."""
     copy = tmp_path_factory.mktemp("sources") / "copy"
     clutter = shutil.ignore_patterns(".*", "build", "dist", "results", "site", "__pycache__", "*.egg-info", "*.so")
     shutil.copytree(ROOT, copy, ignore=clutter)
@@ -107,7 +108,7 @@ def test_the_wheel_installs_and_works(dist: Path, tmp_path: Path) -> None:
 
 
 def python(code: str, folder: Path, *more: Path) -> str:
-    """What the code prints, importing from that folder before all others, and from `more` after it."""
+    """The output of the code. Imports come from `folder` first and from `more` after it."""
     path = os.pathsep.join(map(str, [folder, *more]))
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
@@ -121,14 +122,14 @@ def python(code: str, folder: Path, *more: Path) -> str:
 def file_of(name: str) -> Path:
     module = modules.load(name)
     if not isinstance(module, ModuleType):
-        pytest.skip(f"there is no module to look at: {module}")
+        pytest.skip(f"there is no module to inspect: {module}")
     return Path(str(module.__file__))
 
 
 def needed(file: Path) -> set[str]:
-    """The libraries that an ELF file is linked to: the entries DT_NEEDED of its dynamic section."""
+    """The libraries that an ELF file is linked to: the DT_NEEDED entries of its dynamic section."""
     data = file.read_bytes()
-    assert data[:6] == b"\x7fELF\x02\x01", "64 bits, little end first"
+    assert data[:6] == b"\x7fELF\x02\x01", "not a 64-bit little-endian ELF file"
 
     def number(at: int, size: int = 8) -> int:
         return int.from_bytes(data[at : at + size], "little")
@@ -148,12 +149,12 @@ def needed(file: Path) -> set[str]:
 @pytest.mark.parametrize("name", FREE_OF_TORCH)
 def test_modules_are_linked_to_no_torch_and_no_python(name: str) -> None:
     libraries = needed(file_of(name))
-    assert any(library.startswith("libc.so") for library in libraries), "or the file was not read aright"
+    assert any(library.startswith("libc.so") for library in libraries), "needed() found no libc"
     assert not [library for library in libraries if re.match(r"lib(torch|c10|python|cudart|shm)", library)]
 
 
 def test_the_look_with_torchs_headers_is_linked_to_torch() -> None:
-    """So that the test above sees such a library where there is one."""
+    """Shows that the test above can detect a link to torch."""
     assert "libtorch_python.so" in needed(file_of("_poll_aten"))
 
 
@@ -170,14 +171,14 @@ print([file for file in files if any(name in file for name in ("libgomp", "libom
 
 
 def test_a_process_has_one_openmp_runtime(tmp_path: Path) -> None:
-    """torch's own, whose threads the kernels use."""
+    """It is torch's. The kernels use its threads."""
     file_of("_cpu_baseline")
     (library,) = json.loads(python(ONE_OPENMP, tmp_path).replace("'", '"'))
     assert Path(library).is_relative_to(Path(torch.__file__).parent.parent), library
 
 
 def copy_of_the_package(folder: Path) -> Path:
-    """The Python files, without anything compiled."""
+    """The Python files without the compiled ones."""
     package = folder / "fused_optim"
     clutter = shutil.ignore_patterns("*.so", "__pycache__", "_build.json")
     shutil.copytree(Path(fused_optim.__file__).parent, package, ignore=clutter)
@@ -208,7 +209,8 @@ print("loaded", [name for name in modules.NAMES if f"fused_optim.{name}" in sys.
 
 
 def falls_back(folder: Path, *more: Path) -> tuple[str, str, str]:
-    """Why there are no kernels, why no compiled look, and which modules are loaded. The step works all the same."""
+    """The reason for missing kernels, the reason for a missing compiled change detector, and the modules that were
+    loaded. The step must work without them."""
     kernels, look, fell_back, refused, loaded = python(FALLS_BACK, folder, *more).splitlines()
     assert fell_back.startswith("fell back True") and kernels in fell_back.replace("\\'", "'").replace('\\"', '"')
     assert refused.startswith("refused") and kernels in refused
@@ -226,7 +228,7 @@ def test_broken_modules(tmp_path: Path) -> None:
 
 
 def test_a_look_for_another_torch_is_not_even_loaded(tmp_path: Path) -> None:
-    """The file holds nothing but the words that are looked for, so whoever loads it fails."""
+    """The file contains only the version string, so loading it would fail."""
     package = copy_of_the_package(tmp_path)
     (package / f"_poll_aten{EXTENSION_SUFFIXES[0]}").write_bytes(b"\x7fELF built for torch 1.0.\0")
     code = FALLS_BACK + 'print(modules.load("_poll_aten"))'
@@ -263,7 +265,7 @@ def test_modules_of_another_build(version: str, layout: str, message: str, tmp_p
 
 
 def test_sources_that_hide_the_installed_package(tmp_path: Path) -> None:
-    """As in a checkout after `pip install .`: Python imports what lies in the folder it is started in."""
+    """As in a checkout after `pip install .`: Python imports the package from the current folder."""
     checkout, site = tmp_path / "checkout", tmp_path / "site"
     package, installed = copy_of_the_package(checkout), copy_of_the_package(site)
     for name in modules.NAMES:
@@ -299,7 +301,7 @@ build.run()
 
 
 def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What setup.py builds from a few small sources that stand in for the real ones, in seconds."""
+    """Runs setup.py on small sources in place of the real ones, which takes seconds."""
     source = tmp_path / "source"
     if not source.exists():
         (source / "fused_optim").mkdir(parents=True)
@@ -334,7 +336,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* INIT({name})() {{ re
 
 
 def built(tmp_path: Path) -> dict[str, str]:
-    """The modules that are there, each as "", and those that are missing, each with the reason."""
+    """Each compiled module with "", and each missing module with the reason."""
     folder = tmp_path / "lib/fused_optim"
     there = {path.name.partition(".")[0]: "" for path in folder.glob("*.so")}
     missing: dict[str, Any] = json.loads((folder / "_build.json").read_text())["missing"]
@@ -343,7 +345,7 @@ def built(tmp_path: Path) -> dict[str, str]:
 
 
 def test_one_changed_file_compiles_one_file(tmp_path: Path) -> None:
-    assert shutil.which("ninja"), "ninja is among the requirements of the tests"
+    assert shutil.which("ninja"), "the tests require ninja"
     first = build(tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     found = built(tmp_path)
@@ -356,7 +358,7 @@ def test_one_changed_file_compiles_one_file(tmp_path: Path) -> None:
 
 
 def test_a_module_that_does_not_compile_leaves_the_others(tmp_path: Path) -> None:
-    """And takes away what an earlier build has left; asked for by name, it fails the installation."""
+    """The module of an earlier build is removed. With FUSED_OPTIM_CPP=1 the failure stops the installation."""
     assert build(tmp_path).returncode == 0
     (tmp_path / "source/csrc/poll/bindings.cpp").write_text("#error this does not compile\n")
     done = build(tmp_path)

@@ -1,4 +1,5 @@
-"""README.md and the pages of docs/: their code runs, their commands print what they show, the files they name exist."""
+"""README.md and the pages of docs/: their code runs, their commands print the output they show, and the files they name
+exist."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 pytestmark = pytest.mark.slow
-# Sections whose code runs in the tests of these trainers and converters, with their models and checkpoints.
+# Sections that run in other tests, which have the trainers' models and the converters' checkpoints.
 ELSEWHERE = {
     "docs/migration.md": ["torch", "Apex", "DeepSpeed", "optimi", "bitsandbytes"],
     "docs/trainers.md": ["Hugging Face", "Accelerate", "Lightning", "timm", "A loop"],
@@ -33,7 +34,7 @@ HERE = {
 
 
 class Given:
-    """What the examples take as given: a model, its params, batches and their loss."""
+    """The names that the examples assume: a model, its params, batches and their loss."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -55,7 +56,7 @@ def params_of(optimizer: Optimizer) -> list[Tensor]:
 
 @pytest.mark.parametrize("page", HERE)
 def test_the_examples_run_and_their_optimizers_step(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order, as one program. After each example its optimizer moves every param."""
+    """The examples of a page run in order, as one program. After each example its optimizer must change every param."""
     monkeypatch.chdir(tmp_path)
     given = Given()
     names = given.names
@@ -65,7 +66,7 @@ def test_the_examples_run_and_their_optimizers_step(page: str, tmp_path: Path, m
         block.run(names)
         optimizer = names["optimizer"]
         params = params_of(optimizer)
-        if {*params} != {*given.model.parameters()}:  # a model of its own, which the example steps itself
+        if {*params} != {*given.model.parameters()}:  # the example has its own model and makes the steps itself
             continue
         given.model.zero_grad()
         given.loss(given.batches[0]).backward()
@@ -76,7 +77,7 @@ def test_the_examples_run_and_their_optimizers_step(page: str, tmp_path: Path, m
 
 
 class Net(nn.Module):
-    """A model with blocks, as the page on distributed training takes it as given."""
+    """A model with blocks, as the page on distributed training assumes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +92,7 @@ class Net(nn.Module):
 @pytest.mark.distributed
 @in_every_world
 def test_the_examples_of_distributed_training_run(world: World, tmp_path: Path) -> None:
-    """Each section with a model of its own, whose params its optimizer moves."""
+    """Each section gets a new model. Its optimizer must change the params."""
     os.chdir(tmp_path)
     names: dict[str, Any] = {"mesh": world.mesh(), "device": torch.device(world.device), "step": 1}
     sections = {block.section: block for block in examples(DISTRIBUTED)}
@@ -99,7 +100,7 @@ def test_the_examples_of_distributed_training_run(world: World, tmp_path: Path) 
     for section, block in sections.items():
         torch.manual_seed(0)
         names["model"] = Net().to(world.device)
-        if section == "Checkpoints":  # of a model that is spread over the processes
+        if section == "Checkpoints":  # this section needs a distributed model
             sections["FSDP2 and tensor parallelism"].run(names)
         block.run(names)
         params, optimizer = list(names["model"].parameters()), names["optimizer"]
@@ -139,5 +140,5 @@ def test_readme_is_short() -> None:
 
 
 def test_the_tables_are_those_of_the_committed_figures() -> None:
-    """`python bench/readme.py` writes them."""
+    """`python bench/readme.py` writes the tables."""
     run([sys.executable, "bench/readme.py", "--check"])

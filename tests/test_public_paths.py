@@ -1,4 +1,4 @@
-"""The import paths that users know keep working wherever the code has moved."""
+"""The public import paths keep working after the code has moved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads, fork, memory, and installations that lack something."""
+"""Threads, fork, memory, and installations without optional parts."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ def test_two_optimizers_from_two_threads(case: Case, target: Target) -> None:
 @pytest.mark.slow
 @on_every_target
 def test_gil_is_released(target: Target) -> None:
-    """With an endless switch interval another thread runs only while somebody lets go of the GIL unasked."""
+    """With a very long switch interval another thread runs only if the step releases the GIL."""
     if target != Target("cpp", "cpu"):
-        pytest.skip("only the C++ step is one long call of ours on the host")
+        pytest.skip("only the C++ step is one long call on the host")
     p = torch.nn.Parameter(torch.zeros(30_000_000))
     p.grad = torch.ones_like(p)
     optimizer = build(ADAMW, target, [p])
@@ -126,7 +126,7 @@ def run_python(code: str, timeout: float = 120, **environment: str) -> subproces
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.parametrize("steps_before", [0, 1], ids=["after-import", "after-a-step"])
 def test_fork(steps_before: int) -> None:
-    """A forked child has none of its parent's worker threads; its steps must end all the same, with right numbers."""
+    """Worker threads do not survive fork, so a child has none. Its steps must still end and be correct."""
     code = f"""
     import os, signal, torch
     from fused_optim import FusedAdamW
@@ -152,7 +152,8 @@ def test_fork(steps_before: int) -> None:
 
 @pytest.fixture(scope="module")
 def only_new_objects() -> Iterator[None]:
-    """The garbage collector passes over what is here already: thousands of lists of a million objects take minutes."""
+    """Excludes the existing objects from garbage collection: thousands of passes over a million objects take
+    minutes."""
     gc.collect()
     gc.freeze()
     yield
@@ -197,7 +198,7 @@ def test_a_dead_optimizer_lets_its_params_go(case: Case, target: Target) -> None
 @for_every_class
 def test_a_steady_step_allocates_nothing(case: Case, target: Target) -> None:
     if target != Target("cpp", "cpu"):
-        pytest.skip("the reference and the emulations make temporaries; the GPU's memory is looked at below")
+        pytest.skip("the reference and the emulations allocate temporaries; the next test is for GPUs")
     params = make_params([(100,)] * 50)
     optimizer = build(case, target, params)
     set_grads(params, random_grads(params, 0))
@@ -214,7 +215,7 @@ def test_a_steady_step_allocates_nothing(case: Case, target: Target) -> None:
 @for_every_class
 def test_a_steady_step_allocates_nothing_on_the_gpu(case: Case, target: Target) -> None:
     if target.device != "cuda" or target.backend == "reference":
-        pytest.skip("for the kernels on the GPU")
+        pytest.skip("only for the kernels on the GPU")
     params = make_params([(100,)] * 50, device="cuda")
     optimizer = build(case, target, params)
     set_grads(params, random_grads(params, 0))
@@ -227,7 +228,8 @@ def test_a_steady_step_allocates_nothing_on_the_gpu(case: Case, target: Target) 
 
 @on_every_target
 def test_tables_hold_nothing_that_nobody_has_written(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a tensor that is skipped prep writes one column, and the walkers load all: a memory checker would complain."""
+    """For a skipped tensor prep writes one column, but the walks load all columns. Uninitialized columns would be
+    reported by a memory checker."""
     if target.backend in ptx.backends.NAMES:
         pytest.skip("these backends overwrite the columns with NaN before each step")
     params = make_params(SHAPES, device=target.device)
@@ -244,7 +246,7 @@ def test_tables_hold_nothing_that_nobody_has_written(target: Target, monkeypatch
 
 @on_every_target
 def test_params_that_share_a_block_of_memory(target: Target) -> None:
-    """Many params as views of one flat buffer, gradients too, as distributed wrappers lay them out."""
+    """Params are views of one flat buffer, and so are gradients. Distributed wrappers use this layout."""
     flat = torch.randn(1000, device=target.device)
     bounds = [0, 1, 14, 15, 400, 403, 1000]
     params = [torch.nn.Parameter(flat[a:b]) for a, b in itertools.pairwise(bounds)]
@@ -262,7 +264,7 @@ def test_params_that_share_a_block_of_memory(target: Target) -> None:
 
 @pytest.mark.slow
 def test_report_of_backends() -> None:
-    """`python -m fused_optim` names every backend, each with ok or the reason why not."""
+    """`python -m fused_optim` lists every backend with ok or the reason why it is not available."""
     from fused_optim import backends
 
     done = run_python("import runpy; runpy.run_module('fused_optim', run_name='__main__')")
@@ -312,5 +314,5 @@ def test_import_needs_neither_triton_nor_the_extension(names: list[str]) -> None
     done = run_python(BLOCKED.replace("{names!r}", repr(names)), TRITON_INTERPRET="0", FUSED_OPTIM_CUDA_EMULATE="0")
     assert done.returncode == 0, done.stderr
     if len(names) > 1:
-        assert "warned ['<string>']" in done.stdout, "the line of whoever made the optimizer"
+        assert "warned ['<string>']" in done.stdout, "the warning must name the caller's file"
         assert "the C++ kernel for" in done.stdout.split("refused:")[1]

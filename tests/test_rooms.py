@@ -1,4 +1,4 @@
-"""The structure of the package: imports go down only."""
+"""The structure of the package: a module imports only from its own room and from lower ones."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pytest
 from commands import ROOT
 
 PACKAGE = ROOT / "fused_optim"
-# From the lowest on. A room imports itself and those before it; what stands at the top of the package imports all.
+# The lowest room first. A room may import itself and the rooms before it, the top of the package may import all.
 ROOMS = ("engine", "backends", "optim", "recipes", "interop", "cost")
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file.parent.name in ROOMS)
-# In a function, because they are there once the package has been imported.
+# Imports inside functions: these names exist only after the package was imported.
 TOP = {("engine/modules.py", "__version__"), ("cost/step_cost.py", "fused_optim"), ("interop/timm.py", "fused_optim")}
 
 
 def imported(file: Path) -> Iterator[tuple[str, ...]]:
-    """Modules of the package that a file imports, as the parts of their names after the package's."""
+    """The modules of the package that a file imports, as tuples of names without the package's name."""
     package = file.relative_to(PACKAGE).parent.parts
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -38,7 +38,7 @@ def imported(file: Path) -> Iterator[tuple[str, ...]]:
 
 
 def test_every_module_is_in_a_room() -> None:
-    """Beside the entry points there are only the public paths of modules that have moved, which define nothing."""
+    """At the top there are only the entry points and the old public paths of moved modules, which define nothing."""
     assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == {*ROOMS}
     for file in PACKAGE.glob("*.py"):
         if file.name not in ("__init__.py", "__main__.py"):

@@ -1,4 +1,4 @@
-"""Schedules: lists of numbers computed by hand, every class under torch's OneCycleLR and ours, and resuming."""
+"""Schedules: values computed by hand, every class with torch's OneCycleLR and ours, and resuming."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def make(name: str, params: list[torch.nn.Parameter], **kwargs: Any) -> Any:
 
 
 class Truth:
-    """The oracle, following an optimizer's own param groups."""
+    """The oracle in float64. It takes its hyperparameters from an optimizer's param groups."""
 
     def __init__(self, name: str, optimizer: Optimizer) -> None:
         self.rule = CLASSES[name][0]
         self.slots = [oracle.Slot(oracle.as_real(value)) for value in values(optimizer)]
 
     def step(self, optimizer: Optimizer) -> None:
-        """Takes the step that the optimizer is about to take."""
+        """Makes the same step that the optimizer makes next."""
         hypers = [group for group in optimizer.param_groups for _ in group["params"]]
         grads = [param.grad for group in optimizer.param_groups for param in group["params"]]
         self.slots = oracle.step(self.rule, self.slots, grads, hypers)
@@ -71,7 +71,7 @@ class Truth:
 
 
 def test_one_cycle_by_hand() -> None:
-    # 13 steps: 12 intervals, 1 up, 5 at the top, 5 down, 1 of annihilation.
+    # 13 steps have 12 intervals: 1 up, 5 at the top, 5 down, 1 of annihilation.
     lrs = [one_cycle(step, 13) for step in range(15)]
     expected = [0.1, *[1.0] * 6, 0.82, 0.64, 0.46, 0.28, 0.1, 0.001, 0.001, 0.001]
     assert lrs == pytest.approx(expected, abs=1e-12)
@@ -81,7 +81,7 @@ def test_one_cycle_by_hand() -> None:
 
 
 def test_one_cycle_cosine_by_hand() -> None:
-    # 17 steps: 4 intervals up, 4 at the top, 4 down, 4 to zero. (1 - cos(k pi / 4)) / 2 = 0, .1464, .5, .8536, 1
+    # 17 steps: 4 intervals up, 4 at the top, 4 down, 4 to zero. (1 - cos(k pi / 4)) / 2 is 0, .1464, .5, .8536, 1.
     quarter, half, most = (1 - math.sqrt(0.5)) / 2, 0.5, (1 + math.sqrt(0.5)) / 2
     options: dict[str, Any] = {"phases": (0.25, 0.25, 0.25), "anneal_strategy": "cos", "final_strategy": "cos"}
     lrs = [one_cycle(step, 17, div_factor=5, final_div_factor=math.inf, **options) for step in range(17)]
@@ -94,14 +94,14 @@ def test_one_cycle_cosine_by_hand() -> None:
 @pytest.mark.parametrize(
     "phases, expected",
     [
-        ((0.5, 0.0, 0.5), [0.1, 0.55, 1.0, 0.55, 0.001]),  # nothing left for the annihilation but the last step
+        ((0.5, 0.0, 0.5), [0.1, 0.55, 1.0, 0.55, 0.001]),  # only the last step is left for the annihilation
         ((0.0, 0.5, 0.25), [1.0, 1.0, 1.0, 0.1, 0.001]),
         ((0.0, 0.0, 0.0), [0.1, 0.07525, 0.0505, 0.02575, 0.001]),
     ],
 )
 def test_phases_of_no_length(phases: tuple[float, float, float], expected: list[float]) -> None:
     assert [one_cycle(step, 5, phases=phases) for step in range(5)] == pytest.approx(expected, abs=1e-12)
-    assert one_cycle(0, 1, phases=phases) == pytest.approx(0.001)  # a cycle of one step is its end
+    assert one_cycle(0, 1, phases=phases) == pytest.approx(0.001)  # the only step is the last one
 
 
 def test_cosine_restarts_by_hand() -> None:
@@ -112,7 +112,7 @@ def test_cosine_restarts_by_hand() -> None:
 
 
 def test_periods_of_the_paper() -> None:
-    # arXiv:1711.05101, appendix C: with T_0 = 100 and T_mult = 2, solutions stand at epochs 100, 300, 700 and 1500.
+    # arXiv:1711.05101, appendix C: with T_0 = 100 and T_mult = 2, periods end at epochs 100, 300, 700 and 1500.
     starts = [schedules.restart_period(step, 100).start for step in range(1501)]
     assert sorted(set(starts)) == [0, 100, 300, 700, 1500]
     assert schedules.restart_period(1499, 100) == (3, 700, 800)
@@ -121,7 +121,7 @@ def test_periods_of_the_paper() -> None:
 
 
 def test_normalized_decay_by_hand() -> None:
-    # 0.025 * sqrt(1 / (4 * 1)), / (4 * 2), / (4 * 4), and CIFAR-10's 391 batches of 128 over 100 epochs
+    # 0.025 * sqrt(1 / (4 * epochs)), and CIFAR-10's 391 batches of 128 over 100 epochs
     decays = [schedules.normalized_decay(0.025, 4, epochs) for epochs in (1, 2, 4)]
     assert decays == pytest.approx([0.0125, 0.008838834764831844, 0.00625], rel=1e-12)
     assert schedules.normalized_decay(0.025, 391, 100) == pytest.approx(0.025 / 197.73719933285188, rel=1e-12)
@@ -133,7 +133,7 @@ def test_normalized_decay_by_hand() -> None:
 def train(
     optimizer: Optimizer, scheduler: Any, steps: int, start: int = 0, truth: Truth | None = None
 ) -> list[tuple[list[float], list[float]]]:
-    """Steps both, and returns each update's learning rates and momentums."""
+    """Steps the optimizer and the scheduler. Returns the learning rates and momentums of each update."""
     used = []
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for step in range(start, start + steps):
@@ -151,7 +151,7 @@ def train(
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("three_phase", [False, True])
 def test_torch_one_cycle_works_as_it_stands(name: str, three_phase: bool) -> None:
-    """Learning rate, momentum, the other betas, the params, and that no step builds a table anew."""
+    """Compares learning rates, momentums, the other betas and the params. No step may rebuild a table."""
     ours = make(name, params_of())
     stand_in = TORCH.get(name, torch.optim.SGD if "momentum" in ours.param_groups[0] else torch.optim.Adam)
     arguments = CLASSES[name][1] if name in TORCH else {"momentum": 0.9} if stand_in is torch.optim.SGD else {}
@@ -235,7 +235,7 @@ def test_resuming_gives_the_same_run(kind: str, name: str) -> None:
     head = train(broken, scheduler, 5)
     file = io.BytesIO()
     torch.save((broken.state_dict(), scheduler.state_dict(), values(broken)), file)
-    saved = torch.load(io.BytesIO(file.getvalue()))  # plain types only, or torch refuses
+    saved = torch.load(io.BytesIO(file.getvalue()))  # torch.load accepts only plain types
     resumed, scheduler = build()
     with torch.no_grad():
         for group in resumed.param_groups:
@@ -261,7 +261,7 @@ def test_last_epoch_goes_on_too() -> None:
 def test_in_a_sequence_and_a_chain() -> None:
     optimizer = make("FusedAdamW", params_of())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, about step() with an epoch
+        warnings.simplefilter("ignore")  # torch warns about step() with an epoch
         warm_up = LinearLR(optimizer, start_factor=0.5, total_iters=2)
         cycle = WarmRestarts(optimizer, 1, 2, batches_per_epoch=2)
         sequence = SequentialLR(optimizer, [warm_up, cycle], milestones=[2])
@@ -306,7 +306,8 @@ def test_one_cycle_refuses(options: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("recipe, name", [(adamwr, "FusedAdamW"), (sgdwr, "FusedSGDW")])
 def test_recipe_against_a_table_by_hand(recipe: Any, name: str) -> None:
-    """T_0 = 1 epoch of 4 batches: learning rates, decay periods, and the decay of a param whose gradient is zero."""
+    """T_0 is one epoch of 4 batches. Checks learning rates, decay periods, and the decay of a param with a zero
+    gradient."""
     param = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
     optimizer, scheduler = recipe([param], batches_per_epoch=4, lr=0.1, T_0=1)
     assert type(optimizer).__name__ == name
@@ -391,5 +392,5 @@ def test_warm_restarts_refuse(options: dict[str, Any], message: str) -> None:
 
 def test_decay_is_not_normalized_twice() -> None:
     optimizer, _ = adamwr(params_of(), batches_per_epoch=4)
-    with pytest.raises(ValueError, match='these groups have a "decay_period" and do it themselves'):
+    with pytest.raises(ValueError, match='these groups have a "decay_period" and normalize it'):
         WarmRestarts(optimizer, 1, batches_per_epoch=4, wd_norm=0.025)

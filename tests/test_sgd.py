@@ -1,4 +1,5 @@
-"""SGD and SGDW: torch's for-loop is the contract, and the first buffer is the gradient itself, whenever it comes."""
+"""SGD and SGDW: they must match torch's for-loop. The momentum buffer starts as the param's first gradient, even if
+that comes late."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ def pair(target: Target, dtype: torch.dtype = torch.float32, **options: Any) -> 
 
 
 def skip_a_step(optimizer: Any) -> None:
-    """What GradScaler does with an overflow."""
+    """A step with an overflow, as GradScaler makes it."""
     params = parameters(optimizer)
     set_grads(params, [torch.full_like(p, torch.inf) for p in params])
     optimizer.found_inf = torch.ones((), device=params[0].device)
@@ -67,7 +68,7 @@ def test_like_torch(target: Target, options: dict[str, Any], dtype: torch.dtype)
 
 @on_every_target
 def test_nesterov_with_dampening(target: Target) -> None:
-    """The constructor refuses it, but a group may come to it."""
+    """The constructor refuses this combination, but a group can be set to it later."""
     ours, theirs = pair(target, **DAMPED)
     for optimizer in (ours, theirs):
         optimizer.param_groups[0]["nesterov"] = True
@@ -82,8 +83,8 @@ def test_nesterov_with_dampening(target: Target) -> None:
 @on_every_target
 @pytest.mark.parametrize("skips", [1, 3])
 def test_a_skipped_first_step_was_none(target: Target, skips: int) -> None:
-    """The buffer exists by then, but the first real gradient goes into it undamped; torch's fused SGD reads
-    uninitialised memory."""
+    """The buffer is allocated by then, but the first real gradient must enter it undamped. torch's fused SGD reads
+    uninitialized memory in this case."""
     ours, theirs = pair(target, **DAMPED)
     for _ in range(skips):
         skip_a_step(ours)
@@ -124,7 +125,8 @@ def through_torch(optimizer: FusedSGD) -> FusedSGD:
 def test_copies_know_what_has_begun(
     target: Target, clone: Callable[[FusedSGD], FusedSGD], skips: int, steps: int
 ) -> None:
-    """The last param has its first gradient only in the copy; whether the others have begun must come with them."""
+    """The last param gets its first gradient only in the copy. The copy must know for each of the others whether its
+    momentum has started."""
     ours, theirs = pair(target, **DAMPED)
     for _ in range(skips):
         skip_a_step(ours)
@@ -160,7 +162,7 @@ def test_buffers_that_begin_at_different_times(target: Target) -> None:
     "schedule", [[0.0, 0.9, 0.9], [0.9, 0.0, 0.0, 0.9], [0.0, 0.0, 0.5, 0.0, 0.7], [0.9, 0.1]], ids=str
 )
 def test_momentum_switched_on_and_off(target: Target, schedule: list[float]) -> None:
-    """Without momentum torch leaves the buffer as it was, and makes none where there was none."""
+    """Without momentum torch leaves an existing buffer unchanged and creates none."""
     ours, theirs = pair(target, lr=0.1, dampening=0.5)
     for step, momentum in enumerate(schedule):
         for optimizer in (ours, theirs):
@@ -171,7 +173,7 @@ def test_momentum_switched_on_and_off(target: Target, schedule: list[float]) -> 
 
 @on_every_target
 def test_momentum_from_zero_by_a_scheduler(target: Target) -> None:
-    """OneCycleLR, begun in mid-training, sets the momentum that the constructor has not."""
+    """OneCycleLR starts in the middle of training and sets a momentum that the constructor did not have."""
     both = pair(target, lr=0.1)
     train(both, 2, seed=50)
     schedulers = [
@@ -204,7 +206,8 @@ def test_no_state_without_momentum(target: Target, options: dict[str, Any]) -> N
 
 @on_every_target
 def test_checkpoints_with_absent_buffers(target: Target) -> None:
-    """Bit for bit both ways, where some params have had no gradient; older torch saved None for their buffers."""
+    """Some params have had no gradient. Exchange with torch is bit for bit in both directions. Older versions of torch
+    saved None for their buffers."""
     _, theirs = pair(target, **DAMPED)
     params = parameters(theirs)
     set_grads(params, [*random_grads(params, 0)[:2], None, None])
@@ -266,7 +269,7 @@ def test_a_broken_option_changes_nothing(target: Target) -> None:
     for option in ({"momentum": "much"}, {"dampening": None}, {"momentum": (0.1, 0.2)}):
         kept = dict(ours.param_groups[1])
         ours.param_groups[1].update(option)
-        with pytest.raises((TypeError, ValueError)):
+        with pytest.raises((TypeError, ValueError), match=f'"{next(iter(option))}"'):
             ours.step()
         ours.param_groups[1].update(kept)
         assert_equal([p.detach() for p in params], [p.detach() for p in before])

@@ -1,5 +1,5 @@
-"""The shapes of well-known models against the implementations themselves, built on the meta device from the same config
-numbers."""
+"""The shapes of well-known models compared with the original implementations, built on the meta device from the same
+config numbers."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ BUILDERS: dict[Any, Callable[[dict[str, Any]], nn.Module]] = {
     shapes.gpt2: of_transformers("GPT2LMHeadModel", "GPT2Config"),
     shapes.llama: of_transformers("LlamaForCausalLM", "LlamaConfig"),
 }
-HEADS = {shapes.bert: ("hidden_size", "num_attention_heads"), shapes.gpt2: ("n_embd", "n_head")}  # 64 wide
+HEADS = {shapes.bert: ("hidden_size", "num_attention_heads"), shapes.gpt2: ("n_embd", "n_head")}  # heads of width 64
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # initialising tensors on meta
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the libraries initialize tensors on meta
 @pytest.mark.parametrize("name", MODELS)
 def test_shapes_of_the_implementation(name: str) -> None:
     layout, given = MODELS[name].func, MODELS[name]

@@ -1,5 +1,5 @@
-"""What a step costs, as `python -m fused_optim --model ...` says: against published sizes, hand-counted bytes and
-launches, and the optimizers themselves."""
+"""The cost of a step, as `python -m fused_optim --model ...` reports it, compared with published sizes, bytes and
+launches counted by hand, and the optimizers themselves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cost(shapes: Any, optimizer: str = "adamw", groups: str = "one", **options: 
     return step_cost.cost_of(step_cost.prepare(model, optimizer, groups, **options))
 
 
-# Published: torchvision's num_params, and the numbers of elements in the checkpoints on Hugging Face.
+# Published sizes: torchvision's num_params, and the element counts of the checkpoints on Hugging Face.
 SIZES = {
     "resnet50": (161, 25_557_032),
     "vit-b": (152, 86_567_656),
@@ -100,7 +100,7 @@ MIXED = {**HALF, "state_dtype": torch.float32}
         ("sgd", ON_MOMENTUM, 20, 4),
         ("sgdw", ON_MOMENTUM, 20, 4),
         ("lion", {}, 20, 4),
-        ("lamb", {}, 44, 8),  # it clips unless told otherwise
+        ("lamb", {}, 44, 8),  # LAMB clips by default
         ("lamb", {"max_grad_norm": None}, 40, 8),
         ("lamb", {**MIXED, "max_grad_norm": None}, 32, 8),
     ],
@@ -113,7 +113,7 @@ def test_bytes_per_element(optimizer: str, options: dict[str, Any], moved: int, 
     assert (found.tensors, found.elements, found.groups) == (4, count, 1)
     assert (found.params, found.grads) == (count * size, count * size)
     assert found.moved == moved * count
-    assert found.states == states * count + 4 * len(shapes)  # and a step per param
+    assert found.states == states * count + 4 * len(shapes)  # plus a step count per param
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_memory_is_what_a_real_step_leaves(name: str, options: dict[str, Any], g
 
 @pytest.mark.slow
 def test_tables_are_small() -> None:
-    """Below a thousandth of the params, for one group and no clipping."""
+    """Less than a thousandth of the params' size, with one group and without clipping."""
     for name in MODELS.keys() - {"llama-70b"}:
         found = cost(MODELS[name]())
         assert 0 < found.tables < found.params / 1000
@@ -153,7 +153,7 @@ def test_tables_are_small() -> None:
 
 
 def launches_one_by_one(sizes: list[int], most_tensors: int, most_blocks: int) -> int:
-    """Block after block, as torch's kernel is fed."""
+    """Assigns one block after the other, as torch fills its kernel launches."""
     launches = tensors = blocks = 0
     for size in filter(None, sizes):
         tensors += 1
@@ -216,7 +216,7 @@ VARIANTS = pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"max
 def test_launches_are_those_of_the_launcher(
     name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("triton", reason="the launcher is written in Triton, which is not installed")
+    pytest.importorskip("triton", reason="needs Triton, in which the launcher is written")
     from fused_optim.triton_kernels import launch
 
     started: list[Any] = []
@@ -237,7 +237,8 @@ def test_launches_are_those_of_the_launcher(
 @VARIANTS
 @pytest.mark.parametrize("name", step_cost.OPTIMIZERS)
 def test_loops_are_the_calls_of_a_backend(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of the three functions of the C++ backend is one parallel loop; the reference stands in for it."""
+    """Each of the three functions of the C++ backend is one parallel loop. The calls are counted on the reference
+    backend."""
     calls: list[str] = []
 
     def counted(function: str) -> Callable[..., None]:
@@ -263,7 +264,7 @@ def test_loops_are_the_calls_of_a_backend(name: str, options: dict[str, Any], mo
 
 @pytest.mark.parametrize("built", [True, False])
 def test_bandwidth(built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that moves on by a second whenever it is looked at."""
+    """The clock advances by a second at every call."""
     if built and isinstance(reason := modules.cpu(), str):
         pytest.skip(reason)
     if not built:

@@ -1,4 +1,4 @@
-"""What `python -m fused_optim --model ...` reads and prints: checkpoints of any kind, and the report."""
+"""The input and output of `python -m fused_optim --model ...`: checkpoints of any kind, and the report."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "C64": 8, "F8_E4M3": 1}
 
 
 def save_safetensors(path: Path, tensors: dict[str, tuple[str, list[int]]], **more: Any) -> Path:
-    """The data are a hole in the file, which takes no room on the disk."""
+    """Writes a sparse file: the data take no space on the disk."""
     header, end = dict[str, Any](), 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + BYTES[dtype] * prod(shape)
@@ -116,7 +116,7 @@ def test_reads_safetensors(tmp_path: Path) -> None:
 
 
 def test_reads_no_data_of_safetensors(tmp_path: Path) -> None:
-    """A file of 2 TiB, which no machine of ours could hold in memory."""
+    """The file has 2 TiB and does not fit in memory."""
     path = save_safetensors(tmp_path / "large.safetensors", {"a": ("F32", [2**19, 2**20])})
     params, _ = state_dicts.read([path])
     assert shapes_of(params.items()) == {"a": ((2**19, 2**20), torch.float32)}
@@ -136,7 +136,7 @@ def test_says_where_safetensors_is_missing(
 
 
 class Own:
-    """What torch.load(weights_only=True) refuses to make."""
+    """A class that torch.load(weights_only=True) refuses."""
 
 
 def write(content: Any) -> Callable[[Path], None]:
@@ -184,7 +184,7 @@ def test_refuses_what_is_no_checkpoint(
 
 
 def cells(capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
-    """Lines of the report as {first cell: the others}."""
+    """The lines of the report as {first cell: other cells}."""
     lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     return {first: [cell.strip() for cell in rest if cell.strip()] for first, *rest in lines}
 

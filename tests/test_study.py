@@ -1,4 +1,4 @@
-"""How bench/study.py searches, times and remembers, and the statistics that it reports."""
+"""bench/study.py: its search, its timing, its result file, and the statistics that it reports."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def same_threads_after() -> Iterator[None]:
-    """The study sets torch's thread count for the whole process."""
+    """The study sets torch's thread count for the process. This restores it."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -49,7 +49,7 @@ def test_the_ladder_climbs_past_its_ends_and_refines_between() -> None:
 
 
 def made_up(run: Run) -> Outcome:
-    """An outcome that depends on the run alone, with the least score at lr 0.03 and decay 0.01."""
+    """An outcome that is a function of the run. The best score is at lr 0.03 and decay 0.01."""
     bowl = math.log10(run.lr / 0.03) ** 2 + 0.1 * math.log10(run.decay / 0.01) ** 2
     noise = 0.1 * run.seed
     made: Outcome = {"score": 1 + bowl, "error": 10 * bowl + noise, "params": 1, "seconds": 0.1}
@@ -193,7 +193,7 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest
     assert len(Records(file).outcomes) == 20 and file.read_text().endswith("}\n")
 
     before = set(trained)
-    trained.append("")  # past 20, at which it would be interrupted again
+    trained.append("")  # makes the length 21, because train() interrupts at 20
     study.main(arguments)
     total = study_plan.count(tasks, list(CONTENDERS), range(3), quick=True)
     assert len(trained) == total + 1 == len(set(trained)) and before < set(trained)
@@ -224,12 +224,12 @@ def final_run(schedule: str, seed: int, curve: list[float]) -> tuple[Run, Outcom
 
 
 def test_epochs_to_the_target_by_hand() -> None:
-    """The target is the mean of the constant schedule's last errors: 20."""
+    """The target is the mean of the constant schedule's last errors, here 20."""
     done = [
         final_run("constant", 0, [50.0, 30.0, 22.0, 18.0]),
         final_run("constant", 1, [50.0, 20.0, 25.0, 22.0]),
         final_run("1cycle", 0, [30.0, 19.0]),
-        final_run("1cycle", 0, [40.0, 30.0, 10.0]),  # the shorter run was there first
+        final_run("1cycle", 0, [40.0, 30.0, 10.0]),  # the shorter run reaches the target in fewer epochs
         final_run("1cycle", 1, [30.0, 21.0]),
         final_run("step", 1, [30.0, 20.0, 10.0]),
     ]

@@ -1,5 +1,5 @@
-"""The models and the data of bench/study.py, where they could be wrong without anybody seeing it: dropouts, pooling,
-the cache pointer, augmentation, splits."""
+"""The models and the data of bench/study.py, where an error would go unnoticed: dropouts, pooling, the cache pointer,
+augmentation, splits."""
 
 from __future__ import annotations
 

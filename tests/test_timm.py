@@ -1,4 +1,5 @@
-"""timm's factory makes our optimizers by name, with timm's param groups, beside those that it makes of torch's."""
+"""timm's factory creates our optimizers by name, with timm's param groups. They are compared with torch's optimizers
+from the same factory."""
 
 from __future__ import annotations
 
@@ -77,7 +78,7 @@ def test_lookahead(timm: ModuleType) -> None:
 
 @on_cpp
 def test_page(timm: ModuleType) -> None:
-    """Arguments that are ours alone go through the factory."""
+    """The factory passes on arguments that only our optimizers have."""
     model = vit(timm)
     mine = run_page("timm", model=model)["optimizer"]
     assert [group["max_grad_norm"] for group in mine.param_groups] == [1.0, 1.0]

@@ -1,4 +1,4 @@
-"""What torch.optim promises, ours keep: constructors, groups, states, hooks, schedulers, late params."""
+"""Our optimizers keep the contract of torch.optim: constructors, groups, states, hooks, schedulers, late params."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from cases import (
     set_grads,
     train,
 )
-from compare import assert_like_torch, checked_step
+from compare import assert_equal, assert_like_torch, checked_step
 from torch.optim import lr_scheduler
 
 pytest.importorskip("expecttest", reason="torch's own lists of optimizer inputs need the package expecttest")
@@ -43,7 +43,9 @@ def database(case: Case) -> common_optimizers.OptimizerInfo:
 @on_every_target
 @for_every_class_of_torch
 def test_torchs_own_inputs(case: Case, target: Target) -> None:
-    for entry in database(case).optim_inputs_func(device=target.device, dtype=torch.float32):
+    entries = database(case).optim_inputs_func(device=target.device, dtype=torch.float32)
+    assert len(entries) > 3
+    for entry in entries:
         ours = case.ours(make_params(device=target.device), backend=target.backend, **entry.kwargs)
         theirs = case.torch(make_params(device=target.device), foreach=False, **entry.kwargs)
         train([ours, theirs], quick(target, 5, 2))
@@ -114,7 +116,7 @@ def test_refusals_of_torchs_switches(case: Case) -> None:
 
 @for_every_class_of_torch
 def test_constructor_is_torchs(case: Case) -> None:
-    """Same arguments, same order, same defaults, same kinds; what ours add is keyword-only."""
+    """Same arguments, order, defaults and kinds. Our additional arguments are keyword-only."""
     ours = inspect.signature(case.ours).parameters
     theirs = inspect.signature(case.torch).parameters
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -131,6 +133,31 @@ def test_constructor_is_torchs(case: Case) -> None:
     assert isinstance(made, case.torch)
     assert {key: getattr(made, key) for key in added} == added
     assert not set(added) & set(theirs)
+
+
+@for_every_case_of_torch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+def test_states_before_the_first_step_are_torchs(case: Case, dtype: torch.dtype) -> None:
+    """There are no states, except in classes that create them in the constructor."""
+    ours, theirs = (kind(make_params(dtype=dtype), **case.kwargs) for kind in (case.ours, case.torch))
+    assert case.is_eager == bool(theirs.state)
+    assert_equal([*ours.state.values()], [*theirs.state.values()])
+
+
+@every([case for case in CLASSES if case.is_eager])
+def test_eager_states(case: Case) -> None:
+    """A group that is added later has its own start value. The states have state_dtype and the param's memory format.
+    Frozen params get no state."""
+    first, late, frozen = make_params([(5, 3), (4, 6), (7,)], torch.bfloat16)
+    late.data = late.data.t()
+    (state, option), *_ = case.ours.rule.starts.items()
+    optimizer = case.ours([{"params": [first], option: 2.0}], state_dtype=torch.float32, backend="reference")
+    optimizer.add_param_group({"params": [late, frozen.requires_grad_(False)], option: 3.0})
+    assert [*optimizer.state] == [first, late]
+    for param, start in ((first, 2.0), (late, 3.0)):
+        made = optimizer.state[param][state]
+        assert made.dtype == torch.float32 and made.stride() == param.stride() and bool((made == start).all())
+        assert optimizer.state[param]["step"] == 0
 
 
 @for_every_class
@@ -159,8 +186,12 @@ def test_groups_and_states_are_torchs(case: Case, target: Target) -> None:
             assert not value.requires_grad
 
 
+def cycled(optimizer: Any) -> bool:
+    return "momentum" in optimizer.defaults or "betas" in optimizer.defaults
+
+
 SCHEDULERS = {
-    "OneCycleLR": lambda opt: lr_scheduler.OneCycleLR(opt, max_lr=0.05, total_steps=40, cycle_momentum=True),
+    "OneCycleLR": lambda opt: lr_scheduler.OneCycleLR(opt, max_lr=0.05, total_steps=40, cycle_momentum=cycled(opt)),
     "CosineAnnealingWarmRestarts": lambda opt: lr_scheduler.CosineAnnealingWarmRestarts(opt, T_0=5, T_mult=2),
     "LambdaLR": lambda opt: lr_scheduler.LambdaLR(opt, lambda epoch: 1 / (epoch + 1)),
     "SequentialLR": lambda opt: lr_scheduler.SequentialLR(
@@ -191,14 +222,15 @@ def test_schedulers(case: Case, target: Target, name: str, tensor_lr: bool) -> N
             set_grads(parameters(optimizer), random_grads(parameters(optimizer), step))
             optimizer.step()
         set_grads(parameters(optimizers[0]), random_grads(parameters(optimizers[0]), step))
-        checked_step(optimizers[0], case.rule, 6.0)  # the larger lr, the more the step's own roundings are worth
+        checked_step(optimizers[0], case.rule, 6.0)  # a larger lr makes the rounding errors of the step larger
         for scheduler in schedulers:
             scheduler.step()
             assert scheduler.get_last_lr() == schedulers[0].get_last_lr()
         group = optimizers[0].param_groups[0]
-        seen.add((float(group["lr"]), group["momentum"] if "momentum" in group else group["betas"][0]))
-    assert len(seen) == quick(target, 30, 4) or name == "CosineAnnealingWarmRestarts"  # which repeats itself
-    assert len({cycled for _, cycled in seen}) > 1 or name != "OneCycleLR"
+        momentum = group[case.momentum] if case.momentum else None
+        seen.add((float(group["lr"]), momentum))
+    assert len(seen) == quick(target, 30, 4) or name == "CosineAnnealingWarmRestarts"  # which repeats lrs
+    assert len({momentum for _, momentum in seen}) > 1 or name != "OneCycleLR" or not case.momentum
     if case.torch:
         assert_like_torch(*optimizers)
 
@@ -243,4 +275,4 @@ def test_options_changed_between_steps(case: Case, target: Target) -> None:
     for step, change in enumerate(changes):
         optimizer.param_groups[1].update(case.known(**change))
         set_grads(params, random_grads(params, step))
-        checked_step(optimizer, case.rule, 8.0)  # steps of many times lr, once betas jump
+        checked_step(optimizer, case.rule, 8.0)  # after a jump of betas a step is many times lr

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer and Accelerate with our optimizer, beside the same training with torch's."""
+"""Hugging Face's Trainer and Accelerate with our optimizer, compared with the same training with torch's."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STEPS = 8
 
 @pytest.fixture
 def accelerate() -> ModuleType:
-    """With its global state, which every trainer here shares, as new."""
+    """The module with its global state reset. All trainers in this file share that state."""
     module = require("accelerate")
     module.state.AcceleratorState._reset_state(reset_partial_state=True)
     module.state.GradientState._reset_state()
@@ -77,7 +77,7 @@ def trainer(transformers: ModuleType, folder: Path, options: dict[str, Any], **k
 
 
 def inner(optimizer: Any) -> Optimizer:
-    """The optimizer that Accelerate has wrapped."""
+    """The optimizer that Accelerate's wrapper contains."""
     return optimizer.optimizer
 
 
@@ -106,7 +106,7 @@ def test_hugging_face(options: dict[str, Any], transformers: ModuleType, tmp_pat
 
 
 def test_hugging_face_takes_an_optimizer_and_its_schedule(transformers: ModuleType, tmp_path: Path) -> None:
-    """And clipping inside the step is clipping by the trainer."""
+    """Clipping inside the step equals clipping by the trainer."""
     pair = []
     for build, options, more in (
         (ours, {}, {"max_grad_norm": 0.05}),
@@ -139,7 +139,7 @@ def test_hugging_face_resumes(transformers: ModuleType, tmp_path: Path) -> None:
 
 
 def test_hugging_face_goes_on_from_a_checkpoint_of_torchs(transformers: ModuleType, tmp_path: Path) -> None:
-    """Half a training with torch's class, the other half with ours."""
+    """The first part of the training uses torch's class, the rest uses ours."""
     options = {"save_strategy": "steps", "save_steps": 3}
     theirs = torch.optim.AdamW, {**ADAMW, "foreach": False}
     whole = trainer(transformers, tmp_path / "whole", options, optimizer_cls_and_kwargs=theirs)
@@ -162,7 +162,7 @@ def test_hugging_face_page(transformers: ModuleType, tmp_path: Path) -> None:
 
 
 class Run:
-    """What a script that uses Accelerate has at hand."""
+    """The objects of a script that uses Accelerate."""
 
     def __init__(self, accelerate: ModuleType, build: Callable[..., Any], options: dict[str, Any], **kwargs: Any):
         self.accelerator = accelerate.Accelerator(cpu=True, **options)
@@ -213,7 +213,8 @@ def test_accelerate_resumes(accelerate: ModuleType, tmp_path: Path) -> None:
 
 
 def test_accelerate_with_a_scaler(accelerate: ModuleType) -> None:
-    """Accelerator refuses fp16 on the CPU, so this makes the wrapper that it makes on GPUs. First steps overflow."""
+    """Accelerator refuses fp16 on the CPU, so the test creates the wrapper that Accelerator creates on GPUs. The first
+    steps overflow."""
     accelerate.Accelerator(cpu=True)
     pair = []
     for build in (ours, torchs):
@@ -225,7 +226,7 @@ def test_accelerate_with_a_scaler(accelerate: ModuleType) -> None:
                 loss = loss_of(model, batch)
             scaler.scale(loss).backward()
             optimizer.step()
-            assert not (optimizer.step_was_skipped and build is ours)  # it was, but Accelerate cannot know
+            assert not (optimizer.step_was_skipped and build is ours)  # Accelerate cannot see that our step skips
             optimizer.zero_grad()
         assert scaler.get_scale() < 2.0**20
         pair.append(plain)

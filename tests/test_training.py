@@ -1,4 +1,5 @@
-"""A training from one step to the next: late params, groups that come and go, closures, hooks, thousands of tensors."""
+"""Training over several steps: late params, groups that are added and removed, closures, hooks, thousands of
+tensors."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ from compare import assert_equal, assert_like_torch, checked_step, states
 @on_every_target
 @every(RUN, "amsgrad")
 def test_amsgrad_switched_on_later(case: Case, target: Target) -> None:
-    """The maximum starts at today's exp_avg_sq, and stays in the state when amsgrad is switched off again."""
+    """The maximum starts as the current exp_avg_sq. It stays in the state after amsgrad is switched off."""
     params = make_params([(5, 3), (40,)], device=target.device)
     optimizer = build(case, target, params, amsgrad=False)
     for step, amsgrad in enumerate([False, False, True, True, False]):
@@ -47,7 +48,7 @@ def test_amsgrad_switched_on_later(case: Case, target: Target) -> None:
 @on_every_target
 @for_every_case
 def test_late_params_and_missing_gradients(case: Case, target: Target) -> None:
-    """A param starts at step 1 with its first gradient, and sits out the steps where it has none."""
+    """A param counts from its first gradient, and is unchanged in steps without a gradient."""
     params = make_params([(5, 3), (40,), (), (7,)], device=target.device)
     ours, theirs = build(case, target, params), build_torch(case, copies(params)) if case.torch else None
     for step, present in enumerate(["1000", "1100", "0101", "1111", "0000", "0111"]):
@@ -59,7 +60,7 @@ def test_late_params_and_missing_gradients(case: Case, target: Target) -> None:
             theirs.step()
             assert_like_torch(ours, theirs)
     counts = [state["step"].item() for state in states(ours) if "step" in state]
-    assert counts == ([3, 4, 2, 3] if "eps" in case.options else [])
+    assert counts == ([3, 4, 2, 3] if case.ours.rule.counted else [])
 
 
 @on_every_target
@@ -68,10 +69,10 @@ def test_a_param_without_gradient_gets_no_state(case: Case, target: Target) -> N
     params = make_params([(5,), (6,)], device=target.device)
     optimizer = build(case, target, params)
     optimizer.step()
-    assert len(optimizer.state) == 0
+    assert [*optimizer.state] == (params if case.is_eager else [])
     set_grads(params, [torch.ones_like(params[0]), None])
     optimizer.step()
-    assert [*optimizer.state] == params[:1]
+    assert [*optimizer.state] == (params if case.is_eager else params[:1])
 
 
 @on_every_target
@@ -229,9 +230,9 @@ def test_thousands_of_tensors(case: Case, target: Target) -> None:
 @pytest.mark.slow
 @on_every_target
 def test_twenty_thousand_tensors(target: Target) -> None:
-    """A steady step stays far from a millisecond per hundred tensors, which torch's for-loop takes."""
+    """A steady step must take less than a millisecond per hundred tensors, which is the time of torch's for-loop."""
     if target.backend != "cpp":
-        pytest.skip("the bound on time is for the C++ backend")
+        pytest.skip("the time bound is for the C++ backend")
     values = torch.randn(20_000, 8)
     params = [torch.nn.Parameter(row) for row in values]
     for p in params:

@@ -1,18 +1,22 @@
-"""Numbers of the Triton kernels, on tables built by hand, against the same step in float64.
+"""Results of the Triton kernels on tables built by hand, compared with the same step in float64.
 
-They run in Triton's interpreter (`TRITON_INTERPRET=1 pytest tests/test_triton_kernels.py`), in that of PTX
-(`FUSED_OPTIM_TEST_BACKENDS=triton-ptx`) or on a GPU if there is one.
+They run in Triton's interpreter (`TRITON_INTERPRET=1 pytest tests/test_triton_kernels.py`), in the PTX interpreter
+(`FUSED_OPTIM_TEST_BACKENDS=triton-ptx`), or on a GPU if there is one.
 """
 
 import math
 
 import pytest
 import torch
-from triton_tables import BF16, DEVICE, F16, F32, F64, KINDS, RUNS, Group, Row, Table, rows_of
+from cases import Case, for_every_rule
+from fused_optim.triton_kernels.rules import RULES as RULES_OF_TRITON
+from triton_tables import BF16, DEVICE, F16, F32, F64, KINDS, RUNS, STATES, Group, Row, Table, rows_of
 
+from fused_optim.backends.reference_rules import RULES as RULES_OF_THE_REFERENCE
+from fused_optim.backends.reference_rules import BiasCorrections
 from fused_optim.engine.layout import TensorScalars
 
-# Elsewhere there is nothing that could run a kernel: collect nothing.
+# Otherwise nothing can run a kernel, and no test is collected.
 __test__ = RUNS
 pytestmark = [pytest.mark.compiled, pytest.mark.backend]
 
@@ -36,7 +40,8 @@ def test_misaligned_views(stream: int) -> None:
 
 
 def test_beyond_32_bits() -> None:
-    """The last chunk of a tensor of 2**32 elements and some. The rest of it is never touched, and need not exist."""
+    """The table has only the last chunk of a tensor with more than 2**32 elements. The rest is never accessed, so it is
+    not allocated."""
     rows = [Row(1030, KINDS[kind]) for kind in ("f32", "bf16", "f64")]
     Table(rows, chunks_before=2**20).check_step()
 
@@ -84,7 +89,7 @@ def test_grad_scale() -> None:
 
 @pytest.mark.parametrize("found_inf", [1.0, 2.0, math.inf, math.nan])
 def test_found_inf_skips(found_inf: float) -> None:
-    """`found_inf` is a sum over devices. Skipped states may be memory that nobody has written yet."""
+    """`found_inf` is a sum over devices. The states of a skipped tensor may be uninitialized memory."""
     rows = [Row(size, KINDS["f32"]) for size in (5, 1000)]
     for row in rows:
         for state in row.views[2:]:
@@ -109,27 +114,9 @@ def test_no_gradient_leaves_the_tensor_alone() -> None:
     assert [row.step.item() for row in rows] == [2, 1, 1, 2]
 
 
-OWN_SCALARS = {  # of a group, the step and the bias corrections
-    "adam": lambda group, step, first, second: (),
-    "sgd": lambda group, step, first, second: (
-        1.0 if step == 1 else 1.0 - group.option_a,
-        0.0 if step == 1 else group.beta1,
-        group.beta1,
-        group.option_b,
-    ),
-    "qhadam": lambda group, step, first, second: (1.0 - group.option_a, 1.0 - group.option_b),
-    "lion": lambda group, step, first, second: (),
-    "lamb": lambda group, step, first, second: (
-        1.0 - group.beta1 if group.option_a else 1.0,
-        1.0 / first if group.option_b else 1.0,
-        1.0 / math.sqrt(second) if group.option_b else 1.0,
-    ),
-}
-
-
-@pytest.mark.parametrize("rule", OWN_SCALARS)
+@pytest.mark.parametrize("rule", RULES_OF_THE_REFERENCE)
 def test_prep_is_exact(rule: str) -> None:
-    """Every scalar, bit for bit: float64 on the device is the float64 of Python."""
+    """Every scalar is bitwise equal: float64 on the device rounds like Python's float."""
 
     def power(base: float, exponent: int) -> float:
         result = 1.0
@@ -147,8 +134,9 @@ def test_prep_is_exact(rule: str) -> None:
     small = Group(beta1=3e-6, beta2=0.4999, option_a=0.3, option_b=0.0)
     groups = [one_cycle, clipped, normalized, small]
     steps = [1, 2, 3, 10, 999, 123457, 2**24] * 5
-    states = {"sgd": 1, "lion": 1}.get(rule, 2)
-    rows = [Row(1, (F32,) * (2 + states), group=i % 4, begun=i % 2 == 0) for i in range(len(steps))]
+    rows = [
+        Row(1, (F32,) * (2 + len(STATES[rule])), signed=0, group=i % 4, begun=i % 2 == 0) for i in range(len(steps))
+    ]
     for row, step in zip(rows, steps, strict=True):
         row.step.fill_(step - 1)
     table = Table(rows, groups, rule, grad_scale=torch.tensor([3.0], device=DEVICE))
@@ -159,7 +147,7 @@ def test_prep_is_exact(rule: str) -> None:
         if group.max_norm:
             scale *= group.max_norm / (math.sqrt(table.squares.item()) * scale + group.clip_eps)
         decay = group.lr / group.lr_reference * group.weight_decay / math.sqrt(group.decay_period)
-        decay = group.weight_decay if rule == "lamb" else decay
+        decay = group.weight_decay if RULES_OF_TRITON[rule].direction else decay
         correction1, correction2 = 1.0 - power(group.beta1, step), 1.0 - power(group.beta2, step)
         expected = TensorScalars(
             lr=group.lr,
@@ -177,7 +165,9 @@ def test_prep_is_exact(rule: str) -> None:
             ema_weight=1.0 if step == 1 and not rows[number].begun else 1.0 - group.ema_decay,
             skip=0.0,
         )
-        own = OWN_SCALARS[rule](group, step, correction1, correction2)
+        scalars = RULES_OF_THE_REFERENCE[rule].scalars
+        at = BiasCorrections(step, correction1, correction2)
+        own = scalars(group.hparams(), at) if scalars else ()
         common = len(TensorScalars._fields) - len(TensorScalars._field_defaults)
         assert table.tensor_scalars[number].tolist()[: common + len(own)] == [*expected[:common], *own]
 
@@ -232,7 +222,7 @@ def test_only_empty_tensors() -> None:
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_eps_zero_makes_no_trouble_past_the_end() -> None:
-    """NumPy warns of 0 / 0, so in the interpreter a lane past the end that divides by zero fails this test."""
+    """NumPy warns about 0 / 0. In the interpreter this test fails if a lane past the end divides by zero."""
     row = Row(5, KINDS["f32 amsgrad"])
     for state in row.views[2:]:
         state.zero_()
@@ -250,7 +240,7 @@ def test_nan_and_infinity_propagate() -> None:
     Table([row]).launch()
     assert param[:3].isnan().all() and max_exp_avg_sq[:1].isnan() and max_exp_avg_sq[2].isnan()
     assert exp_avg[1] == math.inf and exp_avg_sq[1] == math.inf and exp_avg_sq[3] == math.inf
-    # Without weight decay an infinite param says nothing about the gradient: 0 * inf must not leak NaN into the states.
+    # Without weight decay an infinite param must not affect the gradient: 0 * inf would put NaN into the states.
     assert param[4] == math.inf and row.views[2][4].isfinite() and exp_avg_sq[4].isfinite()
     assert param[5:].isfinite().all() and not torch.equal(param[5:], before)
 
@@ -268,9 +258,18 @@ RULES = {
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_rules(name: str) -> None:
+def test_options_of_rules(name: str) -> None:
     rule, group, states = RULES[name]
     table = Table(rows_of(states, (0, 5, 5000)), [group], rule)
+    table.check_step()
+    table.check_step()
+
+
+@for_every_rule
+def test_rules(case: Case) -> None:
+    signed = len(case.states) - sum(state in case.ours.rule.squares for state in case.states)
+    rows = rows_of(len(case.states), (5, 4097), signed=signed)
+    table = Table(rows, [Group.of(case)], case.ours.rule.name)
     table.check_step()
     table.check_step()
 

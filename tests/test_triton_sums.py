@@ -1,18 +1,22 @@
-"""The norm of all gradients, clipping by it, and the sums behind trust ratios, of the Triton kernels: as in
+"""Sums of the Triton kernels: the norm of all gradients, clipping by it, and the norms for trust ratios. They run as in
 test_triton_kernels.py."""
 
 import math
 
 import pytest
 import torch
-from fused_optim.triton_kernels.launch import ROW_SUMS, TOTAL
-from triton_tables import BF16, DEVICE, F16, F32, F64, KINDS, RUNS, Group, Row, Table, rows_of
+from fused_optim.triton_kernels import launch as launching
+from fused_optim.triton_kernels.launch import ROW_SUMS, launch_total
+from triton_tables import BF16, DEVICE, F16, F32, F64, KINDS, LAUNCHES, RUNS, Group, Row, Table, rows_of
 
-# Elsewhere there is nothing that could run a kernel: collect nothing.
+from fused_optim.engine.layout import SHARE
+from fused_optim.engine.table import count_shares
+
+# Otherwise nothing can run a kernel, and no test is collected.
 __test__ = RUNS
 pytestmark = [pytest.mark.compiled, pytest.mark.backend]
 
-# One norm over the first two groups, which clips only one of them.
+# One norm over the first two groups. It exceeds the bound of the first group only.
 CLIPPED = [Group(max_norm=0.5), Group(max_norm=1e5, clip_eps=0.0), Group()]
 
 
@@ -45,7 +49,7 @@ def test_gradients_scaled_beyond_32_bits() -> None:
 
 
 def check_scaled(table: Table) -> None:
-    """To the bit, and nothing but gradients of groups that have to be clipped."""
+    """Bit for bit. Only gradients of groups that must be clipped may change."""
     outside = [row.bytes_outside() for row in table.rows]
     before = [[view.clone() for view in row.views] for row in table.rows]
     expected = table.norm()
@@ -53,7 +57,7 @@ def check_scaled(table: Table) -> None:
     norm = math.sqrt(table.squares.item())
     assert norm == pytest.approx(expected, rel=1e-13)
     for row, (param, grad), around in zip(table.rows, before, outside, strict=True):
-        group = table.process_groups[row.group_index]
+        group = table.groups[row.group_index]
         factor = min(1.0, group.max_norm / (norm + group.clip_eps)) if group.max_norm and row.grad_address else 1.0
         wide = grad if grad.dtype == F64 else grad.float()
         assert torch.equal(row.views[0], param) and torch.equal(row.views[1], (wide * factor).to(grad.dtype))
@@ -67,7 +71,7 @@ def test_clipping_of_a_rule_with_trust() -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_clipping_by_nothing() -> None:
-    """No chunk, then only zeros: the norm is 0, and nothing comes of dividing by it."""
+    """First there is no chunk, then there are only zeros: the norm is 0, and the division by it must have no effect."""
     groups = [Group(max_norm=1.0, clip_eps=0.0)]
     table = Table([Row(0, KINDS["f32"])], groups)
     table.check_step()
@@ -86,7 +90,7 @@ def test_norm_of_nan_goes_into_what_is_clipped() -> None:
 
 
 def test_sums_depend_on_nothing_but_values() -> None:
-    """To the last bit: neither on where tensors lie nor on what lies around them."""
+    """Bitwise equal, independent of the addresses of tensors and of the memory around them."""
 
     def sums(offset: int) -> list[float]:
         shapes = [(4600, F32), (700, BF16), (50, F64)]
@@ -103,26 +107,60 @@ def test_sums_of_many_chunks() -> None:
     row_offsets = torch.tensor([0, *counts]).cumsum(0).to(DEVICE)
     partials = torch.randn(sum(counts), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     sums = torch.full((len(counts), 2), math.nan, dtype=torch.float64, device=DEVICE)
-    ROW_SUMS.start(sums.device, len(counts), row_offsets, partials, sums)
+    with LAUNCHES.raising():
+        ROW_SUMS.start(sums.device, len(counts), row_offsets, partials, sums)
     expected = torch.stack([part.sum(0) for part in partials.split(counts)])
     torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4096, 4097, 3 * 4096 + 7])
+def test_total(count: int) -> None:
+    """First sums of shares of neighbouring numbers, then the sum of these. Nothing is written beyond the space that
+    `count_shares` reserves."""
+    numbers = torch.randn(count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    partials = torch.cat([numbers, torch.full((count_shares(count),), math.nan, dtype=torch.float64)]).to(DEVICE)
     out = torch.full((1,), math.nan, dtype=torch.float64, device=DEVICE)
-    TOTAL.start(sums.device, 1, partials, out, partials.numel())
-    torch.testing.assert_close(out, partials.sum().reshape(1), rtol=1e-12, atol=1e-12)
+    with LAUNCHES.raising():
+        launch_total(partials, count, out)
+    torch.testing.assert_close(out, numbers.sum().reshape(1).to(DEVICE), rtol=1e-12, atol=1e-12)
+    assert torch.equal(partials[:count].cpu(), numbers)
+    shares = numbers.split(SHARE) if count > SHARE else ()
+    expected = torch.tensor([share.sum() for share in shares], dtype=torch.float64, device=DEVICE)
+    torch.testing.assert_close(partials[count:], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_levels_of_a_total(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each launch sums the results of the launch before it. The last one writes the total."""
+    launches: list[tuple[int, ...]] = []
+
+    class Stand:
+        def start(self, device: torch.device, *args: object) -> None:
+            launches.append(tuple(arg if isinstance(arg, int) else id(arg) for arg in args))
+
+    monkeypatch.setattr(launching, "TOTAL", Stand())
+    partials, out, count = torch.zeros(1), torch.zeros(1), 4096**2 + 1
+    launch_total(partials, count, out)
+    a, b = id(partials), id(out)
+    assert launches == [
+        (4097, a, a, 0, count, count),
+        (2, a, a, count, 4097, count + 4097),
+        (1, a, b, count + 4097, 2, 0),
+    ]
+    assert count_shares(count) == 4097 + 2
 
 
 def test_trust_ratios() -> None:
     lamb = {"option_a": 1.0, "option_b": 1.0, "eps": 1e-6, "decoupled": True}
     groups = [
         Group(weight_decay=0.1, **lamb),
-        Group(**lamb),  # no decay: no ratio
+        Group(**lamb),  # without decay the ratio is 1
         Group(trust_always=True, **lamb),
         Group(weight_decay=0.1, trust_low=40.0, trust_high=50.0, **lamb),
         Group(weight_decay=0.1, trust_high=0.25, **lamb),
     ]
     rows = [Row(300, KINDS["f32"], seed=i, group=i) for i in range(5)]
     rows += [Row(300, KINDS["f32"], seed=5), Row(300, KINDS["f32"], seed=6), Row(0, KINDS["f32"])]
-    rows[5].views[0].zero_()  # neither norm is 0, or the ratio is 1
+    rows[5].views[0].zero_()  # if a norm is 0, the ratio is 1
     for view in rows[6].views:
         view.zero_()
     rows.append(Row(300, KINDS["f32"], seed=8))
@@ -138,7 +176,7 @@ def test_trust_ratios() -> None:
 
 
 def test_norms_are_of_the_states_as_they_are_stored() -> None:
-    """In float16 these squares become 0 and the update huge; the ratio must bound the step all the same."""
+    """In float16 these squares become 0, so the update is huge. The ratio must still bound the step."""
     row = Row(500, (F16,) * 4)
     param, grad, *states = row.views
     grad.mul_(1e-4)

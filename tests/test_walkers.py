@@ -1,4 +1,5 @@
-"""The walkers alone, without torch: tables made by hand, under the sanitizers; and the conversions that they share."""
+"""The walkers alone, without torch: tables built by hand, run under sanitizers. Also the dtype conversions that the
+walkers share."""
 
 import ctypes
 import platform
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import CASES
 from commands import ROOT, SETUP, run
 
 pytestmark = pytest.mark.codegen
@@ -21,20 +23,23 @@ needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not i
 @needs_gxx
 @pytest.mark.parametrize("walker", WALKERS)
 def test_walker_against_double_precision(walker: str, tmp_path: Path) -> None:
-    """A driver without torch walks random tables; the address and undefined-behaviour sanitizers watch."""
+    """A driver without torch walks random tables, with the address and undefined-behaviour sanitizers."""
     driver = str(tmp_path / "driver")
     sources = ["tests/cpp/driver.cpp", *WALKERS[walker]]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     run(["g++", "-std=c++17", "-O1", "-g", "-fopenmp", *sanitizers, *sources, "-o", driver])
-    agreeing = re.search(r"(\d+) updates of single elements agree", run([driver, "0", "12"]))
-    assert agreeing and int(agreeing.group(1)) > 500_000
+    said = run([driver, "0", "12"])
+    agreeing = re.search(r"(\d+) numbers agree", said)
+    assert agreeing and int(agreeing.group(1)) > 1_500_000
+    assert set(re.findall(r"^(\w+): ", said, re.MULTILINE)) == {case.ours.rule.name for case in CASES}
 
 
 @needs_gxx
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_threads_share_the_pieces(sanitizer: str, tmp_path: Path) -> None:
-    """Each piece is taken once, in the order that is promised, whichever threads come late or never; and a pass whose
-    end had to be waited for is left to one thread, for a while. The thread sanitizer does not know OpenMP's regions."""
+    """Each piece is taken once, in the specified order, even if threads start late or never. After a pass in which the
+    calling thread had to wait for the others, it works alone for a while. The thread sanitizer does not support OpenMP
+    regions."""
     driver, flags = str(tmp_path / "threads"), ["-std=c++17", "-O1", "-g", "-fopenmp", f"-fsanitize={sanitizer}"]
     run(["g++", *flags, "tests/cpp/threads.cpp", "-o", driver])
     assert "every piece once" in run([driver, *(["without regions"] if sanitizer == "thread" else [])])
@@ -43,7 +48,7 @@ def test_threads_share_the_pieces(sanitizer: str, tmp_path: Path) -> None:
 @needs_gxx
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_conversions_round_as_torch(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Every two-byte number, the floats halfway between neighbours and their neighbours in turn, to the bit."""
+    """Bit for bit: every two-byte number, the floats halfway between two neighbours, and the floats next to those."""
     name = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
     source, library = tmp_path / "convert.cpp", tmp_path / "convert.so"
     source.write_text(f"""#include "{ROOT}/csrc/convert.h"
@@ -54,7 +59,7 @@ extern "C" void widen(float* out, const uint16_t* in, int n) {{
   for (int i = 0; i < n; ++i) out[i] = fused_optim::{name}_to_float(in[i]);
 }}
 """)
-    # The flags of the CPU walker: the vectorised loop is the one that must be right.
+    # With the flags of the CPU walker, because the vectorized loop must be correct.
     run(["g++", "-std=c++17", "-O3", "-fno-trapping-math", "-fPIC", "-shared", str(source), "-o", str(library)])
     convert = ctypes.CDLL(str(library))
 
@@ -78,14 +83,14 @@ extern "C" void widen(float* out, const uint16_t* in, int n) {{
 
 
 @needs_gxx
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets are those of x86-64")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="tests instruction sets of x86-64")
 @pytest.mark.parametrize(("isa", "register"), [("avx2", "ymm"), ("avx512", "zmm")])
 def test_cpu_walker_is_vectorised(isa: str, register: str, tmp_path: Path) -> None:
-    """Every rule's loop divides and takes roots in whole registers. One line in a rule that the compiler cannot
-    vectorise makes the step six times slower, and no other test would notice."""
+    """The loops divide and take roots in full vector registers. One line in a rule that the compiler cannot vectorize
+    makes the step six times slower, and no other test would notice."""
     least = {
         "step": dict.fromkeys(("vsqrtps", "vdivps", "vsqrtpd", "vdivpd"), 2),  # Adam with two states and with three
-        "grads": {"vmulps": 3, "vmulpd": 5},  # scaled in one dtype each, float64 too; and four dtypes squared
+        "grads": {"vmulps": 3, "vmulpd": 5},  # scaling three dtypes; scaling float64, and four squares
     }
     for name, instructions in least.items():
         text = assembly_of(name, isa, tmp_path)

@@ -1,6 +1,6 @@
-"""What the tests of the trainers share: a tiny net, its batches, ours and torch's optimizer, and an import that works.
+"""Shared by the trainer tests: a tiny net, its batches, our optimizer and torch's, and a workaround for torchvision.
 
-The trainers are packages that need not be there; a test that lacks one is skipped and says which.
+The trainers are optional packages. A test that lacks one is skipped and names it.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fused_optim import FusedAdamW, backends
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when the packages are imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # the packages read these at import
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "trainers.md"
 MISSING = backends.available()["cpp"]
 on_cpp = pytest.mark.skipif(MISSING is not None, reason=f"cpp: {MISSING}")
-# With torch's eps a gradient that is nothing but rounding, as that of a bias of attention's keys, moves a param by lr.
+# With torch's default eps a gradient of pure rounding error, as that of an attention key bias, moves a param by lr.
 ADAMW = {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-4}
 
 
 def require(name: str) -> ModuleType:
-    """The module, or a skip that says what is missing."""
+    """The module. Skips the test, with the name of what is missing, if it cannot be used."""
     repair_torchvision()
     return pytest.importorskip(name)
 
 
 @functools.cache
 def repair_torchvision() -> library.Library | None:
-    """PyPI's torchvision is a CUDA build. Beside a CPU build of torch its library does not load, its import fails at
-    two operators that the library would have declared, and so does that of every package that looks for it. Nothing
-    here calls them."""
+    """PyPI's torchvision is a CUDA build. With a CPU build of torch its library does not load. Its import then fails
+    because two operators are not declared, and so does the import of every package that imports it. This declares the
+    two operators, which no test calls."""
     if importlib.util.find_spec("torchvision") is None:
         return None
     try:
@@ -56,7 +56,7 @@ def repair_torchvision() -> library.Library | None:
         for operator in ("nms", "qnms"):
             declared.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         importlib.import_module("torchvision")
-        return declared  # goes with its declarations when nobody holds it
+        return declared  # the declarations live as long as this object
 
 
 def net() -> nn.Sequential:
@@ -80,12 +80,12 @@ def ours(params: Any, **kwargs: Any) -> FusedAdamW:
 
 
 def torchs(params: Any, **kwargs: Any) -> torch.optim.AdamW:
-    """The for-loop: no other implementation of torch's allows everything that trainers do."""
+    """torch's for-loop implementation. Its other implementations do not support everything that trainers do."""
     return torch.optim.AdamW(params, foreach=False, **{**ADAMW, **kwargs})
 
 
 def assert_stepped(optimizer: Optimizer, steps: int) -> None:
-    """Ours, and nothing else, has made so many updates of every param, by the C++ kernel."""
+    """FusedAdamW made `steps` updates of every param, with the C++ kernel."""
     assert isinstance(optimizer, FusedAdamW)
     counts = [optimizer.state[p]["step"].item() for p in parameters(optimizer)]
     assert counts == [steps] * len(counts)
@@ -93,10 +93,10 @@ def assert_stepped(optimizer: Optimizer, steps: int) -> None:
 
 
 def assert_trained_alike(ours: Optimizer, theirs: Optimizer, bits: int = 32) -> None:
-    """Params and states within what rounding grows to over a short training. A step moves a param by 0.02.
+    """Compares params and states within the rounding differences of a short training. A step moves a param by 0.02.
 
-    A model in 16 bits saw params rounded, where two that differ in the last place of float32 differ by a jump now and
-    then: there params alone are compared, within 0.001.
+    A 16-bit model computes with rounded params. Two params that differ in the last place of float32 sometimes round to
+    different values. So in 16 bits only the params are compared, within 0.001.
     """
     if bits == 32:
         assert_like_torch(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -106,7 +106,7 @@ def assert_trained_alike(ours: Optimizer, theirs: Optimizer, bits: int = 32) -> 
 
 
 def run_page(section: str, **names: Any) -> dict[str, Any]:
-    """Runs the code of a section of docs/trainers.md with these names, and returns all that it knows then."""
+    """Executes the code of a section of docs/trainers.md with these names. Returns all names defined afterwards."""
     body = PAGE.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
     exec(compile(code, f"{PAGE.name}, {section}", "exec"), names)

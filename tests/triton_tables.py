@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import oracle
 import ptx.backends
 import torch
+from cases import CASES, Case
 from fused_optim.triton_kernels.launch import RULES, launch, launch_apply_update, launch_scale, launch_squares
 from ptx.launched import LAUNCHES
 from torch import Tensor
@@ -48,13 +48,8 @@ KINDS = {
     "f64 amsgrad": (F64,) * 5,
 }
 GUARD = 64  # elements before and after every tensor, which nobody may touch
-NAMES = {
-    "adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-    "sgd": ("momentum_buffer",),
-    "qhadam": ("exp_avg", "exp_avg_sq"),
-    "lamb": ("exp_avg", "exp_avg_sq"),
-    "lion": ("exp_avg",),
-}
+STATES = {case.ours.rule.name: case.ours.rule.states for case in CASES}
+ORACLES = {case.ours.rule.name: case.rule for case in CASES}
 
 
 @dataclass
@@ -81,13 +76,24 @@ class Group:
     trust_always: bool = False
     ema_decay: float = 0.75
     lr_tensor: Tensor | None = None
+    given: dict[str, Any] = field(default_factory=dict)  # the options of a param group that it was made from
+
+    @classmethod
+    def of(cls, case: Case) -> "Group":
+        numbers: dict[str, float] = {}
+        for key, first, count, _, _ in case.ours.rule.columns:
+            value = case.group.get(key)
+            for place, number in enumerate([] if value is None else value if count > 1 else [value]):
+                numbers[GroupHparams._fields[first + place]] = float(number)
+        given = {key: value for key, value in case.group.items() if key not in ("params", "max_grad_norm")}
+        return cls(**numbers, clip_eps=case.ours.rule.clip_eps, given=given)
 
     def __str__(self) -> str:
         default = vars(Group())
         return " ".join(f"{key}={value}" for key, value in vars(self).items() if str(value) != str(default[key]))
 
     def hparams(self) -> GroupHparams:
-        return GroupHparams(**{key: float(value) for key, value in vars(self).items() if key != "lr_tensor"})
+        return GroupHparams(**{key: float(value) for key, value in vars(self).items() if key in GroupHparams._fields})
 
     def options(self) -> dict[str, Any]:
         """What the rules of the oracle call them."""
@@ -108,6 +114,7 @@ class Group:
             "decouple_weight_decay": self.decoupled,
             "adam_w_mode": self.decoupled,
             **{key: value for key, value in vars(self).items() if key in COMMON},
+            **self.given,
         }
 
 
@@ -116,7 +123,7 @@ COMMON = ("eps", "weight_decay", "maximize", "lr_reference", "decay_period")
 
 class Row:
     """One tensor with its gradient, states and perhaps (`ema`) average, each a view into a longer buffer, `offsets`
-    elements off alignment."""
+    elements off alignment. signed: how many of the states, from the first on, may be negative."""
 
     def __init__(
         self,
@@ -127,6 +134,7 @@ class Row:
         group: int = 0,
         ema: bool = False,
         begun: bool = False,
+        signed: int = 1,
     ) -> None:
         self.ema, self.begun = ema, begun
         generator = torch.Generator().manual_seed(1000 * seed + size)
@@ -135,7 +143,7 @@ class Row:
         self.views: list[Tensor] = []
         for i, dtype in enumerate(dtypes):
             values = torch.randn(size, dtype=torch.float64, generator=generator)
-            values = values if i < 2 else 0.1 * values if i == 2 else values.square()
+            values = values if i < 2 else 0.1 * values if i < 2 + signed else values.square()
             start = GUARD + (offsets[i] if i < len(offsets) else 0)
             self.buffers.append(torch.full((start + size + GUARD,), 3.0, dtype=dtype, device=DEVICE))
             self.views.append(self.buffers[-1][start : start + size].copy_(values))
@@ -154,11 +162,11 @@ class Row:
         return outside
 
 
-def rows_of(states: int, sizes: Sequence[int], group: int = 0) -> list[Row]:
+def rows_of(states: int, sizes: Sequence[int], group: int = 0, signed: int = 1) -> list[Row]:
     """Those sizes in float32, a few of other kinds, and one that has been stepped before."""
-    rows = [Row(size, (F32,) * (2 + states), group=group) for size in sizes]
+    rows = [Row(size, (F32,) * (2 + states), group=group, signed=signed) for size in sizes]
     rows += [
-        Row(600 + i, (*dtypes, *[state] * states), seed=i, group=group)
+        Row(600 + i, (*dtypes, *[state] * states), seed=i, group=group, signed=signed)
         for i, (*dtypes, state) in enumerate([(BF16, BF16, BF16), (BF16, BF16, F32), (F64, F64, F64)])
     ]
     rows[-1].step += 3
@@ -279,13 +287,13 @@ class Table:
         if group.max_norm:
             bound = norm / scale + group.clip_eps
             scaled = scaled * min(1.0, group.max_norm / bound if bound else math.inf)
-        names = NAMES[self.rule][: len(states)]
+        names = STATES[self.rule][: len(states)]
         state = dict(zip(names, states, strict=True)) if step or self.rule != "sgd" else {}
         options = group.options() | {"amsgrad": len(states) == 3, "stored": tensors[len(states) + 1].dtype}
         if self.rule == "sgd" and not states:
             options["momentum"] = 0.0
         state["step"] = torch.tensor(step, dtype=torch.float64)
-        param, state = getattr(oracle, self.rule)(param, scaled, state, **options)
+        param, state = ORACLES[self.rule](param, scaled, state, **options)
         weight = 1.0 if step == 0 and not row.begun else 1.0 - group.ema_decay
         stored = row.views[0].double()  # the average is one of the params as they are stored, which are compared before
         return [param, grad, *(state[name] for name in names), *(old.lerp(stored, weight) for old in averages)]

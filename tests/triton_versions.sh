@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The Triton kernels compiled ahead of time by other versions of Triton: triton_versions.sh VERSION...
-# Each version is installed into a temporary folder that stands before the environment's own.
+# Compiles the Triton kernels ahead of time with other versions of Triton: triton_versions.sh VERSION...
+# Each version is installed into a temporary folder, which comes first in PYTHONPATH.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-python3}

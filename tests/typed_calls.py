@@ -1,5 +1,5 @@
-"""Calls for mypy, which `make lint` runs; nobody executes them. Each `type: ignore` stands where mypy must find an
-error, and one that finds none is an error of its own."""
+"""Calls for mypy, which `make lint` runs. The file is never executed. mypy must report an error at each `type: ignore`;
+an unused one is an error too."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fused_optim.optim.options import Decayed
 
 params = nn.Linear(3, 5).parameters()
 
-# What every class takes.
+# Options that every class accepts.
 FusedAdam(params, backend="cpp", state_dtype=torch.float32, max_grad_norm=1.0, norm_type=math.inf)
 FusedAdamW(params, skip_nonfinite=True, ema_decay=0.999, ema_dtype=torch.float32, decay="paper", lr_reference=1e-3)
 FusedSGD(params, momentum=0.9, ema_decay=lambda steps: min(0.999, steps / 10), norm_group=None)
@@ -33,7 +33,7 @@ FusedQHAdamW(params, maximize=True, decay="paper", max_grad_norm=None)
 FusedLAMB(params, max_grad_norm=1.0, skip_nonfinite=True)
 FusedLion(params, capturable=True, decay="torch")
 
-# Names that nobody knows.
+# Unknown options.
 FusedAdam(params, max_grad_nrom=1.0)  # type: ignore[call-arg]
 FusedAdamW(params, max_grad_nrom=1.0)  # type: ignore[call-arg]
 FusedSGD(params, max_grad_nrom=1.0)  # type: ignore[call-arg]
@@ -45,7 +45,7 @@ FusedLion(params, max_grad_nrom=1.0)  # type: ignore[call-arg]
 FusedAdam(params, decay="paper")  # type: ignore[call-arg]
 FusedSGD(params, capturable=True)  # type: ignore[call-arg]
 
-# Values of other types.
+# Values of wrong types.
 FusedAdam(params, backend=3)  # type: ignore[arg-type]
 FusedAdamW(params, backend="fast")  # type: ignore[arg-type]
 FusedSGD(params, ema_decay="x")  # type: ignore[arg-type]

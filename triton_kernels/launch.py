@@ -1,8 +1,12 @@
-"""Launches the kernels on the current stream, with no knowledge of any optimizer; compiles them where no GPU is.
+"""Launches the kernels on the current stream, and compiles them ahead of time without a GPU. Rules are looked up by
+name: nothing here depends on an optimizer.
 
-All functions take a table's arrays and `signatures`, the formats (param, grad, *states) of every dtype signature, in
-the order in which chunk_table numbers them; with `ema` the last one is that of the average of the weights, which every
-row has then. The table's device is the current one.
+Arguments that the functions share:
+
+- x: the arrays of a table. Its device must be the current one.
+- signatures: the formats (param, grad, *states) of every dtype signature, in the order in which chunk_table numbers
+  them. With `ema` the last format is that of the average of the weights.
+- ema: whether every row has an average of its weights.
 """
 
 from functools import cache
@@ -22,7 +26,7 @@ from .prep import PREP_TENSORS, prep_kernel, trust_kernel
 from .rules import RULES
 from .scale import scale_kernel
 from .sums import TOTAL_THREADS, row_sums_kernel, squares_kernel, total_kernel
-from .tables import THREADS
+from .tables import SHARE, THREADS
 
 Signatures = tuple[tuple[int, ...], ...]
 
@@ -31,27 +35,38 @@ TYPES = {
     **dict.fromkeys(("chunk_table", "rows", "grads", "lr", "row_offsets"), "*i64"),
     **dict.fromkeys(("group_hparams", "tensor_scalars", "partials", "sums", "trust", "squares", "out"), "*fp64"),
     **dict.fromkeys(("grad_scale", "found_inf"), "*fp32"),
-    **dict.fromkeys(("tensors", "chunks"), "i32"),
+    **dict.fromkeys(("tensors", "first", "count", "place"), "i32"),
     "group_index": "*i32",
 }
 
 
-def register_limit(signature: int) -> int:
-    """How many registers a thread that walks rows of this signature may have; 0: no limit. Left to itself, NVIDIA's
-    assembler spills a few registers to fit one more block per SM; a limit keeps it from that. Others need fewer,
-    and a limit would only make it use more."""
+def register_limit(signatures: tuple[int, ...]) -> int:
+    """The register limit per thread of a walk over rows of these signatures; 0: no limit. Without a limit, NVIDIA's
+    assembler spills a few registers to fit one more block per SM. Kernels that need fewer registers have no limit,
+    because with one the assembler would use more."""
+    if len(signatures) > 1 and all(count_streams(signature) == 1 for signature in signatures):
+        return 40
+    return max(map(_limit_of, signatures), default=0)
+
+
+def _limit_of(signature: int) -> int:
     streams, width = count_streams(signature), vector_width(signature)
-    if streams <= 2 or width == 4:
+    if streams <= 2 or (width == 4 and streams < 5):
         return 0
-    if streams == 3:
+    if streams == 3 or (width == 4 and streams == 5):
         return 64
-    return 104 if width == 2 and streams > 5 else 96
+    if width == 4:
+        return 72
+    if width == 8:
+        return 80  # six blocks per SM
+    return 104 if streams > 5 else 96
 
 
 class Variant:
-    """A kernel with all that it is compiled for.
+    """A kernel with its compile-time arguments.
 
-    threads: of one program. absent: arguments that are None. constants: its compile-time arguments, which come last.
+    threads: number of threads of one program. absent: names of arguments that are None. constants: the compile-time
+    arguments, which are the kernel's last ones.
     """
 
     def __init__(self, kernel: Any, threads: int, *absent: str, **constants: Any) -> None:
@@ -62,27 +77,25 @@ class Variant:
         self.handles: dict[torch.device, CompiledKernel] = {}
 
     def start(self, device: torch.device, programs: int, *args: Any) -> None:
-        """Runs it through the handle that the first launch has left. `kernel[grid]` would work out the specialisation
-        every time, at several times the cost, though it depends on nothing but this variant: no argument is specialised
-        on its value or alignment, and the table fixes the dtypes."""
+        """Launches the kernel. Launches after the first use its compiled handle. `kernel[grid]` would determine the
+        specialisation again, at several times the cost. It depends only on the variant: no argument is specialised on
+        its value or alignment, and the table fixes the dtypes."""
         handle = self.handles.get(device)
         if handle is not None:
             handle[programs, 1, 1](*args, *self.constants.values())
             return
         handle = self.kernel[programs, 1, 1](*args, *self.constants.values(), **self.options(_target()))
-        if handle is not None:  # The interpreter has none.
+        if handle is not None:  # the interpreter returns None
             self.handles[device] = handle
 
     def options(self, target: GPUTarget) -> dict[str, Any]:
         options = {"num_warps": max(1, self.threads // target.warp_size), "enable_fp_fusion": False}
-        if target.backend == "cuda" and (
-            limit := max(map(register_limit, self.constants.get("SIGNATURES", ())), default=0)
-        ):
+        if target.backend == "cuda" and (limit := register_limit(self.constants.get("SIGNATURES", ()))):
             options["maxnreg"] = limit
         return options
 
     def compile_ahead(self, target: GPUTarget) -> CompiledKernel:
-        """As `start` would have it compiled for a target, such as GPUTarget("cuda", 90, 32)."""
+        """Compiles the kernel as `start` does, but for a given target, such as GPUTarget("cuda", 90, 32)."""
         constants = self.constants | dict.fromkeys(self.absent)
         signature = {name: "constexpr" if name in constants else TYPES[name] for name in self.kernel.arg_names}
         source = ASTSource(self.kernel, signature, constants)
@@ -91,17 +104,17 @@ class Variant:
 
 @cache
 def prep_variant(scalars: triton.JITFunction | None, clips: bool, trust: bool) -> Variant:
-    """scalars: of a rule that has own ones."""
+    """scalars: the rule's function `scalars`, or None."""
     absent = () if clips else ("squares",)
     return Variant(prep_kernel, PREP_TENSORS.value, *absent, OWN_SCALARS=scalars, TRUST=trust)
 
 
 @cache
 def step_variant(rule: str, signatures: Signatures, ema: bool) -> Variant:
-    """The whole step, or of a rule with a trust ratio the first walk."""
+    """The whole step. For a rule with a trust ratio it is the first walk."""
     update, _, direction = RULES[rule]
     walk, absent = (step.update, ("partials", "trust")) if direction is None else (step.update_moments, ("trust",))
-    if ema and direction is not None:  # averages are for the second
+    if ema and direction is not None:  # the second walk updates the averages
         return step_variant(rule, tuple(signature[:-1] for signature in signatures), False)
     packed = tuple(map(pack_signature, signatures))
     constants = {"PASS": walk, "RULE": update, "DIRECTION": direction, "SIGNATURES": packed, "EMA": ema}
@@ -110,7 +123,7 @@ def step_variant(rule: str, signatures: Signatures, ema: bool) -> Variant:
 
 @cache
 def apply_update_variant(rule: str, signatures: Signatures, ema: bool) -> Variant:
-    """The second walk, which needs no gradient."""
+    """The second walk of a rule with a trust ratio. It reads no gradient."""
     packed = tuple(pack_signature((param, *states)) for param, _, *states in signatures)
     rules = {"RULE": None, "DIRECTION": RULES[rule].direction}
     constants = {"PASS": step.apply_update, **rules, "SIGNATURES": packed, "EMA": ema}
@@ -145,10 +158,12 @@ def launch(
     squares: Tensor | None,
     ema: bool = False,
 ) -> None:
-    """One step of every tensor: prep, then the update; of a rule with a trust ratio the first walk, up to `sums`.
+    """One step of every tensor: prep, then the update. For a rule with a trust ratio it is the first walk, which ends
+    with `sums`.
 
-    grad_scale, found_inf: one number each, best a float32 on the table's device; None is no scaling, no skipping.
-    squares: what `launch_squares` has written (over all devices); None is no clipping.
+    grad_scale, found_inf: one number each. A float32 tensor on the table's device avoids a conversion. None: gradients
+    are not scaled; no step is skipped. squares: the sum of what `launch_squares` wrote on all devices. None: no
+    clipping.
     """
     tensors, chunks, device = x.grads.numel(), x.chunk_table.numel(), x.grads.device
     if tensors == 0:
@@ -160,7 +175,7 @@ def launch(
     prep = prep_variant(RULES[rule].scalars, squares is not None, x.trust is not None)
     hparams = x.lr, x.group_hparams, x.group_index
     prep.start(device, programs, x.rows, x.grads, *hparams, x.tensor_scalars, scale, found, squares, tensors)
-    partials = None if x.trust is None else x.partials  # without a trust ratio they are there for clipping
+    partials = None if x.trust is None else x.partials  # without a trust ratio only clipping uses them
     if chunks:
         walk = step_variant(rule, signatures, ema)
         walk.start(device, chunks, x.chunk_table, x.rows, x.grads, x.tensor_scalars, partials, None)
@@ -174,8 +189,8 @@ def launch_apply_update(
     x: TableArrays,
     ema: bool = False,
 ) -> None:
-    """The second walk of a rule with a trust ratio: the ratios from `sums`, then the params. Nothing for other
-    rules."""
+    """The second walk of a rule with a trust ratio: computes the ratios from `sums`, then updates the params. Does
+    nothing for other rules."""
     tensors, chunks, device = x.grads.numel(), x.chunk_table.numel(), x.grads.device
     if x.trust is None or tensors == 0:
         return
@@ -199,12 +214,24 @@ def launch_squares(
     x: TableArrays,
     out: Tensor,
 ) -> None:
-    """out, float64 [1]: the sum of the squares of all gradients whose groups are clipped."""
+    """Writes the sum of the squares of all gradients whose groups are clipped to out, float64 [1]."""
     device, chunks = x.grads.device, x.chunk_table.numel()
+    assert x.partials is not None
     if chunks:
         hparams = x.group_hparams, x.group_index
         squares_variant(signatures).start(device, chunks, x.chunk_table, x.rows, x.grads, *hparams, x.partials)
-    TOTAL.start(device, 1, x.partials, out, chunks)
+    launch_total(x.partials, chunks, out)
+
+
+def launch_total(partials: Tensor, count: int, out: Tensor) -> None:
+    """Writes the sum of the first `count` numbers of partials to out, float64 [1]. While there are more than SHARE
+    numbers, a launch sums shares of SHARE numbers and writes the sums after them; then these sums are summed."""
+    first = 0
+    while count > SHARE.value:
+        shares = -(-count // SHARE.value)
+        TOTAL.start(out.device, shares, partials, partials, first, count, first + count)
+        first, count = first + count, shares
+    TOTAL.start(out.device, 1, partials, out, first, count, 0)
 
 
 def launch_scale(
@@ -212,8 +239,8 @@ def launch_scale(
     x: TableArrays,
     squares: Tensor,
 ) -> None:
-    """Multiplies each gradient in place by what clips its group to its bound. squares: what `launch_squares` has
-    written (over all devices)."""
+    """Multiplies each gradient in place by the clip coefficient of its group. squares: the sum of what `launch_squares`
+    wrote on all devices."""
     if chunks := x.chunk_table.numel():
         hparams = x.group_hparams, x.group_index
         walk = scale_variant(signatures)
@@ -222,8 +249,8 @@ def launch_scale(
 
 @cache
 def _neutral(device: torch.device) -> tuple[Tensor, Tensor]:
-    """A 1 and a 0 that all optimizers of a device share. They are waited for, once: the next to read them may be on
-    another stream, which waits for nothing here."""
+    """A 1 and a 0, shared by all optimizers on a device. The stream is synchronized once, when they are made, because
+    kernels on other streams read them without waiting for this one."""
     made = torch.ones(1, device=device), torch.zeros(1, device=device)
     if device.type != "cpu":
         torch.cuda.current_stream(device).synchronize()
@@ -231,7 +258,7 @@ def _neutral(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _float32_on(device: torch.device, tensor: Tensor) -> Tensor:
-    if tensor.dtype == torch.float32 and tensor.device == device:  # `to` alone takes microseconds to find nothing to do
+    if tensor.dtype == torch.float32 and tensor.device == device:  # `to` takes microseconds even without a conversion
         return tensor
     return tensor.to(device, torch.float32)
 

@@ -1,5 +1,5 @@
-"""From a group's hyperparameters and a tensor's step count to the scalars that its rule reads. Mirrors csrc/prep.h:
-float64, a tensor per thread."""
+"""Prep computes the scalars that a rule reads, from a group's hyperparameters and a tensor's step count. It uses
+float64 and one thread per tensor. Mirrors csrc/prep.h."""
 
 import triton
 import triton.language as tl
@@ -9,12 +9,12 @@ from fused_optim.engine.layout import GroupHparams
 from .rules import BiasCorrections
 from .tables import EMA_BEGUN, ROW_WIDTH, ROWS, SCALAR_WIDTH, SCALARS, column, read_group
 
-PREP_TENSORS = tl.constexpr(32)  # tensors that one program handles, with one warp
+PREP_TENSORS = tl.constexpr(32)  # tensors per program, which is one warp
 
 
 @triton.jit
 def power(base: tl.tensor, exponent: tl.tensor) -> tl.tensor:
-    """base**exponent by squaring. exponent: whole numbers below 2**31."""
+    """base**exponent by squaring. exponent: integers below 2**31."""
     bits = exponent.to(tl.int32)
     result = tl.full(base.shape, 1.0, base.dtype)
     for _ in range(31):
@@ -25,33 +25,24 @@ def power(base: tl.tensor, exponent: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def read_lr(address: tl.tensor, otherwise: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """lr from device memory, float64 where the address is odd, else float32; `otherwise` where the address is 0."""
-    wide = mask & (address & 1 != 0)
-    narrow = mask & (address & 1 == 0) & (address != 0)
-    lr64 = tl.load((address & -2).to(tl.pointer_type(tl.float64)), mask=wide, other=0.0)
-    lr32 = tl.load(address.to(tl.pointer_type(tl.float32)), mask=narrow, other=0.0)
-    return tl.where(wide, lr64, tl.where(narrow, lr32.to(tl.float64), otherwise))
-
-
-@triton.jit
 def clip_coefficient(group: GroupHparams, squares: tl.tensor, scale: tl.tensor) -> tl.tensor:
-    """By what gradients are multiplied so that the norm of all stays within its bound. A norm that is NaN goes on into
-    the params."""
-    # Where nothing is clipped, 0 / 1 does no harm.
+    """The factor that scales a group's gradients so that the norm of all gradients is at most max_norm. A NaN norm
+    gives a NaN factor, so NaN is not hidden."""
+    # The divisor 1 avoids 0 / 0 in groups that are not clipped.
     bound = tl.where(group.max_norm <= 0.0, 1.0, tl.sqrt(squares) * scale + group.clip_eps)
     coefficient = group.max_norm / bound
     return tl.where((group.max_norm <= 0.0) | (coefficient >= 1.0), 1.0, coefficient)
 
 
 @triton.jit
-def decoupled_decay(group: GroupHparams, rate: tl.tensor, TRUST: tl.constexpr) -> tl.tensor:
-    """What each step takes off the params, per unit. A trust ratio and lr come to it later, where there is one."""
+def decoupled_decay(group: GroupHparams, TRUST: tl.constexpr) -> tl.tensor:
+    """The fraction of a param that decoupled decay subtracts in a step. With a trust ratio it is weight_decay alone.
+    The second walk multiplies it by the ratio and lr."""
     if TRUST:
         return group.weight_decay
     else:
         none = group.lr_reference == 0.0
-        share = rate / tl.where(none, 1.0, group.lr_reference) * group.weight_decay / tl.sqrt(group.decay_period)
+        share = group.lr / tl.where(none, 1.0, group.lr_reference) * group.weight_decay / tl.sqrt(group.decay_period)
         return tl.where(none, 0.0, share)
 
 
@@ -83,8 +74,8 @@ def prep_kernel(
     OWN_SCALARS: tl.constexpr,
     TRUST: tl.constexpr,
 ) -> None:
-    """`prepare` of csrc/prep.h for 32 tensors per program: counts their steps, writes their scalars. OWN_SCALARS: what
-    makes the rule's own, or None. TRUST: whether their rule has a trust ratio."""
+    """`prepare` of csrc/prep.h for 32 tensors per program: increments their step counts and writes their scalars.
+    OWN_SCALARS: the rule's function `scalars`, or None. TRUST: whether the rule has a trust ratio."""
     row = tl.program_id(0) * PREP_TENSORS + tl.arange(0, PREP_TENSORS)
     inside = row < tensors
     grad = tl.load(grads + row, mask=inside, other=0)
@@ -94,9 +85,8 @@ def prep_kernel(
     go = inside & ~skip
 
     owner = tl.load(group_index + row, mask=go, other=0)
-    group = read_group(group_hparams, owner, go)
+    group = read_group(group_hparams, lr, owner, go)
     decoupled = group.decoupled != 0.0
-    rate = read_lr(tl.load(lr + owner, mask=go, other=0), group.lr, go)
 
     fields = rows + row.to(tl.int64) * ROW_WIDTH
     counter = tl.load(fields + column(ROWS, "step"), mask=go, other=0).to(tl.pointer_type(tl.float32))
@@ -107,17 +97,17 @@ def prep_kernel(
     scale = 1.0 / tl.load(grad_scale).to(tl.float64)
     if squares is not None:
         scale *= clip_coefficient(group, tl.load(squares), scale)
-    decay = decoupled_decay(group, rate, TRUST)
+    decay = decoupled_decay(group, TRUST)
     signature = tl.load(fields + column(ROWS, "dtype_signature"), mask=go, other=0)
     copies = (step == 1.0) & (signature & EMA_BEGUN == 0)
 
-    tl.store(out + column(SCALARS, "lr"), rate, mask=go)
+    tl.store(out + column(SCALARS, "lr"), group.lr, mask=go)
     tl.store(out + column(SCALARS, "eps"), group.eps, mask=go)
     tl.store(out + column(SCALARS, "weight1"), 1.0 - group.beta1, mask=go)
     tl.store(out + column(SCALARS, "weight2"), 1.0 - group.beta2, mask=go)
     tl.store(out + column(SCALARS, "small_beta1"), tl.where(group.beta1 < 0.5, group.beta1, 0.0), mask=go)
     tl.store(out + column(SCALARS, "small_beta2"), tl.where(group.beta2 < 0.5, group.beta2, 0.0), mask=go)
-    tl.store(out + column(SCALARS, "step_size"), rate / at.correction1, mask=go)
+    tl.store(out + column(SCALARS, "step_size"), group.lr / at.correction1, mask=go)
     tl.store(out + column(SCALARS, "debias"), 1.0 / at.correction1, mask=go)
     tl.store(out + column(SCALARS, "denom_scale"), 1.0 / tl.sqrt(at.correction2), mask=go)
     tl.store(out + column(SCALARS, "grad_factor"), tl.where(group.maximize != 0.0, -scale, scale), mask=go)
@@ -142,12 +132,12 @@ def trust_kernel(
     trust: tl.tensor,
     tensors: tl.tensor,
 ) -> None:
-    """`trust_ratio` of csrc/prep.h for 32 tensors per program. That of a skipped tensor stays what it is."""
+    """`trust_ratio` of csrc/prep.h for 32 tensors per program. The ratio of a skipped tensor does not change."""
     row = tl.program_id(0) * PREP_TENSORS + tl.arange(0, PREP_TENSORS)
     inside = row < tensors
     skips = tensor_scalars + row.to(tl.int64) * SCALAR_WIDTH + column(SCALARS, "skip")
     go = inside & (tl.load(skips, mask=inside, other=1.0) == 0.0)
-    group = read_group(group_hparams, tl.load(group_index + row, mask=go, other=0), go)
+    group = read_group(group_hparams, None, tl.load(group_index + row, mask=go, other=0), go)
 
     param = tl.sqrt(tl.load(sums + 2 * row, mask=go, other=1.0))
     update = tl.sqrt(tl.load(sums + 2 * row + 1, mask=go, other=1.0))

@@ -1,14 +1,14 @@
 """Rules: the arithmetic of each optimizer, on values already in registers. Mirrors csrc/rules.h.
 
-A rule gets the scalars `h` of the tensor, the param, the gradient and a tuple of states, and returns the update that
-the walker subtracts from the param, and the new states. All values have one dtype: float32, or float64 for float64
-tensors.
+A rule gets the scalars `h` of the tensor, the param, the gradient and a tuple of states. It returns the update that the
+walker subtracts from the param, and the new states. All values have one dtype: float32, or float64 for float64 tensors.
 
-A rule with a `direction` is walked twice, because each tensor's update is scaled by the ratio of two norms: its
-`update` gets no param and returns the new states alone, and `direction` makes the update of these, before lr and decay.
+A rule with a `direction` is walked twice, because the update of each tensor is scaled by the ratio of two norms. Its
+`update` gets no param and returns the new states alone. `direction` computes the update from the new states, before lr
+and decay.
 
-A rule may have `scalars`, which makes scalars of its own (own_a to own_d) from the options of the tensor's group, once
-per tensor and step, in float64.
+A rule can have a function `scalars`, which computes the rule's own scalars (own_a to own_d) from the options of the
+tensor's group, once per tensor and step, in float64.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from fused_optim.engine.layout import GroupHparams, TensorScalars
 
 
 class BiasCorrections(NamedTuple):
-    """The steps of tensors, counted from 1, and 1 - beta**step of both betas; float64."""
+    """The steps of tensors, counted from 1, and 1 - beta**step for both betas, in float64."""
 
     step: tl.tensor
     correction1: tl.tensor
@@ -35,13 +35,13 @@ def largest(dtype: tl.dtype) -> float:
 
 @triton.jit
 def maximum(a: tl.tensor, b: tl.tensor) -> tl.tensor:
-    """The larger of the two; NaN if either is, as torch.maximum."""
+    """The maximum; NaN if either argument is NaN, as in torch.maximum."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def minimum(a: tl.tensor, b: tl.tensor) -> tl.tensor:
-    """The smaller of the two; NaN if either is."""
+    """The minimum; NaN if either argument is NaN."""
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -53,7 +53,7 @@ def finite(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def square_root(x: tl.tensor) -> tl.tensor:
-    """Correctly rounded: tl.sqrt is only in float64, and tl.sqrt_rn takes nothing but float32."""
+    """The correctly rounded root. tl.sqrt is correctly rounded in float64 only; tl.sqrt_rn takes float32 only."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
     else:
@@ -62,7 +62,7 @@ def square_root(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def divide(x: tl.tensor, y: tl.tensor) -> tl.tensor:
-    """Correctly rounded: / is only in float64, and tl.div_rn takes nothing but float32."""
+    """The correctly rounded quotient. / is correctly rounded in float64 only; tl.div_rn takes float32 only."""
     if x.dtype == tl.float64:
         return x / y
     else:
@@ -71,48 +71,51 @@ def divide(x: tl.tensor, y: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def lerp(average: tl.tensor, x: tl.tensor, weight: tl.tensor) -> tl.tensor:
-    """(1 - weight) * average + weight * x. `weight` is rounded once from float64: 1 - float(weight) is closer to the
-    truth than float(beta), and the two still sum to 1. With weight 1 (beta 0) the old average leaves no trace."""
+    """(1 - weight) * average + weight * x. `weight` is 1 - beta, rounded once from float64. For beta from 0.5,
+    1 - weight is closer to beta than beta rounded to float, and the two weights sum to 1. With weight 1 (beta 0) the
+    result is x if the average is finite."""
     return tl.fma(weight, x, tl.fma(-weight, average, average))
 
 
 @triton.jit
 def lerp_square(average: tl.tensor, x: tl.tensor, weight: tl.tensor) -> tl.tensor:
-    """The same of x * x: finite where weight * x * x is, and inf (not NaN) once the average is inf."""
+    """(1 - weight) * average + weight * x * x. x * x alone is not computed, because it can overflow where
+    weight * x * x does not. An infinite average stays inf: unbounded, inf - inf would give NaN."""
     bounded = minimum(average, largest(x.dtype))
     return tl.fma(weight * x, x, tl.fma(-weight, bounded, average))
 
 
 @triton.jit
 def keep(average: tl.tensor, factor: tl.tensor, weight: tl.tensor, small_beta: tl.tensor) -> tl.tensor:
-    """beta * average. A beta of 0.5 or more is 1 - weight, as in lerp, and small_beta is 0. Below 0.5 the rounding of
-    the weight is large beside beta, and small_beta is beta, rounded once. It is the same for a whole tensor.
-    factor: the average, or a finite number in the place of inf."""
+    """beta * average. For beta from 0.5, small_beta is 0 and beta is computed as 1 - weight, as in lerp. Below 0.5 the
+    rounding error of the weight is large relative to beta. Then small_beta is beta, rounded once. It is constant for a
+    tensor. factor: the average, or a finite number in place of an infinite average."""
     return tl.where(small_beta != 0.0, small_beta * average, tl.fma(-weight, factor, average))
 
 
 @triton.jit
 def move_average(average: tl.tensor, x: tl.tensor, weight: tl.tensor, small_beta: tl.tensor) -> tl.tensor:
-    """beta * average + (1 - beta) * x, exact to a few ulp for any beta in [0, 1)."""
+    """beta * average + (1 - beta) * x, with an error of a few ulp for any beta in [0, 1)."""
     return tl.fma(weight, x, keep(average, average, weight, small_beta))
 
 
 @triton.jit
 def move_average_square(average: tl.tensor, x: tl.tensor, weight: tl.tensor, small_beta: tl.tensor) -> tl.tensor:
-    """The same of x * x: finite where weight * x * x is, and inf (not NaN) once the average is inf."""
+    """beta * average + (1 - beta) * x * x. As in lerp_square, x * x alone is not computed, and an infinite average
+    stays inf."""
     return tl.fma(weight * x, x, keep(average, minimum(average, largest(x.dtype)), weight, small_beta))
 
 
 @triton.jit
 def sign(x: tl.tensor) -> tl.tensor:
-    """-1, 0 or 1; 0 of NaN, as torch.sign."""
+    """-1, 0 or 1. The sign of NaN is 0, as in torch.sign."""
     return (x > 0.0).to(x.dtype) - (x < 0.0).to(x.dtype)
 
 
 @triton.jit
 def adam(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
-    """Adam, arXiv:1412.6980; with a third state amsgrad, Reddi et al., ICLR 2018, whose maximum torch takes before bias
-    correction. States: exp_avg, exp_avg_sq, max_exp_avg_sq."""
+    """Adam, arXiv:1412.6980. With a third state it is AMSGrad, Reddi et al., ICLR 2018. As in torch, the maximum is
+    taken before bias correction. States: exp_avg, exp_avg_sq, max_exp_avg_sq."""
     exp_avg = move_average(states[0], grad, h.weight1, h.small_beta1)
     exp_avg_sq = move_average_square(states[1], grad, h.weight2, h.small_beta2)
     new_states: tl.tuple = (exp_avg, exp_avg_sq)
@@ -124,7 +127,7 @@ def adam(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) 
 
 @triton.jit
 def sgd_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
-    """Weights of gradient and buffer in the new buffer, momentum, nesterov."""
+    """The weights of gradient and old buffer in the new buffer; momentum; nesterov."""
     first = at.step == 1.0
     return (
         tl.where(first, 1.0, 1.0 - group.option_a),
@@ -136,8 +139,8 @@ def sgd_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
 
 @triton.jit
 def sgd(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
-    """SGD as in torch: the first buffer is the gradient itself. Options: beta1 is the momentum; dampening, nesterov.
-    States: momentum_buffer, or none."""
+    """SGD as in torch: the first update sets the buffer to the gradient. beta1 is the momentum. Options: dampening,
+    nesterov. States: momentum_buffer, or none."""
     update = grad
     new_states: tl.tuple = ()
     if len(states) == 1:
@@ -149,13 +152,13 @@ def sgd(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -
 
 @triton.jit
 def qhadam_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
-    """Weights of the gradient beside the two averages."""
+    """The weights of the gradient and of its square in the two means."""
     return 1.0 - group.option_a, 1.0 - group.option_b
 
 
 @triton.jit
 def qhadam(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
-    """QHAdam, arXiv:1810.06801, section 4.2. Options: the two nus. States: exp_avg, exp_avg_sq."""
+    """QHAdam, arXiv:1810.06801, section 4.2. Options: nu1, nu2. States: exp_avg, exp_avg_sq."""
     exp_avg = move_average(states[0], grad, h.weight1, h.small_beta1)
     exp_avg_sq = move_average_square(states[1], grad, h.weight2, h.small_beta2)
     mean = lerp(h.debias * exp_avg, grad, h.own_a)
@@ -165,7 +168,7 @@ def qhadam(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple
 
 @triton.jit
 def lamb_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
-    """Weight of the gradient in exp_avg; debias and denom_scale, 1 without bias correction."""
+    """The weight of the gradient in exp_avg; debias and denom_scale, or 1 without bias correction."""
     return (
         tl.where(group.option_a != 0.0, 1.0 - group.beta1, 1.0),
         tl.where(group.option_b != 0.0, 1.0 / at.correction1, 1.0),
@@ -175,8 +178,8 @@ def lamb_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
 
 @triton.jit
 def lamb_moments(h: TensorScalars, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
-    """LAMB, arXiv:1904.00962, with the choices of NVIDIA Apex. Options: grad_averaging, bias_correction.
-    States: exp_avg, exp_avg_sq."""
+    """LAMB, arXiv:1904.00962, as in NVIDIA Apex. Options: grad_averaging, bias_correction. States: exp_avg,
+    exp_avg_sq."""
     exp_avg = tl.fma(h.own_a, grad, keep(states[0], states[0], h.weight1, h.small_beta1))
     return exp_avg, move_average_square(states[1], grad, h.weight2, h.small_beta2)
 
@@ -193,6 +196,19 @@ def lion(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) 
     return h.lr * sign(mixed), (move_average(states[0], grad, h.weight2, h.small_beta2),)
 
 
+@triton.jit
+def adagrad_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
+    """The decayed lr."""
+    return (group.lr / (1.0 + (at.step - 1.0) * group.option_a),)
+
+
+@triton.jit
+def adagrad(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """Adagrad, Duchi et al., JMLR 2011, as in torch. Option: lr_decay. States: sum."""
+    total = tl.fma(grad, grad, states[0])
+    return h.own_a * divide(grad, square_root(total) + h.eps), (total,)
+
+
 class Rule(NamedTuple):
     update: triton.JITFunction
     scalars: triton.JITFunction | None = None
@@ -205,4 +221,5 @@ RULES = {
     "qhadam": Rule(qhadam, qhadam_scalars),
     "lamb": Rule(lamb_moments, lamb_scalars, lamb_direction),
     "lion": Rule(lion),
+    "adagrad": Rule(adagrad, adagrad_scalars),
 }

@@ -1,4 +1,4 @@
-"""Clipping gradients where they stand."""
+"""Clips gradients in place."""
 
 import triton
 import triton.language as tl
@@ -37,9 +37,9 @@ def scale_chunk(
 ) -> None:
     row, first = row_of(entry), first_element(entry)
     grad = tl.load(grads + row)
-    group = read_group(group_hparams, tl.load(group_index + row), grad != 0)
+    group = read_group(group_hparams, None, tl.load(group_index + row), grad != 0)
     factor = clip_coefficient(group, tl.load(squares), 1.0).to(compute_dtype(SIGNATURE))
-    # What stays as it is has no elements here: it is neither read nor written.
+    # A gradient that does not change gets a count of 0: none of its elements is read or written.
     changes = (grad != 0) & (factor != 1.0)
     count = tl.where(changes, tl.minimum(tl.load(rows + row * ROW_WIDTH + column(ROWS, "numel")) - first, CHUNK), 0).to(
         tl.int32
@@ -58,7 +58,7 @@ def scale_kernel(
     squares: tl.tensor,
     SIGNATURES: tl.constexpr,
 ) -> None:
-    """One chunk's gradient per program. SIGNATURES: of the gradient alone."""
+    """Clips one chunk's gradient per program. SIGNATURES: signatures of the gradient alone."""
     entry = tl.load(chunk_table + tl.program_id(0))
     for i in tl.static_range(len(SIGNATURES)):
         if signature_number(entry) == i:

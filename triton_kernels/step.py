@@ -45,7 +45,7 @@ def read_scalars(
 
 @triton.jit
 def without_small_betas(h: TensorScalars) -> TensorScalars:
-    """The same scalars with constants of 0 for the small betas, so that these cost nothing."""
+    """The same scalars with the constant 0 for the small betas, which then add no instruction."""
     columns: tl.tuple = ()
     for i in tl.static_range(SCALAR_WIDTH):
         if i == column(SCALARS, "small_beta1") or i == column(SCALARS, "small_beta2"):
@@ -181,25 +181,35 @@ def walk(
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
-    """`count` elements of the streams of SIGNATURE: whole aligned blocks by full vectors, all else element by element,
-    and so are tensors with small betas. Returns the sums, grown."""
+    """`count` elements of the streams of SIGNATURE. Aligned streams by vectors: whole blocks, then the rest, by the
+    threads that have a vector there. All else element by element, also tensors with small betas. Returns the sums,
+    grown."""
+    WIDTH: tl.constexpr = vector_width(SIGNATURE)
     # One access per thread and stream: a larger block would take the vector width of another signature of the launch.
-    BLOCK: tl.constexpr = THREADS * vector_width(SIGNATURE)
-    # Sums must not depend on where tensors lie: there, an element belongs to the same thread either way.
-    TAIL: tl.constexpr = BLOCK if len(sums) > 0 else THREADS
-    usual = without_small_betas(h)
+    BLOCK: tl.constexpr = THREADS * WIDTH
+    # The compiler must see that this is a multiple of WIDTH: then a mask is the same for all of a vector.
     by_vectors = aligned & (h.small_beta1 == 0.0) & (h.small_beta2 == 0.0)
-    blocks = tl.where(by_vectors, count // BLOCK, 0)
+    usual = without_small_betas(h)
+    vectored = tl.where(by_vectors, count // WIDTH, 0) * WIDTH
+    blocks = vectored // BLOCK
     for i in range(blocks):
         at = i * BLOCK + tl.arange(0, BLOCK)
         sums = walk_block(
             usual, [pointer + at for pointer in pointers], None, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA
         )
-    for i in range(blocks * BLOCK, count, TAIL):
-        at = i + tl.arange(0, TAIL)
+    for i in range(blocks * BLOCK, vectored, BLOCK):
+        at = i + tl.arange(0, BLOCK)
+        mask = at < vectored
         sums = walk_block(
-            h, [pointer + at for pointer in pointers], at < count, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA
+            usual, [pointer + at for pointer in pointers], mask, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA
         )
+    # Sums must not depend on where tensors lie: there, an element belongs to the same thread either way.
+    TAIL: tl.constexpr = BLOCK if len(sums) > 0 else THREADS
+    start = vectored // TAIL * TAIL if len(sums) > 0 else vectored
+    for i in range(start, tl.where(vectored < count, count, 0), TAIL):
+        at = i + tl.arange(0, TAIL)
+        mask = (at >= vectored) & (at < count)
+        sums = walk_block(h, [pointer + at for pointer in pointers], mask, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA)
     return sums
 
 

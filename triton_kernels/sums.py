@@ -1,5 +1,5 @@
-"""Sums over whole tensors: float64, in an order that nothing but the sizes decides, without atomics. So they are the
-same to the last bit at every run."""
+"""Sums over whole tensors, in float64 and without atomics. The order of the additions depends only on sizes, dtypes and
+the width of a warp, so every run gives the same bits."""
 
 import triton
 import triton.language as tl
@@ -15,6 +15,7 @@ from .tables import (
     GROUPS,
     ROW_WIDTH,
     ROWS,
+    SHARE,
     THREADS,
     column,
     first_element,
@@ -22,8 +23,7 @@ from .tables import (
     signature_number,
 )
 
-ROW_BLOCK = tl.constexpr(512)  # partial sums that a program adds up at once: of one tensor,
-TOTAL_BLOCK = tl.constexpr(4096)  # of all of them, which is one program's work
+ROW_BLOCK = tl.constexpr(512)  # partial sums of one tensor that a program loads at once
 TOTAL_THREADS = tl.constexpr(1024)
 
 
@@ -38,7 +38,7 @@ def measure(
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
-    """A pass (see step.py) that only looks. Stream: the gradient."""
+    """A pass (see step.py) that stores nothing. Stream: the gradient."""
     return values
 
 
@@ -66,7 +66,7 @@ def square_chunk(
     (squares,) = walk(
         None, pointers, count, grad & (ALIGNMENT - 1) == 0, (none,), measure, None, None, SIGNATURE, False
     )
-    # Below 0 a group only shows whether its gradients are finite: 0 times what is not is NaN.
+    # A group with max_norm < 0 adds 0, or NaN if its gradients are not finite: 0 * inf and 0 * NaN are NaN.
     store_sums(partials, (squares * tl.where(max_norm > 0.0, 1.0, 0.0),))
 
 
@@ -80,36 +80,33 @@ def squares_kernel(
     partials: tl.tensor,
     SIGNATURES: tl.constexpr,
 ) -> None:
-    """The sum of the squares of one chunk's gradient per program, of those that are clipped. SIGNATURES: of the
-    gradient alone."""
+    """The sum of the squares of one chunk's gradient per program, 0 if its group is not clipped. SIGNATURES: signatures
+    of the gradient alone."""
     entry = tl.load(chunk_table + tl.program_id(0))
     for i in tl.static_range(len(SIGNATURES)):
         if signature_number(entry) == i:
             square_chunk(entry, rows, grads, group_hparams, group_index, partials, SIGNATURES[i])
 
 
-@triton.jit
-def sum_partials(
-    partials: tl.tensor, COLUMNS: tl.constexpr, begin: tl.tensor, end: tl.tensor, BLOCK: tl.constexpr
-) -> tl.tensor:
-    """The sum of the first of `partials`' columns, rows `begin` up to `end`."""
-    total = tl.zeros((BLOCK,), tl.float64)
-    for i in range(begin, end, BLOCK):
-        at = i + tl.arange(0, BLOCK)
-        total += tl.load(partials + COLUMNS * at, mask=at < end, other=0.0)
-    return tl.sum(total)
-
-
 @triton.jit(do_not_specialize_on_alignment=["row_offsets", "partials", "sums"])
 def row_sums_kernel(row_offsets: tl.tensor, partials: tl.tensor, sums: tl.tensor) -> None:
-    """What `update_moments` has left of each chunk, added up for one tensor per program."""
+    """Adds up the partial sums that `update_moments` wrote for each chunk, for one tensor per program."""
     row = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
     for i in tl.static_range(2):
-        tl.store(sums + 2 * row + i, sum_partials(partials + i, 2, begin, end, ROW_BLOCK))
+        total = tl.zeros((ROW_BLOCK,), tl.float64)
+        for first in range(begin, end, ROW_BLOCK):
+            at = first + tl.arange(0, ROW_BLOCK)
+            total += tl.load(partials + 2 * at + i, mask=at < end, other=0.0)
+        tl.store(sums + 2 * row + i, tl.sum(total))
 
 
-@triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["partials", "out"])
-def total_kernel(partials: tl.tensor, out: tl.tensor, chunks: tl.tensor) -> None:
-    """What squares_kernel has left of each chunk, added up by a single program."""
-    tl.store(out, sum_partials(partials, 1, tl.zeros((), tl.int64), chunks.to(tl.int64), TOTAL_BLOCK))
+@triton.jit(do_not_specialize=["first", "count", "place"], do_not_specialize_on_alignment=["partials", "out"])
+def total_kernel(partials: tl.tensor, out: tl.tensor, first: tl.tensor, count: tl.tensor, place: tl.tensor) -> None:
+    """Adds up `count` numbers of `partials`, starting at `first`. Each program sums one share of SHARE consecutive
+    numbers and writes the sum of share i to out[place + i]. Shares are the same on every machine, and a share is summed
+    as one block, so the order of the additions depends only on the width of a warp (32, or 64 on some AMD GPUs)."""
+    share = tl.program_id(0).to(tl.int64)
+    at = share * SHARE + tl.arange(0, SHARE)
+    numbers = tl.load(partials + first + at, mask=at < count, other=0.0)
+    tl.store(out + place + share, tl.sum(numbers))

@@ -1,5 +1,5 @@
-// The module of the CPU walker, one per instruction set: setup.py compiles this folder once for each, with FUSED_ISA
-// naming the namespace and FUSED_MODULE the module.
+// The module of the CPU walker, one per instruction set. setup.py compiles this folder once for each; FUSED_ISA is the
+// namespace and FUSED_MODULE the name of the module.
 #include "../bindings.h"
 
 #include "probe.h"
@@ -15,8 +15,8 @@ int threads_for(const Arrays& arrays, int threads) {
   return fused_optim::threads_for(arrays.elements, arrays.tables.chunks, threads);
 }
 
-// The bandwidth probe over given memory, ready to run. Streams are lists of as many addresses each; what lies at
-// address t of every stream has sizes[t] bytes. piece and prefetch: of probe.h's pattern.
+// The bandwidth probe over given memory. Streams are lists of addresses, all of one length. The memory at address t of
+// each stream has sizes[t] bytes. piece, prefetch: see ProbePattern.
 class BandwidthProbe {
  public:
   using Streams = std::vector<std::vector<int64_t>>;
@@ -26,14 +26,14 @@ class BandwidthProbe {
       : pattern_{piece, 1, prefetch}, written_(static_cast<int>(written.size())), read_(static_cast<int>(read.size())) {
     if (written_ < 1 || written_ > kProbeWritten || read_ < 1 || read_ > kProbeRead)
       throw py::value_error("a bandwidth probe takes 1 to " + std::to_string(kProbeWritten) +
-                            " written streams and 1 to " + std::to_string(kProbeRead) + " that are read, but got " +
+                            " written streams and 1 to " + std::to_string(kProbeRead) + " read streams, but got " +
                             std::to_string(written_) + " and " + std::to_string(read_));
     for (size_t t = 0; t < sizes.size(); ++t) {
       ProbeRow row{{}, sizes[t]};
       for (const Streams* streams : {&written, &read}) {
         for (const auto& stream : *streams) {
           if (stream.size() != sizes.size())
-            throw py::value_error("every stream of a bandwidth probe must have as many addresses as there are sizes");
+            throw py::value_error("every stream of a bandwidth probe must have one address per size");
           row.streams.push_back(pointer<char>(stream[t]));
         }
       }

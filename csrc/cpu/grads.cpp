@@ -1,4 +1,4 @@
-// The CPU walker's passes over gradients alone: their norm, and clipping them where they stand.
+// The CPU walker's passes over gradients alone: their norm, and clipping in place.
 #include "grads.h"
 
 #include "walk.h"
@@ -6,8 +6,8 @@
 namespace fused_optim::FUSED_ISA {
 namespace {
 
-constexpr int kLanes = 32;  // sums side by side: one vector would wait for its own last addition
-constexpr int kRun = 8;     // squares that a lane adds up in float32 before they go into a float64
+constexpr int kLanes = 32;  // independent sums: with one vector each addition would wait for the one before
+constexpr int kRun = 8;     // squares that a lane sums in float32 before it adds them to a float64
 
 template <class G>
 double squares_in_double(const G* x, int count) {
@@ -27,7 +27,7 @@ double squares_in_double(const G* x, int count) {
   return total;
 }
 
-// One run of every lane. Unrolled, `sum` stays in registers.
+// Adds one run of every lane. The loop is unrolled so that `sum` stays in registers.
 template <class G>
 void add_squares(const G* x, double (&part)[kLanes]) {
   float sum[kLanes] = {};
@@ -40,7 +40,7 @@ void add_squares(const G* x, double (&part)[kLanes]) {
 }
 
 void add_squares(const BFloat16* x, double (&part)[kLanes]) {
-  const Pair* pairs = reinterpret_cast<const Pair*>(x);  // auto would forget how it is aligned
+  const Pair* pairs = reinterpret_cast<const Pair*>(x);  // auto would drop Pair's alignment attribute
   float sum[kLanes] = {};
 #pragma GCC unroll 8
   for (int i = 0; i < kLanes * kRun / 2; i += kLanes) {
@@ -68,14 +68,15 @@ void add_squares(const Float16* x, double (&part)[kLanes]) {
 }
 #endif
 
-// Mostly in float32, which takes half the instructions; kRun roundings of 2**-24 are lost in that of the norm.
+// Sums mostly in float32, which takes half the instructions. Each run has kRun roundings of relative size 2**-24, which
+// do not matter for a norm in float32.
 template <class G>
 double squares_in(const G* x, int count) {
   const int done = count - count % (kLanes * kRun);
   double part[kLanes] = {}, total = 0.0;
   for (int i = 0; i < done; i += kLanes * kRun) add_squares(x + i, part);
   for (double sum : part) total += sum;
-  // A square may lie outside of float32's range, and all of them below it: no gradient is lost to that.
+  // Squares can overflow or underflow float32. Then the sum is computed again in float64.
   if (!(total > 1e-27 && total < 1e38)) total = squares_in_double(x, done);
   return total + squares_in_double(x + done, count - done);
 }
@@ -88,7 +89,7 @@ double squares_of(const Tables& t, int64_t entry) {
   const int64_t* columns = t.rows + row * kRowWidth;
   const int count = static_cast<int>(std::min<int64_t>(kChunk, columns[kRowNumel] - begin));
   const Stream grad = Stream::of_grad(columns, t.grads[row]);
-  const double counted = max_norm > 0.0 ? 1.0 : 0.0;  // 0 makes NaN of what is not finite
+  const double counted = max_norm > 0.0 ? 1.0 : 0.0;  // 0 * inf and 0 * NaN are NaN, so non-finite values count
   if (grad.format == kFloat64)
     return squares_in_double(reinterpret_cast<const double*>(grad.at(begin)), count) * counted;
   double total = 0.0;
@@ -97,7 +98,7 @@ double squares_of(const Tables& t, int64_t entry) {
   return total * counted;
 }
 
-// Where the factor is 1 nothing is read, and nothing written.
+// If the factor is 1, nothing is read or written.
 template <class T, class G>
 void scale_block(T factor, G* grad, int count) {
   if (factor == T(1)) return;
@@ -114,7 +115,7 @@ void scale_block(float factor, Float16* grad, int count) {
 }
 #endif
 
-// One chunk's gradient becomes what clipping makes of it.
+// Clips the gradient of one chunk in place.
 void scale_chunk(const Tables& t, int64_t entry) {
   const int64_t row = row_of(entry), begin = chunk_of(entry) * kChunk;
   if (t.grads[row] == 0) return;
@@ -135,7 +136,7 @@ double squares(const Tables& t, int threads) {
     for (int64_t i = first; i < end; ++i) t.partials[i] = squares_of(t, t.chunk_table[i]);
   });
   double total = 0.0;
-  for (int64_t i = 0; i < t.chunks; ++i) total += t.partials[i];  // in this order, whatever the threads did
+  for (int64_t i = 0; i < t.chunks; ++i) total += t.partials[i];  // in a fixed order, so the sum is reproducible
   return total;
 }
 

@@ -1,4 +1,4 @@
-// What the CPU walker has in other files, one set per instruction set; step.h says what they do.
+// Functions of the CPU walker that step.cpp does not define, one set per instruction set. step.h describes them.
 #pragma once
 #include <vector>
 

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kBlock = 1024;  // bytes of each stream between two prefetches, as in a step
 
-// `zero` is 0, which the compiler must not know.
+// `zero` is 0. The compiler must not know this, or it would remove the writes.
 template <int W, int R>
 uint64_t pass(const ProbeSpan& span, int prefetch, uint64_t zero) {
   uint64_t seen = 0;

@@ -1,4 +1,4 @@
-// The CPU walker's entry points, one set per instruction set.
+// The entry points of the CPU walker. There is one CpuWalker per instruction set.
 #pragma once
 #include <vector>
 
@@ -8,17 +8,19 @@
 namespace fused_optim {
 
 struct CpuWalker {
-  // Prep and update for every tensor of `t`, in one parallel region of `threads` threads; of a rule with a trust ratio
-  // the first walk, which leaves `sums`. False when there is no such rule.
+  // Preps and updates every tensor of `t`, in one parallel region of at most `threads` threads. For a rule with a
+  // trust ratio it is the first walk, which writes `sums`. Returns false if there is no such rule.
   bool (*step)(const char* rule, const Tables& t, int threads);
-  // Its second walk: trust ratios from `sums`, and the params. Nothing for other rules.
+  // The second walk of a rule with a trust ratio: computes the ratios from `sums` and updates the params. Does nothing
+  // for other rules. Returns false if there is no such rule.
   bool (*apply_update)(const char* rule, const Tables& t, int threads);
-  // The sum of the squares of all gradients whose groups are clipped, the same to the last bit at every run.
+  // Returns the sum of the squares of all gradients whose groups are clipped. Every run gives the same bits.
   double (*squares)(const Tables& t, int threads);
-  // Multiplies each gradient in place by what clips its group to its bound, with `t.squares` for the norm; leaves those
-  // alone that stay as they are.
+  // Multiplies each gradient in place by the clip coefficient of its group. The norm comes from `t.squares`. Gradients
+  // with a coefficient of 1 are not written.
   void (*scale)(const Tables& t, int threads);
-  // A pass with the reads and writes of a step and no arithmetic. False where there are none or too many streams.
+  // A pass with the reads and writes of a step, without arithmetic. Returns false if `written` or `read` is out of
+  // range.
   bool (*bandwidth_probe)(const std::vector<ProbeSpan>& spans, int written, int read, const ProbePattern& pattern);
 };
 

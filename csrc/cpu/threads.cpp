@@ -13,8 +13,8 @@ namespace {
 constexpr int64_t kPieceChunks = 16;
 constexpr std::memory_order kRelaxed = std::memory_order_relaxed;
 
-// The pieces that each thread still has, first and end in one word, so that owner and thieves change both in one step.
-// What a word says is all that there is to know, so it does not matter how often it has changed in between.
+// The pieces that each thread still has: first and end in one word, so that owner and thieves change both atomically.
+// The word is the whole state of a share, so a compare-exchange is correct even if the word changed and changed back.
 class Shares {
  public:
   Shares(int64_t pieces, int threads, Order order)
@@ -22,7 +22,7 @@ class Shares {
     for (int64_t i = 0; i < threads; ++i) shares_[i].left = pack(begin_of(i), begin_of(i + 1));
   }
 
-  // The next piece for that thread, -1 where all are taken.
+  // The next piece for a thread, or -1 if all are taken.
   int64_t take(int thread) {
     std::atomic<uint64_t>& own = shares_[thread].left;
     uint64_t left = own.load(kRelaxed);
@@ -33,7 +33,7 @@ class Shares {
   }
 
  private:
-  struct alignas(64) Share {  // a cache line each
+  struct alignas(64) Share {  // one cache line per share
     std::atomic<uint64_t> left;
   };
 
@@ -57,7 +57,7 @@ class Shares {
     }
   }
 
-  // Backward, each thread's first share is mirrored.
+  // For kBackward the pieces are mirrored within each thread's initial share.
   int64_t place(int64_t piece) const {
     if (order_ == Order::kForward) return piece;
     const int64_t share = ((piece + 1) * threads_ - 1) / pieces_;
@@ -73,11 +73,11 @@ class Shares {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-// Whether the other threads are worth waiting for. Where another process keeps one of the cores busy, a thread begins
-// late by a time slice or two, many times what it saves in a small pass, and OpenMP has a region end with the last of
-// its threads. So after a late end the caller goes alone until that has cost as much as the wait did; twice as long
-// after the next one that is late, and so on. What was learnt so fades with ends in time. Of the whole process; in
-// seconds.
+// Decides whether a pass uses the other threads, from the times that the calling thread had to wait for them. If
+// another process keeps a core busy, a thread begins one or two time slices late. This is many times what the thread
+// saves in a small pass, and an OpenMP region ends only with its last thread. So after a late end the calling thread
+// works alone until this has cost as much as the wait. Each further late end doubles that limit, and ends in time
+// reduce it again. One instance serves the whole process. Times are in seconds.
 class Lateness {
  public:
   bool alone(int64_t pieces, int threads) const {
@@ -89,7 +89,7 @@ class Lateness {
     debt_.store(debt_.load(kRelaxed) - saved(pieces, threads), kRelaxed);
   }
 
-  // The caller has done `own` of the pieces in so many seconds, and waited for the others.
+  // The calling thread did `own` of the pieces in `seconds` and then waited for the others.
   void went_together(int64_t pieces, int threads, int64_t own, double seconds, double waited) {
     if (own > 0) piece_.store(seconds / static_cast<double>(own), kRelaxed);
     const bool late = waited > saved(pieces, threads);
@@ -103,7 +103,7 @@ class Lateness {
  private:
   static constexpr double kLeastPatience = 0.5, kMostPatience = 16.0;
 
-  // By all threads together, going by what a piece took last.
+  // The time that all threads together save, estimated from the last time per piece.
   double saved(int64_t pieces, int threads) const {
     return piece_.load(kRelaxed) * static_cast<double>(pieces) * (threads - 1) / threads;
   }
@@ -116,7 +116,7 @@ Lateness lateness;
 }  // namespace
 
 int threads_for(int64_t elements, int64_t chunks, int most) {
-  return elements + 64 * chunks < 32768 ? 1 : most;  // a chunk costs some 64 elements before its first one
+  return elements + 64 * chunks < 32768 ? 1 : most;  // the overhead of a chunk is about the time of 64 elements
 }
 
 int64_t chunks_per_piece(int64_t chunks, int threads) {

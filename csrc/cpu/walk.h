@@ -1,4 +1,4 @@
-// How the CPU walker's passes go over a table, from all threads.
+// Distributes the chunks and rows of a table over the threads, for all passes of the CPU walker.
 #pragma once
 #include <algorithm>
 
@@ -10,7 +10,8 @@
 namespace fused_optim::FUSED_ISA {
 namespace {
 
-// Calls walk(t, first, end) for all chunks of the table, a few neighbours at a time, from all threads.
+// Calls walk(t, first, end) for ranges of consecutive chunks that together are all chunks of the table, from all
+// threads.
 template <class F>
 void walk_chunks(const Tables& t, int threads, Order order, const F& walk) {
   const int64_t per_piece = chunks_per_piece(t.chunks, threads);
@@ -19,12 +20,12 @@ void walk_chunks(const Tables& t, int threads, Order order, const F& walk) {
              [](const void* context, int64_t piece) { (*static_cast<const decltype(work)*>(context))(piece); }, &work);
 }
 
-// The same, and before that open(row, memo) once for every row, by the thread that needs it: no other one waits. Only
-// rows that several pieces share are opened before all.
+// Like walk_chunks, but calls open(row, memo) once for every row before its chunks are walked. The thread that walks a
+// row opens it, so no thread waits for another. Rows that span several pieces are opened first, by the calling thread.
 template <class Open, class F>
 void walk_rows(const Tables& t, int threads, Order order, const Open& open, const F& walk) {
   const int64_t per_piece = chunks_per_piece(t.chunks, threads);
-  const auto shared = [&](int64_t chunk) {  // whether the row of the chunk before goes on here
+  const auto shared = [&](int64_t chunk) {  // whether this chunk and the one before belong to the same row
     return chunk < t.chunks && row_of(t.chunk_table[chunk - 1]) == row_of(t.chunk_table[chunk]);
   };
   BiasCorrections memo{};
@@ -37,7 +38,8 @@ void walk_rows(const Tables& t, int threads, Order order, const Open& open, cons
   }
   walk_chunks(t, threads, order, [&](const Tables&, int64_t first, int64_t end) {
     BiasCorrections own = memo;
-    // Those that begin here, and those without elements before them.
+    // Opens the rows that begin in this piece and are not opened yet. Rows without elements have no chunks: the piece
+    // with the next row's first chunk opens them, or the last piece.
     const int64_t end_row = end == t.chunks ? t.tensors : row_of(t.chunk_table[end - 1]) + !shared(end);
     for (int64_t row = first == 0 ? 0 : row_of(t.chunk_table[first - 1]) + 1; row < end_row; ++row) open(row, own);
     walk(t, first, end);

@@ -1,4 +1,4 @@
-// The module of the CUDA kernels.
+// The Python module of the CUDA kernels.
 #include "../bindings.h"
 
 #include "step.h"
@@ -12,7 +12,7 @@ void require_launched(int error, const std::string& rule) {
     throw std::runtime_error(std::string("the CUDA step could not be launched: ") + cuda_error_text(error));
 }
 
-// A launch waits where the device's queue is full.
+// A launch blocks while the device's queue is full, so it runs without the GIL.
 template <class F>
 int without_gil(F&& launch) {
   py::gil_scoped_release release;

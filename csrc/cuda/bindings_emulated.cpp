@@ -1,4 +1,4 @@
-// The module of the CUDA kernels as the CPU runs them.
+// The Python module of the emulated CUDA kernels.
 #include "../bindings.h"
 #include "step.h"
 

@@ -1,8 +1,8 @@
-// The CUDA kernels on the CPU: g++ compiles their very lines, and loops stand in for blocks and threads. Slow, and
-// meant for tests: it proves indices, alignment and memory where no GPU is.
+// Runs the CUDA kernels on the CPU. g++ compiles the same source, and loops replace blocks and threads. It is slow and
+// meant for tests: it checks indices, alignment and memory accesses on machines without a GPU.
 #define __global__ static
 #define __device__ static
-#define __shared__  // a block's own variables, nothing in them at its start
+#define __shared__  // becomes a local variable of the block, uninitialized as on a GPU
 #define __launch_bounds__(...)
 
 namespace fused_optim {
@@ -15,7 +15,7 @@ static thread_local Index blockIdx, blockDim;
 template <int kCount, class F>
 void each_thread(F&& share);
 
-// All shares of one phase are done before the next begins.
+// The next phase begins after all shares of this one are done, as with __syncthreads().
 template <int kCount, class F>
 void then_each_thread(F&& share) {
   each_thread<kCount>(share);
@@ -29,7 +29,8 @@ void then_each_thread(F&& share) {
 
 namespace fused_optim {
 
-// Every other block backwards: no share may count on another one of the same phase being done.
+// Every other block runs its threads in reverse order, so tests detect a share that depends on another one of the same
+// phase.
 template <int kCount, class F>
 void each_thread(F&& share) {
   assert(kCount == blockDim.x);

@@ -11,10 +11,11 @@ namespace fused_optim {
 
 constexpr int kAccess = kAlignment;  // bytes, the widest load and store
 
-// Elements that a thread takes at once of each of so many streams. Eight fill a 16-byte access of every dtype; of more
-// than four streams they would crowd the registers of all kinds, for one kernel serves them all.
-template <class T, int kStreams>
-constexpr int kVector = sizeof(T) == 8 ? 2 : (kStreams <= 4 ? 8 : 4);
+// Elements that a thread takes at once of each of so many streams, whose dtype is kStored, or kAbsent where they
+// differ. Eight fill a 16-byte access of every dtype; of more than four streams they would crowd the registers, but for
+// bfloat16.
+template <class T, int kStored, int kStreams>
+constexpr int kVector = sizeof(T) == 8 ? 2 : (kStreams <= 4 || kStored == kBfloat16 ? 8 : 4);
 
 // One chunk of one tensor of a row.
 struct Stream {

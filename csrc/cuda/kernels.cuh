@@ -10,7 +10,7 @@ namespace fused_optim {
 
 constexpr int kThreads = 128;        // of a block that handles one chunk, or adds up one row
 constexpr int kRowThreads = 32;      // of a block that prepares rows: small ones spread the float64 work over the GPU
-constexpr int kTotalThreads = 1024;  // of the one block that adds up everything
+constexpr int kTotalThreads = 1024;  // of a block that adds up one share of all chunks' sums
 
 // What a pass over the elements of a row does. kUpdate is the whole step of most rules; those with a trust ratio are
 // walked by kUpdateMoments and, once the ratios are known, by kApplyUpdate. kSquares looks at gradients alone.
@@ -81,83 +81,132 @@ FUSED_HD void update_element(const TensorScalars<T>& h, T& param, T grad, T (&st
   else if constexpr (pass == Pass::kApplyUpdate) param = param - h.lr * trusted_update<Rule, T, S>(h, param, state);
 }
 
+// sum + x * x. The square of a float is exact in double, so fma gives the same result with one instruction less.
+template <class T>
+FUSED_HD double plus_square(double sum, T x) {
+  const double wide = x;
+  return sizeof(T) == 4 ? fma(wide, wide, sum) : sum + wide * wide;
+}
+
 // What is summed of one element: its states are those that were stored, of which kApplyUpdate will make the update
 // again.
 template <Pass pass, class Rule, class T, int S>
 FUSED_HD void measure_element(const TensorScalars<T>& h, T param, T grad, const T (&state)[S > 0 ? S : 1], Sums& sums) {
   if constexpr (pass == Pass::kUpdateMoments) {
-    const double value = param, update = trusted_update<Rule, T, S>(h, param, state);
-    sums += {value * value, update * update};
+    sums.values = plus_square(sums.values, param);
+    sums.updates = plus_square(sums.updates, trusted_update<Rule, T, S>(h, param, state));
   } else if constexpr (pass == Pass::kSquares) {
-    const double value = grad;
-    sums.values += value * value;
+    sums.values = plus_square(sums.values, grad);
   }
 }
 
-// One thread's share of one chunk.
-template <Pass pass, class Rule, bool kAverages, class T, int S>
-FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, bool unaligned, int thread) {
+// Whether the update needs the registers of one stream more: a rule with squares among its states takes roots and
+// divides, and an average has to wait for that.
+template <Pass pass, class Rule, bool kAverages>
+constexpr bool crowds() {
+  if constexpr (pass == Pass::kUpdate && kAverages) return Rule::signed_states < Rule::max_states;
+  return false;
+}
+
+// One thread's share of the whole vectors of one chunk. kStored: the dtype of all streams, kAbsent if they differ or
+// have another one. Returns how many elements the vectors of all threads have.
+template <Pass pass, class Rule, bool kAverages, int kStored, class T, int S>
+FUSED_HD int update_vectors(const TensorScalars<T>& h, const Stream (&streams)[kStreamState0 + S + kAverages],
+                            int count, int thread, Sums& sums) {
   constexpr int kAverage = kStreamState0 + S, kStreams = kAverage + kAverages, kPart = kAccess / sizeof(T);
-  constexpr int V = kVector<T, kStreams - (pass == Pass::kApplyUpdate)>;
-  const TensorScalars<T> h = scalars_of<pass, T>(t, row_number), usual = without_small_betas(h);
-  const int64_t* row = t.rows + row_number * kRowWidth;
-  const int64_t signature = row[kRowDtypeSignature], grad = t.grads[row_number];
-  const int64_t begin = chunk * kChunk, left = row[kRowNumel] - begin;
-  const int count = left < kChunk ? static_cast<int>(left) : kChunk;
+  constexpr int V = kVector<T, kStored, kStreams - (pass == Pass::kApplyUpdate) + crowds<pass, Rule, kAverages>()>;
   Stream stream[kStreams];
-  bool all_float32 = true;
   for (int i = 0; i < kStreams; ++i) {
     if (!reads(pass, i)) continue;
-    const int place = i == kAverage ? kStreamEma : i;
-    const int64_t address = i == kStreamGrad ? grad : row[address_column(place)];
-    // With double all are float64. Saying so spares registers, which are short with an average.
-    const Format format = kAverages && sizeof(T) == 8 ? kFloat64 : format_of(signature, place);
-    stream[i] = Stream(address, format, begin);
-    all_float32 = all_float32 && stream[i].format == kFloat32;
+    stream[i] = streams[i];
+    if (kStored != kAbsent) stream[i].format = static_cast<Format>(kStored);
   }
-  // `unaligned` speaks of param, states and average.
-  const bool aligned = !(reads(pass, kStreamParam) && unaligned) && !(reads(pass, kStreamGrad) && grad % kAccess != 0);
-  const bool by_element = !aligned || (pass != Pass::kApplyUpdate && has_small_betas(h));
-  const int vectored = by_element ? 0 : count - count % V;
-  Sums sums{};
-
-  for (int piece = 0; piece < vectored; piece += kThreads * V) {
-    // Neighbouring threads should access neighbouring 16 bytes: float32 tensors among themselves can have it so.
-    const bool spread = all_float32 && piece + kThreads * V <= vectored;
-    const int gap = spread ? kThreads * kPart : kPart;
-    const int first = piece + thread * (spread ? kPart : V);
-    if (first >= vectored) break;
-    Pack<T, V> pack[kStreams];
-    T x[kStreams][V];
-    // All loads before the first use of any.
+  const int vectored = count - count % V;
+  Pack<T, V> pack[kStreams];
+  const auto load_all = [&](int first, int gap) {
     for (int i = 0; i < kStreams; ++i) {
       if (reads(pass, i)) load(stream[i], first, gap, pack[i]);
     }
+  };
+  // bfloat16: the loads of the next iteration are issued before the arithmetic of this one, if registers suffice.
+  constexpr bool kAhead = kStored == kBfloat16 && pass != Pass::kSquares && !kAverages && kStreams <= 4;
+  if (kAhead && thread * V < vectored) load_all(thread * V, kPart);
+
+  for (int piece = 0; piece < vectored; piece += kThreads * V) {
+    // Neighbouring threads should access neighbouring 16 bytes: float32 tensors among themselves can have it so.
+    const bool spread = kStored == kFloat32 && piece + kThreads * V <= vectored;
+    const int gap = spread ? kThreads * kPart : kPart;
+    const int first = piece + thread * (spread ? kPart : V);
+    if (first >= vectored) break;
+    T x[kStreams][V];
+    // All loads before the first use of any.
+    if (!kAhead) load_all(first, gap);
     for (int i = 0; i < kStreams; ++i) {
       if (reads(pass, i)) unpack(pack[i], stream[i].format, x[i]);
     }
+    // The last iteration loads its own vectors again, from the cache, and nobody uses them: a condition on these loads
+    // would cost an instruction per word.
+    if (kAhead) load_all(first + kThreads * V < vectored ? first + kThreads * V : first, gap);
     for (int v = 0; v < V; ++v) {
       T state[S > 0 ? S : 1];
       for (int s = 0; s < S; ++s) state[s] = x[kStreamState0 + s][v];
-      update_element<pass, Rule, T, S>(usual, x[kStreamParam][v], x[kStreamGrad][v], state);
+      update_element<pass, Rule, T, S>(without_small_betas(h), x[kStreamParam][v], x[kStreamGrad][v], state);
       for (int s = 0; s < S; ++s) x[kStreamState0 + s][v] = state[s];
     }
     for (int i = 0; i < kAverage; ++i) {
       if (!writes(pass, i)) continue;
-      pack_up(x[i], stream[i].format, pack[i]);
-      store(stream[i], first, gap, pack[i]);
-      if (sums_up(pass) || (kAverages && i == kStreamParam)) unpack(pack[i], stream[i].format, x[i]);
+      Pack<T, V> stored;
+      pack_up(x[i], stream[i].format, stored);
+      store(stream[i], first, gap, stored);
+      if (sums_up(pass) || (kAverages && i == kStreamParam)) unpack(stored, stream[i].format, x[i]);
     }
     if constexpr (kAverages) {
       for (int v = 0; v < V; ++v) x[kAverage][v] = averaged(h, x[kAverage][v], x[kStreamParam][v]);
-      pack_up(x[kAverage], stream[kAverage].format, pack[kAverage]);
-      store(stream[kAverage], first, gap, pack[kAverage]);
+      Pack<T, V> stored;
+      pack_up(x[kAverage], stream[kAverage].format, stored);
+      store(stream[kAverage], first, gap, stored);
     }
     for (int v = 0; v < V; ++v) {
       T state[S > 0 ? S : 1];
       for (int s = 0; s < S; ++s) state[s] = x[kStreamState0 + s][v];
       measure_element<pass, Rule, T, S>(h, x[kStreamParam][v], x[kStreamGrad][v], state, sums);
     }
+  }
+  return vectored;
+}
+
+// One thread's share of one chunk.
+template <Pass pass, class Rule, bool kAverages, class T, int S>
+FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, bool unaligned, int thread) {
+  constexpr int kAverage = kStreamState0 + S, kStreams = kAverage + kAverages;
+  const TensorScalars<T> h = scalars_of<pass, T>(t, row_number);
+  const int64_t* row = t.rows + row_number * kRowWidth;
+  const int64_t signature = row[kRowDtypeSignature], grad = t.grads[row_number];
+  const int64_t begin = chunk * kChunk, left = row[kRowNumel] - begin;
+  const int count = left < kChunk ? static_cast<int>(left) : kChunk;
+  Stream stream[kStreams];
+  bool all_float32 = true, all_bfloat16 = true;
+  for (int i = 0; i < kStreams; ++i) {
+    if (!reads(pass, i)) continue;
+    const int place = i == kAverage ? kStreamEma : i;
+    const int64_t address = i == kStreamGrad ? grad : row[address_column(place)];
+    // With double all are float64. Saying so spares registers, which are short with an average.
+    stream[i] = Stream(address, kAverages && sizeof(T) == 8 ? kFloat64 : format_of(signature, place), begin);
+    all_float32 = all_float32 && stream[i].format == kFloat32;
+    all_bfloat16 = all_bfloat16 && stream[i].format == kBfloat16;
+  }
+  // `unaligned` speaks of param, states and average.
+  const bool aligned = !(reads(pass, kStreamParam) && unaligned) && !(reads(pass, kStreamGrad) && grad % kAccess != 0);
+  Sums sums{};
+  const bool by_vectors = aligned && !(pass != Pass::kApplyUpdate && has_small_betas(h));
+  int vectored = 0;
+  // The usual dtypes have loops of their own, without branches on dtypes.
+  if constexpr (sizeof(T) == 8) {
+    if (by_vectors) vectored = update_vectors<pass, Rule, kAverages, kFloat64, T, S>(h, stream, count, thread, sums);
+  } else if (by_vectors) {
+    vectored = all_float32    ? update_vectors<pass, Rule, kAverages, kFloat32, T, S>(h, stream, count, thread, sums)
+               : all_bfloat16 ? update_vectors<pass, Rule, kAverages, kBfloat16, T, S>(h, stream, count, thread, sums)
+                              : update_vectors<pass, Rule, kAverages, kAbsent, T, S>(h, stream, count, thread, sums);
   }
 
   for (int element = vectored + thread; element < count; element += kThreads) {
@@ -279,15 +328,18 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(Tables t) {
   add_up(part, [&](double sum) { t.partials[blockIdx.x] = sum * counted; });
 }
 
-// From the sums over chunks to that over all, by one block.
-__global__ void __launch_bounds__(kTotalThreads) total_kernel(Tables t, double* out) {
+// Adds up numbers, kShare of them per block: out[i] is the sum of share i. The order of the additions is the same on
+// every GPU: thread t adds the share's numbers t, t + kTotalThreads, ... to 0 in this order; then add_up adds the
+// threads' sums in pairs.
+__global__ void __launch_bounds__(kTotalThreads) total_kernel(const double* numbers, int64_t count, double* out) {
   __shared__ double part[kTotalThreads];
+  const int64_t first = int64_t{blockIdx.x} * kShare;
   each_thread<kTotalThreads>([&](int thread) {
     double sum = 0.0;
-    for (int64_t i = thread; i < t.chunks; i += kTotalThreads) sum += t.partials[i];
+    for (int i = thread; i < kShare; i += kTotalThreads) sum += first + i < count ? numbers[first + i] : 0.0;
     part[thread] = sum;
   });
-  add_up(part, [&](double sum) { *out = sum; });
+  add_up(part, [&](double sum) { out[blockIdx.x] = sum; });
 }
 
 inline int64_t row_blocks(const Tables& t) { return (t.tensors + kRowThreads - 1) / kRowThreads; }
@@ -317,7 +369,16 @@ void launch_apply_update(const Tables& t, Launch&& launch) {
 template <class Launch>
 void launch_squares(const Tables& t, double* out, Launch&& launch) {
   launch(squares_kernel, t.chunks, kThreads, t);
-  launch(total_kernel, int64_t{1}, kTotalThreads, t, out);
+  // The sums of shares are stored after their numbers. They are added up in turn until one share is left.
+  const double* numbers = t.partials;
+  int64_t count = t.chunks;
+  for (double* sums = t.partials + count; count > kShare; sums += count) {
+    const int64_t shares = (count + kShare - 1) / kShare;
+    launch(total_kernel, shares, kTotalThreads, numbers, count, sums);
+    numbers = sums;
+    count = shares;
+  }
+  launch(total_kernel, int64_t{1}, kTotalThreads, numbers, count, out);
 }
 
 }  // namespace fused_optim

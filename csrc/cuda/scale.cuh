@@ -1,21 +1,21 @@
-// Clipping gradients where they stand. Compiled twice, as kernels.cuh.
+// Clips gradients in place. Compiled by nvcc, and by g++ for the emulation, like kernels.cuh.
 #pragma once
 #include "kernels.cuh"
 
 namespace fused_optim {
 
-// One thread's share of one chunk's gradient. Where the factor is 1 nothing is read, and nothing written.
+// One thread's share of one chunk's gradient. If the factor is 1, no gradient is read or written.
 template <class T>
 FUSED_HD void scale_chunk(const Tables& t, int64_t row, int64_t chunk, T factor, int thread) {
   if (factor == T(1)) return;
-  constexpr int V = kVector<T, 0>, kPart = kAccess / sizeof(T);
+  constexpr int V = kVector<T, kAbsent, 1>, kPart = kAccess / sizeof(T);
   const int64_t address = t.grads[row], begin = chunk * kChunk, left = t.rows[row * kRowWidth + kRowNumel] - begin;
   const int count = left < kChunk ? static_cast<int>(left) : kChunk;
   const Stream grad(address, format_of(t.rows[row * kRowWidth + kRowDtypeSignature], kStreamGrad), begin);
   const int vectored = address % kAccess == 0 ? count - count % V : 0;
 
   for (int piece = 0; piece < vectored; piece += kThreads * V) {
-    // Neighbouring threads should access neighbouring 16 bytes: float32 can have it so.
+    // Neighbouring threads should access neighbouring 16 bytes. For whole blocks of float32, `gap` makes that possible.
     const bool spread = grad.format == kFloat32 && piece + kThreads * V <= vectored;
     const int gap = spread ? kThreads * kPart : kPart;
     const int first = piece + thread * (spread ? kPart : V);

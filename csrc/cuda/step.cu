@@ -1,4 +1,4 @@
-// Launches the CUDA walker. No torch here: nvcc alone compiles this file, on any machine.
+// Launches the CUDA walker. This file does not include torch, so nvcc alone compiles it, also without a GPU.
 #include <cuda_runtime.h>
 
 #include "kernels.cuh"
@@ -8,7 +8,7 @@
 namespace fused_optim {
 namespace {
 
-// Makes `device` current and gives the former one back at the end of the scope.
+// Makes `device` current and restores the previous device at the end of the scope.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) : error_(cudaGetDevice(&former_)) {
@@ -25,13 +25,14 @@ class DeviceGuard {
   cudaError_t error_;
 };
 
-// Queues on `stream` the kernels that `queue` hands to the launcher it is given.
+// Calls queue(launch), where `launch` queues a kernel on `stream`.
 template <class F>
 cudaError_t queue_on(void* stream, int device, F&& queue) {
   DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return guard.error();
   queue([&](auto* kernel, int64_t blocks, int threads, const auto&... arguments) {
-    // A table may be empty, and a list of empty tensors has rows, whose steps advance, and no chunks.
+    // CUDA refuses a grid of 0 blocks. An empty table has no rows. A table of empty tensors has rows, whose steps
+    // advance, but no chunks.
     if (blocks != 0)
       kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
   });

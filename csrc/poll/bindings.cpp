@@ -1,4 +1,4 @@
-// The module of the look before each step.
+// The module of the change detector that reads tensors through DLPack.
 #include "../bindings.h"
 
 #include "change_detector.h"
@@ -7,7 +7,7 @@ namespace fused_optim {
 
 PYBIND11_MODULE(_poll, m) {
   add_identity(m);
-  // Throws where this torch does not have what the look calls.
+  // Throws if this torch lacks something that the change detector calls.
   m.def("check", [] {
     exchange();
     Getter{"grad"};

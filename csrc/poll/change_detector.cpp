@@ -7,7 +7,7 @@
 namespace fused_optim {
 namespace {
 
-// Rare cases are left to Python.
+// A function of the package, for rare cases that are handled in Python.
 py::object python(const char* module, const char* function) {
   return py::module_::import((std::string("fused_optim.engine.") + module).c_str()).attr(function);
 }
@@ -22,7 +22,8 @@ Hint hint_of(py::handle tensor) {
 
 void prefetch_tensor(const Hint& hint) {
   __builtin_prefetch(hint.object);
-  // torch's TensorImpl has three lines or four: the storage stands near its begin, numel, dtype and flags near its end.
+  // torch's TensorImpl spans three or four cache lines: the storage is near its start; numel, dtype and flags are near
+  // its end.
   prefetch_lines(static_cast<const char*>(hint.impl), 4);
   __builtin_prefetch(static_cast<const char*>(hint.storage) + 16);
 }
@@ -61,7 +62,7 @@ void ChangeDetector::add_pending(py::object param) { pending_.push_back(std::mov
 
 void ChangeDetector::add_row(py::object param, py::object target, py::dict state, py::object grad_dtype,
                              py::object grads, int64_t number) {
-  WatchedRow row{};
+  PolledRow row{};
   row.param = param.ptr();
   row.grad_slot = static_cast<int64_t*>(described(grads).data) + number;
   row.grad_dtype = type_of(grad_dtype);
@@ -85,7 +86,8 @@ void ChangeDetector::add_row(py::object param, py::object target, py::dict state
   stepped_ = py::none();
 }
 
-// Where these sizes and strides stand; a tensor's states mostly have those of its param.
+// The position of these sizes and strides in layouts_. The guess is the layout of the tensor before, because states
+// usually have the layout of their param.
 size_t ChangeDetector::add_layout(const DlTensor& tensor, size_t guess) {
   const size_t bytes = tensor.ndim * sizeof(int64_t), end = guess + 2 * tensor.ndim;
   if (tensor.ndim == 0) return 0;
@@ -138,7 +140,7 @@ int ChangeDetector::poll() {
   for (size_t ahead = 0; ahead < kAhead; ++ahead) prefetch(ahead);
   for (size_t number = 0; number < rows_.size(); ++number) {
     prefetch(number + kAhead);
-    WatchedRow& row = rows_[number];
+    PolledRow& row = rows_[number];
     if (!states_.poll(number) || !poll_places(row) || !poll_grad(row, answer)) return kRebuild;
   }
   return answer;
@@ -146,22 +148,23 @@ int ChangeDetector::poll() {
 
 void ChangeDetector::prefetch(size_t number) const {
   if (number >= rows_.size()) return;
-  const WatchedRow& row = rows_[number];
+  const PolledRow& row = rows_[number];
   for (int i = 0; i < row.places; ++i) prefetch_tensor(places_[row.first_place + i].hint);
   prefetch_tensor(row.grad);
   states_.prefetch(number);
 }
 
-bool ChangeDetector::poll_places(const WatchedRow& row) const {
+bool ChangeDetector::poll_places(const PolledRow& row) const {
   for (int i = 0; i < row.places; ++i) {
     if (!same(places_[row.first_place + i])) return false;
   }
   return true;
 }
 
-// The shard of a gradient that goes with the param's. Gradients come as DTensors made anew, but their specs are mostly
-// the same objects. Python handles shards that are still being communicated or have other placements.
-py::object ChangeDetector::shard_of_grad(WatchedRow& row, py::object grad) const {
+// The shard of a gradient that matches the param's shard; None if the gradient does not match. Gradients are new
+// DTensors at every step, but their specs are usually the same objects. Python handles shards that are still being
+// communicated or have other placements.
+py::object ChangeDetector::shard_of_grad(PolledRow& row, py::object grad) const {
   const py::object spec = attribute(grad.ptr(), name_of_spec());
   const py::object shard = attribute(grad.ptr(), name_of_shard());
   if (spec.ptr() == row.spec.ptr() && Py_TYPE(shard.ptr()) == Py_TYPE(row.target.ptr())) return shard;
@@ -177,12 +180,12 @@ py::object ChangeDetector::shard_of_grad(WatchedRow& row, py::object grad) const
 // Whether the numbers in memory are the tensor's values.
 bool ChangeDetector::plain(PyObject* tensor, const DlTensor& seen) const {
   if ((seen.dtype.code == kDlComplex && is_conj_(tensor)) || is_neg_(tensor)) return false;
-  return seen.data != nullptr || has_no_elements(seen);  // else a zero tensor of torch's, which has no memory
+  return seen.data != nullptr || has_no_elements(seen);  // else it is one of torch's zero tensors, without memory
 }
 
-// Whether its elements lie in memory as the target's. Strides along dimensions of one element say nothing, and none do
-// where there is no element.
-bool ChangeDetector::fits_target(const WatchedRow& row, const DlTensor& grad) const {
+// Whether a gradient has the memory layout of the target. Strides of dimensions with one element do not matter, nor do
+// any strides of a tensor without elements.
+bool ChangeDetector::fits_target(const PolledRow& row, const DlTensor& grad) const {
   const int64_t* strides = layouts_.data() + row.layout + row.ndim;
   bool same = true;
   for (int d = 0; d < row.ndim; ++d) {
@@ -192,7 +195,7 @@ bool ChangeDetector::fits_target(const WatchedRow& row, const DlTensor& grad) co
   return same;
 }
 
-bool ChangeDetector::poll_grad(WatchedRow& row, int& answer) {
+bool ChangeDetector::poll_grad(PolledRow& row, int& answer) {
   py::object grad = grad_(row.param);
   int64_t address = 0;
   DlTensor seen{};
@@ -222,7 +225,7 @@ bool ChangeDetector::poll_grad(WatchedRow& row, int& answer) {
   }
   if (*row.grad_slot != address) {
     if ((*row.grad_slot == 0) != (address == 0)) stepped_ = py::none();
-    // torch keeps a tensor's sizes inside of its TensorImpl, behind the first line.
+    // torch stores a tensor's sizes inside its TensorImpl, after the first cache line.
     if (address != 0) row.grad = {grad.ptr(), reinterpret_cast<const char*>(seen.shape) - 72, nullptr};
     *row.grad_slot = address;
     answer |= kGradsMoved;
@@ -238,7 +241,7 @@ void ChangeDetector::done() {
     const auto add = [&](py::handle tensor) {
       if (!tensor.attr("is_inference")().cast<bool>()) params.append(tensor);
     };
-    for (const WatchedRow& row : rows_) {
+    for (const PolledRow& row : rows_) {
       if (*row.grad_slot != 0) add(row.param);
     }
     for (const Shard& entry : states_.shards()) add(entry.shard);

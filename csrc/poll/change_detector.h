@@ -1,4 +1,5 @@
-// The look before each step: has anything moved since the tables were built, and where do the gradients lie now?
+// The change detector. Before each step it is polled for what changed since the tables were built, and writes the
+// addresses of the gradients.
 #pragma once
 #include <vector>
 
@@ -9,8 +10,9 @@
 
 namespace fused_optim {
 
-// Where torch keeps what a tensor's Python object points to. These addresses are asked for some rows ahead and never
-// read: a stale one costs nothing, but one cache miss after the other would cost more than the whole step.
+// The addresses of a tensor's Python object and of torch's objects behind it. They are only prefetched, some rows
+// ahead, and never read, so a stale address is harmless. Without prefetches, dependent cache misses would cost more
+// than the whole step.
 struct Hint {
   const void *object, *impl, *storage;
 };
@@ -26,10 +28,10 @@ struct Place {
 };
 
 // One row of the table.
-struct WatchedRow {
+struct PolledRow {
   PyObject* param;
-  py::object target;   // the memory that the kernel updates: the param, or its dense copy where the param has holes
-  int64_t* grad_slot;  // this row's place in a table's `grads`
+  py::object target;   // the tensor that the kernel updates: the param, its shard, or a dense copy
+  int64_t* grad_slot;  // this row's entry in a table's `grads`
   DlType grad_dtype;
   DlDevice device;
   int first_place;  // in `places_`: the param, then the tensors among its states
@@ -38,50 +40,50 @@ struct WatchedRow {
   size_t layout;  // in `layouts_`: shape and strides of the target
   Hint grad;      // of the last gradient
   PyTypeObject* param_type;
-  bool spread;      // the param is a DTensor
-  py::object spec;  // of the last gradient that was spread as the param is
+  bool spread;      // whether the param is a DTensor
+  py::object spec;  // the _spec of the last gradient with the param's placements
 };
 
 class ChangeDetector {
  public:
-  // columns, deciding, raw, lr: as GroupChanges has them.
+  // columns, deciding, raw, lr: as in GroupChanges.
   ChangeDetector(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns,
                  const std::vector<std::string>& deciding, py::object raw, py::object lr);
 
-  // `pending` params have had no gradient yet; the first one to get one asks for new tables.
+  // Adds a param that has had no gradient yet. When it gets one, new tables are needed.
   void add_pending(py::object param);
-  // The row's place in `grads` (int64, host) gets the address of its gradient, of this dtype. Of DTensors it is the
-  // shards that are looked at. BufferError: torch cannot describe one of them by DLPack.
+  // Adds a row. Its entry in `grads` (int64, host) gets the address of its gradient, which must have the dtype
+  // grad_dtype. For DTensors, shards are compared. Throws BufferError if torch cannot describe a tensor by DLPack.
   void add_row(py::object param, py::object target, py::dict state, py::object grad_dtype, py::object grads,
                int64_t row);
 
-  // Reads groups, params, states and gradients; writes raw, lr and the grad slots. Returns Answers, added up.
+  // Reads groups, params, states and gradients. Writes raw, lr and the grad slots. Returns Answer flags.
   int poll();
 
-  // After a step: lets the gradients go, and tells autograd that the params have changed.
+  // Call this after a step: releases the gradients, and increments the versions of the stepped params for autograd.
   void done();
 
  private:
   void add_place(py::handle tensor);
   size_t add_layout(const DlTensor& tensor, size_t guess);
-  bool poll_places(const WatchedRow& row) const;
+  bool poll_places(const PolledRow& row) const;
   bool same(const Place& place) const;
   void prefetch(size_t row) const;
-  bool poll_grad(WatchedRow& row, int& answer);
-  bool fits_target(const WatchedRow& row, const DlTensor& grad) const;
+  bool poll_grad(PolledRow& row, int& answer);
+  bool fits_target(const PolledRow& row, const DlTensor& grad) const;
   bool plain(PyObject* tensor, const DlTensor& seen) const;
   int bits_of(PyObject* tensor, DlType dtype) const;
-  py::object shard_of_grad(WatchedRow& row, py::object grad) const;
+  py::object shard_of_grad(PolledRow& row, py::object grad) const;
 
   GroupChanges groups_;
   StateChanges states_;
-  std::vector<WatchedRow> rows_;
+  std::vector<PolledRow> rows_;
   std::vector<Place> places_;
   std::vector<int64_t> layouts_;
-  std::vector<py::object> alive_;  // all that the raw pointers point to
+  std::vector<py::object> alive_;  // keeps the objects of the raw pointers alive
   std::vector<py::object> pending_;
-  std::vector<py::object> held_;  // gradients in use, so that nobody frees them while the GIL is released
-  py::object stepped_;            // a list of the params that have gradients; None where it must be made anew
+  std::vector<py::object> held_;  // gradients in use: no other thread can free them while the GIL is released
+  py::object stepped_;            // the list of params with gradients; None if it must be rebuilt
   Getter grad_{"grad"};
   Question is_conj_{"is_conj"}, is_neg_{"is_neg"};
   py::object tensor_class_, parameter_class_, increment_version_;

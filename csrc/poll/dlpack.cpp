@@ -10,7 +10,7 @@ const DlExchange& exchange() {
     while (header != nullptr && header->major != 1) header = header->previous;
     auto* found = reinterpret_cast<const DlExchange*>(header);
     if (found == nullptr || found->describe == nullptr)
-      throw std::runtime_error("torch's DLPack exchange table is of another major version than 1");
+      throw std::runtime_error("torch's DLPack exchange table has another major version than 1");
     return found;
   }();
   return *table;
@@ -18,7 +18,7 @@ const DlExchange& exchange() {
 
 namespace {
 
-// Of the class that all tensors derive from.
+// The descriptor of an attribute or method of torch's base class of tensors.
 py::object descriptor(const char* name) {
   return py::module_::import("torch").attr("_C").attr("TensorBase").attr(name);
 }
@@ -28,7 +28,7 @@ py::object descriptor(const char* name) {
 Getter::Getter(const char* name) {
   const py::object found = descriptor(name);
   if (Py_TYPE(found.ptr()) != &PyGetSetDescr_Type)
-    throw std::runtime_error(std::string("torch's Tensor.") + name + " is no getter written in C");
+    throw std::runtime_error(std::string("torch's Tensor.") + name + " is not a getter in C");
   const PyGetSetDef* definition = reinterpret_cast<PyGetSetDescrObject*>(found.ptr())->d_getset;
   get_ = definition->get;
   closure_ = definition->closure;
@@ -44,14 +44,14 @@ Question::Question(const char* name) {
   const py::object found = descriptor(name);
   const auto* method = reinterpret_cast<PyMethodDescrObject*>(found.ptr());
   if (Py_TYPE(found.ptr()) != &PyMethodDescr_Type || method->d_method->ml_flags != METH_NOARGS)
-    throw std::runtime_error(std::string("torch's Tensor.") + name + " is no method written in C without arguments");
+    throw std::runtime_error(std::string("torch's Tensor.") + name + " is not a method in C without arguments");
   method_ = method->d_method->ml_meth;
 }
 
 bool Question::operator()(PyObject* tensor) const {
   PyObject* value = method_(tensor, nullptr);
   if (value == nullptr) throw py::error_already_set();
-  Py_DECREF(value);  // True and False outlive this
+  Py_DECREF(value);  // the value is True or False, which are never freed
   return value == Py_True;
 }
 

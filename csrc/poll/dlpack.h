@@ -1,5 +1,5 @@
-// Tensors as DLPack describes them: what torch's exchange table gives, and no header of torch's. The layouts are those
-// of DLPack's specification, version 1 (https://dmlc.github.io/dlpack/latest/c_api.html).
+// Reads tensors through torch's DLPack exchange table, without torch's headers. The structs have the layouts of
+// DLPack's specification, version 1 (https://dmlc.github.io/dlpack/latest/c_api.html).
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -46,10 +46,10 @@ struct DlExchange {
   void* current_stream;
 };
 
-// torch's table. Throws where this torch has none that is known here.
+// torch's exchange table. Throws if this torch has none of version 1.
 const DlExchange& exchange();
 
-// False, without an exception, where torch cannot describe the tensor: it is sparse or on the meta device, say.
+// Returns false, without an exception, if torch cannot describe the tensor, for example a sparse or a meta tensor.
 inline bool describe(PyObject* tensor, DlTensor& out) {
   static const auto function = exchange().describe;
   if (function(tensor, &out) == 0) return true;
@@ -57,12 +57,12 @@ inline bool describe(PyObject* tensor, DlTensor& out) {
   return false;
 }
 
-// What torch's own Python bindings call, looked up once: an attribute by its getter, and a method without arguments. A
-// look makes thousands of these calls, and finding the name again in each type costs as much as the call.
+// An attribute of torch's tensors. The C getter is looked up once, because a poll makes thousands of calls, and a
+// look-up by name costs as much as the call.
 class Getter {
  public:
   explicit Getter(const char* name);
-  // A new reference; throws Python's exception.
+  // Throws Python's exception.
   py::object operator()(PyObject* tensor) const;
 
  private:
@@ -70,6 +70,7 @@ class Getter {
   void* closure_;
 };
 
+// A method of torch's tensors that takes no arguments and returns a bool, looked up once like a Getter.
 class Question {
  public:
   explicit Question(const char* name);

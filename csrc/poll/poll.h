@@ -1,4 +1,4 @@
-// What the looks at groups and at tensors share: their answers, and how they spare themselves cache misses.
+// Shared by the parts of the poll: the answers, and the avoidance of cache misses.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -9,19 +9,19 @@ namespace fused_optim {
 
 namespace py = pybind11;
 
-// What has moved; these add up. kRebuild: the tables are stale, nothing else is meant.
+// What changed, as flags. kRebuild: new tables are needed, and the other flags mean nothing.
 enum Answer { kRebuild = 1, kGradsMoved = 2, kRawChanged = 4 };
 
-// A look passes some thousand tensors at every step, and after a pass over the model all of this has left the caches:
-// hence flat arrays, of what is looked at and no more, and memory that is asked for this many rows or groups ahead.
-constexpr size_t kAhead = 12;
+// A poll reads thousands of tensors at every step, and after a pass over the model none of their data is in the caches.
+// So the poll keeps flat arrays of only what it compares, and prefetches.
+constexpr size_t kAhead = 12;  // prefetch distance in rows or groups
 
 inline void prefetch_lines(const void* object, int lines) {
   for (int line = 0; line < lines; ++line) __builtin_prefetch(static_cast<const char*>(object) + 64 * line);
 }
 
-// A number that changes whenever a dict does (PEP 509): one cache line to look at in place of ten. 0 where this Python
-// has none; the dicts are then compared entry by entry.
+// The version of a dict, which changes whenever the dict does (PEP 509): comparing it reads one cache line instead of
+// ten. 0 if this Python has no versions; dicts are then compared entry by entry.
 #if PY_VERSION_HEX < 0x030E0000 && !defined(Py_GIL_DISABLED)
 constexpr bool kVersions = true;
 #else

@@ -3,7 +3,7 @@
 namespace fused_optim {
 namespace {
 
-// Whether the values of a dict are these objects, in this order.
+// Whether a dict has `count` values and `same(number, value)` holds for each of them, in order.
 template <class Same>
 bool holds(PyObject* dict, size_t count, Same&& same) {
   PyObject *key, *value;
@@ -17,7 +17,7 @@ bool holds(PyObject* dict, size_t count, Same&& same) {
 
 }  // namespace
 
-// Interned once and never released.
+// The strings are interned once and never released.
 PyObject* name_of_shard() {
   static PyObject* const name = PyUnicode_InternFromString("_local_tensor");
   return name;
@@ -61,11 +61,11 @@ bool StateChanges::poll() {
 }
 
 bool StateChanges::poll(size_t row) {
-  Dict& watched = dicts_[row];
-  if (unchanged(watched.dict, watched.version)) return true;
-  watched.version = version_of(watched.dict);
-  PyObject* const* entries = entries_.data() + watched.first;
-  return holds(watched.dict, watched.end - watched.first,
+  Dict& polled = dicts_[row];
+  if (unchanged(polled.dict, polled.version)) return true;
+  polled.version = version_of(polled.dict);
+  PyObject* const* entries = entries_.data() + polled.first;
+  return holds(polled.dict, polled.end - polled.first,
                [&](size_t number, PyObject* value) { return entries[number] == value; });
 }
 

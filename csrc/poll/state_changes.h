@@ -1,4 +1,4 @@
-// The look at optimizer.state: are its dicts, and what they hold, still those that the tables were built for?
+// The part of the poll that compares optimizer.state: its dicts and their values must be those of the tables.
 #pragma once
 #include <vector>
 
@@ -10,7 +10,7 @@ namespace fused_optim {
 PyObject* name_of_shard();
 PyObject* name_of_spec();
 
-// The attribute of that name; throws Python's exception where there is none.
+// An attribute of a Python object. Throws Python's exception if there is none.
 inline py::object attribute(PyObject* object, PyObject* name) {
   PyObject* value = PyObject_GetAttr(object, name);
   if (value == nullptr) throw py::error_already_set();
@@ -26,15 +26,15 @@ class StateChanges {
  public:
   explicit StateChanges(py::dict state);
 
-  // The dict of the next row: optimizer.state[param], or an empty one.
+  // Adds the dict of the next row: optimizer.state[param], or an empty dict.
   void add(py::dict dict);
-  // Remembers the shard of a DTensor, and returns it.
+  // Records the shard of a DTensor and returns it.
   py::handle add_shard(py::handle tensor);
   const std::vector<Shard>& shards() const { return shards_; }
 
-  // Whether optimizer.state has the dicts that it had, and DTensors their shards.
+  // Whether optimizer.state still holds the same dicts, and the DTensors the same shards.
   bool poll();
-  // Whether the dict of a row holds the objects that it held.
+  // Whether the dict of a row still holds the same objects.
   bool poll(size_t row);
   void prefetch(size_t row) const {
     __builtin_prefetch(dicts_[row].dict);
@@ -46,7 +46,7 @@ class StateChanges {
     PyObject* dict;
     uint64_t version;   // when it was last read
     size_t first, end;  // in `entries_`: its values
-    const void* keys;   // where it keeps its own, for prefetches alone
+    const void* keys;   // memory of the dict, only prefetched
   };
 
   py::dict state_;
@@ -55,7 +55,7 @@ class StateChanges {
   std::vector<Dict> dicts_;
   std::vector<PyObject*> entries_;
   std::vector<Shard> shards_;
-  std::vector<py::object> alive_;  // all that the raw pointers point to
+  std::vector<py::object> alive_;  // keeps the objects of the raw pointers alive
 };
 
 }  // namespace fused_optim

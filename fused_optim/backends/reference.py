@@ -1,11 +1,9 @@
-"""The reference backend: prep and the rules in plain PyTorch, one tensor at a time, on any device. Slow, and easy to
+"""The reference backend: prep and the walks in plain PyTorch, one tensor at a time, on any device. Slow, and easy to
 believe."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,112 +12,9 @@ from ..engine.backend import Backend, Scaling
 from ..engine.layout import GroupHparams, TensorScalars, column
 from ..engine.table import Row, Table
 from .formats import load, real_view, store
+from .reference_rules import RULES, BiasCorrections
 
 SKIP = column(TensorScalars, "skip")
-
-
-class BiasCorrections(NamedTuple):
-    """The step of a tensor, counted from 1, and 1 - beta**step of both betas."""
-
-    step: float
-    correction1: float
-    correction2: float
-
-
-# What a rule makes of param, gradient and states: the update to be subtracted, and the new states.
-Update = tuple[Tensor, list[Tensor]]
-
-
-class Arithmetic(NamedTuple):
-    """A rule: its update; what makes its own scalars, own_a to own_d; with a trust ratio the update from the states
-    alone, before lr and decay."""
-
-    update: Callable[[TensorScalars, Tensor, Tensor, list[Tensor]], Update]
-    scalars: Callable[[GroupHparams, BiasCorrections], tuple[float, ...]] | None = None
-    direction: Callable[[TensorScalars, list[Tensor]], Tensor] | None = None
-
-
-# ---- rules
-
-
-def keep(average: Tensor, weight: float, small_beta: float) -> Tensor:
-    """beta * average. Beside a small beta the rounding of 1 - beta is large."""
-    return small_beta * average if small_beta else average - weight * average
-
-
-def averages(h: TensorScalars, grad: Tensor, states: list[Tensor]) -> list[Tensor]:
-    """Running averages of the gradient and its square."""
-    exp_avg = keep(states[0], h.weight1, h.small_beta1) + h.weight1 * grad
-    exp_avg_sq = keep(states[1], h.weight2, h.small_beta2) + h.weight2 * grad * grad
-    # Once the average is inf the line above says inf - inf.
-    return [exp_avg, torch.where(states[1].isinf() & ~grad.isnan(), states[1], exp_avg_sq)]
-
-
-def adam(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
-    """arXiv:1412.6980; with a third state amsgrad (Reddi et al., ICLR 2018)."""
-    exp_avg, exp_avg_sq = averages(h, grad, states)
-    states = [exp_avg, exp_avg_sq, *(torch.maximum(largest, exp_avg_sq) for largest in states[2:])]
-    return h.step_size * (exp_avg / (states[-1].sqrt() * h.denom_scale + h.eps)), states
-
-
-def sgd_scalars(group: GroupHparams, at: BiasCorrections) -> tuple[float, ...]:
-    """Options: beta1 is the momentum; dampening, nesterov."""
-    first = at.step == 1
-    return 1 if first else 1 - group.option_a, 0 if first else group.beta1, group.beta1, group.option_b
-
-
-def sgd(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
-    """torch.optim.SGD. Own: weights of gradient and buffer in the new buffer, momentum, nesterov."""
-    if not states:
-        return h.lr * grad, states
-    buffer = h.own_a * grad if h.own_b == 0 else h.own_b * states[0] + h.own_a * grad
-    return h.lr * (grad + h.own_c * buffer if h.own_d else buffer), [buffer]
-
-
-def qhadam_scalars(group: GroupHparams, at: BiasCorrections) -> tuple[float, ...]:
-    """Options: the two nus."""
-    return 1 - group.option_a, 1 - group.option_b
-
-
-def qhadam(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
-    """arXiv:1810.06801, section 4.2. Own: the weights of the gradient beside the two averages."""
-    exp_avg, exp_avg_sq = averages(h, grad, states)
-    mean = (1 - h.own_a) * (exp_avg * h.debias) + h.own_a * grad
-    mean_sq = (1 - h.own_b) * (exp_avg_sq * h.denom_scale**2) + h.own_b * grad * grad
-    return h.lr * (mean / (mean_sq.sqrt() + h.eps)), [exp_avg, exp_avg_sq]
-
-
-def lion(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
-    """arXiv:2302.06675."""
-    mixed = keep(states[0], h.weight1, h.small_beta1) + h.weight1 * grad
-    return h.lr * mixed.sign(), [keep(states[0], h.weight2, h.small_beta2) + h.weight2 * grad]
-
-
-def lamb_scalars(group: GroupHparams, at: BiasCorrections) -> tuple[float, ...]:
-    """Options: grad_averaging, bias_correction."""
-    correction1, correction2 = (at.correction1, at.correction2) if group.option_b else (1.0, 1.0)
-    return 1 - group.beta1 if group.option_a else 1.0, 1 / correction1, 1 / math.sqrt(correction2)
-
-
-def lamb(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
-    """arXiv:1904.00962 as in NVIDIA Apex. Own: the weight of the gradient in exp_avg; debias and denom_scale, 1 without
-    bias correction."""
-    _, exp_avg_sq = averages(h, grad, states)
-    states = [keep(states[0], h.weight1, h.small_beta1) + h.own_a * grad, exp_avg_sq]
-    return lamb_direction(h, states), states
-
-
-def lamb_direction(h: TensorScalars, states: list[Tensor]) -> Tensor:
-    return states[0] * h.own_b / (states[1].sqrt() * h.own_c + h.eps)
-
-
-RULES = {
-    "adam": Arithmetic(adam),
-    "sgd": Arithmetic(sgd, sgd_scalars),
-    "qhadam": Arithmetic(qhadam, qhadam_scalars),
-    "lion": Arithmetic(lion),
-    "lamb": Arithmetic(lamb, lamb_scalars, lamb_direction),
-}
 
 
 # ---- prep

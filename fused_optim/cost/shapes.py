@@ -1,4 +1,4 @@
-"""Shapes of the params of well-known models: published config numbers, and the shapes that follow from them.
+"""The shapes of the params of well-known models, computed from the numbers in their published configs.
 
 Arguments are called as in the configs. Names, shapes and order of params are those of the implementations.
 """
@@ -79,7 +79,7 @@ def bert(
 
 def gpt2(n_embd: int, n_layer: int, n_positions: int = 1024, vocab_size: int = 50257) -> Shapes:
     """Radford et al., "Language Models are Unsupervised Multitask Learners". Configs: openai-community/gpt2,
-    gpt2-medium, gpt2-large and gpt2-xl on huggingface.co. The output layer is the embedding."""
+    gpt2-medium, gpt2-large and gpt2-xl on huggingface.co. The output layer is tied to the embedding."""
 
     def conv1d(name: str, into: int, out: int) -> Shapes:  # transformers' class; the weight is transposed
         return {f"{name}.weight": (into, out), f"{name}.bias": (out,)}
@@ -102,8 +102,8 @@ def llama(
     vocab_size: int = 128256,
     tie_word_embeddings: bool = False,
 ) -> Shapes:
-    """Llama 3, arXiv:2407.21783. Configs: meta-llama/Llama-3.2-1B, 3.2-3B, 3.1-8B and 3.1-70B on huggingface.co. Tied:
-    the output layer is the embedding."""
+    """Llama 3, arXiv:2407.21783. Configs: meta-llama/Llama-3.2-1B, 3.2-3B, 3.1-8B and 3.1-70B on huggingface.co. With
+    tie_word_embeddings the output layer is tied to the embedding."""
     keys = hidden_size // num_attention_heads * num_key_value_heads
     block: Shapes = {
         "self_attn.q_proj": (hidden_size, hidden_size),

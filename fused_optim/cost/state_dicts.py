@@ -1,4 +1,4 @@
-"""Shapes and dtypes of the params in checkpoint files, as tensors on the meta device: no data is read."""
+"""Reads the shapes and dtypes of the params in checkpoint files, as tensors on the meta device. No data is read."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..engine.table import DTYPE_CODES, real_dtype
 
-WRAPPERS = "state_dict", "model_state_dict", "model", "module", "params"  # where training loops put the model's tensors
-STATISTICS = "running_mean", "running_var"  # what torch's batch norms keep besides params
+WRAPPERS = "state_dict", "model_state_dict", "model", "module", "params"  # keys that training loops save models under
+STATISTICS = "running_mean", "running_var"  # buffers of torch's batch norms
 
-# safetensors' names of the dtypes that optimizers take.
+# The dtypes that optimizers take, by their names in safetensors.
 SAFETENSORS = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -24,20 +24,19 @@ SAFETENSORS = {
     "C64": torch.complex64,
 }
 
-Found = tuple[dict[str, Tensor], list[str]]  # params by name; what was found where, and what was left out
+Found = tuple[dict[str, Tensor], list[str]]  # params by name; notes on where they were and what was left out
 
 
 def read(paths: Sequence[Path]) -> Found:
-    """The params in checkpoint files that belong together, such as the shards of one model.
+    """The params in checkpoint files that together hold one model, such as its shards.
 
-    Files that end in .safetensors are read with the package safetensors, all others with
-    torch.load(weights_only=True), mapped into memory where they are zip archives. Tensors that share all their
-    elements are one param. Tensors that no optimizer here could step are left out. So are the running statistics of
-    batch norms.
+    Files that end in .safetensors are read with the package safetensors. All others are read with
+    torch.load(weights_only=True) and mapped into memory if they are zip archives. Tensors that share all their elements
+    count as one param. Tensors that no optimizer here can step and the running statistics of batch norms are left out.
 
     Raises:
-        ValueError: a file is missing, or is not such a checkpoint, or has several dicts of tensors; or safetensors or
-            numpy is not installed. The message says what was found.
+        ValueError: a file is missing, is not a checkpoint or has several dicts of tensors, or safetensors or numpy is
+            not installed. The message says what was found.
     """
     params: dict[str, Tensor] = {}
     notes: list[str] = []
@@ -54,7 +53,7 @@ def read(paths: Sequence[Path]) -> Found:
         params |= found
         notes += more
     if not params:
-        raise ValueError(f"{', '.join(map(str, paths))}: no param for an optimizer in it. {' '.join(notes)}".rstrip())
+        raise ValueError(f"{', '.join(map(str, paths))}: found no param for an optimizer. {' '.join(notes)}".rstrip())
     return params, notes
 
 
@@ -86,7 +85,7 @@ def read_safetensors(path: Path) -> Found:
 def read_torch(path: Path) -> Found:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # whatever a damaged or foreign file makes of the unpickler
+    except Exception as error:  # on a damaged or foreign file the unpickler can raise any exception
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"{path} must hold a state_dict, saved by torch.save, but torch.load(weights_only=True) says: {reason}"
@@ -97,7 +96,7 @@ def read_torch(path: Path) -> Found:
     if len(candidates) > 1:
         found = ", ".join(f"{len(tensors)} {place(keys)}" for keys, tensors in candidates.items())
         raise ValueError(
-            f"{path} must hold one dict of tensors, but has several: {found}. Save the one that is meant in a file of "
+            f"{path} must hold one dict of tensors, but has several: {found}. Save the dict of the model in a file of "
             "its own"
         )
     ((keys, tensors),) = candidates.items()
@@ -108,7 +107,7 @@ def read_torch(path: Path) -> Found:
     for name, tensor in tensors.items():
         same = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
         if tensor.numel() and first.setdefault(same, name) != name:
-            tied.append(f"{name} is {first[same]} once more.")
+            tied.append(f"Tied: {name} is {first[same]}.")
         elif takes(tensor):
             metas[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     other = {name: str(t.dtype) for name, t in tensors.items() if not takes(t)}
@@ -117,8 +116,8 @@ def read_torch(path: Path) -> Found:
 
 
 def named_tensors(saved: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """The dicts of tensors in a checkpoint, with the keys that lead there. Where one is called as a model's usually is,
-    it alone; never those of an optimizer."""
+    """The dicts of tensors in a checkpoint, each with the keys that lead to it. If a key is in WRAPPERS, only the dicts
+    under this key. The states of optimizers are skipped."""
     if not isinstance(saved, Mapping) or "param_groups" in saved:
         return
     for key in WRAPPERS:
@@ -133,7 +132,7 @@ def named_tensors(saved: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str
 
 
 def takes(tensor: Tensor) -> bool:
-    """Whether an optimizer here would step a param of that dtype."""
+    """Whether the optimizers here can step a param of that dtype."""
     return real_dtype(tensor.dtype) in DTYPE_CODES
 
 
@@ -149,7 +148,8 @@ def outline(saved: Any) -> str:
 
 
 def selected(path: Path, metas: dict[str, Tensor], other: dict[str, str]) -> Found:
-    """other: dtypes of the tensors that no optimizer takes."""
+    """The params without running statistics, and notes on what is left out. other: dtypes of the tensors that no
+    optimizer takes, by name."""
     statistics = [name for name in metas if name.rpartition(".")[2] in STATISTICS]
     notes = []
     if statistics:

@@ -1,4 +1,4 @@
-"""What the engine asks of a backend: `Backend`, which the classes in fused_optim/backends implement."""
+"""The interface between engine and backends: `Backend`, which the classes in fused_optim/backends implement."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from .table import Table
 
 @dataclass(frozen=True)
 class Scaling:
-    """What changes from step to step, a number each on the table's device: float32 grad_scale and found_inf, and
-    float64 `squares`, the sum of the squares of all gradients, where they are to be clipped."""
+    """The inputs of a step that change at every step. Each is one number on the table's device, or None.
+
+    grad_scale: float32; gradients are divided by it. found_inf: float32; the step is skipped if it is not 0. squares:
+    float64, the sum of the squares of all gradients; None: gradients are not clipped.
+    """
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
@@ -28,10 +31,10 @@ class Backend(Protocol):
     """One way to step a table. An instance is bound to one table for as long as that table is used.
 
     name: the value of the option `backend` that chooses it.
-    compiles: whether kernels are compiled or loaded at their first launch on a GPU, which may fail (see trial.py).
+    compiles: whether the first launch on a GPU compiles or loads kernels. That can fail (see trial.py).
     reads_tensors: whether gradients are read as tensors, through table.rows_list, and not by their addresses in
         table.grads.
-    captured: whether a CUDA graph reads the table at every replay.
+    captured: whether a captured CUDA graph reads the table.
     """
 
     name: ClassVar[str]
@@ -50,30 +53,33 @@ class Backend(Protocol):
     @staticmethod
     @abstractmethod
     def why_not(device: torch.device | None) -> str | None:
-        """None where it can step tensors of that device (None: of any device), else the reason."""
+        """The reason why the backend cannot step tensors on this device, or None if it can. device None: asks whether
+        it runs at all."""
 
     def upload(self, changes: int) -> None:
-        """Brings over what has changed since the last step (see changes.py)."""
+        """Copies what has changed since the last step to the table's device. changes: flags of changes.py."""
 
     @abstractmethod
     def sum_squares(self, out: Tensor) -> None:
-        """Writes the sum of the squares of all gradients that are clipped; float64 [1]."""
+        """Writes the sum of the squares of all gradients that are clipped to out, float64 [1]. Gradients of groups with
+        max_norm < 0 add 0, or NaN if they are not finite."""
 
     @abstractmethod
     def step(self, scaling: Scaling) -> None:
-        """The whole step of the table; of a rule with a trust ratio the first walk, which updates the moments."""
+        """The whole step of the table. For a rule with a trust ratio it is the first walk, which updates the
+        moments."""
 
     @abstractmethod
     def apply_update(self) -> None:
-        """The second walk of a rule with a trust ratio, which updates the params. Nothing for other rules."""
+        """The second walk of a rule with a trust ratio, which updates the params. Does nothing for other rules."""
 
     @abstractmethod
     def scale_grads(self, squares: Tensor) -> None:
-        """Multiplies every gradient in place by what clips its group to its bound. Gradients within their bound are not
-        written. squares: the sum over all tables of what sum_squares wrote."""
+        """Multiplies every gradient in place by the clip coefficient of its group. Gradients with a coefficient of 1
+        are not written. squares: the sum of what sum_squares wrote for all tables."""
 
     def release(self) -> None:
-        """No CUDA graph reads the table any longer."""
+        """Called when no CUDA graph reads the table any more."""
 
 
 Tables = Sequence[Backend]

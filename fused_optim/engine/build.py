@@ -77,7 +77,7 @@ def build_states(
             continue
         wanted = rule.states_of(group)
         fresh = match_layout(param, old, wanted)
-        made = make_states(param, fresh, wanted, state_dtype)
+        made = make_states(param, fresh, wanted, state_dtype, rule.starts_of(group))
         fresh.update(made)
         step = match_step(param, _count_of(rule, old, counts.get(param), begun=not made))
         row = make_row(param, fresh, wanted, step, index)

@@ -1,4 +1,5 @@
-"""What optimizers save and load: torch's checkpoints, bit for bit, and states of any dtype besides."""
+"""Saves and loads checkpoints in torch's format. Values are loaded bit for bit; states keep the dtype they were saved
+in."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from .states import numbers_of
 
 
 class _Uncast:
-    """Carries a state through torch's load_state_dict, which would cast it to its param's dtype."""
+    """Wraps a state, so that torch's load_state_dict does not cast it to its param's dtype."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -22,8 +23,8 @@ class _Uncast:
 
 @contextmanager
 def loading(optimizer: Optimizer) -> Iterator[None]:
-    """Inside of it torch's load_state_dict keeps the dtypes of states, and the optimizer's values of options that the
-    saved groups lack. What arrives in __setstate__ must go through `arrived`."""
+    """Context manager for torch's load_state_dict. States keep their dtypes. Options that the saved groups lack keep
+    the optimizer's values. __setstate__ must pass the loaded states to `arrived`."""
 
     def protect(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
         states = {
@@ -49,8 +50,8 @@ def loading(optimizer: Optimizer) -> Iterator[None]:
 
 
 def arrived(states: Mapping[Any, Any], counted: bool) -> None:
-    """Completes loaded states in place, before torch's __setstate__ sees them: it makes a tensor of a `step` that is
-    none."""
+    """Unwraps loaded states in place. Must run before torch's __setstate__, which converts a `step` that is not a
+    tensor. counted: whether states must have a `step`; a missing one becomes 0."""
     for values in states.values():
         if isinstance(values, dict):
             values.update({key: value.tensor for key, value in values.items() if isinstance(value, _Uncast)})
@@ -60,7 +61,7 @@ def arrived(states: Mapping[Any, Any], counted: bool) -> None:
 
 @contextmanager
 def leaving_out(optimizer: Optimizer, keys: Mapping[Tensor, Set[str]]) -> Iterator[None]:
-    """Inside of it state_dict() lacks these states of these params."""
+    """Context manager in which state_dict() leaves states out. keys: the names of the states to leave out, by param."""
 
     def leave_out(_: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
         members = [param for group in optimizer.param_groups for param in group["params"]]
@@ -81,7 +82,10 @@ def leaving_out(optimizer: Optimizer, keys: Mapping[Tensor, Set[str]]) -> Iterat
 
 
 def without_update(steps: Mapping[Tensor, Any]) -> list[Tensor]:
-    """The params that no update has reached yet, because each step was skipped. steps: their counts of updates. Waits
-    for their devices. On meta, where counts have no values, none."""
+    """The params that have had no update yet, because every step was skipped. Waits for their devices. Params on meta
+    are left out, because their counts have no values.
+
+    steps: the counts of updates by param.
+    """
     real = [param for param in steps if param.device.type != "meta"]
     return [param for param, count in zip(real, numbers_of([steps[p] for p in real]), strict=True) if count == 0]

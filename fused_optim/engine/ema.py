@@ -1,4 +1,4 @@
-"""The exponential moving average (EMA) of the weights. A walker updates it right after it has stored the param, so the
+"""The exponential moving average (EMA) of the weights. The step updates it in the same pass as the param, so the
 average needs no pass over memory of its own. Averages are states: optimizer.state[param]["ema"]."""
 
 from __future__ import annotations
@@ -22,25 +22,26 @@ from .table import Row
 Decay = float | Callable[[int], float]
 States = MutableMapping[Tensor, dict[str, Any]]
 
-EMA = "ema"  # key of the average among the states of a param
-STEPS = "ema_steps"  # key in a checkpoint
+EMA = "ema"  # key of the average in a param's state
+STEPS = "ema_steps"  # key of the number of step() calls in a checkpoint
 
 
 def check_decay(decay: Any) -> float:
-    """Raises ValueError unless the decay is a number from 0 to 1."""
+    """Returns the decay as a float. Raises ValueError unless it is a number from 0 to 1."""
     if not isinstance(decay, Real) or not 0.0 <= float(decay) <= 1.0:
         raise ValueError(f"ema_decay must be a number from 0 to 1, or a function that returns one, but got {decay!r}")
     return float(decay)
 
 
 def check_dtype(dtype: Any, option: str = "ema_dtype") -> None:
-    """Raises ValueError for a dtype that averages and states cannot have. option: its name, for the message."""
+    """Raises ValueError for a dtype that averages and states cannot have. option: name of the option, for the
+    message."""
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{option} must be None, torch.float32, torch.bfloat16 or torch.float16, but got {dtype}")
 
 
 class Averages(Mapping[Tensor, Tensor]):
-    """The averages by param, in the order of the param groups: a view on the optimizer's state."""
+    """The averages by param, in the order of the param groups. It is a view of the optimizer's state."""
 
     def __init__(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
         self._groups, self._state = groups, state
@@ -59,17 +60,17 @@ class Averages(Mapping[Tensor, Tensor]):
 
 
 def drop_averages(state: States) -> None:
-    """Takes the averages out of an optimizer's state."""
+    """Removes the averages from an optimizer's state."""
     for param, values in list(state.items()):
         if isinstance(values, dict) and values.pop(EMA, None) is not None and not values:
             del state[param]
 
 
 class WeightAverage:
-    """How the averages of one optimizer's params move.
+    """Decay, dtype and progress of the averages of one optimizer.
 
-    current: the decay of the present step. steps: the number of step() calls. not_updated: params whose average was
-        made by this optimizer and may have had no update yet, because steps were skipped. Their first update copies
+    current: the decay of the current step. steps: the number of step() calls. not_updated: params whose average this
+        optimizer made and which possibly had no update yet, because steps can be skipped. Their first update copies
         the param. swapped: whether the params hold their averages.
 
     Raises:
@@ -114,9 +115,10 @@ class WeightAverage:
             self.current = check_decay(self.decay(self.steps))
 
     def advance(self, tables: Tables) -> int:
-        """Writes the decay to the place that prep reads. Returns what changed, as ChangeDetector.poll() does."""
+        """Counts the step and writes its decay to the hyperparameters that prep reads. Returns what changed, as
+        ChangeDetector.poll() does."""
         self.steps += 1
-        if not tables or not callable(self.decay):  # a number was written when the tables were built
+        if not tables or not callable(self.decay):  # a constant decay was written when the tables were built
             return 0
         column = tables[0].table.hparams.column("ema_decay")  # one for all tables
         if column[0] == self.current:
@@ -139,7 +141,7 @@ class WeightAverage:
         if old is not None:
             average = match_layout(param, state, [EMA])[EMA]
         else:
-            # In 16 bits an average does not move if the decay is near 1: its increments are rounded away.
+            # In 16 bits an average with a decay near 1 does not change: its increments are rounded to 0.
             dtype = state_dtype_of(param, torch.float32 if self.dtype is None else self.dtype)
             average = like(param, torch.empty_like(row.shard, dtype=dtype, requires_grad=False).copy_(row.shard))
             self.not_updated.add(param)
@@ -159,7 +161,7 @@ class WeightAverage:
         converted = 0
         try:
             for param, average in averages.items():
-                memory = local(param).detach()  # stays, even if the param is converted
+                memory = local(param).detach()  # keeps the memory if the param is converted
                 swapped.append((param, memory, average, replace(param, average)))
             yield
         finally:
@@ -173,17 +175,18 @@ class WeightAverage:
             self.swapped = False
             if converted:
                 warnings.warn(
-                    f"{converted} params were converted or replaced inside of ema_weights(). They keep what they hold "
-                    "now, and the weights that they were trained to are gone. To train on, convert a copy of the "
-                    "model: copy.deepcopy(model)",
+                    f"{converted} params were converted or replaced inside of ema_weights(). They keep their current "
+                    "values, and their trained values are lost. To continue training, convert a copy of the model: "
+                    "copy.deepcopy(model)",
                     stacklevel=5,  # past two context managers
                 )
 
     def resume(self, saved: Mapping[str, Any], state: States) -> None:
-        """Continues after `state` was loaded from the checkpoint `saved`. All averages in it have had an update.
+        """Restores the number of step() calls after `state` was loaded from the checkpoint `saved`. All saved averages
+        have had an update.
 
-        torch.distributed.checkpoint, FSDP1 and ZeRO save states and groups only. Then the number of step() calls is the
-        largest number of updates of a param.
+        torch.distributed.checkpoint, FSDP1 and ZeRO save only states and groups. Then the number of step() calls is
+        taken to be the largest number of updates of a param with an average.
         """
         self.not_updated = set()
         loaded = [values for values in state.values() if isinstance(values, dict) and EMA in values]
@@ -203,10 +206,11 @@ class WeightAverage:
     def load(
         self, params: Sequence[Tensor], names: Sequence[str | None], state: States, saved: Mapping[str, Any]
     ) -> None:
-        """Puts averages into `state`. Raises ValueError for averages of other params.
+        """Replaces the averages in `state`, and the number of step() calls, by saved ones. Raises ValueError for
+        averages of other params.
 
-        names: of the params, None for params without a name. saved: what ema_state_dict() or AveragedModel.state_dict()
-            returned.
+        names: the names of the params; None for a param without a name. saved: the result of ema_state_dict() or
+            AveragedModel.state_dict().
         """
         self.check_not_swapped("load_ema_state_dict() cannot be called")
         if "n_averaged" in saved:
@@ -247,30 +251,31 @@ def from_averaged_model(state: Mapping[str, Any], names: Sequence[str | None]) -
     """
     if None in names:
         raise ValueError(
-            "the averages of an AveragedModel are found by the names of the params, and this optimizer does not know "
-            "them; make it with model.named_parameters() in place of model.parameters()"
+            "the averages of an AveragedModel are found by the names of the params, but this optimizer does not have "
+            "the names; make it with model.named_parameters() in place of model.parameters()"
         )
     steps = int(state["n_averaged"])
     found = {index: state[f"module.{name}"] for index, name in enumerate(names) if f"module.{name}" in state}
     if not found:
         raise ValueError(
-            f"the AveragedModel has no average of the optimizer's params: it has {list(state)[1:4]}, and they are "
-            f"{list(names)[:3]}; load the averages of the same model"
+            f"the AveragedModel has no average of the optimizer's params: it has {list(state)[1:4]}, but the params "
+            f"are {list(names)[:3]}; load the averages of the same model"
         )
-    return {"steps": steps, "averages": found if steps else {}}  # it has no averages before its first update
+    return {"steps": steps, "averages": found if steps else {}}  # before the first update they are copies of the model
 
 
 def make_average(decay: Decay | None, dtype: torch.dtype | None) -> WeightAverage | None:
-    """Returns None without a decay. Raises what WeightAverage raises, and ValueError for a dtype without a decay."""
+    """A WeightAverage, or None without a decay. Raises the errors of WeightAverage, and ValueError for a dtype if there
+    is no decay."""
     if decay is None and dtype is not None:
-        raise ValueError("ema_dtype has a meaning only with ema_decay; leave it out, or use ema_decay=0.999, say")
+        raise ValueError("ema_dtype can be set only with ema_decay; leave it out, or set ema_decay, for example 0.999")
     return None if decay is None else WeightAverage(decay, dtype)
 
 
 @torch.no_grad()
 def replace(param: Tensor, new: Tensor, keep: bool = True) -> Tensor:
-    """Copies another tensor into a param. With `keep` it returns what holds the param's former values: that tensor if
-    the dtypes are equal, otherwise a copy."""
+    """Copies `new` into a param. With `keep` it returns a tensor with the param's previous values. This is `new` itself
+    if the dtypes are equal, otherwise a copy."""
     own = param.clone() if keep else new
     param.copy_(new)
     return new.copy_(own) if keep and own.dtype == new.dtype else own

@@ -14,6 +14,7 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 CHUNK = 4096  # elements of one tensor that one program (GPU) or one loop turn (CPU) handles
+SHARE = 4096  # numbers that one block of a GPU adds up where the norm of all gradients is taken
 ALIGNMENT = 16  # bytes of the widest access
 MAX_STATES = 3  # of one tensor
 EMPTY = 16  # in `grads`: stands for the address of a gradient without elements, which is null
@@ -94,7 +95,7 @@ class TableArrays(NamedTuple):
     tensor_scalars: Any  # float64 [tensors, TensorScalars]
     # None where nothing is summed over whole tensors.
     row_offsets: Any = None  # int64 [tensors + 1]: tensor t has the entries row_offsets[t] up to row_offsets[t + 1]
-    partials: Any = None  # float64 [chunks, 2]: sums over each chunk; [chunks] for the norm of all gradients
+    partials: Any = None  # float64 [chunks, 2]: sums over each chunk; [chunks + shares] for the norm of all gradients
     sums: Any = None  # float64 [tensors, 2]: squares of param and update
     trust: Any = None  # float64 [tensors]: trust ratios
 
@@ -171,7 +172,7 @@ STRUCTS: dict[str, Any] = {"ROW": RowFields, "GROUP": GroupHparams, "SCALAR": Te
 
 
 def _layout() -> dict[str, int]:
-    scalars = "CHUNK", "ALIGNMENT", "MAX_STATES", "EMPTY", "SIGNATURE_FIELD_BITS", "ABSENT", "EMA_BEGUN"
+    scalars = "CHUNK", "SHARE", "ALIGNMENT", "MAX_STATES", "EMPTY", "SIGNATURE_FIELD_BITS", "ABSENT", "EMA_BEGUN"
     found = {name: value for name, value in globals().items() if name in scalars or name.startswith("ENTRY_")}
     found |= {f"FORMAT_{format.name}": format.value for format in Format}
     found |= {f"BYTES_{format.name}": size for format, size in FORMAT_BYTES.items()}

@@ -25,7 +25,7 @@ import torch
 
 from .layout import difference
 
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512")  # from the narrowest on
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")  # the narrowest first
 REINSTALL = "install fused_optim again (in its sources: pip install .)"
 TORCH = ".".join(torch.__version__.split(".")[:2])
 
@@ -77,17 +77,18 @@ def load(name: str) -> ModuleType | str:
 
 
 def why_stale(name: str, module: ModuleType, version: str) -> str | None:
-    """Why a module that is there does not belong to these Python files; None where it does."""
+    """Why a built module does not belong to these Python files. None if it does."""
     if (built := getattr(module, "VERSION", "unknown")) != version:
         return f"{_TITLES[name]} is from fused_optim {built}, and the Python files are from {version}; {REINSTALL}"
-    if (other := difference(getattr(module, "LAYOUT", {}))) is not None:
+    layout = getattr(module, "LAYOUT", {})
+    if (other := difference(layout if isinstance(layout, dict) else {})) is not None:  # once it was a tuple
         return f"{_TITLES[name]} was built for another layout of the tables ({other}); {REINSTALL}"
     return None
 
 
 def stale() -> dict[str, str]:
-    """The modules that are built and cannot be used with these Python files, and why. Tests fail where there is one,
-    because they would only be skipped."""
+    """The modules that are built but cannot be used with these Python files, and the reasons. The tests fail if there
+    is one, because otherwise they would skip it."""
     reasons = {name: load(name) for name in NAMES if importlib.util.find_spec(f"fused_optim.{name}") is not None}
     return {name: reason for name, reason in reasons.items() if isinstance(reason, str)}
 

@@ -1,39 +1,41 @@
-"""Converts states to the layout that kernels read, and makes those that are missing. Runs when tables are rebuilt."""
+"""Converts states to the layout that kernels read, and makes missing states. Runs when tables are rebuilt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .dtensor import like, local, spread_as
-from .table import DTYPE_CODES, Row, is_dense, real_dtype, same_strides
-from .validation import check_memory
+from .table import DTYPE_CODES, Row, Rule, is_dense, real_dtype, same_strides
+from .validation import check_memory, may_get_grad
 
 
 def target_of(param: Tensor) -> Tensor:
-    """The param itself, or a dense tensor to take its place in the kernel where it has holes."""
+    """The tensor that the kernel writes: the param itself if it is dense and has no conjugate or negative bit,
+    otherwise an empty dense tensor of its shape."""
     plain = is_dense(param) and not param.is_conj() and not param.is_neg()
     return param if plain else torch.empty_like(param, requires_grad=False)
 
 
 def state_dtype_of(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of a new state: `wanted` for float32, bfloat16 and float16 params, otherwise the param's dtype."""
     narrow = param.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return wanted if narrow and wanted is not None else param.dtype
 
 
 def allowed_dtype(param: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype a loaded state is kept in: its own, unless the arithmetic of the param is wider or narrower
-    altogether."""
+    """The dtype of a loaded state. It keeps its own if kernels support it, it is complex exactly if the param is, and
+    it is 64-bit (float64 or complex128) exactly if the param is. Otherwise it gets the param's dtype."""
     same_width = (real_dtype(param.dtype) == torch.float64) == (real_dtype(dtype) == torch.float64)
     fits = real_dtype(dtype) in DTYPE_CODES and dtype.is_complex == param.dtype.is_complex
     return dtype if same_width and fits else param.dtype
 
 
 def numbers_of(counts: Sequence[Any]) -> list[float]:
-    """Counts of updates as numbers. Waits once for each of their devices."""
+    """Counts of updates as numbers. Waits once for each device that holds counts."""
     numbers = [0.0 if isinstance(count, Tensor) else float(count) for count in counts]
     by_device: dict[torch.device, dict[int, Tensor]] = {}
     for index, count in enumerate(counts):
@@ -46,17 +48,33 @@ def numbers_of(counts: Sequence[Any]) -> list[float]:
 
 
 def match_step(param: Tensor, step: Any) -> Tensor:
+    """The count of updates as a float32 tensor of shape [] on the param's device.
+
+    Raises:
+        RuntimeError: the count has several elements, or is on meta although the param is not.
+    """
     if not isinstance(step, Tensor):
         step = torch.tensor(float(step))
+    if step.numel() != 1:
+        raise RuntimeError(f'state "step" must have one element, but has shape {tuple(step.shape)}')
+    check_data(param, step, "step")
     return local(step).to(local(param).device, torch.float32).reshape(())
 
 
+def check_data(param: Tensor, state: Tensor, name: str) -> None:
+    if state.is_meta and not param.is_meta:
+        raise RuntimeError(
+            f'state "{name}" must be on a device with data, like its param on {param.device}, but is on meta; load a '
+            "checkpoint, or clear the param's states"
+        )
+
+
 def match_layout(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
-    """The states among `wanted` that are there: on the param's device, in its memory layout. The tensors themselves
-    where they fit.
+    """The states among `wanted` that exist, on the param's device and in its memory layout. A state that fits is
+    returned itself, others are copied.
 
     Raises:
-        RuntimeError: a state has another shape than its param.
+        RuntimeError: a state has another shape than its param, or is on meta although the param is not.
     """
     fitting: dict[str, Any] = {}
     for name in wanted:
@@ -67,6 +85,7 @@ def match_layout(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) ->
             raise RuntimeError(
                 f'state "{name}" must have its param\'s shape, {tuple(param.shape)}, but has {tuple(old.shape)}'
             )
+        check_data(param, old, name)
         old = spread_as(param, old, f'state "{name}"')
         if param.grad is not None:
             check_memory(old, f'state "{name}" of a param of shape {tuple(param.shape)}')
@@ -85,9 +104,17 @@ def match_layout(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) ->
 
 
 def make_states(
-    param: Tensor, state: dict[str, Any], wanted: Sequence[str], dtype: torch.dtype | None
+    param: Tensor,
+    state: dict[str, Any],
+    wanted: Sequence[str],
+    dtype: torch.dtype | None,
+    starts: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Those of `wanted` that `state` lacks: zeros, but the maximum of an average starts from the average."""
+    """The states among `wanted` that `state` lacks. The maximum of an average is a copy of the average. Other states
+    are filled with their start value.
+
+    starts: the start values that are not 0, by state. In complex states both parts have the value, as in torch.
+    """
     made: dict[str, Any] = {}
     for name in wanted:
         if name in state:
@@ -96,9 +123,24 @@ def make_states(
         if average is not None:
             made[name] = like(param, local(average).clone())
         else:
-            zeros = torch.zeros_like(local(param), dtype=state_dtype_of(param, dtype), requires_grad=False)
-            made[name] = like(param, zeros)
+            start = (starts or {}).get(name, 0.0)
+            shard, value = local(param), complex(start, start) if param.is_complex() else start
+            full = torch.full_like(shard, value, dtype=state_dtype_of(param, dtype), requires_grad=False)
+            made[name] = like(param, full)
     return made
+
+
+def make_eager_states(
+    rule: Rule, group: Mapping[str, Any], state: MutableMapping[Tensor, dict[str, Any]], dtype: torch.dtype | None
+) -> None:
+    """Replaces the states of every param of a group by those that exist before the first step. Frozen params get
+    none."""
+    wanted, starts = rule.states_of(group), rule.starts_of(group)
+    for param in group["params"]:
+        state.pop(param, None)
+        if may_get_grad(param):
+            step = {"step": match_step(param, 0.0)} if rule.counted else {}
+            state[param] = {**step, **make_states(param, {}, wanted, dtype, starts)}
 
 
 def make_row(param: Tensor, state: dict[str, Any], wanted: Sequence[str], step: Tensor, group: int) -> Row:

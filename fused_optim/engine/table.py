@@ -15,6 +15,7 @@ from .layout import (
     ALIGNMENT,
     CHUNK,
     MAX_SIGNATURES,
+    SHARE,
     Format,
     GroupHparams,
     RowFields,
@@ -50,6 +51,10 @@ class Rule:
     states: names in `optimizer.state[param]`, in the order in which the rule takes them.
     options: the options of its groups besides REQUIRED and OPTIONAL.
     switched: states that exist only where a group's option is true, as {state: option}; they come last in `states`.
+    squares: states that are made of squares, and are never negative.
+    starts: the option whose value a state starts from, as {state: option}; all others start from 0, but the maximum of
+        an average starts from the average.
+    eager: whether states are made with the param group, and not when the param has its first gradient.
     counted: whether `step` is one of the states. Where it is not, the optimizer counts out of sight, because the first
         update of a param may differ.
     trust: whether each tensor's update is scaled by a ratio of norms, which takes a second walk.
@@ -60,12 +65,18 @@ class Rule:
     states: tuple[str, ...]
     options: tuple[Option, ...]
     switched: Mapping[str, str] = field(default_factory=dict)
+    squares: tuple[str, ...] = ()
+    starts: Mapping[str, str] = field(default_factory=dict)
+    eager: bool = False
     counted: bool = True
     trust: bool = False
     clip_eps: float = 1e-6
 
     def states_of(self, group: Mapping[str, object]) -> list[str]:
         return [name for name in self.states if name not in self.switched or group[self.switched[name]]]
+
+    def starts_of(self, group: Mapping[str, Any]) -> dict[str, float]:
+        return {state: float(group[option]) for state, option in self.starts.items()}
 
     @property
     def deciding(self) -> list[str]:
@@ -177,6 +188,16 @@ class HostHparams:
         return GroupHparams(*self.group_hparams[group].tolist())
 
 
+def count_shares(count: int) -> int:
+    """How many sums lie between so many numbers and the sum of them all, where a block adds up SHARE at most. There are
+    never more of them than numbers."""
+    total = 0
+    while count > SHARE:
+        count = -(-count // SHARE)
+        total += count
+    return total
+
+
 class Table:
     """The arrays of one device's rows (see TableArrays), on the host; but `tensor_scalars` and what is summed lie on
     the device.
@@ -237,7 +258,8 @@ class Table:
         self.sums: Tensor | None = None
         self.trust: Tensor | None = None
         if rule.trust or clips:
-            shape = self.chunk_table.numel(), 2 if rule.trust else 1
+            count = self.chunk_table.numel()
+            shape = (count, 2) if rule.trust else (count + count_shares(count),)
             self.partials = torch.zeros(shape, dtype=torch.float64, device=device)
         if clips:
             self.squares = torch.zeros(1, dtype=torch.float64, device=device)

@@ -1,1 +1,1 @@
-"""Other libraries' checkpoints and factories."""
+"""Converts checkpoints of other libraries and registers the classes with timm."""

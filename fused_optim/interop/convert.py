@@ -2,12 +2,12 @@
 
     optimizer.load_state_dict(convert.apex(checkpoint["optimizer"]))
 
-Every function takes the state_dict of the other optimizer and returns a new dict in torch's format. Its argument is not
-changed. States keep their dtype. Tensors that need no arithmetic are shared with the argument, so that nothing is in
-memory twice. As with torch's checkpoints, further training writes into them.
+Every function takes the state_dict of the other optimizer and returns a new dict in torch's format. It does not change
+its argument. States keep their dtype. Tensors that need no arithmetic are shared with the argument, which saves memory.
+As with torch's checkpoints, further training writes into them.
 
-Group options are renamed to those of the corresponding class (see docs/migration.md). Other options ("initial_lr",
-"name") stay. Options that a library does not save must be given to the constructor.
+Group options get the names that the corresponding class uses (see docs/migration.md). Other options, for example
+"initial_lr" and "name", stay. Options that a library does not save must be given to the constructor.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Options = dict[str, Any]
 State = dict[str, Any]
 
 STATES = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer", EMA)
-COUNTS = (STEPS, "skipped_steps")  # of the whole optimizer; checkpoints of the classes here may have them
+COUNTS = (STEPS, "skipped_steps")  # counts of the whole optimizer that checkpoints of this package can have
 
 
 def apex(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def apex(state_dict: dict[str, Any]) -> dict[str, Any]:
     Apex counts steps per group. Every param of a group gets the group's count.
 
     Args:
-        state_dict: of Apex's optimizer.
+        state_dict: state_dict of Apex's optimizer.
 
     Raises:
         ValueError: the checkpoint is of another optimizer, or of an Adam with bias_correction=False.
@@ -47,7 +47,7 @@ def apex(state_dict: dict[str, Any]) -> dict[str, Any]:
         for key, other in (("trust_coefficient", "FusedLARS"), ("norm_type", "FusedNovoGrad")):
             if key in group:
                 raise ValueError(f"the checkpoint is of Apex's {other}, which has no counterpart here")
-        if "max_grad_norm" not in group:  # LAMB
+        if "max_grad_norm" not in group:  # not LAMB: FusedLAMB has an option bias_correction
             group = _with_bias_correction(group)
         if "momentum" in group:
             return group, states
@@ -60,29 +60,31 @@ def deepspeed(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Converts a checkpoint of DeepSpeed's FusedAdam, DeepSpeedCPUAdam, FusedLamb, FusedLion or DeepSpeedCPULion. Load
     it into FusedAdamW (FusedAdam if it was made with adam_w_mode=False), FusedLAMB or FusedLion.
 
-    The checkpoint must be that of the optimizer itself, with a state for each param. ZeRO, fp16 and bf16 engines save
-    flat buffers of many params, usually one part per process; docs/migration.md says how to gather them.
+    The checkpoint must be the state_dict of the optimizer itself, with a state for each param. ZeRO, fp16 and bf16
+    engines save flat buffers of many params instead, usually one part per process. docs/migration.md says how to gather
+    them.
 
     DeepSpeed's FusedAdam advances only the step of the last param of each group, once for every dtype among its params.
     Every param of the group gets that count divided by the number of dtypes.
 
     Args:
-        state_dict: of DeepSpeed's optimizer.
+        state_dict: state_dict of DeepSpeed's optimizer.
 
     Raises:
-        ValueError: the checkpoint is of another optimizer, of an engine, or of an Adam with bias_correction=False.
+        ValueError: the checkpoint is of another optimizer or of an engine, or of an Adam with bias_correction=False.
 
     Warns:
-        UserWarning: bias_correction is True. FusedLamb corrects the bias of the whole update, after the ratio of norms;
-            here the averages are corrected before it. Updates differ until the correction is 1.
+        UserWarning: the checkpoint is of a FusedLamb with bias_correction=True. DeepSpeed corrects the bias of the
+            update after the ratio of norms. FusedLAMB corrects the averages before it. Updates differ until the
+            correction is 1.
 
     Source: DeepSpeed 0.19.8, deepspeed/ops/adam, lamb and lion.
     """
 
     def convert(group: Options, states: list[State]) -> tuple[Options, list[State]]:
-        if "eps" not in group:  # Lion; the one on CPUs keeps an exp_avg_sq that it never uses
+        if "eps" not in group:  # Lion; DeepSpeedCPULion has an exp_avg_sq that it does not use
             return _without(group, "step", "amsgrad"), [_without(state, "step", "exp_avg_sq") for state in states]
-        if "step" in group and any("step" in state for state in states):  # FusedAdam; long ago the group's was enough
+        if "step" in group and any("step" in state for state in states):  # FusedAdam; older ones have the group's only
             dtypes = {state["exp_avg"].dtype for state in states}
             last = max(float(state["step"]) for state in states)
             states = [{**state, "step": last // len(dtypes)} for state in states]
@@ -112,21 +114,22 @@ def optimi(state_dict: dict[str, Any]) -> dict[str, Any]:
     becomes lr_reference, for decay="paper". A checkpoint of RAdam looks like one of Adam and is not detected.
 
     Args:
-        state_dict: of optimi's optimizer.
+        state_dict: state_dict of optimi's optimizer.
 
     Raises:
         ValueError: the checkpoint is of another optimizer.
 
     Warns:
-        UserWarning: the checkpoint has Kahan compensations, the low-order parts of 16-bit params. They are left out.
+        UserWarning: the checkpoint has Kahan compensations, which are the low-order parts of 16-bit params. They are
+            left out.
 
     Source: torch-optimi 0.3.3.
     """
     lost = sum(_any(state.get("kahan_comp")) for state in state_dict.get("state", {}).values())
     if lost:
         warnings.warn(
-            f"the Kahan compensations of {lost} params are left out, and with them what those have moved by less than "
-            "their last place; to keep them, make params float32 and add them: param.float() + kahan_comp.float()",
+            f"the Kahan compensations of {lost} params are left out, so the low-order parts of these params are lost; "
+            "to keep them, make the params float32 and add the compensations: param.float() + kahan_comp.float()",
             stacklevel=2,
         )
 
@@ -134,7 +137,7 @@ def optimi(state_dict: dict[str, Any]) -> dict[str, Any]:
         states = [_without(state, "kahan_comp", "group") for state in states]
         states = [{key: value for key, value in state.items() if value is not None} for state in states]
         scales_lr = group["decouple_lr"]
-        decoupled = scales_lr or group.get("decouple_wd", True)  # Lion has no choice
+        decoupled = scales_lr or group.get("decouple_wd", True)  # Lion has no such option and is decoupled
         options = _without(group, "beta1", "beta2", "decouple_wd", "decouple_lr", "max_lr", "kahan_sum", "torch_init")
         options = _without(options, "foreach", "triton", "gradient_release", "setup", "step")
         options["decoupled_weight_decay"] = decoupled
@@ -156,15 +159,16 @@ def bitsandbytes(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Converts a checkpoint of bitsandbytes' AdamW, Adam, SGD or Lion in all their forms (8bit, 32bit, Paged). Load it
     into FusedAdamW, FusedSGD or FusedLion. bitsandbytes' Adam decays as AdamW does.
 
-    8-bit states become float32 (see dequantized). Groups do not name their optimizer. Of the two with one state, the
-    one whose second beta is 0 is SGD. bitsandbytes' SGD ignores dampening, so the converted dampening is 0.
+    8-bit states become float32 (see dequantized). Groups do not name their optimizer. SGD and Lion both have one state;
+    a group whose second beta is 0 is taken for SGD. bitsandbytes' SGD ignores dampening, so the converted dampening is
+    0.
 
     Args:
-        state_dict: of bitsandbytes' optimizer.
+        state_dict: state_dict of bitsandbytes' optimizer.
 
     Raises:
-        ValueError: the checkpoint is of another optimizer, or of an old version that quantized whole tensors, or it has
-            states that are not contiguous: their order in memory depends on the device that wrote them.
+        ValueError: the checkpoint is of another optimizer, or of an old version that quantized whole tensors. Or it has
+            states that are not contiguous, whose order in memory depends on the device that wrote them.
 
     Source: bitsandbytes 0.50.2, bitsandbytes/optim.
     """
@@ -202,8 +206,7 @@ def dequantized(codes: Tensor, qmap: Tensor, absmax: Tensor) -> Tensor:
     Args:
         codes: uint8, any shape, contiguous.
         qmap: float32 [256], the value of each code, in [-1, 1] or [0, 1].
-        absmax: float32 [blocks], the scale of each block of 256 elements (2048 in old versions), in the order of
-            memory.
+        absmax: float32 [blocks], the scale of each block of 256 elements (2048 in old versions), in memory order.
 
     Returns:
         float32, with the shape of codes.
@@ -221,7 +224,7 @@ def dequantized(codes: Tensor, qmap: Tensor, absmax: Tensor) -> Tensor:
     )
 
 
-# ---- what the functions share
+# ---- helpers
 
 
 def _converted(
@@ -229,12 +232,12 @@ def _converted(
     library: str,
     convert: Callable[[Options, list[State]], tuple[Options, list[State]]],
 ) -> dict[str, Any]:
-    """The checkpoint with every group, and the states of its params, converted."""
+    """Converts every group of the checkpoint together with the states of its params."""
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(
             f'the checkpoint must be a dict with "state" and "param_groups", as an optimizer of {library} returns it, '
-            f"but has the keys {sorted(map(str, state_dict))}; what an engine saves may hold it under another key, or "
-            "flat buffers, which must be gathered by param first (see docs/migration.md)"
+            f"but has the keys {sorted(map(str, state_dict))}; the checkpoint of an engine can hold it under another "
+            "key, or hold flat buffers, which must be gathered by param first (see docs/migration.md)"
         )
     saved = state_dict["state"]
     groups, converted = [], {}
@@ -265,8 +268,8 @@ def _without(mapping: dict[str, Any], *keys: str) -> dict[str, Any]:
 def _with_bias_correction(group: Options) -> Options:
     if not group.get("bias_correction", True):
         raise ValueError(
-            "the checkpoint is of an Adam with bias_correction=False, and those here correct it always; train it to "
-            "its end where it began, or start the averages anew"
+            "the checkpoint is of an Adam with bias_correction=False, but the classes here always correct it; finish "
+            "this training with the old optimizer, or start without its states"
         )
     return _without(group, "bias_correction")
 
@@ -296,14 +299,14 @@ def _wrapped(state: State) -> State:
 
 def _full(state: State, names: tuple[str, ...]) -> State:
     """The state with state1 and state2 under torch's names and in full precision. Unknown keys stay."""
-    full = _without(state, "step", "gnorm_vec")  # the norms that percentile clipping looked back on
+    full = _without(state, "step", "gnorm_vec")  # gnorm_vec: past norms, for percentile clipping
     for number, name in enumerate(names, start=1):
         stored = full.pop(f"state{number}")
         if not stored.is_contiguous():
             raise ValueError(
                 f"a state of shape {tuple(stored.shape)} and strides {stored.stride()} is not contiguous: bitsandbytes "
-                "writes such states in the order of memory on GPUs and in that of the elements on CPUs, and which it "
-                "was is not known; start the averages of this param anew by taking its state out of the checkpoint"
+                "writes such states in memory order on GPUs and in element order on CPUs, and the checkpoint does not "
+                "say which; remove the state of this param from the checkpoint, so that it starts again at 0"
             )
         if stored.dtype == torch.uint8 and f"absmax{number}" in full:
             stored = dequantized(stored, full.pop(f"qmap{number}"), full.pop(f"absmax{number}"))

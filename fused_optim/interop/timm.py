@@ -1,4 +1,4 @@
-"""Registers the classes here with timm."""
+"""Registers the optimizers of this package with timm."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from ..optim.base import FusedOptimizer
 
 
 def register_timm(registry: Any = None) -> list[str]:
-    """Registers every class here with timm, for timm.optim.create_optimizer_v2 and timm's scripts. The names are
-    "fused-optim-adamw" and so on. (timm's "fusedadamw" is Apex's. An underscore in a name means Lookahead to timm.)
+    """Registers every optimizer of this package with timm, for timm.optim.create_optimizer_v2 and timm's scripts. The
+    names are "fused-optim-adamw" and so on. (timm's "fusedadamw" is Apex's optimizer. timm reads an underscore in a
+    name as a request for Lookahead.)
 
     Args:
-        registry: a timm.optim.OptimizerRegistry. None: the one of create_optimizer_v2, for which timm has no public
-            name.
+        registry: a timm.optim.OptimizerRegistry. None: the registry of create_optimizer_v2, which has no public name in
+            timm.
 
     Returns:
         The registered names.

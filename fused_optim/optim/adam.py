@@ -17,6 +17,7 @@ ADAM = Rule(
     name="adam",
     states=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     switched={"max_exp_avg_sq": "amsgrad"},
+    squares=("exp_avg_sq", "max_exp_avg_sq"),
     options=(("betas", "beta1", 2), ("eps", "eps", 1)),
 )
 

@@ -1,4 +1,4 @@
-"""The averages of the weights of every optimizer: read, put into the params, saved and loaded by themselves."""
+"""Averages of the weights, for every optimizer: reads them, swaps them with the params, saves and loads them."""
 
 from __future__ import annotations
 
@@ -18,44 +18,45 @@ from .options import Options
 
 
 class Averaged(Options):
-    """Averages of the weights, in optimizer.state[param]["ema"]. FusedOptimizer's ema_decay says how they move."""
+    """Averages of the weights, in optimizer.state[param]["ema"]. The option ema_decay enables them; see
+    FusedOptimizer."""
 
     rule: ClassVar[Rule]
     _steps: dict[Tensor, Tensor]
 
     @property
     def ema(self) -> Mapping[Tensor, Tensor] | None:
-        """The averages of params that have had a gradient, by param: a view on the states. To be read outside of
-        ema_weights(). None without an ema_decay."""
+        """The averages by param, or None without an ema_decay. It is a view of `state[param]["ema"]` and has no entry
+        for a param that has had no gradient. Read it outside of ema_weights()."""
         return None if self._ema is None else Averages(self.param_groups, self.state)
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Inside of it the params hold their averages, in the same memory, and may be read alone:
+        """Context manager in which the params hold their averages, in the same memory. Params must only be read in it:
 
             with optimizer.ema_weights():
                 evaluate(model)
 
-        On leaving, in whatever way, every param has its own elements again, bit for bit. Params that have had no
-        gradient yet stay as they are. Averages of the params' dtype change places with them, one tensor after the
-        other; for others the params are copied.
+        On exit, also after an exception, every param has its own values again, bit for bit. Params that have had no
+        gradient yet do not change. An average in its param's dtype is swapped with the param, one tensor at a time.
+        For an average in another dtype a copy of the param is kept.
 
         Raises:
-            RuntimeError: the optimizer keeps no averages, or this is inside of another ema_weights().
+            RuntimeError: the optimizer keeps no averages, or the call is inside of another ema_weights().
         """
         with self._averages().swap(Averages(self.param_groups, self.state)):
             yield
 
     def ema_state_dict(self) -> dict[str, Any]:
-        """The averages alone. state_dict() has them too: this is for a model that is evaluated, or trained on with new
-        states.
+        """The averages without the other states. Use it for a model that is evaluated, or trained further with new
+        states. state_dict() contains the averages too.
 
         Returns:
             {"steps": the number of step() calls, "averages": tensors by the params' indices in state_dict()}. The
-            tensors are the averages themselves. Params whose updates have all been skipped have none.
+            tensors are the averages themselves, not copies. Params whose updates have all been skipped have none.
 
         Raises:
-            RuntimeError: the optimizer keeps no averages, or this is inside of ema_weights().
+            RuntimeError: the optimizer keeps no averages, or the call is inside of ema_weights().
         """
         average = self._averages()
         average.check_not_swapped("ema_state_dict() cannot be called")
@@ -68,26 +69,30 @@ class Averaged(Options):
         }
 
     def load_ema_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads what ema_state_dict gave, or the state_dict of a torch.optim.swa_utils.AveragedModel if the optimizer
-        was made with named params. Averages are copied and keep the dtype that they were saved in. Those of params that
-        have none in state_dict start anew. Call it after load_state_dict, which replaces the averages too.
+        """Loads averages. They are copied and keep the dtype that they were saved in. A param without an average in
+        state_dict gets a new one at its next step. Call it after load_state_dict, which replaces the averages too.
+
+        Args:
+            state_dict: the result of ema_state_dict(). If the optimizer was made with named params, it can also be the
+                state_dict of a torch.optim.swa_utils.AveragedModel.
 
         Raises:
-            RuntimeError: the optimizer keeps no averages, or this is inside of ema_weights().
-            ValueError: the averages are of other params, or state_dict is none of the two.
+            RuntimeError: the optimizer keeps no averages, or the call is inside of ema_weights().
+            ValueError: the averages are of other params, or state_dict is neither of the two.
         """
         self._averages().load(self._all_params(), self._all_names(), self.state, state_dict)
         self._forget()
         if not self.rule.counted:
             return
-        for param, _, group in members_of(self.param_groups):  # torch's classes know no param with one of its states
+        for param, _, group in members_of(self.param_groups):  # torch's classes require all states of a param, or none
             values = self.state.get(param)
             if values and "step" not in values:
                 made = make_states(param, values, self.rule.states_of(group), self._state_dtype)
                 self.state[param] = {"step": torch.zeros(()), **made, **values}
 
     def _find_not_updated(self) -> None:
-        """Waits for the devices to learn which averages no update has reached, if it is not known of some."""
+        """Determines which averages have had no update yet. Waits for the devices, unless all averages are known to
+        have had one."""
         if self._ema is not None and self._ema.not_updated:
             counts = {p: self.state.get(p, {}).get("step", self._steps.get(p, 0.0)) for p in self._ema.not_updated}
             self._ema.not_updated = set(without_update(counts))
@@ -103,6 +108,6 @@ class Averaged(Options):
         return self._ema
 
     def _all_names(self) -> list[str | None]:
-        """Of the params; None where they were given without names."""
+        """The names of the params; None for each param that was given without a name."""
         groups = self.param_groups
         return [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]

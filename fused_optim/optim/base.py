@@ -22,6 +22,7 @@ from ..engine.ema import EMA, STEPS, Decay, check_dtype, drop_averages, make_ave
 from ..engine.forks import reset_threads_after_fork
 from ..engine.graphs import refuse_capture
 from ..engine.scaling import Scaler
+from ..engine.states import make_eager_states
 from ..engine.table import Rule
 from ..engine.validation import check_param, may_get_grad
 from ..engine.walk import copy_in, walk
@@ -112,6 +113,9 @@ class FusedOptimizer(Averaged):
         self._steps: dict[Tensor, Tensor] = {}  # of params whose rule keeps no `step` in its states
         self._forget()
         super().__init__(*args, **kwargs)
+        if self.rule.eager:  # once more: torch's constructor has made its own
+            for group in self.param_groups:
+                make_eager_states(self.rule, group, self.state, state_dtype)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         check_group(param_group, self)
@@ -132,6 +136,8 @@ class FusedOptimizer(Averaged):
         except Exception:
             self.param_groups.pop()
             raise
+        if self.rule.eager:
+            make_eager_states(self.rule, group, self.state, self._state_dtype)
         self._forget()
 
     @property
@@ -150,7 +156,7 @@ class FusedOptimizer(Averaged):
 
     def step(self, closure: Callable[[], Any] | None = None, grad_scale: float | Tensor | None = None) -> Any:
         """Updates every param that has a gradient. On each GPU this takes two launches, prepare and update; clipping
-        adds two, LAMB three.
+        adds two or three, LAMB three.
 
         Args:
             closure: reevaluates the model, with grad enabled, and returns the loss.

@@ -1,4 +1,5 @@
-"""Checks of hyperparameters, in torch's words, for the classes that have no counterpart in torch."""
+"""Checks of hyperparameters for the classes without a counterpart in torch. Where torch has an error for the same
+fault, the wording is torch's."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def check_adam_like(lr: float | Tensor, betas: Sequence[float], weight_decay: fl
 
 
 def check_nus(nus: Sequence[float]) -> None:
-    """Raises ValueError where they are not two finite numbers."""
+    """Raises ValueError unless nus are two finite numbers."""
     if len(nus) != 2:
         raise ValueError(f"nus must be two numbers, but got {nus!r}")
     for index, nu in enumerate(nus):
@@ -33,6 +34,6 @@ def check_nus(nus: Sequence[float]) -> None:
 
 
 def check_trust_clip(trust_clip: Sequence[float] | None) -> None:
-    """Raises ValueError for bounds that bound nothing."""
+    """Raises ValueError unless the bounds are None or two numbers with 0 <= lowest <= highest."""
     if trust_clip is not None and not (len(trust_clip) == 2 and 0.0 <= trust_clip[0] <= trust_clip[1]):
         raise ValueError(f"trust_clip must be (lowest, highest) with 0 <= lowest <= highest, but got {trust_clip!r}")

@@ -36,7 +36,8 @@ class Decoupled(FusedOptimizer):
     Groups hold "lr_reference" and "decay_period" only if the convention uses them. Both may be changed between steps.
 
     Raises:
-        ValueError: decay is none of the three, lr_reference is negative, or decay_period is missing or not positive.
+        ValueError: decay is not one of the three, lr_reference is negative or not used, or decay_period is missing, not
+            positive or not used.
 
     Source: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2 and appendix B.1.
     """
@@ -52,9 +53,9 @@ class Decoupled(FusedOptimizer):
         if decay not in CONVENTIONS:
             raise ValueError(f'decay must be "torch", "paper" or "normalized", but got {decay!r}')
         if decay == "torch" and lr_reference is not None:
-            raise ValueError('lr_reference has no meaning with decay="torch"; leave it out, or use decay="paper"')
+            raise ValueError('lr_reference is not used with decay="torch"; leave it out, or pass decay="paper"')
         if decay != "normalized" and decay_period is not None:
-            raise ValueError('decay_period has a meaning only with decay="normalized"; leave it out, or use that')
+            raise ValueError(f'decay_period is not used with decay="{decay}"; leave it out, or pass decay="normalized"')
         self._decay = decay
         self._decay_options = {"lr_reference": lr_reference, "decay_period": decay_period}
         super().__init__(*args, **kwargs)
@@ -79,8 +80,8 @@ class Decoupled(FusedOptimizer):
         reference = group.get("lr_reference", self._decay_options["lr_reference"])
         if reference is None and float(group["lr"]) == 0.0:
             warnings.warn(
-                f'decay="{self._decay}" measures the decay by lr / lr_reference, and lr_reference is the first lr, 0: '
-                "nothing will decay; pass lr_reference, the largest lr of the schedule, say",
+                f'decay="{self._decay}" scales the decay by lr / lr_reference, and lr_reference is the initial lr, 0, '
+                "so nothing will decay; pass lr_reference, for example the largest lr of the schedule",
                 stacklevel=2,
             )
         reference = float(group["lr"] if reference is None else reference)
@@ -91,8 +92,8 @@ class Decoupled(FusedOptimizer):
             period = group.get("decay_period", self._decay_options["decay_period"])
             if period is None or not period > 0:
                 raise ValueError(
-                    'decay="normalized" needs decay_period, the number of updates in the current restart period '
-                    f"(batches per epoch times epochs), more than 0, but got {period}"
+                    'decay="normalized" needs a decay_period above 0, the number of updates in the current restart '
+                    f"period (batches per epoch times epochs), but got {period}"
                 )
             group["decay_period"] = period
 
@@ -109,8 +110,8 @@ class Decoupled(FusedOptimizer):
 
 Schedule = Callable[..., float]
 
-# Operators that round the factor itself to these turn a decay of 0.3 % into one of 0.4 %: foreach on the CPU (a loop
-# anyway), and any where the factor is a tensor.
+# Some operators round the factor itself to these dtypes, which turns a decay of 0.3 % into one of 0.4 %: foreach on the
+# CPU (which is a loop anyway), and every operator if the factor is a tensor.
 NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -118,7 +119,7 @@ class Decay:
     """The handle that `decoupled` returns. It decays the params of an optimizer before each update, until `remove()`.
 
     Args:
-        optimizer, weight_decay, schedule, convention: as decoupled's.
+        optimizer, weight_decay, schedule, convention: as in decoupled.
 
     Attributes:
         weight_decay: a number, or a list of one number per group. It may be changed between steps.
@@ -187,7 +188,7 @@ class Decay:
     def _decay(self, optimizer: Optimizer) -> None:
         coefficients = self._coefficients(optimizer.param_groups)
         self.updates += 1
-        found_inf = getattr(optimizer, "found_inf", None)  # GradScaler's; other optimizers' step() it does not call
+        found_inf = getattr(optimizer, "found_inf", None)  # GradScaler sets it, or else skips the call of step()
         if found_inf is not None and found_inf.device.type == "cpu":
             if found_inf.item() != 0:
                 return

@@ -50,6 +50,7 @@ class FusedLAMB(FusedOptimizer):
     rule = Rule(
         name="lamb",
         states=("exp_avg", "exp_avg_sq"),
+        squares=("exp_avg_sq",),
         trust=True,
         clip_eps=0.0,
         options=(

@@ -1,4 +1,4 @@
-"""The options that every optimizer here has besides torch's: their types, their checks, and their attributes."""
+"""The options that every optimizer has in addition to torch's: their types, checks and attributes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Convention = Literal["torch", "paper", "normalized"]
 
 
 class Whole(TypedDict, total=False):
-    """Keyword arguments of every class besides its own. FusedOptimizer describes them in full."""
+    """Keyword arguments of every class, in addition to its own. FusedOptimizer describes them in full."""
 
     backend: BackendName
     """Default "auto": the first backend that works on the params. A backend that is named must work."""
@@ -47,24 +47,24 @@ class Whole(TypedDict, total=False):
 
 
 class Common(Whole, total=False):
-    """With max_grad_norm, which LAMB has as an argument of its own."""
+    """The same with max_grad_norm, for all classes but LAMB, which declares max_grad_norm itself."""
 
     max_grad_norm: float | None
     """Default None: no clipping, as with 0. Otherwise the largest norm of all gradients together."""
 
 
 class Decayed(Common, total=False):
-    """Of the classes with decoupled decay. fused_optim.decay.Decoupled describes them in full."""
+    """The same for the classes with decoupled decay. fused_optim.decay.Decoupled describes the additions in full."""
 
     decay: Convention
-    """Default "torch": lr * weight_decay per step. "paper" and "normalized" measure it by lr / lr_reference."""
+    """Default "torch": lr * weight_decay per step. "paper" and "normalized" use lr / lr_reference in place of lr."""
     lr_reference: float | None
-    """Default None: each group's lr at the start. The lr at which lr / lr_reference is 1."""
+    """Default None: each group's initial lr. "paper" and "normalized" divide lr by it."""
     decay_period: float | None
-    """Default None. Updates in the current restart period; decay="normalized" needs it."""
+    """Default None. The number of updates in the current restart period; required by decay="normalized"."""
 
 
-# A group cannot have its own.
+# Options of the whole optimizer, which a param group cannot set.
 OF_THE_WHOLE = (*Whole.__annotations__, "decay")
 
 
@@ -82,19 +82,19 @@ def check_norm_type(norm_type: Any) -> None:
 
 
 def check_group(group: Mapping[str, Any], optimizer: Options) -> None:
-    """Raises ValueError for a group with another value for an option of the whole optimizer. (ZeroRedundancyOptimizer
-    writes all options into its groups.)"""
+    """Raises ValueError if a group has another value for an option of the whole optimizer. The same value is accepted,
+    because ZeroRedundancyOptimizer writes all options into its groups."""
     for key in OF_THE_WHOLE:
         if key in group and group[key] != getattr(optimizer, key, OF_THE_WHOLE):
             raise ValueError(
-                f"a param group cannot have {key} of its own, because {key} is an option of the whole optimizer; take "
-                f"it out of the group and pass it to {type(optimizer).__name__}(...)"
+                f"a param group cannot have {key} of its own, because {key} is an option of the whole optimizer; "
+                f"remove it from the group and pass it to {type(optimizer).__name__}(...)"
             )
 
 
 def check_grad_scale(scale: Any, may_skip: bool) -> None:
-    """Raises TypeError or ValueError for a step's grad_scale that is no positive number. The values of tensors are not
-    looked at, because that would wait for the device; and where steps may be skipped, what is unusable is skipped."""
+    """Raises TypeError or ValueError if the grad_scale of a step is not a positive number. The values of tensors are
+    not checked, because that would wait for the device. may_skip: 0, NaN and inf are accepted; the step is skipped."""
     if isinstance(scale, Tensor):
         if scale.numel() != 1 or scale.is_complex() or scale.dtype == torch.bool:
             raise ValueError(
@@ -112,13 +112,13 @@ def check_grad_scale(scale: Any, may_skip: bool) -> None:
     if not usable and (float(scale) < 0 or not may_skip):
         raise ValueError(
             f"grad_scale must be a finite float32 number above 0, whose reciprocal is finite, but got {scale!r}; skip "
-            "this step, or make the optimizer with skip_nonfinite=True, which skips it"
+            "this step, or pass skip_nonfinite=True to the optimizer, which skips such steps"
         )
 
 
 @functools.cache
 def accepted(kind: type) -> tuple[str, ...]:
-    """The keyword arguments that a class and its bases name in their constructors."""
+    """The names of the arguments in the constructors of a class and its bases."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     found = {
         name: None
@@ -131,7 +131,7 @@ def accepted(kind: type) -> tuple[str, ...]:
 
 
 def signature_of(kind: type) -> inspect.Signature:
-    """The signature of a class's constructor, with the options that `**ours: Unpack[...]` stands for one by one."""
+    """The signature of a class's constructor, in which `**ours: Unpack[...]` is replaced by its options."""
     _, *named = inspect.signature(vars(kind)["__init__"]).parameters.values()
     if not (named and str(named[-1].annotation).startswith("Unpack[")):
         return inspect.Signature(named)
@@ -145,7 +145,7 @@ def signature_of(kind: type) -> inspect.Signature:
 
 
 def check_keywords(kind: type, given: Iterable[str]) -> None:
-    """Raises TypeError for a keyword argument that no constructor of the class knows."""
+    """Raises TypeError for a keyword argument that no constructor of the class has."""
     for name in given:
         if name not in accepted(kind):
             close = difflib.get_close_matches(name, accepted(kind), n=1)
@@ -157,7 +157,7 @@ def check_keywords(kind: type, given: Iterable[str]) -> None:
 
 
 class Options(Optimizer):
-    """The options as attributes. What is set is checked at once and holds from the next step on."""
+    """The options as attributes. A new value is checked at once and holds from the next step on."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -175,7 +175,7 @@ class Options(Optimizer):
 
     @property
     def backend(self) -> BackendName:
-        """Which backend steps the params; see fused_optim.backends."""
+        """The name of the backend that steps the params; see fused_optim.backends."""
         return self._backend
 
     @backend.setter
@@ -189,7 +189,7 @@ class Options(Optimizer):
 
     @property
     def state_dtype(self) -> torch.dtype | None:
-        """dtype of the states that are made from now on."""
+        """The dtype of new states. None: the param's own."""
         return self._state_dtype
 
     @state_dtype.setter
@@ -199,16 +199,17 @@ class Options(Optimizer):
 
     @property
     def max_grad_norm(self) -> float | None:
-        """The max_grad_norm of all param groups; None where they have none. Setting it sets that of every group, and of
-        groups that are added later.
+        """The max_grad_norm of all param groups. None if they have none. A new value goes to every group, and to groups
+        that are added later.
 
         Raises:
-            AttributeError: the groups differ; each has its own in group["max_grad_norm"].
+            AttributeError: the groups have different values; read group["max_grad_norm"] of each.
         """
         bounds = [group.get("max_grad_norm") for group in self.param_groups]
         if any(bound != bounds[0] for bound in bounds):
             raise AttributeError(
-                f'the param groups have different max_grad_norm, {bounds}; read group["max_grad_norm"] of each'
+                f'the param groups have different values of max_grad_norm, {bounds}; read group["max_grad_norm"] of '
+                "each"
             )
         return bounds[0]
 
@@ -222,7 +223,7 @@ class Options(Optimizer):
 
     @property
     def norm_type(self) -> float:
-        """2 or inf: the norm that max_grad_norm bounds."""
+        """The type of the norm that max_grad_norm bounds: 2 or inf."""
         return self._scaler.norm_type
 
     @norm_type.setter
@@ -232,7 +233,7 @@ class Options(Optimizer):
 
     @property
     def skip_nonfinite(self) -> bool:
-        """Whether a step whose gradients hold NaN or inf changes nothing."""
+        """Whether a step with NaN or inf in its gradients is skipped. A skipped step changes nothing."""
         return self._scaler.skip_nonfinite
 
     @skip_nonfinite.setter
@@ -242,13 +243,12 @@ class Options(Optimizer):
 
     @property
     def norm_group(self) -> ProcessGroup | None:
-        """The processes over which the norm goes. It cannot be set."""
+        """The processes whose gradients the norm covers. It cannot be set."""
         return self._scaler.norm_group
 
     @property
     def ema_decay(self) -> Decay | None:
-        """What the averages of the weights keep of themselves at each step; None where there are none. Setting None
-        drops them."""
+        """The decay of the averages of the weights. None if there are none; setting None drops them."""
         return None if self._ema is None else self._ema.decay
 
     @ema_decay.setter
@@ -266,12 +266,12 @@ class Options(Optimizer):
 
     @property
     def ema_dtype(self) -> torch.dtype | None:
-        """dtype of the averages that are made from now on; None: float32 of 16-bit params, else the param's own."""
+        """The dtype of new averages. None: float32 for 16-bit params, else the param's own."""
         return None if self._ema is None else self._ema.dtype
 
     @ema_dtype.setter
     def ema_dtype(self, dtype: torch.dtype | None) -> None:
         if self._ema is None:
-            raise ValueError("ema_dtype has a meaning only with ema_decay; set ema_decay first, to 0.999 say")
+            raise ValueError("ema_dtype needs ema_decay; set ema_decay first, for example to 0.999")
         check_dtype(dtype)
         self._ema.dtype = dtype

@@ -46,6 +46,7 @@ class FusedQHAdam(FusedOptimizer):
     rule = Rule(
         name="qhadam",
         states=("exp_avg", "exp_avg_sq"),
+        squares=("exp_avg_sq",),
         options=(
             ("betas", "beta1", 2),
             ("nus", "option_a", 2),

@@ -1,1 +1,1 @@
-"""What stands around a step: schedules, decay, param groups, the learning-rate finder, clipping."""
+"""Training recipes that use the optimizers: schedules, param groups, the learning-rate finder, gradient clipping."""

@@ -1,4 +1,4 @@
-"""Clipping of gradients in place, for any optimizer: torch.nn.utils.clip_grad_norm_ with one read and one write."""
+"""Clips gradients in place, for any optimizer: torch.nn.utils.clip_grad_norm_ with one read and one write."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from ..engine.table import DTYPE_CODES, HostHparams, Row, Rule, Table, is_dense,
 
 __all__ = ["clip_grad_norm_", "release_captured"]
 
-EPS = 1e-6  # torch adds it to the norm
+EPS = 1e-6  # added to the norm, as in torch
 NO_RULE = Rule("clip", states=(), options=())
 PLAIN = {Tensor, torch.nn.Parameter}
-MOST_KEPT = 16  # a training loop clips one list of gradients, or a few
+MOST_KEPT = 16  # tables; a training loop clips one list of gradients, or a few
 
 
 def clip_grad_norm_(
@@ -42,34 +42,35 @@ def clip_grad_norm_(
     """torch.nn.utils.clip_grad_norm_ with one read and one write of the gradients: multiplies all gradients in place by
     min(1, max_norm / (norm + 1e-6)), where norm is the norm of all of them together.
 
-    On a GPU it takes three launches for any number of gradients and does not wait for the device, unless
-    error_if_nonfinite is true. If nothing has to be clipped no gradient is written.
+    On a GPU it takes three kernel launches for any number of gradients, or four if they have more than 4096 chunks (up
+    to 4096 elements of one gradient each). It does not wait for the device, unless error_if_nonfinite is true. If
+    nothing has to be clipped, no gradient is written.
 
-    The norm is a float64 sum in a fixed order and the same at every run. (On a CPU it sums float32 sums of eight
-    squares, unless the gradients are float64.) The factor is rounded once, to float32, or to float64 for float64
-    gradients. torch computes both in the gradients' dtype.
+    The norm is a float64 sum in a fixed order, so every run gives the same value. (On a CPU, eight squares at a time
+    are summed in float32, unless the gradients are float64.) The factor is rounded once, to float32, or to float64 for
+    float64 gradients. torch computes both in the gradients' dtype.
 
     torch's function is called instead in these cases:
 
     - Another norm_type than 2, or a max_norm that is not above 0.
-    - Gradients that are sparse, not dense, tensor subclasses such as DTensor, not on a CPU or a GPU, or that share
-      memory.
+    - Gradients that are sparse, have gaps in memory, share memory, are of a tensor subclass such as DTensor, or are
+      neither on a CPU nor on a GPU.
     - Dtypes other than float32, bfloat16, float16, float64, complex64 and complex128.
     - A call that torch.compile traces.
-    - A call in the capture of a CUDA graph, unless such gradients were clipped outside of captures since the last
-      captured call.
+    - A call during the capture of a CUDA graph, unless gradients of the same layouts and dtypes were clipped outside of
+      captures since the last captured call.
 
     Args:
-        parameters: a tensor or several, whose `grad` is clipped. Those without a gradient are left out.
+        parameters: a tensor or several, whose `grad` is clipped. Tensors without a gradient are left out.
         max_norm: the largest norm after clipping.
         norm_type: 2, or any other p that torch supports.
         error_if_nonfinite: raise an error if the norm is NaN or infinite. Waits for the device.
-        foreach: accepted for compatibility, without effect.
+        foreach: passed on if torch's function is called, otherwise without effect.
         backend: "auto", "triton", "cuda", "cpp" or "reference" (see fused_optim.backends).
 
     Returns:
         The norm before clipping: shape [], on the first gradient's device, in the dtype that all gradients promote to
-            (the real dtype for complex gradients). Without gradients a float32 0 on the CPU.
+            (the real dtype for complex gradients). Without gradients it is a float32 0 on the CPU.
 
     Raises:
         RuntimeError: the norm is not finite and error_if_nonfinite is true, or the named backend cannot run here. No
@@ -107,7 +108,7 @@ def clip_grad_norm_(
 class Gradients:
     """A table for the gradients of one device. It holds layouts and addresses, not the tensors.
 
-    dtype: of the norm. sizes: bytes of each gradient. addresses: those in the table.
+    dtype: dtype of the norm. sizes: bytes of each gradient. addresses: the addresses in the table.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class Gradients:
 
     @staticmethod
     def _row(grad: Tensor) -> Row:
-        """A row with a param on the meta device, because there is no param."""
+        """A row with a param on the meta device, because clipping has no param."""
         param = torch.empty(grad.numel(), dtype=grad.dtype, device="meta")
         return Row(
             param=param,
@@ -157,15 +158,16 @@ class Gradients:
         self.bound.upload(changes)
 
 
-# By stream, device, backend and layout; the last used comes last. A call removes the entry and puts it back when it is
-# done, so no two threads write to one table. Streams have entries of their own, because their kernels may overlap.
+# Tables by stream, device, backend, dtypes and layout. The last used table comes last. A call removes its entry and
+# puts it back when it is done, so no two threads write to one table. Each stream has entries of its own, because
+# kernels of two streams can overlap.
 _kept: dict[tuple[Any, ...], Gradients] = {}
-_captured: list[Gradients] = []  # never changed again, and freed by release_captured
+_captured: list[Gradients] = []  # tables that graphs read: never changed again, freed by release_captured
 
 
 def release_captured() -> None:
     """Frees the memory that is kept for CUDA graphs in which clip_grad_norm_ was captured. Call it when none of these
-    graphs will be replayed again. It waits for the device.
+    graphs will be replayed again. Waits for the devices.
 
     Raises:
         RuntimeError: a CUDA graph is being captured.
@@ -175,7 +177,7 @@ def release_captured() -> None:
 
 
 def _find(grads: Sequence[Tensor], backend: str, max_norm: float) -> list[tuple[Any, Gradients]] | None:
-    """Tables for all gradients, with their keys in _kept. None if the kernels do not support one of them."""
+    """Tables for all gradients, with their keys in _kept. None if the kernels do not support one of the gradients."""
     if not {type(grad) for grad in grads} <= PLAIN or {grad.layout for grad in grads} != {torch.strided}:
         return None
     devices = list(dict.fromkeys([grad.device for grad in grads]))
@@ -196,7 +198,7 @@ def _take(grads: Sequence[Tensor], device: torch.device, backend: str, max_norm:
     dtypes = tuple([grad.dtype for grad in grads])
     layout = tuple([grad.numel() if grad.is_contiguous() else (grad.shape, grad.stride()) for grad in grads])
     key = (stream, device, backend, dtypes, layout)
-    if capturing:  # on a stream of its own, and all others are done
+    if capturing:  # a capture has a stream of its own; kernels of other streams are done
         key = next((other for other in list(_kept) if other[1:] == key[1:]), key)
     gradients = _kept.pop(key, None)
     if gradients is None:
@@ -223,14 +225,14 @@ def _overlap(addresses: Sequence[int], sizes: Sequence[int]) -> bool:
 def _keep(key: tuple[Any, ...], gradients: Gradients) -> None:
     if gradients.bound.captured:
         _captured.append(gradients)
-    elif not gradients.bound.reads_tensors:  # which must not be kept
+    elif not gradients.bound.reads_tensors:  # a table that reads tensors would keep the gradients alive
         _kept[key] = gradients
         for oldest in list(_kept)[:-MOST_KEPT]:
             _kept.pop(oldest, None)
 
 
 def _sum_of_squares(tables: Sequence[Gradients]) -> Tensor:
-    """Over all tables: float64 [1], on the first table's device."""
+    """The sum of squares over all tables: float64 [1], on the first table's device."""
     found = []
     for gradients in tables:
         assert gradients.table.squares is not None

@@ -87,7 +87,7 @@ def no_decay(
         model: the module. The groups hold its trainable params in their order, each once.
         weight_decay: weight decay of the params that are not exempt.
         biases: exempt params whose own name contains the word bias (bias, bias_ih_l0, in_proj_bias).
-        norms: exempt the params of torch's norm modules.
+        norms: exempt the params of torch's normalization modules.
         embeddings: exempt the params of Embedding and EmbeddingBag.
         ndim_below: exempt params with fewer dimensions, for example norms and scales of other modules; 0: none.
         modules: more types of modules whose own params are exempt.
@@ -114,8 +114,8 @@ def no_decay(
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers of a model by name, in its order: its children. A Sequential, ModuleList or ModuleDict counts as the
-    layers in it. Layers without params are left out."""
+    """The layers of a model by name, in order. The layers are its children. A Sequential, ModuleList or ModuleDict is
+    replaced by the layers in it. Layers without params are left out."""
     for name, child in model.named_children():
         if isinstance(child, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             yield from ((f"{name}.{inner}", layer) for inner, layer in layers(child))
@@ -188,10 +188,10 @@ def per_group(name: str, value: float | Sequence[float], optimizer: Optimizer) -
     Args:
         name: name of the option, for the error.
         value: one number for all groups, or a list of one per group.
-        optimizer: whose groups are counted.
+        optimizer: the optimizer with the groups.
 
     Raises:
-        ValueError: the list has another length than there are groups.
+        ValueError: the length of the list is not the number of groups.
     """
     groups = len(optimizer.param_groups)
     if not isinstance(value, list | tuple):

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from ..engine.dtensor import is_same_memory, local
 
-MEMORY = 0.8  # weight of the past in the running average that tells divergence from one bad mini-batch
+MEMORY = 0.8  # weight of the old value in the running average, so that one bad mini-batch is not taken for divergence
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class RangeTest:
     """The result of a range test.
 
     Attributes:
-        lrs: learning rate of each mini-batch (of the group with the largest).
+        lrs: learning rate at each mini-batch, of the group with the largest one.
         losses: loss of each mini-batch.
         smoothed: losses averaged with Gaussian weights over the logarithm of the learning rate.
     """
@@ -103,16 +103,17 @@ def lr_range_test(
     an exception, it restores params, buffers, gradients, training modes, the optimizer and the random generators.
     During the test model and optimizer state are in memory twice.
 
-    Groups keep the ratios of their learning rates; the largest one goes from start_lr to end_lr. The step gets a
+    Groups keep the ratios of their learning rates. The largest one goes from start_lr to end_lr. The step gets a
     closure, so LBFGS works. The model stays in the mode (train or eval) that it is in.
 
     Args:
-        model: its state is restored, and all params of the optimizer are, even if they are not the model's.
-        optimizer: configured as for training: weight decay and momentum influence the result. Its schedulers are not
-            stepped.
-        loss: function of a mini-batch that returns the scalar loss; without batches, of no argument. The test calls
-            backward().
-        batches: iterable that starts again at its end. The end of an iterator ends the test.
+        model: the module. All params of the optimizer are restored too, even if they are not the model's.
+        optimizer: configured as for training, because weight decay and momentum influence the result. Its schedulers
+            are not stepped.
+        loss: function of a mini-batch that returns the scalar loss. If batches is None it gets no argument. The test
+            calls backward().
+        batches: iterable of mini-batches, which is iterated again at its end. An iterator cannot restart, so its end
+            ends the test.
         start_lr, end_lr: the range, above 0.
         steps: number of mini-batches, at least 2.
         smoothing: standard deviation of the Gaussian that smooths the losses, in decades of the learning rate. It is
@@ -181,7 +182,8 @@ def _smooth(lrs: list[float], losses: list[float], decades: float) -> list[float
 
 
 def _mini_batches(batches: Iterable[Any] | None) -> Iterator[tuple[Any, ...]]:
-    """The arguments of the loss, for each mini-batch, without end where that is possible."""
+    """The arguments of the loss for each mini-batch. Iterates over batches again at their end, unless there are no
+    more."""
     if batches is None:
         while True:
             yield ()
@@ -220,12 +222,12 @@ def put_back(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     restore_random = _random_states()
     try:
         for param in params:
-            param.grad = None  # backward() would add to those of params that the optimizer does not have
+            param.grad = None  # optimizer.zero_grad() skips other params, so backward() would add to their gradients
         yield
     finally:
         with torch.no_grad():
             for param, data, value, grad in values:
-                if not is_same_memory(param, local(data)):  # it was converted meanwhile
+                if not is_same_memory(param, local(data)):  # the param was converted meanwhile
                     param.grad = None  # torch refuses new data for a param with a gradient of another dtype
                     param.data = data
                 param.copy_(value)
@@ -237,7 +239,7 @@ def put_back(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
             for module, training in modes:
                 module.training = training
             optimizer.load_state_dict(state)
-            # load_state_dict makes new groups; schedulers and users may hold the old ones, and their lr tensors.
+            # load_state_dict makes new groups. Schedulers and users can hold the old groups and their lr tensors.
             optimizer.param_groups = groups
             for group, saved in zip(groups, options, strict=True):
                 for key in group.keys() - saved.keys():
@@ -248,7 +250,7 @@ def put_back(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
 
 
 def _copied(value: Any) -> tuple[Any, Any]:
-    """An option itself, and its value where it can be changed in place."""
+    """An option, and a copy of it if it is a tensor, which can be changed in place."""
     return value, value.clone() if isinstance(value, Tensor) else None
 
 

@@ -31,8 +31,8 @@ def anneal(start: float, end: float, fraction: float, strategy: Strategy = "line
 class Phases(NamedTuple):
     """Shares of a cycle, each in [0, 1]. The final phase, the annihilation, takes the rest.
 
-    The defaults are those of the language models in the article: 7.5, 37.5, 37.5 and 7.5 of 90 epochs. (0.45, 0, 0.45)
-    has no top: Smith's triangle, with a tenth for the annihilation.
+    The defaults are those of the language models in the fast.ai article (see one_cycle): 7.5, 37.5, 37.5 and 7.5 of 90
+    epochs. (0.45, 0, 0.45) is Smith's triangle: it has no top, and a tenth is left for the annihilation.
 
     Attributes:
         rise: share in which the learning rate rises.
@@ -112,8 +112,8 @@ def one_cycle_momentum(
         base_momentum: the lowest momentum.
         max_momentum: the highest momentum.
 
-    Sources: Smith, arXiv:1803.09820, section 4.3. The article takes 0.95 and 0.85 for images, 0.8 and 0.7 for language
-    models.
+    Sources: Smith, arXiv:1803.09820, section 4.3. The fast.ai article (see one_cycle) takes 0.95 and 0.85 for images,
+    0.8 and 0.7 for language models.
     """
     low, high = base_momentum, max_momentum
     phase, fraction = Phases(*phases).place(step, total_steps)
@@ -129,7 +129,7 @@ class OneCycle(LRScheduler):
     `last_epoch` alone, so training that loads its state_dict() continues exactly.
 
     Args:
-        optimizer: the lr and the momentum or betas of its groups are overwritten at once.
+        optimizer: the constructor already overwrites the lr, and the momentum or betas, of its groups.
         max_lr: largest learning rate, or one per group.
         total_steps: number of updates of the cycle.
         epochs, steps_per_epoch: in place of total_steps, which is their product.
@@ -139,7 +139,7 @@ class OneCycle(LRScheduler):
         last_epoch: number of updates done, or -1 for a new cycle.
 
     Raises:
-        ValueError: a number is out of range, a list has another length than there are groups, a group has neither
+        ValueError: a number is out of range, the length of a list is not the number of groups, a group has neither
             momentum nor betas although cycle_momentum is true, or step() is called more than total_steps times.
 
     Sources: see one_cycle.
@@ -189,7 +189,7 @@ class OneCycle(LRScheduler):
         self.max_lrs = per_group("max_lr", max_lr, optimizer)
         self.base_momentums = per_group("base_momentum", base_momentum, optimizer)
         self.max_momentums = per_group("max_momentum", max_momentum, optimizer)
-        # Plain types only: torch.load reads nothing else from a checkpoint unless it is told to trust it.
+        # Plain types only: torch.load with weights_only=True, its default, refuses classes such as Phases.
         self.shape: dict[str, Any] = {"phases": tuple(phases), "anneal_strategy": anneal_strategy}
         self.ends: dict[str, Any] = {"div_factor": div_factor, "final_div_factor": final_div_factor}
         self.ends["final_strategy"] = final_strategy

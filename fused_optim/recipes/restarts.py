@@ -19,7 +19,7 @@ class Period(NamedTuple):
     """The steps between two restarts.
 
     Attributes:
-        number: of the period, from 0.
+        number: index of the period, from 0.
         start: its first step.
         length: its number of steps.
     """
@@ -73,7 +73,7 @@ class WarmRestarts(LRScheduler):
     training that loads its state_dict() continues exactly.
 
     Args:
-        optimizer: the lr of its groups is the one at the start of every period.
+        optimizer: the lr of its groups is the learning rate at the start of every period.
         T_0: epochs of the first period, an integer from 1.
         T_mult: ratio of the epochs of two consecutive periods, an integer from 1.
         eta_min: learning rate at the end of every period.
@@ -104,8 +104,8 @@ class WarmRestarts(LRScheduler):
                 raise ValueError(f"{name} must be an integer from 1, but is {number!r}")
         if wd_norm is not None and any("decay_period" in group for group in optimizer.param_groups):
             raise ValueError(
-                'wd_norm is for optimizers that do not normalize; these groups have a "decay_period" and do it '
-                "themselves, so set their weight_decay to the normalized decay and leave wd_norm out"
+                'wd_norm is for optimizers without normalized decay, but these groups have a "decay_period" and '
+                "normalize it themselves; set their weight_decay to the normalized decay and leave wd_norm out"
             )
         self.T_0, self.T_mult, self.eta_min = T_0, T_mult, eta_min
         self.batches_per_epoch = batches_per_epoch

@@ -1,9 +1,13 @@
 // Drives a walker through hand-made tables of every rule and compares it with plain loops in extended precision. It
 // knows nothing of the walker but walk.h: link it with one walk_*.cpp and that walker's source.
 // Arguments: first seed, number of seeds.
-#include <iterator>
+//
+// Between inf and NaN the order of operations decides, and every order is right: where the truth is not finite, a
+// result must not be finite either. That proves little, so what counts is comparisons with finite numbers, and of every
+// rule three quarters of all must be such.
 #include <map>
 
+#include "../../csrc/rules.h"
 #include "rules.h"
 #include "tensor.h"
 #include "walk.h"
@@ -12,12 +16,18 @@ namespace {
 
 struct Rule {
   const char* name;
-  int min_states, max_states;
+  int signed_states, min_states, max_states;
   bool trust;
 };
 
-const Rule kRules[] = {
-    {"adam", 2, 3, false}, {"sgd", 0, 1, false}, {"qhadam", 2, 2, false}, {"lion", 1, 1, false}, {"lamb", 2, 2, true}};
+std::vector<Rule> all_rules() {
+  std::vector<Rule> rules;
+  AllRules::each([&](auto tag) {
+    using R = typename decltype(tag)::type;
+    rules.push_back({R::name, R::signed_states, R::min_states, R::max_states, R::trust});
+  });
+  return rules;
+}
 
 // One parameter: its tensors (param, grad, states, and with `averaged` the average of its weights), and its step count.
 struct Parameter {
@@ -47,8 +57,8 @@ Parameter make_parameter(Random& random, const Rule& rule, int groups, bool spec
   const bool mixed = usual != kFloat64 && chance(random, 0.5);
   const int streams = 2 + rule.min_states + static_cast<int>(below(random, rule.max_states - rule.min_states + 1));
   for (int i = 0; i < streams; ++i)
-    p.tensors.emplace_back(random, mixed ? static_cast<Format>(below(random, 3)) : usual, numel, i > 2,
-                           special && i > 0);
+    p.tensors.emplace_back(random, mixed ? static_cast<Format>(below(random, 3)) : usual, numel,
+                           i >= 2 + rule.signed_states, special && i > 0);
   if (averaged)  // of whatever dtype the arithmetic allows
     p.tensors.emplace_back(random,
                            usual == kFloat64 || chance(random, 0.5) ? usual : static_cast<Format>(below(random, 3)),
@@ -83,16 +93,20 @@ Group make_group(Random& random, const Rule& rule) {
   return g;
 }
 
+// Comparisons of the rule at work, and how many of them had a finite number to agree with.
+int64_t compared = 0, finite_ones = 0;
+
 // `got` is what lies in the tensor; `expected` was rounded to its dtype.
 void compare(const char* what, int64_t row, int64_t i, const Tensor& tensor, const Bounded& expected) {
   const long double got = tensor[i], wanted = expected.value;
   const Precision p = precision(tensor.dtype());
   const long double slack = p.relative * 1.001L * std::abs(wanted) + p.absolute + expected.error;
-  // Between inf and NaN the order of operations decides, and every order is right.
   const bool ok = std::isfinite(got)      ? std::abs(got - wanted) <= slack
                   : std::isfinite(wanted) ? std::abs(wanted) + slack > largest(tensor.dtype())
                                           : true;
   check(ok, what, row, i, tensor[i], static_cast<double>(wanted));
+  ++compared;
+  finite_ones += std::isfinite(wanted);
 }
 
 bool close(double got, long double wanted, long double slack) {
@@ -397,12 +411,21 @@ int main(int argc, char** argv) {
   const uint64_t first = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0,
                  seeds = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 20;
   int64_t checked = 0;
-  for (uint64_t seed = first; seed < first + seeds; ++seed) {
-    for (const Rule& rule : kRules) {
-      Run run(rule, seed * std::size(kRules) + (&rule - kRules));
-      for (int step = 0; step < 3; ++step) checked += run.step();
+  uint64_t number = 0;
+  const std::vector<Rule> rules = all_rules();
+  for (const Rule& rule : rules) {
+    compared = finite_ones = 0;
+    for (uint64_t seed = first; seed < first + seeds; ++seed) {
+      Run run(rule, seed * rules.size() + number);
+      for (int step = 0; step < 3; ++step) run.step();
     }
+    std::printf("%s: %ld comparisons, %ld of them with a finite number\n", rule.name, long(compared),
+                long(finite_ones));
+    if (static_cast<double>(finite_ones) < 0.75 * static_cast<double>(compared))
+      fail("too few finite numbers of", rule.name);
+    checked += finite_ones;
+    ++number;
   }
-  std::printf("%ld updates of single elements agree with extended precision\n", long(checked));
+  std::printf("%ld numbers agree with extended precision\n", long(checked));
   return checked == 0;
 }

@@ -1,9 +1,16 @@
 // The optimizers, straight from their papers, one element at a time and independent of csrc/rules.h.
 #pragma once
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
 #include "bounded.h"
+
+[[noreturn]] inline void fail(const char* what, const char* which) {
+  std::printf("FAILED: %s %s\n", what, which);
+  std::exit(1);
+}
 
 struct Group {
   double lr, beta1, beta2, eps, weight_decay;
@@ -24,7 +31,7 @@ class Oracle {
   Oracle(const char* rule, const Group& g, int step)
       : rule_(rule),
         group_(g),
-        first_(step == 1),
+        step_(step),
         lr_(Bounded::constant(g.lr)),
         beta1_(Bounded::constant(g.beta1)),
         beta2_(Bounded::constant(g.beta2)),
@@ -47,6 +54,8 @@ class Oracle {
     if (is("sgd")) return sgd(grad, state);
     if (is("qhadam")) return qhadam(grad, state);
     if (is("lion")) return lion(grad, state);
+    if (is("adagrad")) return adagrad(grad, state);
+    if (!is("lamb")) fail("tests/cpp/rules.h has no oracle of the rule", rule_);
     state[0] = kept(state[0], beta1_) + (group_.a != 0 ? rest1_ * grad : grad);
     state[1] = beta2_ * state[1] + rest2_ * grad * grad;
     return Bounded::exact(0);
@@ -92,7 +101,7 @@ class Oracle {
   // A new buffer holds zeros, or what is to become a zero.
   Bounded sgd(const Bounded& grad, std::vector<Bounded>& state) const {
     if (state.empty()) return lr_ * grad;
-    state[0] = first_ ? Bounded::exact(0) * state[0] + grad : beta1_ * state[0] + rest_a_ * grad;
+    state[0] = step_ == 1 ? Bounded::exact(0) * state[0] + grad : beta1_ * state[0] + rest_a_ * grad;
     return lr_ * (group_.b != 0 ? grad + beta1_ * state[0] : state[0]);
   }
 
@@ -103,6 +112,12 @@ class Oracle {
     return lr_ * mean / (square_root(rest_b_ * grad * grad + b_ * (state[1] / correction2_)) + eps_);
   }
 
+  Bounded adagrad(const Bounded& grad, std::vector<Bounded>& state) const {
+    state[0] = state[0] + grad * grad;
+    return lr_ / Bounded::constant(1 + (step_ - 1) * static_cast<long double>(group_.a)) * grad /
+           (square_root(state[0]) + eps_);
+  }
+
   Bounded lion(const Bounded& grad, std::vector<Bounded>& state) const {
     const Bounded mixed = kept(state[0], beta1_) + rest1_ * grad;
     state[0] = kept(state[0], beta2_) + rest2_ * grad;
@@ -111,6 +126,6 @@ class Oracle {
 
   const char* rule_;
   const Group& group_;
-  bool first_;
+  int step_;
   Bounded lr_, beta1_, beta2_, rest1_, rest2_, a_, b_, rest_a_, rest_b_, eps_, correction1_, correction2_;
 };

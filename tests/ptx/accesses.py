@@ -1,5 +1,5 @@
-"""Loads and stores of the interpreter: .global and generic ones to memory.py, .shared within a block, ld.param.
-Volatile, atomic and cached otherwise than by default are not known."""
+"""Loads and stores of the interpreter: .global and generic accesses go to memory.py, .shared ones to memory of the
+block, ld.param to the parameters. Volatile and atomic accesses and cache operators are not supported."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ADDRESS = re.compile(r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\w+))?\s*\]")
 
 
 def access(kernel: Kernel, statement: Statement) -> Operation:
-    """A load or a store.
+    """Decodes a load or a store.
 
     Raises:
-        UnknownInstruction: it is of another kind than those above.
+        UnknownInstruction: this kind of access is not supported.
     """
     name, *modifiers, kind = statement.parts
     count = 1
@@ -58,7 +58,7 @@ def load_parameter(kernel: Kernel, names: list[str], kind: str, base: str, offse
 
 
 class Access:
-    """What both spaces have: registers on one side, rows of bytes on the other."""
+    """Shared by both memory spaces: converts between registers and rows of bytes."""
 
     def __init__(self, kernel: Kernel, text: str, names: list[str], kind: str, base: str, offset: int) -> None:
         self.kernel, self.text, self.names, self.kind, self.offset = kernel, text, names, kind, offset
@@ -92,7 +92,7 @@ class Access:
 
 
 def value_reader(kernel: Kernel, operand: str, bits: str) -> Read:
-    """Of a register that may be wider than what is stored of it."""
+    """Reads a register that can be wider than the stored value: its low bytes."""
     held = kernel.registers.get(operand)
     if held is None or BYTES[held] == BYTES[bits]:
         return reader(kernel, operand, bits)
@@ -115,7 +115,7 @@ class Global(Access):
 
 class Shared(Access):
     def places(self, lanes: Lanes, mask: Mask) -> tuple[Any, Any]:
-        """Blocks and bytes [lanes, size] of the lanes that take part."""
+        """Block numbers and byte offsets [lanes, size] of the active lanes."""
         if self.base in self.kernel.shared:
             first = np.full(lanes.count, self.kernel.shared[self.base] + self.offset)
         else:

@@ -1,11 +1,11 @@
-"""The backends "triton-ptx" and "cuda-ptx": the library's own "triton" and "cuda" on CPU tensors, whose kernels are
-run by the interpreter as they are compiled for a GPU.
+"""The backends "triton-ptx" and "cuda-ptx": the library's "triton" and "cuda" backends on CPU tensors. The interpreter
+runs their kernels as compiled for a GPU.
 
-"triton-ptx": the library's launch.py, Triton's compiler, cache and launcher over a stand-in driver.
-"cuda-ptx": csrc/cuda/step.cu as nvcc compiles it, host code included, over a stand-in runtime.
+"triton-ptx": the library's launch.py, and Triton's compiler, cache and launcher, on a stand-in driver.
+"cuda-ptx": csrc/cuda/step.cu as nvcc compiles it, including the host code, on a stand-in runtime.
 
-Before every pass what a step leaves for itself (`tensor_scalars`, sums) is overwritten with NaN: none of it may come
-from the step before.
+Before every pass the scratch arrays of a step (`tensor_scalars`, sums) are overwritten with NaN, because no step may
+use values of the step before.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fused_optim.engine.table import Table, same_strides
 from .launched import LAUNCHES
 from .toolchain import ARCH, compiled_step, library, missing
 
-STREAM = 0x5151  # what the stand-ins call the current stream
+STREAM = 0x5151  # the handle of the current stream in the stand-ins
 
 
 def why_not(*tools: str) -> Callable[[torch.device | None], str | None]:
@@ -52,8 +52,8 @@ def poison(table: Table, *names: str) -> None:
 
 
 def copied(table: Table) -> list[tuple[int, int]]:
-    """Where the copies lie that the look has made of gradients that the kernels cannot read as they are. No Python
-    object holds them."""
+    """Address ranges of the gradients that change detection copied because the kernels cannot read the originals. No
+    Python object holds these copies."""
     found = []
     for row, address in zip(table.rows_list, table.grads.tolist(), strict=True):
         grad = row.param.grad
@@ -71,7 +71,7 @@ def stand_in_driver() -> ctypes.CDLL:
 
 @cache
 def use_stand_in_driver() -> None:
-    """From now on Triton compiles for a GPU that is not there, and launches on the stand-in."""
+    """From now on Triton compiles for a GPU that does not exist, and launches through the stand-in."""
     driver = stand_in_driver()
     import triton
     from triton.backends.compiler import GPUTarget
@@ -118,11 +118,11 @@ def use_stand_in_driver() -> None:
     KEPT.extend([callback, loaded])
 
 
-KEPT: list[Any] = []  # what C calls
+KEPT: list[Any] = []  # callbacks that C code holds: they must not be freed
 
 
 class TritonPtx(Triton):
-    """The library's functions as they are; only the driver under them is another."""
+    """The library's functions, unchanged, on another driver."""
 
     name = "triton-ptx"
     why_not = staticmethod(why_not("gcc"))
@@ -153,7 +153,7 @@ class TritonPtx(Triton):
 
 @cache
 def tables_type() -> type[ctypes.Structure]:
-    """struct Tables, as csrc/tables.h has it."""
+    """struct Tables, read from csrc/tables.h."""
     text = re.search(r"struct Tables \{(.*?)\n\};", (ROOT / "csrc/tables.h").read_text(), re.DOTALL)
     assert text
     types = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "bool": ctypes.c_bool}
@@ -171,7 +171,7 @@ def tables(table: Table, **numbers: Tensor | None) -> Any:
 
 @cache
 def host_code() -> dict[str, Any]:
-    """The entry points of csrc/cuda/step.h by name. All work on the stand-in runtime, which is loaded first."""
+    """The entry points of csrc/cuda/step.h by name. They use the stand-in runtime, which is loaded first."""
     runtime = library("cudart.c", "libcudart-stand-in.so", ctypes.RTLD_GLOBAL)
     ptx, path = compiled_step()
     kind = ctypes.CFUNCTYPE(
@@ -239,5 +239,5 @@ NAMES = ("triton-ptx", "cuda-ptx")
 
 
 def register() -> None:
-    """They are then chosen by name like any other, and never by "auto"."""
+    """Makes the backends selectable by name. "auto" never selects them."""
     backends.BACKENDS.update({backend.name: backend for backend in (TritonPtx, CudaPtx)})

@@ -1,18 +1,17 @@
-"""What the interpreter knows of PTX: the instructions that compute. accesses.py has loads and stores, machine.py the
-flow of control.
+"""The PTX instructions that compute. accesses.py has loads and stores, machine.py has the control flow.
 
     mov cvta cvt                     moves; splitting and joining of registers; conversions rounded to nearest even, or
                                      towards zero to integers
-    add sub mul mad fma div          float32 and float64 with .rn; integers (no div) with .lo or .wide where it is said
+    add sub mul mad fma div          float32 and float64 with .rn; integers (no div), with .lo or .wide for products
     sqrt rcp min max abs neg         roots and reciprocals with .rn
     setp selp                        comparisons, also combined with a predicate
     and or xor not shl shr bfe lop3 prmt
     shfl.sync.bfly                   within a whole warp
 
-Anything else is an error that names it when the kernel is read: an approximate division, a flush of small numbers to
-zero, or an atomic operation would not go unseen.
+Any other instruction raises an error that names it when the kernel is decoded. So an approximate division, a flush of
+subnormal numbers to zero or an atomic operation cannot pass unnoticed.
 
-An operation gets all lanes at once, and a mask of those that execute it.
+An operation gets all lanes at once, and a mask of the lanes that execute it.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Operation = Callable[[Lanes, Mask], None]
 
 
 class UnknownInstruction(NotImplementedError):
-    """The interpreter does not know an instruction of this kernel."""
+    """The interpreter does not support an instruction of this kernel."""
 
 
 def refuse(kernel: Kernel, statement: Statement) -> UnknownInstruction:
@@ -38,9 +37,10 @@ def refuse(kernel: Kernel, statement: Statement) -> UnknownInstruction:
 
 
 def operation(kernel: Kernel, statement: Statement) -> Operation:
-    """
+    """Decodes an instruction that computes.
+
     Raises:
-        UnknownInstruction: it is none of those above.
+        UnknownInstruction: this instruction is not supported.
     """
     name, *modifiers = statement.parts
     decode = DECODERS.get(name)
@@ -53,7 +53,7 @@ def operation(kernel: Kernel, statement: Statement) -> Operation:
 def compute(
     kernel: Kernel, operands: tuple[str, ...], kinds: tuple[str, ...], function: Callable[..., Any]
 ) -> Operation:
-    """Into the first operand what `function` makes of the others, read as so many kinds."""
+    """Reads the other operands as these kinds, applies `function`, and writes the result to the first operand."""
     write = writer(kernel, operands[0])
     reads = [reader(kernel, operand, kind) for operand, kind in zip(operands[1:], kinds, strict=True)]
 
@@ -97,14 +97,14 @@ UNSIGNED_KIND = {1: "b8", 2: "b16", 4: "b32", 8: "b64"}
 
 
 def decode_cvta(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) -> Operation | None:
-    """Global memory has the same addresses in the generic space; shared memory has not."""
+    """Only global memory: its generic addresses are the same. Those of shared memory are not."""
     if modifiers not in (["to", "global", "u64"], ["global", "u64"]):
         return None
     return compute(kernel, operands, ("u64",), lambda x: x)
 
 
 def to_bf16(x: Array) -> Array:
-    """Bits, rounded to nearest even, of float32."""
+    """The bits of float32 values rounded to bfloat16, to nearest even."""
     bits = np.asarray(x, np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(x), np.uint16(0x7FFF), rounded.astype(np.uint16))
@@ -150,7 +150,8 @@ def conversion(rounding: list[str], to: str, of: str) -> Callable[[Any], Any] | 
 
 
 def truncation(dtype: np.dtype[Any]) -> Callable[[Any], Any]:
-    """To an integer towards zero; to the nearest one that there is, and 0 of NaN."""
+    """Converts to an integer towards zero. Out-of-range values become the nearest representable integer, NaN becomes
+    0."""
     info = np.iinfo(dtype)
 
     def convert(x: Any) -> Any:
@@ -170,7 +171,7 @@ ROUNDED: dict[str, Callable[..., Any]] = {
     "rcp": lambda x: x.dtype.type(1) / x,
 }
 EXACT: dict[str, Callable[..., Any]] = {"abs": np.abs, "neg": np.negative}
-BOUNDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {  # without and with NaN
+BOUNDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {  # without and with the modifier .NaN
     "min": (np.fmin, np.minimum),
     "max": (np.fmax, np.maximum),
 }
@@ -220,7 +221,7 @@ def fused(x: Any, y: Any, z: Any) -> Array:
 
 
 def product(kernel: Kernel, operands: tuple[str, ...], how: list[str], kind: str) -> Operation | None:
-    """mul and mad of integers: their low half, or all of it in twice the width."""
+    """mul and mad of integers: the low half of the product, or the full product in twice the width."""
     if how not in (["lo"], ["wide"]):
         return None
     result = f"{kind[0]}{16 * BYTES[kind]}" if how == ["wide"] else kind
@@ -256,7 +257,7 @@ def decode_setp(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str])
 
 
 def comparison(name: str, kind: str) -> Callable[[Any, Any], Any] | None:
-    """Of floats: true or false of NaN by whether the name ends in u."""
+    """Comparisons of floats with NaN are true if the name ends in u, otherwise false."""
     if kind not in ("f32", "f64"):
         return COMPARISONS.get(OF_UNSIGNED.get(name, name)) if kind in BYTES and kind[0] in "usb" else None
     if name in ("nan", "num"):
@@ -291,7 +292,7 @@ def decode_bitwise(name: str) -> Callable[..., Operation | None]:
 
 
 def decode_shift(left: bool) -> Callable[..., Operation | None]:
-    """By more than the width, all bits go."""
+    """A shift by the width or more shifts all bits out."""
 
     def decode(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) -> Operation | None:
         (kind,) = modifiers
@@ -315,7 +316,7 @@ def decode_bfe(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) 
     dtype, bits = dtype_of(kind), 8 * BYTES[kind]
 
     def extract(x: Any, start: Any, length: Any) -> Any:
-        # In Python's numbers a shift by the whole width is none that wraps around.
+        # The masks are Python integers: NumPy does not define a shift by the whole width.
         ones = [(1 << min(int(n) & 255, bits)) - 1 for n in np.atleast_1d(length)]
         moved = np.where(start >= bits, dtype.type(0), x >> np.minimum(start, bits - 1).astype(dtype))
         return moved & (np.array(ones, dtype) if len(ones) > 1 else dtype.type(ones[0]))
@@ -324,7 +325,7 @@ def decode_bfe(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) 
 
 
 def decode_lop3(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) -> Operation | None:
-    """Any function of three bits: the last operand is its table."""
+    """Any logical function of three bits. The last operand is its truth table."""
     table = int(operands[4], 0)
 
     def look_up(*x: Any) -> Any:
@@ -339,7 +340,7 @@ def decode_lop3(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str])
 
 
 def decode_prmt(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) -> Operation | None:
-    """Bytes chosen among the eight of two words."""
+    """Selects four of the eight bytes of two words."""
 
     def choose(x: Any, y: Any, choice: Any) -> Any:
         x, y, choice = np.broadcast_arrays(x, y, choice)
@@ -357,7 +358,7 @@ def decode_prmt(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str])
 
 
 def decode_shfl(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) -> Operation | None:
-    """All lanes of a warp must take part."""
+    """All lanes of a warp must be active."""
     if modifiers != ["sync", "bfly", "b32"] or operands[3:] not in (("31", "-1"), ("0x1f", "0xffffffff")):
         return None
     write = writer(kernel, operands[0])

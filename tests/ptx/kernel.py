@@ -31,15 +31,15 @@ class Statement:
 
     @property
     def parts(self) -> list[str]:
-        """The opcode's name, modifiers and types."""
+        """The opcode split into name, modifiers and types."""
         return self.opcode.replace("::", "__").split(".")
 
 
 @dataclass
 class Kernel:
-    """parameters: offset and size in bytes of each. registers: the type of each. shared: the offset of each variable;
-    shared_bytes: of those whose size is known. labels: the statement that each one stands before. targets: the labels
-    that an indexed branch chooses from."""
+    """parameters: offset and size in bytes of each. registers: the type of each. shared: the offset of each variable.
+    shared_bytes: the size of the shared variables whose size is known. labels: the index of the statement after each.
+    targets: the labels of each list that an indexed branch selects from."""
 
     name: str
     parameters: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -58,10 +58,10 @@ def entries(ptx: str) -> list[str]:
 
 
 def parse(ptx: str, name: str) -> Kernel:
-    """The kernel of that name.
+    """Parses the kernel with this name.
 
     Raises:
-        KeyError: the module has no kernel of that name.
+        KeyError: the module has no kernel with this name.
     """
     start = re.search(rf"\.entry\s+{re.escape(name)}\s*\(", ptx)
     if start is None:
@@ -78,7 +78,7 @@ def parse(ptx: str, name: str) -> Kernel:
 
 
 def body_from(ptx: str, opening: int) -> str:
-    """What is between the brace at `opening` and the one that closes it."""
+    """The text between the brace at `opening` and the matching closing brace."""
     depth = 0
     for found in re.finditer(r"[{}]", ptx[opening:]):
         depth += 1 if found[0] == "{" else -1
@@ -100,7 +100,7 @@ def add_parameter(kernel: Kernel, name: str, kind: str, align: str | None, count
 
 
 def add_shared(kernel: Kernel, outside: str, body: str) -> None:
-    """Variables whose size only the launch knows start after all others."""
+    """Variables whose size is set at launch start after all others."""
     dynamic = []
     for align, name, count in SHARED.findall(outside + body):
         if count:
@@ -115,7 +115,7 @@ def add_shared(kernel: Kernel, outside: str, body: str) -> None:
 def add_statements(kernel: Kernel, body: str) -> None:
     at, last_label = 0, ""
     while at < len(body):
-        if body[at].isspace() or body[at] in "{}":  # A brace where a statement may begin opens or closes a scope.
+        if body[at].isspace() or body[at] in "{}":  # A brace at the start of a statement opens or closes a scope.
             at += 1
         elif label := LABEL.match(body, at):
             last_label, at = label[1], label.end()

@@ -16,11 +16,11 @@ Array = NDArray[Any]
 Mask = NDArray[np.bool_]
 
 UNSIGNED = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
-POISON = 0xA5  # every byte of a register or of shared memory that nothing has been written to
+POISON = 0xA5  # the value of every byte of a register or of shared memory that was never written
 
 
 def dtype_of(kind: str) -> np.dtype[Any]:
-    """Of numpy for a type of PTX. Two-byte floats that numpy lacks are bits."""
+    """The NumPy dtype of a PTX type. bfloat16, which NumPy does not have, is stored as bits."""
     if kind == "pred":
         return np.dtype(bool)
     if kind[0] in "us":
@@ -31,7 +31,7 @@ def dtype_of(kind: str) -> np.dtype[Any]:
 
 
 class Registers(dict[str, Array]):
-    """By name; each comes to be when it is first asked for."""
+    """Registers by name. Each is allocated on first use."""
 
     def __init__(self, kernel: Kernel, count: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Registers(dict[str, Array]):
 
 
 class Lanes:
-    """count threads, those of the blocks from `first` on."""
+    """count: the number of threads in the blocks that run at once. first: the index of the first of these blocks."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ Write = Callable[[Lanes, Any, Mask], None]
 
 
 def reader(kernel: Kernel, operand: str, kind: str) -> Read:
-    """What gives an operand's values as a type: an array, or one number for all lanes.
+    """A function that reads an operand as a type. It returns an array, or one number for all lanes.
 
     Raises:
         ValueError: the operand's register has another width.
@@ -112,10 +112,11 @@ def immediate(kernel: Kernel, operand: str, dtype: np.dtype[Any]) -> Any:
 
 
 def writer(kernel: Kernel, operand: str) -> Write:
-    """What writes values into a register where a mask is set. A register wider than the values gets them extended.
+    """A function that writes values to a register, in the lanes of a mask. Values narrower than the register are
+    extended.
 
     Raises:
-        ValueError: the operand is no register.
+        ValueError: the operand is not a register.
     """
     if operand == "_":
         return lambda lanes, values, mask: None

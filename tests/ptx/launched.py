@@ -1,4 +1,4 @@
-"""What the stand-ins are asked to launch is run here, and recorded."""
+"""Runs and records the launches that the stand-ins receive."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Launch:
 
 
 class Launches:
-    """Runs kernels of PTX modules. record: the launches since it was last cleared. modules: the PTX that each program
-    is from."""
+    """Runs kernels of PTX modules. record: the launches since it was last cleared. modules: the PTX source of each
+    program."""
 
     def __init__(self) -> None:
         self.memory = Memory()
@@ -42,7 +42,8 @@ class Launches:
         return self.programs[key]
 
     def run(self, ptx: str, name: str, blocks: int, threads: int, shared: int, stream: int, pointers: int) -> int:
-        """pointers: the address of those to the parameters. Not 0 after a failure, which `raising` raises."""
+        """Returns nonzero after a failure, which `raising` then raises. pointers: the address of an array of pointers
+        to the parameters."""
         try:
             program = self.program(ptx, name)
             kernel = program.kernel
@@ -52,15 +53,15 @@ class Launches:
                 parameters[offset : offset + size] = ctypes.string_at(address, size)
             self.record.append(Launch(kernel, blocks, threads, shared, stream, bytes(parameters)))
             program.launch(blocks, threads, shared, bytes(parameters), self.memory)
-        except BaseException as error:  # It cannot go through the C code that has called.
+        except BaseException as error:  # An exception cannot pass through the C caller.
             self.failure = error
             return 1
         return 0
 
     @contextmanager
     def raising(self, lent: Sequence[tuple[int, int]] = ()) -> Iterator[None]:
-        """Around the launches of a pass. What has failed in a kernel is raised here, and not the error that C has made
-        of it. lent: see Memory.refresh."""
+        """Wraps the launches of a pass. A failure in a kernel is raised as the original exception, not as the error
+        code that C returned. lent: see Memory.refresh."""
         self.failure = None
         self.memory.refresh(lent)
         try:
@@ -71,7 +72,7 @@ class Launches:
             raise self.failure
 
     def instructions(self) -> Counter[str]:
-        """Executed so far, by how many warps."""
+        """The instructions executed so far, each counted once per warp."""
         total: Counter[str] = Counter()
         for program in self.programs.values():
             total += program.instructions()

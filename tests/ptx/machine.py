@@ -1,7 +1,7 @@
-"""Runs a launch: some blocks at once, all their lanes through each instruction together.
+"""Runs a launch: a few blocks at a time. All their lanes execute each instruction together.
 
-Lanes that have gone different ways are taken up where the lowest of them stands, so that they meet again. Known of the
-flow of control: bra, brx.idx, ret, exit, bar.sync and barrier.sync of all threads.
+Diverged lanes continue at the lowest of their positions, so they converge again. Supported control flow: bra, brx.idx,
+ret, exit, and bar.sync and barrier.sync of all threads.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from .kernel import Kernel, Statement
 from .lanes import Array, Lanes, Mask, reader
 from .memory import Memory
 
-BLOCKS = 64  # at once
+BLOCKS = 64  # blocks that run at a time
 TURNS = {"bra", "brx", "ret", "exit", "bar", "barrier"}
 
 
 @dataclass(frozen=True)
 class Step:
     statement: Statement
-    run: Operation | None  # None where it turns the flow of control
+    run: Operation | None  # None for control flow
 
 
 class Program:
-    """A kernel, decoded. Its statements are cut into stretches that are executed from their first to their last."""
+    """A decoded kernel. Its statements are cut into stretches, which execute from the first statement to the last."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -38,7 +38,7 @@ class Program:
         cuts = {0, self.end, *kernel.labels.values()}
         cuts |= {number + 1 for number, step in enumerate(self.steps) if step.run is None}
         self.stretches = {start: (start, stop) for start, stop in pairwise(sorted(cuts))}
-        self.executed: Counter[tuple[int, int]] = Counter()  # by how many warps
+        self.executed: Counter[tuple[int, int]] = Counter()  # counts warps
 
     def decode(self, statement: Statement) -> Operation | None:
         name = statement.parts[0]
@@ -51,7 +51,7 @@ class Program:
         return (access if name in ("ld", "st") else operation)(self.kernel, statement)
 
     def instructions(self) -> Counter[str]:
-        """How many warps have executed each opcode so far."""
+        """For each opcode, the number of executions so far, each counted once per warp."""
         counts: Counter[str] = Counter()
         for (start, stop), warps in self.executed.items():
             for step in self.steps[start:stop]:
@@ -59,10 +59,11 @@ class Program:
         return counts
 
     def launch(self, grid: int, threads: int, shared_bytes: int, parameters: bytes, memory: Memory) -> None:
-        """
+        """Runs all blocks.
+
         Raises:
             AccessError: see memory.py.
-            RuntimeError: threads of a block wait for each other at different places.
+            RuntimeError: threads of a block wait at different barriers.
         """
         if len(parameters) != self.kernel.parameter_bytes:
             raise ValueError(f"{self.kernel.name} takes {self.kernel.parameter_bytes} bytes of parameters")
@@ -74,7 +75,7 @@ class Program:
                 self.run(lanes)
 
     def run(self, lanes: Lanes) -> None:
-        at = np.zeros(lanes.count, np.int64)  # the next statement of each lane
+        at = np.zeros(lanes.count, np.int64)  # the index of the next statement of each lane
         waiting = np.zeros(lanes.count, bool)
         while True:
             ready = (at < self.end) & ~waiting
@@ -88,7 +89,7 @@ class Program:
             self.stretch(lanes, self.stretches[start], mask, at, waiting)
 
     def release(self, lanes: Lanes, at: Array, waiting: Mask) -> None:
-        """All threads of every block have come to a barrier, or ended."""
+        """Releases the barriers. The caller calls this once every thread waits at a barrier or has ended."""
         places = np.where(waiting, at, -1).reshape(-1, lanes.threads)
         least = np.where(waiting, at, self.end).reshape(-1, lanes.threads).min(1)
         most = places.max(1)

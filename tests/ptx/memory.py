@@ -1,4 +1,4 @@
-"""Global memory is this process's: every access of a kernel must lie within the storage of a tensor that is alive."""
+"""Global memory is the memory of this process. Every access of a kernel must be within the storage of a live tensor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Mask = NDArray[np.bool_]
 
 @cache
 def lanes() -> ctypes.CDLL:
-    """native/lanes.c."""
+    """The library native/lanes.c."""
     loaded, pointer = library("lanes.c", "lanes.so"), ctypes.c_void_p
     for copy in (loaded.gather, loaded.scatter):
         copy.argtypes, copy.restype = [ctypes.c_int64, pointer, pointer, ctypes.c_int64, pointer], None
@@ -33,11 +33,11 @@ def lanes() -> ctypes.CDLL:
 
 
 class AccessError(RuntimeError):
-    """A kernel has touched memory that it must not touch, or in a way that a GPU does not allow."""
+    """A kernel accessed memory that it must not access, or with an alignment that a GPU does not support."""
 
 
 class Memory:
-    """accesses: how many lanes have loaded ("ld") and stored ("st") so many bytes at once."""
+    """accesses: for each ("ld" or "st", size in bytes), the number of lanes that made such an access."""
 
     def __init__(self) -> None:
         self.accesses: Counter[tuple[str, int]] = Counter()
@@ -46,22 +46,23 @@ class Memory:
         self.starts = self.ends = np.zeros(0, np.uint64)
 
     def load(self, addresses: Addresses, mask: Mask, size: int, text: str) -> NDArray[np.uint8]:
-        """[lanes, size]; zeros where the mask is off."""
+        """Returns bytes [lanes, size], zeros where the mask is off."""
         self.check("ld", addresses, mask, size, text)
         out = np.zeros((len(mask), size), np.uint8)
         lanes().gather(len(mask), mask.ctypes.data, addresses.ctypes.data, size, out.ctypes.data)
         return out
 
     def store(self, addresses: Addresses, mask: Mask, values: NDArray[np.uint8], text: str) -> None:
-        """values: [lanes, size]."""
+        """values: bytes [lanes, size]."""
         size = values.shape[1]
         self.check("st", addresses, mask, size, text)
         lanes().scatter(len(mask), mask.ctypes.data, addresses.ctypes.data, size, values.ctypes.data)
 
     def check(self, kind: str, addresses: Addresses, mask: Mask, size: int, text: str) -> None:
-        """
+        """Checks that a kernel may make these accesses.
+
         Raises:
-            AccessError: an address is no multiple of the access's size, or it is not within a live tensor.
+            AccessError: an address is not a multiple of the size of the access, or it is not within a live tensor.
         """
         used = addresses[mask]
         self.accesses[kind, size] += len(used)
@@ -69,7 +70,7 @@ class Memory:
         if len(odd):
             raise AccessError(f"misaligned: {text} of {size} bytes at {odd[0]:#x}")
         outside = self.outside(used, size)
-        for generation in range(3):  # New tensors are in the first, which is small.
+        for generation in range(3):  # Generation 0 is small and has the new tensors.
             if len(outside):
                 self.look(generation)
                 outside = self.outside(outside, size)
@@ -84,8 +85,8 @@ class Memory:
         return addresses[~inside]
 
     def refresh(self, lent: Sequence[tuple[int, int]] = ()) -> None:
-        """Before a pass: tensors may have gone, and storages been resized. lent: the first address and the end of what
-        is no Python object's, and may be touched in this pass."""
+        """Called before each pass, because tensors may have been freed and storages resized. lent: (start, end) of
+        memory that no Python object owns and that this pass may access."""
         self.lent = list(lent)
         self.settle(self.alive())
 
@@ -93,8 +94,8 @@ class Memory:
         return [tensor for ref in self.tensors if (tensor := ref()) is not None]
 
     def look(self, generation: int) -> None:
-        """Finds tensors among the objects that Python knows of. A gradient that only C++ has seen is none of these
-        before it is asked for."""
+        """Finds tensors among the objects that the garbage collector tracks. A gradient that only C++ has used gets its
+        Python object when .grad is read, so .grad of each leaf is read too."""
         kinds = {Tensor, *subclasses(Tensor)}
         found = self.alive() + [x for x in gc.get_objects(generation) if type(x) in kinds]
         self.settle(found + [x.grad for x in found if x.is_leaf and x.grad is not None])
@@ -117,10 +118,10 @@ def subclasses(kind: type) -> Iterator[type]:
 
 
 def extent(tensor: Tensor) -> tuple[int, int] | None:
-    """The addresses of its storage, where it has one."""
+    """The start and end address of the tensor's storage, or None if it has no memory."""
     try:
         storage: Any = tensor.untyped_storage()
         start = storage.data_ptr()
-    except (NotImplementedError, RuntimeError):  # a subclass that wraps others, or a fake tensor
+    except (NotImplementedError, RuntimeError):  # a wrapper subclass or a fake tensor
         return None
     return (start, start + storage.nbytes()) if start and storage.nbytes() else None

@@ -1,4 +1,4 @@
-"""The interpreter itself: what instructions do, in which order lanes run, and what must not pass."""
+"""Tests of the interpreter itself: the results of instructions, control flow, and what it must reject."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.codegen, pytest.mark.skipif(missing("gcc") is not None
 
 F32, F64, I32, I64, F16 = torch.float32, torch.float64, torch.int32, torch.int64, torch.float16
 
-# Thread i has element i of up to three arrays in a, b, c, and stores d.
+# Thread i loads element i of up to three arrays into a, b, c, and stores d.
 MODULE = """
 .version 8.0
 .target sm_90
@@ -80,7 +80,8 @@ WIDE = torch.tensor([7, -3, 2**62 + 5, -(2**63)], dtype=I64)
 
 
 def fused(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """In float64 the product of float32 is exact, and the sum of these has a bit to spare."""
+    """In float64 the product of two float32 numbers is exact. With these operands the rounding of the sum to float64
+    does not change the result."""
     return (x.double() * y.double() + z.double()).float()
 
 
@@ -161,7 +162,7 @@ def test_pairs_of_narrow_floats() -> None:
 
 
 def test_branches_loops_and_divergence() -> None:
-    """Each lane adds up its own number of rounds; odd ones go another way in each."""
+    """Each lane runs a different number of loop rounds. Odd and even lanes take different branches."""
     code = """
     mov.b32 %d, 0; mov.b32 %r1, 0; and.b32 %r2, %r0, 1; setp.eq.s32 %p1, %r2, 0;
     $again:
@@ -191,7 +192,7 @@ def test_indexed_branches() -> None:
 
 
 def test_shared_memory_and_barriers() -> None:
-    """The lower half waits for the upper one, which comes by another way."""
+    """The lower half skips the store and waits at the barrier for the upper half, whose store it reads."""
     code = """
     mov.b32 %r1, shared; shl.b32 %r2, %r0, 2; add.s32 %r1, %r1, %r2;
     setp.lt.s32 %p0, %r0, 32; @%p0 bra $lower;

@@ -1,4 +1,4 @@
-"""What gcc and nvcc make for the interpreter, kept in build/ptx by what it was made of."""
+"""Compiles code for the interpreter with gcc and nvcc. The output is cached in build/ptx by a hash of its inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ARCH = 90
 
 
 def missing(*tools: str) -> str | None:
-    """Why code cannot be compiled here, or None."""
+    """The reason why code cannot be compiled here, or None."""
     for tool in tools:
         found = SETUP["nvcc"]() if tool == "nvcc" else shutil.which(tool)
         if found is None:
@@ -29,8 +29,8 @@ def missing(*tools: str) -> str | None:
 
 
 def made(parts: list[str | bytes], make: Callable[[Path], None]) -> Path:
-    """A folder that `make` has filled. parts: all that its content depends on; the same parts are the same folder. Of
-    several processes one makes it, the others wait."""
+    """A folder that `make` has filled. parts: everything that its content depends on. Equal parts give the same folder.
+    If several processes need it, one makes it and the others wait."""
     digest = hashlib.sha256(b"\0".join(part.encode() if isinstance(part, str) else part for part in parts))
     folder = BUILT / digest.hexdigest()[:16]
     BUILT.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def run(command: list[str], folder: Path) -> None:
 
 @cache
 def library(source: str, name: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL:
-    """native/`source`, compiled to a shared library of that file name."""
+    """native/`source`, compiled to a shared library with this file name."""
     path = NATIVE / source
     command = ["gcc", "-O2", "-std=c11", "-Wall", "-Werror", "-ffp-contract=off", "-fPIC", "-shared"]
     command += [f"-Wl,-soname,{name}", "-o", name, str(path), "-lm"]
@@ -63,7 +63,8 @@ def library(source: str, name: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDL
 
 @cache
 def compiled_step() -> tuple[str, Path]:
-    """csrc/cuda/step.cu by nvcc: the PTX of its kernels, and the library of the host code that launches them."""
+    """Compiles csrc/cuda/step.cu with nvcc. Returns the PTX of its kernels, and the library with the host code that
+    launches them."""
     compiler, source = SETUP["nvcc"](), ROOT / "csrc/cuda/step.cu"
     command = [compiler, *SETUP["CUDA_FLAGS"], f"-gencode=arch=compute_{ARCH},code=compute_{ARCH}"]
     command += ["--cudart", "none", "--shared", "--keep", "--keep-dir", ".", "-o", "step.so", str(source)]
@@ -72,7 +73,7 @@ def compiled_step() -> tuple[str, Path]:
 
     def make(folder: Path) -> None:
         run(command, folder)
-        for path in folder.iterdir():  # What nvcc has kept on its way.
+        for path in folder.iterdir():  # deletes nvcc's other intermediate files
             if path.name not in ("step.so", "step.ptx"):
                 path.unlink()
 

@@ -1,5 +1,5 @@
-// The module of the look with torch's headers. It reads tensors as the torch that it was compiled with lays them out,
-// so fused_optim/engine/modules.py looks for these words in the file before it loads it.
+// The module of the change detector with torch's headers. It reads tensors by their layout in the torch that it was
+// compiled with. So fused_optim/engine/modules.py reads the text kBuiltFor from the file before it loads the module.
 #include "../../bindings.h"
 
 #include <torch/csrc/utils/pybind.h>

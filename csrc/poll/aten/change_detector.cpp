@@ -10,12 +10,12 @@ namespace {
 
 bool wraps(const at::Tensor& tensor) { return tensor.key_set().has(c10::DispatchKey::Python); }
 
-// Whether it is a DTensor.
+// Whether the tensor is a DTensor.
 bool is_spread(py::handle tensor) {
   return wraps(unpack(tensor)) && PyObject_HasAttr(tensor.ptr(), name_of_shard()) == 1;
 }
 
-// Strides along dimensions of one element say nothing.
+// Strides of dimensions with one element do not matter.
 bool same_layout(const at::Tensor& a, const at::Tensor& b) {
   if (a.is_contiguous() && b.is_contiguous()) return true;
   const auto sizes = a.sizes(), x = a.strides(), y = b.strides();
@@ -28,14 +28,15 @@ bool same_layout(const at::Tensor& a, const at::Tensor& b) {
 // Whether the numbers in memory are the tensor's values.
 bool plain(const at::Tensor& t) { return !t.is_conj() && !t.is_neg() && !t._is_zerotensor(); }
 
-// False of elements that lie nowhere; what torch calls a zero tensor needs no memory.
+// False if the elements have no memory. torch's zero tensors and tensors without elements need none.
 bool has_memory(const at::Tensor& t) {
   return t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl()->data() != nullptr || t.numel() == 0 ||
          t._is_zerotensor();
 }
 
 void prefetch_tensor(const void* impl, const void* storage) {
-  // Of a TensorImpl's three lines or four: the storage stands near its begin, numel, dtype and flags near its end.
+  // A TensorImpl spans three or four cache lines: the storage is near its start; numel, dtype and flags are near its
+  // end.
   __builtin_prefetch(static_cast<const char*>(impl) + 16);
   __builtin_prefetch(static_cast<const char*>(impl) + 160);
   __builtin_prefetch(static_cast<const char*>(storage) + 16);
@@ -51,7 +52,7 @@ void ChangeDetector::add_pending(py::object param) { pending_.push_back(std::mov
 
 void ChangeDetector::add_row(py::object param, py::object target, py::dict state, at::ScalarType grad_dtype,
                              at::Tensor grads, int64_t number) {
-  WatchedRow row{};
+  PolledRow row{};
   row.param = param.ptr();
   row.target = target.ptr();
   row.impl = unpack(param).unsafeGetTensorImpl();
@@ -87,7 +88,8 @@ void ChangeDetector::add_place(py::handle object, bool of_param) {
   }
   places_.push_back({impl, storage, storage->data(), impl->storage_offset(), impl->numel(), tensor.scalar_type(),
                      tensor.is_conj(), tensor.is_neg(), strides});
-  // poll_places asks whether a param is still the same tensor before it follows these addresses.
+  // No C++ reference to a param, see PolledRow. Before poll_places reads these addresses of a param, it checks that the
+  // param is still the same tensor.
   if (!of_param) alive_tensors_.push_back(tensor);
 }
 
@@ -112,7 +114,7 @@ int ChangeDetector::poll() {
   for (size_t ahead = 0; ahead < kAhead; ++ahead) prefetch(ahead);
   for (size_t number = 0; number < rows_.size(); ++number) {
     prefetch(number + kAhead);
-    WatchedRow& row = rows_[number];
+    PolledRow& row = rows_[number];
     if (!states_.poll(number) || !poll_places(row) || !poll_grad(row, answer)) return kRebuild;
   }
   return answer;
@@ -120,7 +122,7 @@ int ChangeDetector::poll() {
 
 void ChangeDetector::prefetch(size_t number) const {
   if (number >= rows_.size()) return;
-  const WatchedRow& row = rows_[number];
+  const PolledRow& row = rows_[number];
   __builtin_prefetch(row.param);
   for (int i = 0; i < row.places; ++i) {
     const Place& place = places_[row.first_place + i];
@@ -132,7 +134,7 @@ void ChangeDetector::prefetch(size_t number) const {
   __builtin_prefetch(row.autograd_meta);
 }
 
-bool ChangeDetector::poll_places(const WatchedRow& row) const {
+bool ChangeDetector::poll_places(const PolledRow& row) const {
   if (unpack(row.param).unsafeGetTensorImpl() != row.impl) return false;
   for (int i = 0; i < row.places; ++i) {
     if (!same(places_[row.first_place + i])) return false;
@@ -140,9 +142,9 @@ bool ChangeDetector::poll_places(const WatchedRow& row) const {
   return true;
 }
 
-// The shard of a gradient that goes with the param's. Gradients come as DTensors made anew, but their specs are mostly
-// the same objects. Python handles shards that are still being communicated or have other placements.
-at::Tensor ChangeDetector::shard_of_grad(WatchedRow& row, const at::Tensor& grad) const {
+// The shard of a gradient that matches the param's shard. Gradients are new DTensors at every step, but their specs are
+// usually the same objects. Python handles shards that are still being communicated or have other placements.
+at::Tensor ChangeDetector::shard_of_grad(PolledRow& row, const at::Tensor& grad) const {
   const auto whole = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad));
   const py::object spec = attribute(whole.ptr(), name_of_spec());
   const py::object shard = attribute(whole.ptr(), name_of_shard());
@@ -154,7 +156,7 @@ at::Tensor ChangeDetector::shard_of_grad(WatchedRow& row, const at::Tensor& grad
   return unpack(found);
 }
 
-bool ChangeDetector::poll_grad(WatchedRow& row, int& answer) {
+bool ChangeDetector::poll_grad(PolledRow& row, int& answer) {
   const at::Tensor &param = unpack(row.param), &target = unpack(row.target);
   const at::Tensor& whole = param.unsafeGetTensorImpl()->grad();
   int64_t address = 0;
@@ -187,7 +189,7 @@ bool ChangeDetector::poll_grad(WatchedRow& row, int& answer) {
 
 void ChangeDetector::done() {
   held_.clear();
-  for (const WatchedRow& row : rows_) {
+  for (const PolledRow& row : rows_) {
     if (*row.grad_slot == 0) continue;
     const at::Tensor& param = unpack(row.param);
     if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();

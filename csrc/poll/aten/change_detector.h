@@ -1,5 +1,5 @@
-// The look of ../change_detector.h as torch's own headers allow it: several times as fast, and for one minor version of
-// torch.
+// The change detector of ../change_detector.h, written with torch's headers. It is several times as fast, and works
+// with one minor version of torch.
 #pragma once
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -22,65 +22,66 @@ struct Place {
   int64_t numel;
   at::ScalarType dtype;
   bool conj, neg;
-  int strides;  // where in `strides_`, -1 where contiguous: the flag then says all
+  int strides;  // index in `strides_`; -1 if contiguous, when the flag is enough
 };
 
 // One row of the table.
-struct WatchedRow {
-  // By their Python objects: torch swaps the contents of two tensors (model.half() of DTensors, for one) only where no
-  // C++ holds a reference to them.
+struct PolledRow {
+  // Python objects, because torch swaps the contents of two tensors (as model.half() does with DTensors) only if no C++
+  // code holds a reference to them.
   PyObject* param;
-  PyObject* target;  // the memory that the kernel updates: the param, or its dense copy where the param has holes
+  PyObject* target;             // the tensor that the kernel updates: the param, its shard, or a dense copy
   const c10::TensorImpl* impl;  // of the param when the tables were built
-  int64_t* grad_slot;           // this row's place in a table's `grads`
+  int64_t* grad_slot;           // this row's entry in a table's `grads`
   at::ScalarType grad_dtype;
   int first_place;  // in `places_`: the param, then the tensors among its states
   int places;
-  // Where the last look found things that no Place points to. Asked for some rows ahead and never read: a stale one
-  // costs nothing, but one miss after the other would cost more than the whole step.
+  // Addresses that the last poll found and that are not in a Place. They are only prefetched, some rows ahead, and
+  // never read, so a stale address is harmless. Without prefetches, dependent cache misses would cost more than the
+  // whole step.
   const void* autograd_meta;
   const c10::TensorImpl* grad;
   const c10::StorageImpl* grad_storage;
-  bool spread;      // the param is a DTensor
-  py::object spec;  // of the last gradient that was spread as the param is
+  bool spread;      // whether the param is a DTensor
+  py::object spec;  // the _spec of the last gradient with the param's placements
 };
 
 class ChangeDetector {
  public:
-  // columns, deciding, raw, lr: as GroupChanges has them.
+  // columns, deciding, raw, lr: as in GroupChanges.
   ChangeDetector(py::list groups, py::dict state, const std::vector<ColumnSpec>& columns,
                  const std::vector<std::string>& deciding, py::object raw, py::object lr);
 
-  // `pending` params have had no gradient yet; the first one to get one asks for new tables.
+  // Adds a param that has had no gradient yet. When it gets one, new tables are needed.
   void add_pending(py::object param);
-  // The row's place in `grads` (int64, host) gets the address of its gradient, of this dtype. Of DTensors it is the
-  // shards that are looked at.
+  // Adds a row. Its entry in `grads` (int64, host) gets the address of its gradient, which must have the dtype
+  // grad_dtype. For DTensors, shards are compared.
   void add_row(py::object param, py::object target, py::dict state, at::ScalarType grad_dtype, at::Tensor grads,
                int64_t row);
 
-  // Reads groups, params, states and gradients; writes raw, lr and the grad slots. Returns Answers, added up.
+  // Reads groups, params, states and gradients. Writes raw, lr and the grad slots. Returns Answer flags.
   int poll();
 
-  // After a step: lets the gradients go, and tells autograd that the params have changed.
+  // Call this after a step: releases the gradients, and increments the versions of the stepped params for autograd.
   void done();
 
  private:
   void add_place(py::handle tensor, bool of_param);
-  bool poll_places(const WatchedRow& row) const;
+  bool poll_places(const PolledRow& row) const;
   bool same(const Place& place) const;
   void prefetch(size_t row) const;
-  bool poll_grad(WatchedRow& row, int& answer);
-  at::Tensor shard_of_grad(WatchedRow& row, const at::Tensor& grad) const;
+  bool poll_grad(PolledRow& row, int& answer);
+  at::Tensor shard_of_grad(PolledRow& row, const at::Tensor& grad) const;
 
   GroupChanges groups_;
   StateChanges states_;
-  std::vector<WatchedRow> rows_;
+  std::vector<PolledRow> rows_;
   std::vector<Place> places_;
   std::vector<std::vector<int64_t>> strides_;
-  std::vector<py::object> alive_;  // all that the raw pointers point to
+  std::vector<py::object> alive_;  // keeps the objects of the raw pointers alive
   std::vector<at::Tensor> alive_tensors_;
   std::vector<py::object> pending_;
-  std::vector<at::Tensor> held_;  // gradients in use, so that nobody frees them while the GIL is released
+  std::vector<at::Tensor> held_;  // gradients in use: no other thread can free them while the GIL is released
 };
 
 }  // namespace fused_optim

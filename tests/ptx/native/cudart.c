@@ -1,5 +1,5 @@
-// Stands in for the CUDA runtime, as far as the host code calls it that nvcc makes of csrc/cuda/step.cu: what shall be
-// launched goes to a callback, by the name of its kernel.
+// A stand-in for the CUDA runtime: the functions that the compiled host code of csrc/cuda/step.cu calls. Launches go to
+// a callback, with the name of the kernel.
 #include <stddef.h>
 #include <stdint.h>
 
@@ -60,7 +60,7 @@ int cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** parameters,
                          : FAILED;
   return error = 98;  // cudaErrorInvalidDeviceFunction
 }
-// CUDA 13 takes these two instead.
+// CUDA 13 uses these two instead.
 int __cudaGetKernel(const void** kernel, const void* host) {
   *kernel = host;
   return 0;

@@ -1,4 +1,4 @@
-// What numpy has not: memory at an address per lane, and multiplication and addition with one rounding.
+// Operations that NumPy does not have: memory at one address per lane, and fused multiply-add.
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

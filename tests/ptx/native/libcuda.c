@@ -1,5 +1,5 @@
-// Stands in for libcuda.so.1, as far as Triton's driver.c calls it: what shall be launched goes to a callback. It is
-// one device like an H100; streams, contexts and modules are numbers that nobody looks behind.
+// A stand-in for libcuda.so.1: the functions that Triton's driver.c calls. Launches go to a callback. Its only device
+// resembles an H100. Streams, contexts and modules are plain numbers.
 #include <stddef.h>
 #include <stdint.h>
 
