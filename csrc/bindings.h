@@ -32,7 +32,7 @@ struct Arrays {
 };
 
 inline Arrays make_arrays(const std::vector<int64_t>& addresses, int64_t chunks, int32_t tensors, int64_t elements,
-                          bool ema) {
+                          bool ema, bool packed) {
   if (addresses.size() != kArrayWidth)
     throw py::value_error("a table has " + std::to_string(kArrayWidth) + " arrays, but got " +
                           std::to_string(addresses.size()));
@@ -51,13 +51,14 @@ inline Arrays make_arrays(const std::vector<int64_t>& addresses, int64_t chunks,
   t.chunks = chunks;
   t.tensors = tensors;
   t.ema = ema;
+  t.packed = packed;
   return {t, elements};
 }
 
 inline void add_arrays(py::module_& m) {
   py::class_<Arrays>(m, "Arrays", py::module_local())
       .def(py::init(&make_arrays), py::arg("addresses"), py::arg("chunks"), py::arg("tensors"), py::arg("elements"),
-           py::arg("ema"));
+           py::arg("ema"), py::arg("packed"));
 }
 
 // What comes anew with each step: the address of one number each, in the memory of the table's device, or 0.

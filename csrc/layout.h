@@ -29,6 +29,11 @@ constexpr int kBytesFloat32 = 4;
 constexpr int kBytesBfloat16 = 2;
 constexpr int kBytesFloat16 = 2;
 constexpr int kBytesFloat64 = 8;
+constexpr int kBytesBfloat16Dithered = 2;
+constexpr int kBytesSplit16 = 2;
+constexpr int kBytesSplit8 = 2;
+constexpr int kBytesE8m8 = 2;
+constexpr int kBytesAnchored8 = 1;
 constexpr int kStreamParam = 0;
 constexpr int kStreamGrad = 1;
 constexpr int kStreamState0 = 2;
@@ -42,7 +47,9 @@ constexpr int kRowState0 = 5;  // addresses of the states, in the order of the r
 constexpr int kRowState1 = 6;
 constexpr int kRowState2 = 7;
 constexpr int kRowEma = 8;  // address of the moving average of the weights
-constexpr int kRowWidth = 9;
+constexpr int kRowFirstElement = 9;  // index, within the whole param, of the first element that lies here
+constexpr int kRowAnchor = 10;  // exponent of the anchors of a state in ANCHORED8
+constexpr int kRowWidth = 11;
 constexpr int kGroupLr = 0;
 constexpr int kGroupBeta1 = 1;
 constexpr int kGroupBeta2 = 2;
@@ -96,7 +103,7 @@ constexpr int kArrayTrust = 10;  // float64 [tensors]: trust ratios
 constexpr int kArrayWidth = 11;
 
 // How a stream stores its values.
-enum Format { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+enum Format { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3, kBfloat16Dithered = 4, kSplit16 = 5, kSplit8 = 6, kE8m8 = 7, kAnchored8 = 8 };
 
 // `group_hparams`, float64 [groups, ...]: the hyperparameters of a param group. The defaults hold where a group has no option of that name.
 struct GroupHparams {
@@ -177,10 +184,20 @@ constexpr LayoutEntry kLayout[] = {
     {"FORMAT_BFLOAT16", kBfloat16},
     {"FORMAT_FLOAT16", kFloat16},
     {"FORMAT_FLOAT64", kFloat64},
+    {"FORMAT_BFLOAT16_DITHERED", kBfloat16Dithered},
+    {"FORMAT_SPLIT16", kSplit16},
+    {"FORMAT_SPLIT8", kSplit8},
+    {"FORMAT_E8M8", kE8m8},
+    {"FORMAT_ANCHORED8", kAnchored8},
     {"BYTES_FLOAT32", kBytesFloat32},
     {"BYTES_BFLOAT16", kBytesBfloat16},
     {"BYTES_FLOAT16", kBytesFloat16},
     {"BYTES_FLOAT64", kBytesFloat64},
+    {"BYTES_BFLOAT16_DITHERED", kBytesBfloat16Dithered},
+    {"BYTES_SPLIT16", kBytesSplit16},
+    {"BYTES_SPLIT8", kBytesSplit8},
+    {"BYTES_E8M8", kBytesE8m8},
+    {"BYTES_ANCHORED8", kBytesAnchored8},
     {"STREAM_PARAM", kStreamParam},
     {"STREAM_GRAD", kStreamGrad},
     {"STREAM_STATE0", kStreamState0},
@@ -194,6 +211,8 @@ constexpr LayoutEntry kLayout[] = {
     {"ROW_STATE1", kRowState1},
     {"ROW_STATE2", kRowState2},
     {"ROW_EMA", kRowEma},
+    {"ROW_FIRST_ELEMENT", kRowFirstElement},
+    {"ROW_ANCHOR", kRowAnchor},
     {"ROW_WIDTH", kRowWidth},
     {"GROUP_LR", kGroupLr},
     {"GROUP_BETA1", kGroupBeta1},

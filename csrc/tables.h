@@ -25,9 +25,17 @@ struct Tables {
   const double* squares;  // [1] or null: sum of the squares of all gradients before grad_scale; asks for clipping
   int64_t chunks;
   int32_t tensors;
-  bool ema;  // every row has an average of its weights; else none has
+  bool packed;  // a stream of some row has a format of formats.h
+  bool ema;     // every row has an average of its weights; else none has
 };
 static_assert(sizeof(Tables) <= 128, "nvcc takes a larger argument apart less well, and all kernels change");
+
+// Whether it is one of the formats of formats.h, which take more than the bits of one array.
+FUSED_HD constexpr bool is_packed(Format format) { return format >= kBfloat16Dithered && format <= kAnchored8; }
+
+FUSED_HD constexpr int bytes_of(Format format) {
+  return format == kFloat64 ? kBytesFloat64 : format == kFloat32 ? kBytesFloat32 : format == kAnchored8 ? 1 : 2;
+}
 
 // Column of `rows` with the address of a stream. Gradients have an array of their own.
 FUSED_HD constexpr int address_column(int stream) {

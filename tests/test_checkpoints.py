@@ -163,7 +163,7 @@ def test_group_options_survive(case: Case, target: Target) -> None:
     back = build(case, target, [{"params": other[:2]}, {"params": other[2:]}])
     back.load_state_dict(through_file(ours.state_dict()))
     assert back.param_groups[0]["note"] == "head"
-    assert [group["lr"] for group in back.param_groups] == [0.3, case.kwargs["lr"]]
+    assert [group["lr"] for group in back.param_groups] == [0.3, ours.defaults["lr"]]
     assert back.param_groups[1]["weight_decay"] == 0.7
     train([back], 1)
     set_grads(parameters(back), random_grads(parameters(back), 5))

@@ -2,14 +2,33 @@
 
 A dtype signature is one integer here: the format of each stream that is walked, in order, then ABSENT. The average of
 the weights comes right after the states, other than in `rows`. A new format is an entry of DTYPES and a branch in
-`load` and in `store`.
+`decode` and in `encode`.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from fused_optim.engine.layout import ABSENT, SIGNATURE_FIELD_BITS, Format
 
+from .packed import (
+    AVERAGE,
+    PARAM,
+    SQUARE,
+    decode_anchored8,
+    decode_bf16,
+    decode_e8m8,
+    encode_anchored8,
+    encode_bf16,
+    encode_e8m8,
+    join_halves,
+    join_quarter,
+    lower_half,
+    lower_quarter,
+    threshold,
+    upper_half,
+)
 from .tables import ALIGNMENT
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -18,7 +37,38 @@ DTYPES: dict[int, tl.dtype] = {
     Format.BFLOAT16: tl.bfloat16,
     Format.FLOAT16: tl.float16,
     Format.FLOAT64: tl.float64,
+    # Codes of packed formats.
+    Format.BFLOAT16_DITHERED: tl.uint16,
+    Format.SPLIT16: tl.uint16,
+    Format.SPLIT8: tl.uint16,
+    Format.E8M8: tl.uint16,
+    Format.ANCHORED8: tl.uint8,
 }
+LOW_DTYPES = {Format.SPLIT16: tl.int16, Format.SPLIT8: tl.int8}
+# What lanes past the end compute on: 1, which no rule divides by zero; of ANCHORED8 code 1, close to 0.
+FILL = {
+    Format.BFLOAT16_DITHERED: 0x3F80,
+    Format.SPLIT16: 0x3F80,
+    Format.SPLIT8: 0x3F80,
+    Format.E8M8: 0x3F800000 >> 15,
+}
+DITHERED, SPLIT16, SPLIT8, E8M8, ANCHORED8 = (
+    tl.constexpr(int(code))
+    for code in (Format.BFLOAT16_DITHERED, Format.SPLIT16, Format.SPLIT8, Format.E8M8, Format.ANCHORED8)
+)
+
+
+class Packing(NamedTuple):
+    """What packed formats need besides a stream's own pointers. None where no stream has one.
+
+    low: pointers to the lower halves of the param, where its format has them. index: of the elements within the whole
+    param, uint32. step: of the param, uint32. exponent: of anchors.
+    """
+
+    low: tl.tensor | None
+    index: tl.tensor
+    step: tl.tensor
+    exponent: tl.tensor
 
 
 def pack_signature(formats: tuple[int, ...]) -> int:
@@ -40,6 +90,31 @@ def count_streams(signature: int) -> int:
 @triton.constexpr_function
 def stream_dtype(signature: int, stream: int) -> tl.dtype:
     return DTYPES[format_of(signature, stream)]
+
+
+@triton.constexpr_function
+def fill_of(signature: int, stream: int) -> float:
+    code = format_of(signature, stream)
+    return FILL[code] if code in FILL else 1  # noqa: SIM401 (Triton knows no dict.get)
+
+
+@triton.constexpr_function
+def is_packed(signature: int) -> bool:
+    return any(format_of(signature, i) >= Format.BFLOAT16_DITHERED for i in range(count_streams(signature)))
+
+
+@triton.constexpr_function
+def low_dtype(signature: int) -> tl.dtype | None:
+    """Of the second array of the param, which is the first stream."""
+    code = format_of(signature, 0)
+    return LOW_DTYPES[code] if code in LOW_DTYPES else None  # noqa: SIM401
+
+
+@triton.constexpr_function
+def anchored_stream(signature: int) -> int:
+    """The stream in ANCHORED8, whose exp_avg_sq is the next one; -1 where there is none."""
+    found = [i for i in range(count_streams(signature)) if format_of(signature, i) == Format.ANCHORED8]
+    return found[0] if found else -1
 
 
 @triton.constexpr_function
@@ -65,13 +140,56 @@ def pointer_to(address: tl.tensor, element: tl.tensor, dtype: tl.constexpr) -> t
 
 
 @triton.jit
-def load(pointers: tl.tuple, mask: tl.tensor | None, SIGNATURE: tl.constexpr) -> tl.tuple:
+def at_elements(packing: Packing | None, at: tl.tensor) -> Packing | None:
+    """Of the elements `at` of a chunk, given that of its first."""
+    if packing is None:
+        return None
+    elif packing.low is None:
+        return Packing(None, packing.index + at.to(tl.uint32), packing.step, packing.exponent)
+    else:
+        return Packing(packing.low + at, packing.index + at.to(tl.uint32), packing.step, packing.exponent)
+
+
+@triton.jit
+def load_codes(pointer: tl.tensor, mask: tl.tensor | None, FILL: tl.constexpr) -> tl.tensor:
+    if mask is None:
+        return tl.load(pointer)
+    else:
+        return tl.load(pointer, mask=mask, other=FILL)
+
+
+@triton.jit
+def decode(
+    code: tl.tensor, packing: Packing, mask: tl.tensor | None, FORMAT: tl.constexpr, COMPUTE: tl.constexpr
+) -> tl.tensor:
+    """The values of one stream; of ANCHORED8 still the codes. Plain formats do not look at `packing`."""
+    if FORMAT == DITHERED:
+        return decode_bf16(code)
+    elif FORMAT == SPLIT16:
+        return join_halves(code, load_codes(packing.low, mask, 0))
+    elif FORMAT == SPLIT8:
+        return join_quarter(code, load_codes(packing.low, mask, 0))
+    elif FORMAT == E8M8:
+        return decode_e8m8(code)
+    elif FORMAT == ANCHORED8:
+        return code
+    else:
+        return code.to(COMPUTE)
+
+
+@triton.jit
+def load(pointers: tl.tuple, packing: Packing, mask: tl.tensor | None, SIGNATURE: tl.constexpr) -> tl.tuple:
     """The values of one block of elements, a stream each."""
     COMPUTE: tl.constexpr = compute_dtype(SIGNATURE)
-    if mask is None:
-        return [tl.load(pointer).to(COMPUTE) for pointer in pointers]
-    else:  # Lanes past the end compute on ones, which no rule divides by zero, and store nothing.
-        return [tl.load(pointer, mask=mask, other=1.0).to(COMPUTE) for pointer in pointers]
+    values: tl.tuple = ()
+    for i in tl.static_range(len(pointers)):
+        code = load_codes(pointers[i], mask, fill_of(SIGNATURE, i))
+        values += (decode(code, packing, mask, format_of(SIGNATURE, i), COMPUTE),)
+    ANCHORED: tl.constexpr = anchored_stream(SIGNATURE)
+    if ANCHORED >= 0:
+        value = decode_anchored8(values[ANCHORED], values[ANCHORED + 1], packing.exponent)
+        values = values[:ANCHORED] + (value,) + values[ANCHORED + 1 :]  # noqa: RUF005
+    return values
 
 
 @triton.jit
@@ -85,13 +203,79 @@ def narrow(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def store(
-    pointers: tl.tuple, first: tl.constexpr, values: tl.tuple, mask: tl.tensor | None, SIGNATURE: tl.constexpr
-) -> tl.tuple:
-    """values: what the streams from `first` on become. Returns them as they will be read again."""
-    stored: tl.tuple = ()
-    for i in tl.static_range(len(values)):
-        value = narrow(values[i], stream_dtype(SIGNATURE, first + i))
-        tl.store(pointers[first + i], value, mask=mask)
-        stored += (value.to(values[i].dtype),)
+def store_one(
+    pointers: tl.tuple,
+    stream: tl.constexpr,
+    value: tl.tensor,
+    square: tl.tensor | None,
+    packing: Packing,
+    mask: tl.tensor | None,
+    SIGNATURE: tl.constexpr,
+    WHICH: tl.constexpr,
+) -> tl.tensor:
+    """What one stream becomes. Returns it as it will be read again. square: exp_avg_sq as it is stored, for ANCHORED8.
+    WHICH: the sequence of thresholds."""
+    FORMAT: tl.constexpr = format_of(SIGNATURE, stream)
+    if FORMAT == DITHERED:
+        code = encode_bf16(value, threshold(WHICH, packing.index, packing.step))
+        stored = decode_bf16(code)
+    elif FORMAT == SPLIT16:
+        code = upper_half(value)
+        tl.store(packing.low, lower_half(value), mask=mask)
+        stored = value
+    elif FORMAT == SPLIT8:
+        code, low = upper_half(value), lower_quarter(value, threshold(WHICH, packing.index, packing.step))
+        tl.store(packing.low, low, mask=mask)
+        stored = join_quarter(code, low)
+    elif FORMAT == E8M8:
+        code = encode_e8m8(value, threshold(WHICH, packing.index, packing.step))
+        stored = decode_e8m8(code)
+    elif FORMAT == ANCHORED8:
+        code = encode_anchored8(value, square, packing.exponent, threshold(WHICH, packing.index, packing.step))
+        stored = decode_anchored8(code, square, packing.exponent)
+    else:
+        code = narrow(value, stream_dtype(SIGNATURE, stream))
+        stored = code.to(value.dtype)
+    tl.store(pointers[stream], code, mask=mask)
     return stored
+
+
+@triton.jit
+def store(
+    pointers: tl.tuple,
+    stream: tl.constexpr,
+    value: tl.tensor,
+    packing: Packing,
+    mask: tl.tensor | None,
+    SIGNATURE: tl.constexpr,
+) -> tl.tensor:
+    """What the param or the average of the weights becomes. Returns it as it will be read again."""
+    return store_one(pointers, stream, value, None, packing, mask, SIGNATURE, PARAM)
+
+
+@triton.constexpr_function
+def sequence_of(state: int) -> int:
+    """Of the thresholds of a state, by its place in the rule."""
+    return AVERAGE.value if state == 0 else SQUARE.value
+
+
+@triton.jit
+def store_states(
+    pointers: tl.tuple,
+    first: tl.constexpr,
+    values: tl.tuple,
+    packing: Packing,
+    mask: tl.tensor | None,
+    SIGNATURE: tl.constexpr,
+) -> tl.tuple:
+    """What the states become, of which `first` is the first stream. Returns them as they will be read again."""
+    stored: tl.tuple = ()
+    if anchored_stream(SIGNATURE) == first:
+        for i in tl.static_range(1, len(values)):
+            stored += (store_one(pointers, first + i, values[i], None, packing, mask, SIGNATURE, SQUARE),)
+        exp_avg = store_one(pointers, first, values[0], stored[0], packing, mask, SIGNATURE, AVERAGE)
+        return (exp_avg,) + stored  # noqa: RUF005 (Triton compiles no *stored)
+    else:
+        for i in tl.static_range(len(values)):
+            stored += (store_one(pointers, first + i, values[i], None, packing, mask, SIGNATURE, sequence_of(i)),)
+        return stored

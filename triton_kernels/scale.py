@@ -14,6 +14,7 @@ def scaled(
     factor: tl.tensor,
     pointers: tl.tuple,
     values: tl.tuple,
+    packing: None,
     mask: tl.tensor | None,
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
@@ -21,7 +22,7 @@ def scaled(
     EMA: tl.constexpr,
 ) -> tl.tuple:
     """A pass (see step.py). Stream: the gradient."""
-    store(pointers, 0, (values[0] * factor,), mask, SIGNATURE)
+    store(pointers, 0, values[0] * factor, None, mask, SIGNATURE)
     return ()
 
 
@@ -45,7 +46,7 @@ def scale_chunk(
         tl.int32
     )
     pointers = (pointer_to(grad, first, stream_dtype(SIGNATURE, 0)),)
-    walk(factor, pointers, count, grad & (ALIGNMENT - 1) == 0, (), scaled, None, None, SIGNATURE, False)
+    walk(factor, pointers, None, count, grad & (ALIGNMENT - 1) == 0, (), scaled, None, None, SIGNATURE, False)
 
 
 @triton.jit(do_not_specialize_on_alignment=["chunk_table", "rows", "grads", "group_hparams", "group_index", "squares"])

@@ -10,7 +10,20 @@ import triton.language as tl
 
 from fused_optim.engine.layout import TensorScalars
 
-from .formats import compute_dtype, count_streams, load, pointer_to, store, stream_dtype, vector_width
+from .formats import (
+    Packing,
+    at_elements,
+    compute_dtype,
+    count_streams,
+    is_packed,
+    load,
+    low_dtype,
+    pointer_to,
+    store,
+    store_states,
+    stream_dtype,
+    vector_width,
+)
 from .rules import finite, lerp
 from .tables import (
     ALIGNMENT,
@@ -69,13 +82,14 @@ def follow(
     pointers: tl.tuple,
     average: tl.tensor,
     param: tl.tensor,
+    packing: Packing | None,
     mask: tl.tensor | None,
     SIGNATURE: tl.constexpr,
 ) -> None:
     """Lets the average of the weights, which is the last stream, follow the param as it is stored. With weight 1 what
     was there before is gone."""
     new = tl.where(h.ema_weight == 1.0, param, lerp(average, param, h.ema_weight))
-    store(pointers, len(pointers) - 1, (new,), mask, SIGNATURE)
+    store(pointers, len(pointers) - 1, new, packing, mask, SIGNATURE)
 
 
 @triton.jit
@@ -83,6 +97,7 @@ def update(
     h: TensorScalars,
     pointers: tl.tuple,
     values: tl.tuple,
+    packing: Packing | None,
     mask: tl.tensor | None,
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
@@ -92,10 +107,10 @@ def update(
     """The whole step of most rules. Streams: param, grad, states; with EMA the average of the weights."""
     param = values[0]
     change, states = RULE(h, param, gradient(h, param, values[1]), values[2 : len(values) - EMA])
-    store(pointers, 2, states, mask, SIGNATURE)  # before the param, to free registers
-    (param,) = store(pointers, 0, (param - tl.fma(h.decay, finite(param), change),), mask, SIGNATURE)
+    store_states(pointers, 2, states, packing, mask, SIGNATURE)  # before the param, to free registers
+    param = store(pointers, 0, param - tl.fma(h.decay, finite(param), change), packing, mask, SIGNATURE)
     if EMA:
-        follow(h, pointers, values[len(values) - 1], param, mask, SIGNATURE)
+        follow(h, pointers, values[len(values) - 1], param, packing, mask, SIGNATURE)
     return ()
 
 
@@ -104,6 +119,7 @@ def update_moments(
     h: TensorScalars,
     pointers: tl.tuple,
     values: tl.tuple,
+    packing: Packing | None,
     mask: tl.tensor | None,
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
@@ -115,7 +131,7 @@ def update_moments(
     param = values[0]
     states = RULE(h, gradient(h, param, values[1]), values[2:])
     # The norm must be that of the update which `apply_update` will make.
-    states = store(pointers, 2, states, mask, SIGNATURE)
+    states = store_states(pointers, 2, states, packing, mask, SIGNATURE)
     return param, tl.fma(h.decay, finite(param), DIRECTION(h, states))
 
 
@@ -124,6 +140,7 @@ def apply_update(
     h: TensorScalars,
     pointers: tl.tuple,
     values: tl.tuple,
+    packing: Packing | None,
     mask: tl.tensor | None,
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
@@ -133,9 +150,9 @@ def apply_update(
     """The second walk: the param. Streams: param, states; with EMA the average of the weights."""
     param = values[0]
     change = tl.fma(h.decay, finite(param), DIRECTION(h, values[1 : len(values) - EMA]))
-    (param,) = store(pointers, 0, (param - h.lr * change,), mask, SIGNATURE)
+    param = store(pointers, 0, param - h.lr * change, packing, mask, SIGNATURE)
     if EMA:
-        follow(h, pointers, values[len(values) - 1], param, mask, SIGNATURE)
+        follow(h, pointers, values[len(values) - 1], param, packing, mask, SIGNATURE)
     return ()
 
 
@@ -143,6 +160,7 @@ def apply_update(
 def walk_block(
     h: TensorScalars,
     pointers: tl.tuple,
+    packing: Packing | None,
     mask: tl.tensor | None,
     sums: tl.tuple,
     PASS: tl.constexpr,
@@ -152,8 +170,8 @@ def walk_block(
     EMA: tl.constexpr,
 ) -> tl.tuple:
     """One block of elements through a pass. Returns the sums, grown."""
-    values = load(pointers, mask, SIGNATURE)
-    measured = PASS(h, pointers, values, mask, RULE, DIRECTION, SIGNATURE, EMA)
+    values = load(pointers, packing, mask, SIGNATURE)
+    measured = PASS(h, pointers, values, packing, mask, RULE, DIRECTION, SIGNATURE, EMA)
     grown: tl.tuple = ()
     for i in tl.static_range(len(measured)):
         grown += (sums[i] + sum_squares(measured[i], mask),)
@@ -172,6 +190,7 @@ def sum_squares(x: tl.tensor, mask: tl.tensor | None) -> tl.tensor:
 def walk(
     h: TensorScalars,
     pointers: tl.tuple,
+    packing: Packing | None,
     count: tl.tensor,
     aligned: tl.tensor,
     sums: tl.tuple,
@@ -194,22 +213,21 @@ def walk(
     blocks = vectored // BLOCK
     for i in range(blocks):
         at = i * BLOCK + tl.arange(0, BLOCK)
-        sums = walk_block(
-            usual, [pointer + at for pointer in pointers], None, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA
-        )
+        here, packed = [pointer + at for pointer in pointers], at_elements(packing, at)
+        sums = walk_block(usual, here, packed, None, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA)
     for i in range(blocks * BLOCK, vectored, BLOCK):
         at = i + tl.arange(0, BLOCK)
         mask = at < vectored
-        sums = walk_block(
-            usual, [pointer + at for pointer in pointers], mask, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA
-        )
+        here, packed = [pointer + at for pointer in pointers], at_elements(packing, at)
+        sums = walk_block(usual, here, packed, mask, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA)
     # Sums must not depend on where tensors lie: there, an element belongs to the same thread either way.
     TAIL: tl.constexpr = BLOCK if len(sums) > 0 else THREADS
     start = vectored // TAIL * TAIL if len(sums) > 0 else vectored
     for i in range(start, tl.where(vectored < count, count, 0), TAIL):
         at = i + tl.arange(0, TAIL)
         mask = (at >= vectored) & (at < count)
-        sums = walk_block(h, [pointer + at for pointer in pointers], mask, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA)
+        here, packed = [pointer + at for pointer in pointers], at_elements(packing, at)
+        sums = walk_block(h, here, packed, mask, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA)
     return sums
 
 
@@ -218,6 +236,23 @@ def store_sums(partials: tl.tensor, sums: tl.tuple) -> None:
     """To this program's row of partials."""
     for i in tl.static_range(len(sums)):
         tl.store(partials + len(sums) * tl.program_id(0).to(tl.int64) + i, tl.sum(sums[i]))
+
+
+@triton.jit
+def read_packing(fields: tl.tensor, first: tl.tensor, SIGNATURE: tl.constexpr) -> Packing | None:
+    """What the packed formats of a row need, at the first element of a chunk. fields: the row."""
+    if is_packed(SIGNATURE):
+        step = tl.load(tl.load(fields + column(ROWS, "step")).to(tl.pointer_type(tl.float32)))
+        index = (tl.load(fields + column(ROWS, "first_element")) + first).to(tl.uint32)
+        exponent = tl.load(fields + column(ROWS, "anchor")).to(tl.int32)
+        LOW: tl.constexpr = low_dtype(SIGNATURE)
+        if LOW is None:
+            return Packing(None, index, step.to(tl.uint32), exponent)
+        else:
+            low = pointer_to(tl.load(fields + column(ROWS, "param_low")), first, LOW)
+            return Packing(low, index, step.to(tl.uint32), exponent)
+    else:
+        return None
 
 
 @triton.jit
@@ -253,11 +288,13 @@ def step_chunk(
         pointers += (pointer_to(address, first, stream_dtype(SIGNATURE, len(pointers))),)
     # A skipped tensor has no elements: no branch, so that all the scalars above are on their way at once.
     count = tl.where(h.skip == 0.0, tl.minimum(tl.load(fields + column(ROWS, "numel")) - first, CHUNK), 0).to(tl.int32)
+    packing = read_packing(fields, first, SIGNATURE)
     if partials is None:
-        walk(h, pointers, count, aligned, (), PASS, RULE, DIRECTION, SIGNATURE, EMA)
+        walk(h, pointers, packing, count, aligned, (), PASS, RULE, DIRECTION, SIGNATURE, EMA)
     else:
         none = tl.zeros((THREADS,), tl.float64)
-        store_sums(partials, walk(h, pointers, count, aligned, (none, none), PASS, RULE, DIRECTION, SIGNATURE, EMA))
+        sums = walk(h, pointers, packing, count, aligned, (none, none), PASS, RULE, DIRECTION, SIGNATURE, EMA)
+        store_sums(partials, sums)
 
 
 @triton.jit(do_not_specialize_on_alignment=["chunk_table", "rows", "grads", "tensor_scalars", "partials", "trust"])

@@ -5,6 +5,7 @@
 #pragma once
 #include "../convert.h"
 #include "../tables.h"
+#include "packed.h"
 
 #ifdef __F16C__
 #include <immintrin.h>
@@ -43,16 +44,13 @@ using Pair = uint32_t __attribute__((may_alias, aligned(2)));
 FUSED_HD float even(uint32_t pair) { return bits_float(pair << 16); }
 FUSED_HD float odd(uint32_t pair) { return bits_float(pair & 0xffff0000u); }
 
-// Calls f with a value of the type that a format stores. Not for float64, whose arithmetic is float64 too.
+// Calls f with a value of the type that a format stores. Not for float64, whose arithmetic is float64 too, and not for
+// packed formats.
 template <class F>
 void visit_format(Format format, F&& f) {
   if (format == kFloat32) f(float{});
   else if (format == kBfloat16) f(BFloat16{});
   else f(Float16{});
-}
-
-constexpr int bytes_of(Format format) {
-  return format == kFloat64 ? kBytesFloat64 : format == kFloat32 ? kBytesFloat32 : kBytesFloat16;
 }
 
 template <class P>
@@ -109,23 +107,43 @@ struct Stream {
     const int size = count * bytes;
 #pragma GCC unroll 8
     for (int byte = 0; byte < size; byte += 64) __builtin_prefetch(ahead + byte);
+    if (format == kSplit16 || format == kSplit8) prefetch_low(element, count);
   }
 
-  // `count` elements as float32, in `scratch`; and back again.
-  void load(int64_t element, int count, float* scratch) const {
+  // `count` elements as float32, in `scratch`; and back again. square: exp_avg_sq as it is stored, for anchored8.
+  void load(int64_t element, int count, float* scratch, const float* square = nullptr) const {
+    if (is_packed(format)) return visit_packed(element, [&](auto x) { decode_block(x, count, square, scratch); });
     visit_format(format,
                  [&](auto type) { widen_block(reinterpret_cast<const decltype(type)*>(at(element)), count, scratch); });
   }
-  void store(int64_t element, int count, const float* scratch) const {
+  void store(int64_t element, int count, const float* scratch, const float* square = nullptr) const {
+    if (is_packed(format)) return visit_packed(element, [&](auto x) { encode_block(scratch, count, square, x); });
     visit_format(format,
                  [&](auto type) { narrow_block(scratch, count, reinterpret_cast<decltype(type)*>(at(element))); });
+  }
+
+  // Calls f with the codes of a packed format, from an element on.
+  template <class F>
+  void visit_packed(int64_t element, F&& f) const {
+    visit_codes(row_, stream_, element, at(element), f);
   }
 
  private:
   Stream(const int64_t* row, int64_t address, int stream)
       : data(reinterpret_cast<char*>(address)),
         format(format_of(row[kRowDtypeSignature], stream)),
-        bytes(bytes_of(format)) {}
+        bytes(bytes_of(format)),
+        row_(row),
+        stream_(stream) {}
+
+  void prefetch_low(int64_t element, int count) const {
+    const int width = format == kSplit16 ? 2 : 1;
+    const char* ahead = reinterpret_cast<const char*>(row_[kRowParamLow]) + element * width + kPrefetchBytes;
+    for (int byte = 0; byte < count * width; byte += 64) __builtin_prefetch(ahead + byte);
+  }
+
+  const int64_t* row_;
+  int stream_;
 };
 
 }  // namespace

@@ -21,6 +21,25 @@ struct Row {
   Stream state(int s) const { return Stream(row_, kStreamState0 + s); }
   Stream ema() const { return Stream(row_, kStreamEma); }  // where there is one
 
+  // All states from memory and back again. An exp_avg in anchored8 is read and written with the exp_avg_sq beside it as
+  // that is stored, which leaves `states` changed.
+  void load_states(int64_t element, int count, float* const* states) const {
+    for (int s = S - 1; s >= 0; --s) state(s).load(element, count, states[s], S > 1 ? states[S > 1] : nullptr);
+  }
+  void store_states(int64_t element, int count, float* const* states) const {
+    for (int s = S - 1; s >= 0; --s) {
+      state(s).store(element, count, states[s], S > 1 ? states[S > 1] : nullptr);
+      if (s == 1 && state(0).format == kAnchored8) state(1).load(element, count, states[1]);
+    }
+  }
+
+  CompactStates compact_states(int64_t element) const {  // of a row whose states have these formats
+    const Stream exp_avg = state(0), exp_avg_sq = state(1);
+    return {{reinterpret_cast<uint8_t*>(exp_avg.at(element)), static_cast<int>(row_[kRowAnchor]),
+             thresholds_of(row_, kStreamState0, element)},
+            {reinterpret_cast<uint16_t*>(exp_avg_sq.at(element)), thresholds_of(row_, kStreamState0 + 1, element)}};
+  }
+
   void prefetch(int64_t element, int count) const {
     param.prefetch(element, count);
     grad.prefetch(element, count);
@@ -58,8 +77,10 @@ void update_block(const TensorScalars<T>& scalars, P* param, const G* grad, A* c
 }
 
 // Of states as they are stored: `apply_update` will make its updates of these, and a float16 state may have become 0.
+// Not inlined: float32 params and masters must be summed by the same instructions, in the same order.
 template <class Rule, class T, int S, class P, class A>
-void measure_block(const TensorScalars<T>& scalars, const P* param, A* const* states, int count, double* sums) {
+__attribute__((noinline)) void measure_block(const TensorScalars<T>& scalars, const P* param, A* const* states,
+                                             int count, double* sums) {
   const TensorScalars<T> h = scalars;
   const A* state[S];
   for (int s = 0; s < S; ++s) state[s] = states[s];
@@ -114,15 +135,18 @@ void update_block(const TensorScalars<T>& h, BFloat16* param, const BFloat16* gr
                                                                             last, 1);
 }
 
+template <class T, class P, class E>
+void follow_block(const TensorScalars<T>& scalars, const P* param, E* average, int count) {
+  const TensorScalars<T> h = scalars;
+#pragma omp simd
+  for (int i = 0; i < count; ++i) narrow(averaged<T>(h, widen(average[i]), widen(param[i])), average[i]);
+}
+
 // The averages of a block's weights follow its params, which are what is stored by now and still near.
 template <class T, class P>
-void average_block(const TensorScalars<T>& scalars, const P* param, const Stream& ema, int64_t element, int count) {
+void average_block(const TensorScalars<T>& h, const P* param, const Stream& ema, int64_t element, int count) {
   const auto follow = [&](auto type) {
-    const TensorScalars<T> h = scalars;
-    const P* p = param;
-    auto* average = reinterpret_cast<decltype(type)*>(ema.at(element));
-#pragma omp simd
-    for (int i = 0; i < count; ++i) narrow(averaged<T>(h, widen(average[i]), widen(p[i])), average[i]);
+    follow_block(h, param, reinterpret_cast<decltype(type)*>(ema.at(element)), count);
   };
   if constexpr (sizeof(T) == 8) follow(double{});
   else visit_format(ema.format, follow);
@@ -149,6 +173,56 @@ void update_direct(const TensorScalars<T>& h, const Row<S>& row, int64_t begin, 
   }
 }
 
+// A bfloat16 param in a packed format, with its gradient and all its states at once.
+template <class Rule, int S, class P, class States>
+void update_codes(const TensorScalars<float>& scalars, const P& param_codes, const BFloat16* grad,
+                  const States& state_codes, int count) {
+  const TensorScalars<float> h = without_small_betas(scalars);
+  const P param = param_codes;
+  const States states = state_codes;
+#pragma omp simd
+  for (int i = 0; i < count; ++i) {
+    float value[S > 0 ? S : 1];
+    states.load(i, value);
+    param.store(i, apply<Rule, float, S>(h, param.load(i), widen(grad[i]), value));
+    states.store(i, value);
+  }
+}
+
+// The packed formats that models are trained in, straight from memory to memory: master weights with float32 or compact
+// states, and compact states alone. False where it is another one.
+template <class Rule, int S>
+bool update_packed(const TensorScalars<float>& h, const Row<S>& row, int64_t begin, int64_t end) {
+  const Format param = row.param.format;
+  if (!is_packed(param) || row.grad.format != kBfloat16) return false;
+  bool floats = param == kSplit16, compact = S == 2;
+  for (int s = 0; s < S; ++s) {
+    floats &= row.state(s).format == kFloat32;
+    compact &= row.state(s).format == (s == 0 ? kAnchored8 : kE8m8);
+  }
+  if (!floats && !compact) return false;
+
+  constexpr int kBlock = kBlockBytes / sizeof(BFloat16);
+  for (int64_t element = begin; element < end; element += kBlock) {
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, end - element));
+    row.prefetch(element, count);
+    const auto* grad = reinterpret_cast<const BFloat16*>(row.grad.at(element));
+    row.param.visit_packed(element, [&](auto codes) {
+      using P = decltype(codes);
+      if constexpr (std::is_same_v<P, Split16Codes>) {
+        if (floats) {
+          FloatStates<S> states;
+          for (int s = 0; s < S; ++s) states.state[s] = reinterpret_cast<float*>(row.state(s).at(element));
+          return update_codes<Rule, S>(h, codes, grad, states, count);
+        }
+      }
+      if constexpr (S == 2 && !std::is_same_v<P, E8m8Codes> && !P::anchored)
+        update_codes<Rule, S>(h, codes, grad, row.compact_states(element), count);
+    });
+  }
+  return true;
+}
+
 // Any other combination, and small betas, by way of float32 copies of each block.
 template <Pass pass, class Rule, bool kAverages, int S>
 void update_copied(const TensorScalars<float>& h, const Row<S>& row, int64_t begin, int64_t end, double* sums) {
@@ -161,20 +235,19 @@ void update_copied(const TensorScalars<float>& h, const Row<S>& row, int64_t beg
     row.prefetch(element, count);
     row.param.load(element, count, param);
     if (pass != Pass::kApplyUpdate) row.grad.load(element, count, grad);
-    for (int s = 0; s < S; ++s) row.state(s).load(element, count, state[s]);
+    row.load_states(element, count, states);
     update_block<pass, Rule, float, S, true>(h, param, grad, states, count);
     if (pass != Pass::kUpdateMoments) row.param.store(element, count, param);
-    if (pass != Pass::kApplyUpdate) {
-      for (int s = 0; s < S; ++s) row.state(s).store(element, count, state[s]);
-    }
+    if (pass != Pass::kApplyUpdate) row.store_states(element, count, states);
     if constexpr (pass == Pass::kUpdateMoments) {
-      for (int s = 0; s < S; ++s) row.state(s).load(element, count, state[s]);
+      row.load_states(element, count, states);
       measure_block<Rule, float, S>(h, param, states, count, sums + 2 * ((element - begin) / kChunk));
     }
     if constexpr (kAverages) {
-      visit_format(row.param.format, [&](auto type) {
-        average_block(h, reinterpret_cast<const decltype(type)*>(row.param.at(element)), row.ema(), element, count);
-      });
+      row.param.load(element, count, param);
+      row.ema().load(element, count, grad);
+      follow_block(h, param, grad, count);
+      row.ema().store(element, count, grad);
     }
   }
 }
@@ -194,13 +267,18 @@ void update_row(const Tables& t, int64_t row_number, int64_t begin, int64_t end,
   const Format param = row.param.format, grad = row.grad.format, states = S > 0 ? row.state(0).format : param;
   bool alike = true;
   for (int s = 1; s < S; ++s) alike &= row.state(s).format == states;
+  if constexpr (kAverages) alike &= !is_packed(row.ema().format);
 
   if (param == kFloat64) {
     return update_direct<pass, Rule, kAverages, double, S, double, double, double>(
         scalars_of<double, pass>(t, row_number), row, begin, end, sums);
   }
   const TensorScalars<float> h = scalars_of<float, pass>(t, row_number);
-  if (alike && param == grad && !has_small_betas(h)) {
+  const bool small_betas = pass != Pass::kApplyUpdate && has_small_betas(h);
+  if constexpr (pass == Pass::kUpdate && !kAverages) {
+    if (!small_betas && update_packed<Rule, S>(h, row, begin, end)) return;
+  }
+  if (alike && param == grad && !small_betas) {
     if (param == kFloat32 && states == kFloat32)
       return update_direct<pass, Rule, kAverages, float, S, float, float, float>(h, row, begin, end, sums);
     if (param == kBfloat16 && states == kBfloat16)

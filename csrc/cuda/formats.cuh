@@ -23,6 +23,7 @@ struct Stream {
   Format format;
 
   FUSED_HD Stream() {}
+  FUSED_HD Stream(char* data, Format format) : data(data), format(format) {}
   FUSED_HD Stream(int64_t address, Format format, int64_t begin) : format(format) {
     data = reinterpret_cast<char*>(address + begin * bytes());
 #ifdef __CUDA_ARCH__
@@ -36,7 +37,7 @@ struct Stream {
   FUSED_HD char* at(int element) const { return data + element * bytes(); }
 };
 
-// Words (4 or 2) of aligned global memory in one access. In PTX, because nvcc splits a memcpy, and at times a uint4.
+// Words (4, 2 or 1) of aligned global memory in one access. In PTX, because nvcc splits a memcpy, and at times a uint4.
 template <int kWords>
 FUSED_HD void load_words(const char* from, uint32_t* word) {
 #ifdef __CUDA_ARCH__
@@ -45,8 +46,10 @@ FUSED_HD void load_words(const char* from, uint32_t* word) {
                  : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
                  : "l"(from)
                  : "memory");
-  } else {
+  } else if constexpr (kWords == 2) {
     asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "l"(from) : "memory");
+  } else {
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(word[0]) : "l"(from) : "memory");
   }
 #else
   assert(reinterpret_cast<uintptr_t>(from) % (4 * kWords) == 0);
@@ -62,8 +65,10 @@ FUSED_HD void store_words(char* to, const uint32_t* word) {
                  :
                  : "l"(to), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
                  : "memory");
-  } else {
+  } else if constexpr (kWords == 2) {
     asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(to), "r"(word[0]), "r"(word[1]) : "memory");
+  } else {
+    asm volatile("st.global.u32 [%0], %1;" : : "l"(to), "r"(word[0]) : "memory");
   }
 #else
   assert(reinterpret_cast<uintptr_t>(to) % (4 * kWords) == 0);

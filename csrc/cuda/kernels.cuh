@@ -231,6 +231,12 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
   return sums;
 }
 
+}  // namespace fused_optim
+
+#include "packed.cuh"  // uses the definitions above
+
+namespace fused_optim {
+
 FUSED_HD bool skipped(const Tables& t, int64_t row) {
   return t.tensor_scalars[row * kScalarWidth + kScalarSkip] != 0.0;
 }
@@ -265,9 +271,10 @@ __device__ void add_up(X (&part)[kCount], F&& take) {
   });
 }
 
-// Five blocks on a multiprocessor: 640 threads await 64 bytes or more each. The registers of more would have to spill.
-template <Pass pass, class Rule, bool kAverages>
-__global__ void __launch_bounds__(kThreads, 5) step_kernel(Tables t) {
+// Five blocks on a multiprocessor: 640 threads await 64 bytes or more each. The registers of more would have to spill,
+// and with packed formats those of five. kPacked: whether a stream of the table has such a format.
+template <Pass pass, class Rule, bool kAverages, bool kPacked>
+__global__ void __launch_bounds__(kThreads, kPacked ? 4 : 5) step_kernel(Tables t) {
   const int64_t entry = t.chunk_table[blockIdx.x], row = row_of(entry), chunk = chunk_of(entry);
   if (skipped(t, row)) return;
   const int64_t signature = t.rows[row * kRowWidth + kRowDtypeSignature];
@@ -275,9 +282,11 @@ __global__ void __launch_bounds__(kThreads, 5) step_kernel(Tables t) {
     Sums sums;
     visit_states<Rule>(signature, [&](auto states) {
       constexpr int S = decltype(states)::value;
-      sums = format_of(signature, kStreamParam) == kFloat64
-                 ? update_chunk<pass, Rule, kAverages, double, S>(t, row, chunk, is_unaligned(entry), thread)
-                 : update_chunk<pass, Rule, kAverages, float, S>(t, row, chunk, is_unaligned(entry), thread);
+      if (format_of(signature, kStreamParam) == kFloat64)
+        sums = update_chunk<pass, Rule, kAverages, double, S>(t, row, chunk, is_unaligned(entry), thread);
+      else if constexpr (kPacked)
+        sums = update_packed_chunk<pass, Rule, kAverages, S>(t, row, chunk, is_unaligned(entry), thread);
+      else sums = update_chunk<pass, Rule, kAverages, float, S>(t, row, chunk, is_unaligned(entry), thread);
     });
     return sums;
   };
@@ -344,16 +353,24 @@ __global__ void __launch_bounds__(kTotalThreads) total_kernel(const double* numb
 
 inline int64_t row_blocks(const Tables& t) { return (t.tensors + kRowThreads - 1) / kRowThreads; }
 
+using StepKernel = void (*)(Tables);
+
+// The kernel for the formats that the table has.
+template <Pass pass, class Rule, bool kAverages>
+StepKernel step_kernel_of(const Tables& t) {
+  return t.packed ? step_kernel<pass, Rule, kAverages, true> : step_kernel<pass, Rule, kAverages, false>;
+}
+
 // The kernels of each entry point, in order: launch(kernel, blocks, threads, arguments...) runs one, if it has a block.
 template <class Rule, class Launch>
 void launch_step(const Tables& t, Launch&& launch) {
   launch(prep_kernel<Rule>, row_blocks(t), kRowThreads, t);
   if constexpr (Rule::trust) {
-    launch(step_kernel<Pass::kUpdateMoments, Rule, false>, t.chunks, kThreads, t);
+    launch(step_kernel_of<Pass::kUpdateMoments, Rule, false>(t), t.chunks, kThreads, t);
     launch(sum_kernel, t.tensors, kThreads, t);
   } else {
-    launch(t.ema ? step_kernel<Pass::kUpdate, Rule, true> : step_kernel<Pass::kUpdate, Rule, false>, t.chunks, kThreads,
-           t);
+    launch(t.ema ? step_kernel_of<Pass::kUpdate, Rule, true>(t) : step_kernel_of<Pass::kUpdate, Rule, false>(t),
+           t.chunks, kThreads, t);
   }
 }
 
@@ -361,8 +378,9 @@ template <class Rule, class Launch>
 void launch_apply_update(const Tables& t, Launch&& launch) {
   if constexpr (Rule::trust) {
     launch(trust_kernel, row_blocks(t), kRowThreads, t);
-    launch(t.ema ? step_kernel<Pass::kApplyUpdate, Rule, true> : step_kernel<Pass::kApplyUpdate, Rule, false>, t.chunks,
-           kThreads, t);
+    launch(
+        t.ema ? step_kernel_of<Pass::kApplyUpdate, Rule, true>(t) : step_kernel_of<Pass::kApplyUpdate, Rule, false>(t),
+        t.chunks, kThreads, t);
   }
 }
 

@@ -19,8 +19,10 @@ PYBIND11_MODULE(_poll, m) {
                     py::object>())
       .def("add_pending", &ChangeDetector::add_pending)
       .def("add_row", &ChangeDetector::add_row)
+      .def("add_guarded", &ChangeDetector::add_guarded)
       .def("poll", &ChangeDetector::poll)
-      .def("done", &ChangeDetector::done);
+      .def("done", &ChangeDetector::done)
+      .def("versions", &ChangeDetector::versions);
 }
 
 }  // namespace fused_optim

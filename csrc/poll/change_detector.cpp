@@ -60,6 +60,15 @@ ChangeDetector::ChangeDetector(py::list groups, py::dict state, const std::vecto
 
 void ChangeDetector::add_pending(py::object param) { pending_.push_back(std::move(param)); }
 
+void ChangeDetector::add_guarded(py::object tensor) {
+  versions_.push_back(version_of_tensor(tensor));
+  guarded_.push_back(std::move(tensor));
+}
+
+int64_t ChangeDetector::version_of_tensor(const py::object& tensor) const {
+  return PyLong_AsLongLong(version_(tensor.ptr()).ptr());
+}
+
 void ChangeDetector::add_row(py::object param, py::object target, py::dict state, py::object grad_dtype,
                              py::object grads, int64_t number) {
   PolledRow row{};
@@ -137,6 +146,9 @@ int ChangeDetector::poll() {
     if (!grad_(param.ptr()).is_none()) return kRebuild;
   }
   if (!states_.poll()) return kRebuild;
+  for (size_t i = 0; i < guarded_.size(); ++i) {
+    if (version_of_tensor(guarded_[i]) != versions_[i]) return kRebuild;
+  }
   for (size_t ahead = 0; ahead < kAhead; ++ahead) prefetch(ahead);
   for (size_t number = 0; number < rows_.size(); ++number) {
     prefetch(number + kAhead);
@@ -248,6 +260,7 @@ void ChangeDetector::done() {
     stepped_ = params;
   }
   increment_version_(stepped_);
+  for (size_t i = 0; i < guarded_.size(); ++i) versions_[i] = version_of_tensor(guarded_[i]);
 }
 
 }  // namespace fused_optim

@@ -57,11 +57,17 @@ class ChangeDetector {
   void add_row(py::object param, py::object target, py::dict state, py::object grad_dtype, py::object grads,
                int64_t row);
 
+  // Adds a tensor that only steps may write to. Any other write asks for new tables.
+  void add_guarded(py::object tensor);
+
   // Reads groups, params, states and gradients. Writes raw, lr and the grad slots. Returns Answer flags.
   int poll();
 
   // Call this after a step: releases the gradients, and increments the versions of the stepped params for autograd.
   void done();
+
+  // torch's count of the writes to each guarded tensor, as it was after the last step.
+  const std::vector<int64_t>& versions() const { return versions_; }
 
  private:
   void add_place(py::handle tensor);
@@ -74,6 +80,7 @@ class ChangeDetector {
   bool plain(PyObject* tensor, const DlTensor& seen) const;
   int bits_of(PyObject* tensor, DlType dtype) const;
   py::object shard_of_grad(PolledRow& row, py::object grad) const;
+  int64_t version_of_tensor(const py::object& tensor) const;
 
   GroupChanges groups_;
   StateChanges states_;
@@ -82,9 +89,11 @@ class ChangeDetector {
   std::vector<int64_t> layouts_;
   std::vector<py::object> alive_;  // keeps the objects of the raw pointers alive
   std::vector<py::object> pending_;
-  std::vector<py::object> held_;  // gradients in use: no other thread can free them while the GIL is released
-  py::object stepped_;            // the list of params with gradients; None if it must be rebuilt
-  Getter grad_{"grad"};
+  std::vector<py::object> guarded_;
+  std::vector<int64_t> versions_;  // of those
+  std::vector<py::object> held_;   // gradients in use: no other thread can free them while the GIL is released
+  py::object stepped_;             // the list of params with gradients; None if it must be rebuilt
+  Getter grad_{"grad"}, version_{"_version"};
   Question is_conj_{"is_conj"}, is_neg_{"is_neg"};
   py::object tensor_class_, parameter_class_, increment_version_;
 };

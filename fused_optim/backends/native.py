@@ -18,4 +18,5 @@ def address_of(tensor: Tensor | None) -> int:
 def arrays_of(module: ModuleType, table: Table, arrays: TableArrays) -> Any:
     """The module's Arrays object. It holds addresses only, so the caller must keep `arrays` alive."""
     addresses = list(map(address_of, arrays))
-    return module.Arrays(addresses, table.chunk_table.numel(), len(table.rows_list), table.elements, table.ema)
+    rows = len(table.rows_list)
+    return module.Arrays(addresses, table.chunk_table.numel(), rows, table.elements, table.ema, table.packed)

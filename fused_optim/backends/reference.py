@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..engine.backend import Backend, Scaling
+from ..engine.formats import DITHER_PARAM
 from ..engine.layout import GroupHparams, TensorScalars, column
 from ..engine.table import Row, Table
-from .formats import load, real_view, store
+from .formats import load, load_param, load_states, real_view, store_param, store_rounded, store_states
 from .reference_rules import RULES, BiasCorrections
 
 SKIP = column(TensorScalars, "skip")
@@ -80,12 +81,11 @@ def step_row(table: Table, row: Row, number: int, grad_scale: float, norm: float
         return
     row.step += 1
     h = scalars_of(table, row, grad_scale, norm)
-    param, grad = load(row.target), load(grad) * h.grad_factor
+    param, grad = load_param(row), load(grad) * h.grad_factor
     if h.l2:
         grad = grad + h.l2 * param
-    update, states = RULES[table.rule.name].update(h, param, grad, [load(state) for state in row.states])
-    for old, new in zip(row.states, states, strict=True):
-        store(old, new)
+    update, states = RULES[table.rule.name].update(h, param, grad, load_states(row))
+    store_states(row, states)
     if table.sums is not None:
         # Norms, because torch's sums depend on the number of threads.
         norms = [param.double().norm(), trusted_update(table, row, h).double().norm()]
@@ -96,17 +96,18 @@ def step_row(table: Table, row: Row, number: int, grad_scale: float, norm: float
 
 def write(row: Row, h: TensorScalars, param: Tensor) -> None:
     """Stores the new param, and updates the average of the weights with it."""
-    store(row.target, param)
+    store_param(row, param)
     if row.ema is not None:
-        old, new = load(row.ema), load(row.target)
-        store(row.ema, new if h.ema_weight == 1 else old - h.ema_weight * old + h.ema_weight * new)
+        old, new = load(row.ema), load_param(row)
+        average = new if h.ema_weight == 1 else old - h.ema_weight * old + h.ema_weight * new
+        store_rounded(row, row.ema, average, "ema", DITHER_PARAM)
 
 
 def with_decay(row: Row, h: TensorScalars, update: Tensor) -> Tensor:
     """The update with decoupled decay in it. Infinite params stay what they are."""
     if not h.decay:
         return update
-    param = load(row.target)
+    param = load_param(row)
     return update + torch.where(param.isinf(), 0.0, h.decay * param)
 
 
@@ -114,7 +115,7 @@ def trusted_update(table: Table, row: Row, h: TensorScalars) -> Tensor:
     """Of the states as they are stored, because a float16 one may have become 0."""
     direction = RULES[table.rule.name].direction
     assert direction is not None
-    return with_decay(row, h, direction(h, [load(state) for state in row.states]))
+    return with_decay(row, h, direction(h, load_states(row)))
 
 
 def trust_ratio(group: GroupHparams, param: float, update: float) -> float:
@@ -166,7 +167,7 @@ class Reference(Backend):
             h, group = scalars_of(table, row), table.hparams.of(row.group_index)
             ratio = trust_ratio(group, *table.sums[number].sqrt().tolist())
             table.trust[number] = ratio
-            write(row, h, load(row.target) - h.lr * ratio * trusted_update(table, row, h))
+            write(row, h, load_param(row) - h.lr * ratio * trusted_update(table, row, h))
 
     @torch.no_grad()
     def scale_grads(self, squares: Tensor) -> None:

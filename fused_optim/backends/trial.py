@@ -10,7 +10,7 @@ import torch
 from .. import backends
 from ..engine.backend import Backend, Scaling
 from ..engine.layout import Format
-from ..engine.table import DTYPE_CODES, HostHparams, Row, Rule, Table
+from ..engine.table import DTYPE_CODES, LOW_FORMATS, PACKED_DTYPES, HostHparams, Row, Rule, Table
 
 _passed: set[tuple[Any, ...]] = set()
 
@@ -101,12 +101,20 @@ def adamw_table(device: torch.device) -> Table:
 def _table_of(
     rule: Rule, device: torch.device, signatures: tuple[tuple[int, ...], ...], clips: bool, ema: bool
 ) -> Table:
-    dtypes = {code: dtype for dtype, code in DTYPE_CODES.items()}
+    dtypes = {int(code): dtype for dtype, code in (DTYPE_CODES | PACKED_DTYPES).items()}
+    dtypes |= dict.fromkeys((int(Format.BFLOAT16_DITHERED), *map(int, LOW_FORMATS.values())), torch.bfloat16)
+    low_dtypes = {int(code): dtype for dtype, code in LOW_FORMATS.items()}
+    dithered = int(Format.BFLOAT16_DITHERED)
     rows = []
     for param_code, grad_code, *codes in signatures:
         param, *others = (torch.zeros(1, dtype=dtypes[code], device=device) for code in (param_code, *codes))
         average = others.pop() if ema else None
         step = torch.zeros((), device=device)
-        rows.append(Row(param, param, param, others, step, {}, dtypes[grad_code], 0, average))
+        row = Row(param, param, param, others, step, {}, dtypes[grad_code], 0, average)
+        if param_code in low_dtypes:
+            row.low = torch.zeros(1, dtype=low_dtypes[param_code], device=device)
+        places = {"param": [param_code], "states": codes[: len(others)], "ema": codes[len(others) :]}
+        row.dithered = frozenset(name for name, found in places.items() if dithered in found)
+        rows.append(row)
     with torch.device("cpu"):
         return Table(rule, device, rows, HostHparams(1, rule.clip_eps, 1.0), clips)

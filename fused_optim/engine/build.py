@@ -3,19 +3,21 @@ the base class installs what comes out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .dtensor import Groups, groups_of, is_sharded
+from .dtensor import Groups, first_element_of, groups_of, is_sharded
 from .ema import EMA, WeightAverage
+from .masters import LOW, MasterWeights
 from .scaling import Scaler
+from .state_formats import ANCHOR, CODE_DTYPES, StateDtype, Storage, choices_of, convert, exponent_for, takes_codes
 from .states import make_row, make_states, match_layout, match_step
 from .table import HostHparams, Row, Rule, Table
-from .validation import check_grad, check_hyperparameter, check_param
+from .validation import check_grad, check_hyperparameter, check_param, may_get_grad
 
 ParamGroups = Sequence[dict[str, Any]]
 States = Mapping[Tensor, dict[str, Any]]
@@ -62,8 +64,9 @@ def build_states(
     groups: ParamGroups,
     state: States,
     counts: Mapping[Tensor, Tensor],
-    state_dtype: torch.dtype | None,
+    storage: Storage,
     ema: WeightAverage | None,
+    masters: MasterWeights,
 ) -> Built:
     """Rows for all params that have a gradient or states; states that are missing are made.
 
@@ -71,22 +74,64 @@ def build_states(
     """
     built = Built()
     for param, index, group in members_of(groups):
-        old = state.get(param, {})
+        kept = state.get(param, {})
+        old = {key: value for key, value in kept.items() if key != LOW}
         if param.grad is None and not old and param not in counts:
             built.pending.append(param)
             continue
         wanted = rule.states_of(group)
+        state_dtype = group.get("state_dtype", storage.state_dtype)
+        choices = choices_of(state_dtype, rule)
         fresh = match_layout(param, old, wanted)
-        made = make_states(param, fresh, wanted, state_dtype, rule.starts_of(group))
+        if ANCHOR in old:
+            fresh[ANCHOR] = old[ANCHOR]
+        if fresh:
+            fresh = convert(param, fresh, choices, group.get("betas"))
+        made = make_states(param, fresh, wanted, state_dtypes(param, wanted, choices, masters), rule.starts_of(group))
         fresh.update(made)
+        if "exp_avg" in made and choices.get("exp_avg") == "anchored8" and takes_codes(param):
+            fresh[ANCHOR] = exponent_for(*group["betas"])
         step = match_step(param, _count_of(rule, old, counts.get(param), begun=not made))
         row = make_row(param, fresh, wanted, step, index)
+        row.first_element, row.anchor = first_element_of(param), fresh.get(ANCHOR, 0)
+        if storage.dithered:
+            row.dithered = frozenset(("param", "states", "ema"))
+        elif state_dtype == "compact":
+            row.dithered = frozenset(("states",))
+        fresh |= masters.join(row, kept)
         if ema is not None:
             fresh[EMA] = ema.join(row, old, counts.get(param) if made else None)
         built.rows.append(row)
         built.steps[param] = step
         built.fresh[param] = {"step": step, **fresh} if rule.counted else fresh
     return built
+
+
+def make_eager_states(
+    rule: Rule,
+    group: Mapping[str, Any],
+    state: MutableMapping[Tensor, dict[str, Any]],
+    state_dtype: StateDtype,
+    masters: MasterWeights,
+) -> None:
+    """Replaces the states of every param of a group by those that exist before the first step. Frozen params get
+    none."""
+    wanted, starts = rule.states_of(group), rule.starts_of(group)
+    choices = choices_of(group.get("state_dtype", state_dtype), rule)
+    for param in group["params"]:
+        state.pop(param, None)
+        if may_get_grad(param):
+            step = {"step": match_step(param, 0.0)} if rule.counted else {}
+            made = make_states(param, {}, wanted, state_dtypes(param, wanted, choices, masters), starts)
+            state[param] = {**step, **made}
+
+
+def state_dtypes(
+    param: Tensor, wanted: Sequence[str], choices: Mapping[str, Any], masters: MasterWeights
+) -> dict[str, torch.dtype]:
+    """Of new states that do not have their param's dtype; codes have integers."""
+    own = {name: torch.float32 for name in wanted} if masters.covers(param) else {}
+    return own | {name: CODE_DTYPES.get(choice, choice) for name, choice in choices.items()}
 
 
 def _count_of(rule: Rule, state: dict[str, Any], count: Tensor | None, begun: bool) -> Any:

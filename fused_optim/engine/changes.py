@@ -25,7 +25,7 @@ REBUILD, GRADS_MOVED, RAW_CHANGED = 1, 2, 4
 _Base = torch._C.TensorBase
 data_ptr, numel, stride, is_contiguous = _Base.data_ptr, _Base.numel, _Base.stride, _Base.is_contiguous
 get_device, is_neg, is_conj = _Base.get_device, _Base.is_neg, _Base.is_conj
-dtype_of, shape_of, grad_of = map(attrgetter, ("dtype", "shape", "grad"))
+dtype_of, shape_of, grad_of, version_of = map(attrgetter, ("dtype", "shape", "grad", "_version"))
 PLAIN = {Tensor, torch.nn.Parameter}
 END = object()
 
@@ -45,10 +45,11 @@ def detect_changes(
     hparams: HostHparams,
     pending: Sequence[Tensor],
     tables: Sequence[Table],
+    guarded: Sequence[Tensor],
 ) -> Any:
     """A change detector over everything that the tables were built from, except tables on meta.
 
-    pending: params that have had no gradient yet.
+    pending: params that have had no gradient yet. guarded: tensors that steps alone may write to.
     """
 
     def over(kind: Any) -> Any:
@@ -58,6 +59,8 @@ def detect_changes(
         for table in tables:
             for number, row in enumerate([] if table.is_meta else table.rows_list):
                 detector.add_row(row.param, row.target, row.state, row.grad_dtype, table.grads, number)
+        for shard in guarded:
+            detector.add_guarded(shard)
         return detector
 
     module = modules.poll()
@@ -287,11 +290,20 @@ class ChangeDetector:
         self.groups, self.state, self.deciding = groups, state, deciding
         self.hyperparameters = Hyperparameters(groups, columns, raw, lr)
         self.pending: list[Tensor] = []
+        self.guarded: list[Tensor] = []
+        self.seen: list[int] = []
         self.tables: dict[int, Gradients] = {}
         self.frozen = False
 
     def add_pending(self, param: Tensor) -> None:
         self.pending.append(param)
+
+    def add_guarded(self, tensor: Tensor) -> None:
+        self.guarded.append(tensor)
+        self.seen.append(tensor._version)
+
+    def versions(self) -> list[int]:
+        return self.seen
 
     def add_row(
         self, param: Tensor, target: Tensor, state: dict[str, Any], dtype: torch.dtype, grads: Tensor, row: int
@@ -304,6 +316,8 @@ class ChangeDetector:
         if not self.frozen:
             self._freeze()
         if not self._same_objects() or any(map(is_not, map(grad_of, self.pending), [None] * len(self.pending))):
+            return REBUILD
+        if list(map(version_of, self.guarded)) != self.seen:
             return REBUILD
         try:
             if not self.placements.unchanged():
@@ -323,6 +337,7 @@ class ChangeDetector:
         if self.spread:
             changed = changed + [shard for shard in map(local, self.spread) if not shard.is_inference()]
         torch.autograd.graph.increment_version(changed)
+        self.seen = list(map(version_of, self.guarded))
 
     def _freeze(self) -> None:
         """Records everything that poll() compares."""

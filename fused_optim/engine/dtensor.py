@@ -91,6 +91,23 @@ def groups_of(param: Any) -> Groups:
     return tuple(mesh.get_group(dim) for dim in dims if mesh.size(dim) > 1)
 
 
+def first_element_of(param: Any) -> int:
+    """Index, within the whole tensor, of the first element that lies here. 0 where a shard is not a run of whole rows:
+    its elements are counted by themselves."""
+    if not is_sharded(param):
+        return 0
+    rows, begin, coordinate = param.shape[0] if param.dim() else 1, 0, param.device_mesh.get_coordinate()
+    for dim, placement in enumerate(param.placements):
+        if placement.is_replicate():
+            continue
+        if coordinate is None or type(placement).__name__ != "Shard" or placement.dim != 0:
+            return 0
+        size = -(-rows // param.device_mesh.size(dim))
+        start = min(coordinate[dim] * size, rows)
+        begin, rows = begin + start, min(size, rows - start)
+    return begin * math.prod(param.shape[1:])
+
+
 def device_for(group: Any) -> torch.device:
     """The device of the tensors that the group's collectives take."""
     on_gpus = torch.cuda.is_available() and "nccl" in torch.distributed.get_backend(group)

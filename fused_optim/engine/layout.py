@@ -32,6 +32,8 @@ class RowFields(NamedTuple):
     state1: int = 0
     state2: int = 0
     ema: int = 0  # address of the moving average of the weights
+    first_element: int = 0  # index, within the whole param, of the first element that lies here
+    anchor: int = 0  # exponent of the anchors of a state in ANCHORED8
 
 
 class GroupHparams(NamedTuple):
@@ -111,9 +113,25 @@ class Format(IntEnum):
     BFLOAT16 = 1
     FLOAT16 = 2
     FLOAT64 = 3
+    # Packed formats, see csrc/formats.h.
+    BFLOAT16_DITHERED = 4
+    SPLIT16 = 5  # bfloat16, and int16 lower halves in a second array
+    SPLIT8 = 6  # and int8
+    E8M8 = 7
+    ANCHORED8 = 8
 
 
-FORMAT_BYTES = {Format.FLOAT32: 4, Format.BFLOAT16: 2, Format.FLOAT16: 2, Format.FLOAT64: 8}
+FORMAT_BYTES = {
+    Format.FLOAT32: 4,
+    Format.BFLOAT16: 2,
+    Format.FLOAT16: 2,
+    Format.FLOAT64: 8,
+    Format.BFLOAT16_DITHERED: 2,
+    Format.SPLIT16: 2,
+    Format.SPLIT8: 2,
+    Format.E8M8: 2,
+    Format.ANCHORED8: 1,
+}
 SIGNATURE_FIELD_BITS = 4  # of a code in a packed signature
 ABSENT = (
     2**SIGNATURE_FIELD_BITS - 1

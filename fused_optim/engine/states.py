@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .dtensor import like, local, spread_as
-from .table import DTYPE_CODES, Row, Rule, is_dense, real_dtype, same_strides
-from .validation import check_memory, may_get_grad
+from .table import DTYPE_CODES, PACKED_DTYPES, Row, is_dense, real_dtype, same_strides
+from .validation import check_memory
 
 
 def target_of(param: Tensor) -> Tensor:
@@ -28,7 +28,10 @@ def state_dtype_of(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
 
 def allowed_dtype(param: Tensor, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a loaded state. It keeps its own if kernels support it, it is complex exactly if the param is, and
-    it is 64-bit (float64 or complex128) exactly if the param is. Otherwise it gets the param's dtype."""
+    it is 64-bit (float64 or complex128) exactly if the param is. Otherwise it gets the param's dtype.
+    Codes of packed formats are converted later."""
+    if dtype in PACKED_DTYPES:
+        return dtype
     same_width = (real_dtype(param.dtype) == torch.float64) == (real_dtype(dtype) == torch.float64)
     fits = real_dtype(dtype) in DTYPE_CODES and dtype.is_complex == param.dtype.is_complex
     return dtype if same_width and fits else param.dtype
@@ -69,9 +72,13 @@ def check_data(param: Tensor, state: Tensor, name: str) -> None:
         )
 
 
-def match_layout(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
+def match_layout(
+    param: Tensor, state: Mapping[str, Any], wanted: Sequence[str], only_dtype: torch.dtype | None = None
+) -> dict[str, Any]:
     """The states among `wanted` that exist, on the param's device and in its memory layout. A state that fits is
     returned itself, others are copied.
+
+    only_dtype: the dtype of all of them; None: a state keeps its dtype if the param may have states of that dtype.
 
     Raises:
         RuntimeError: a state has another shape than its param, or is on meta although the param is not.
@@ -89,7 +96,7 @@ def match_layout(param: Tensor, state: dict[str, Any], wanted: Sequence[str]) ->
         old = spread_as(param, old, f'state "{name}"')
         if param.grad is not None:
             check_memory(old, f'state "{name}" of a param of shape {tuple(param.shape)}')
-        shard, shard_of_param, dtype = local(old), local(param), allowed_dtype(param, old.dtype)
+        shard, shard_of_param, dtype = local(old), local(param), only_dtype or allowed_dtype(param, old.dtype)
         laid_out = torch.empty_like(shard_of_param, device="meta")
         if (
             shard.device == shard_of_param.device
@@ -107,13 +114,14 @@ def make_states(
     param: Tensor,
     state: dict[str, Any],
     wanted: Sequence[str],
-    dtype: torch.dtype | None,
+    dtypes: Mapping[str, torch.dtype],
     starts: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The states among `wanted` that `state` lacks. The maximum of an average is a copy of the average. Other states
     are filled with their start value.
 
-    starts: the start values that are not 0, by state. In complex states both parts have the value, as in torch.
+    dtypes: the dtypes of states that do not have their param's. starts: the start values that are not 0, by state. In
+        complex states both parts have the value, as in torch.
     """
     made: dict[str, Any] = {}
     for name in wanted:
@@ -125,22 +133,9 @@ def make_states(
         else:
             start = (starts or {}).get(name, 0.0)
             shard, value = local(param), complex(start, start) if param.is_complex() else start
-            full = torch.full_like(shard, value, dtype=state_dtype_of(param, dtype), requires_grad=False)
+            full = torch.full_like(shard, value, dtype=state_dtype_of(param, dtypes.get(name)), requires_grad=False)
             made[name] = like(param, full)
     return made
-
-
-def make_eager_states(
-    rule: Rule, group: Mapping[str, Any], state: MutableMapping[Tensor, dict[str, Any]], dtype: torch.dtype | None
-) -> None:
-    """Replaces the states of every param of a group by those that exist before the first step. Frozen params get
-    none."""
-    wanted, starts = rule.states_of(group), rule.starts_of(group)
-    for param in group["params"]:
-        state.pop(param, None)
-        if may_get_grad(param):
-            step = {"step": match_step(param, 0.0)} if rule.counted else {}
-            state[param] = {**step, **make_states(param, {}, wanted, dtype, starts)}
 
 
 def make_row(param: Tensor, state: dict[str, Any], wanted: Sequence[str], step: Tensor, group: int) -> Row:

@@ -3,7 +3,7 @@ what their columns are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,14 @@ from .layout import (
     packed_signature,
 )
 
-DTYPE_CODES: dict[torch.dtype, int] = {getattr(torch, format.name.lower()): format for format in Format}
+DTYPE_CODES: dict[torch.dtype, Format] = {
+    torch.float32: Format.FLOAT32,
+    torch.bfloat16: Format.BFLOAT16,
+    torch.float16: Format.FLOAT16,
+    torch.float64: Format.FLOAT64,
+}
+PACKED_DTYPES = {torch.uint16: Format.E8M8, torch.uint8: Format.ANCHORED8}  # of states
+LOW_FORMATS = {torch.int16: Format.SPLIT16, torch.int8: Format.SPLIT8}
 REAL_DTYPES = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 # A group's option, the first column of GroupHparams that it fills, and how many: a tuple fills several.
@@ -103,7 +110,9 @@ class Row:
     """One tensor of a table. `shard` is the param, or of a DTensor what lies here; `target` is what the kernel updates:
     the shard, or a dense copy of one that has holes or is a conjugate view. `ema`: the average of its weights, in all
     rows of an optimizer or in none; older than the table where it has `ema_begun`, else the first update copies the
-    param into it."""
+    param into it. `low`: the lower halves of its master weights. `first_element`: where the shard begins within the
+    whole param. `anchor`: of an exp_avg in anchored8, see engine/formats.py. `dithered`: which bfloat16 tensors of one
+    array, of "param", "states" and "ema", are rounded at thresholds."""
 
     param: Tensor
     shard: Tensor
@@ -115,17 +124,25 @@ class Row:
     group_index: int
     ema: Tensor | None = None
     ema_begun: bool = False
+    low: Tensor | None = None
+    first_element: int = 0
+    anchor: int = 0
+    dithered: frozenset[str] = frozenset()
 
     @property
     def tensors(self) -> list[Tensor]:
         """All that the kernel writes."""
-        return [self.target, *self.states, *([] if self.ema is None else [self.ema])]
+        return [self.target, *self.states, *(x for x in (self.ema, self.low) if x is not None)]
 
     @property
-    def dtypes(self) -> list[torch.dtype]:
-        """Of param and grad, and what else there is."""
-        param, *others = (tensor.dtype for tensor in self.tensors)
-        return [param, self.grad_dtype, *others]
+    def formats(self) -> tuple[int, ...]:
+        """Of param, gradient, states, and last of the average where there is one."""
+        param = format_of(self.target.dtype, "param" in self.dithered)
+        if self.low is not None:
+            param = LOW_FORMATS[self.low.dtype]
+        states = [format_of(state.dtype, "states" in self.dithered) for state in self.states]
+        average = [] if self.ema is None else [format_of(self.ema.dtype, "ema" in self.dithered)]
+        return tuple(map(int, (param, format_of(self.grad_dtype), *states, *average)))
 
     @property
     def grad(self) -> Tensor | None:
@@ -154,9 +171,11 @@ def same_strides(a: Tensor, b: Tensor) -> bool:
     return all(x == y or size == 1 for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
-def dtype_signature(dtypes: Sequence[torch.dtype]) -> tuple[int, ...]:
-    """Formats of param, grad and states, and last of the average where there is one."""
-    return tuple(int(DTYPE_CODES[real_dtype(dtype)]) for dtype in dtypes)
+def format_of(dtype: torch.dtype, dithered: bool = False) -> Format:
+    """The format of a tensor that has one array."""
+    if dithered and dtype == torch.bfloat16:
+        return Format.BFLOAT16_DITHERED
+    return PACKED_DTYPES.get(dtype) or DTYPE_CODES[real_dtype(dtype)]
 
 
 class HostHparams:
@@ -227,11 +246,12 @@ class Table:
         self.ema = any(row.ema is not None for row in rows)
 
         numbers: dict[tuple[int, ...], int] = {}
-        signatures = [dtype_signature(row.dtypes) for row in rows]
+        signatures = [row.formats for row in rows]
         signature = torch.tensor([numbers.setdefault(found, len(numbers)) for found in signatures])
         unaligned = torch.tensor([any(t.data_ptr() % ALIGNMENT for t in row.tensors) for row in rows]).long()
         numel = torch.tensor([row.target.numel() * (2 if row.target.is_complex() else 1) for row in rows])
         self.dtype_signatures = tuple(numbers)
+        self.packed = any(code >= Format.BFLOAT16_DITHERED for found in numbers for code in found)
         if len(numbers) > MAX_SIGNATURES:
             raise RuntimeError(
                 f"the tensors of one device may have at most {MAX_SIGNATURES} combinations of param, gradient and "
@@ -300,9 +320,11 @@ class Table:
         return RowFields(
             numel=numel,
             param=row.target.data_ptr(),
-            param_low=0,
+            param_low=0 if row.low is None else row.low.data_ptr(),
             step=row.step.data_ptr(),
             dtype_signature=packed_signature(signature, row.ema is not None, row.ema_begun),
             ema=0 if row.ema is None else row.ema.data_ptr(),
+            first_element=row.first_element,
+            anchor=row.anchor,
             **{f"state{number}": state.data_ptr() for number, state in enumerate(row.states)},
         )

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..engine.build import members_of
+from ..engine.build import members_of, state_dtypes
 from ..engine.checkpoints import without_update
 from ..engine.ema import Averages, WeightAverage
+from ..engine.state_formats import choices_of
 from ..engine.states import make_states
 from ..engine.table import Rule
 from .options import Options
@@ -23,6 +24,9 @@ class Averaged(Options):
 
     rule: ClassVar[Rule]
     _steps: dict[Tensor, Tensor]
+
+    def _settle_masters(self) -> None:
+        raise NotImplementedError
 
     @property
     def ema(self) -> Mapping[Tensor, Tensor] | None:
@@ -44,8 +48,15 @@ class Averaged(Options):
         Raises:
             RuntimeError: the optimizer keeps no averages, or the call is inside of another ema_weights().
         """
-        with self._averages().swap(Averages(self.param_groups, self.state)):
-            yield
+        average = self._averages()
+        self._settle_masters()
+        try:
+            with average.swap(Averages(self.param_groups, self.state)):
+                yield
+        finally:
+            if self._masters.seen:
+                self._forget()
+                self._masters.restored()
 
     def ema_state_dict(self) -> dict[str, Any]:
         """The averages without the other states. Use it for a model that is evaluated, or trained further with new
@@ -87,7 +98,15 @@ class Averaged(Options):
         for param, _, group in members_of(self.param_groups):  # torch's classes require all states of a param, or none
             values = self.state.get(param)
             if values and "step" not in values:
-                made = make_states(param, values, self.rule.states_of(group), self._state_dtype)
+                wanted = self.rule.states_of(group)
+                choices = choices_of(group.get("state_dtype", self._state_dtype), self.rule)
+                made = make_states(
+                    param,
+                    values,
+                    wanted,
+                    state_dtypes(param, wanted, choices, self._masters),
+                    self.rule.starts_of(group),
+                )
                 self.state[param] = {"step": torch.zeros(()), **made, **values}
 
     def _find_not_updated(self) -> None:

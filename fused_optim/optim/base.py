@@ -14,26 +14,30 @@ from .. import backends
 from ..backends.device_tables import release
 from ..backends.trial import choose
 from ..engine.backend import Backend, Scaling
-from ..engine.build import build_states, build_tables, members_of, validate
-from ..engine.changes import REBUILD, detect_changes
+from ..engine.build import build_states, build_tables, make_eager_states, members_of, validate
+from ..engine.changes import RAW_CHANGED, REBUILD, detect_changes
 from ..engine.checkpoints import arrived, leaving_out, loading, without_update
 from ..engine.dtensor import local
-from ..engine.ema import EMA, STEPS, Decay, check_dtype, drop_averages, make_average
+from ..engine.ema import EMA, STEPS, Decay, drop_averages, make_average
 from ..engine.forks import reset_threads_after_fork
 from ..engine.graphs import refuse_capture
+from ..engine.masters import Kind, MasterWeights
+from ..engine.masters import check_param as check_master
 from ..engine.scaling import Scaler
-from ..engine.states import make_eager_states
+from ..engine.state_formats import ANCHOR, AnchorWatch, StateDtype, Storage, check_betas, check_state_dtype
 from ..engine.table import Rule
 from ..engine.validation import check_param, may_get_grad
 from ..engine.walk import copy_in, walk
-from .averages import Averaged
+from .masters import Mastered
 from .options import (
     BackendName,
+    Rounding,
     check_grad_scale,
     check_group,
     check_keywords,
     check_max_grad_norm,
     check_norm_type,
+    check_rounding,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +47,8 @@ if TYPE_CHECKING:
 KEPT: dict[str, Callable[[], Any]] = {
     "_backend": lambda: "auto",
     "_state_dtype": lambda: None,
+    "_rounding": lambda: "nearest",
+    "_masters": lambda: MasterWeights(None),
     "_max_grad_norm": lambda: None,
     "_scaler": Scaler,
     "_ema": lambda: None,
@@ -50,14 +56,24 @@ KEPT: dict[str, Callable[[], Any]] = {
 }
 
 
-class FusedOptimizer(Averaged):
+class FusedOptimizer(Mastered):
     """Base of the fused optimizers; stands before a torch.optim class, or alone, among the bases of one.
 
     Args:
         backend: "auto", "triton", "cuda", "cpp" or "reference" (see fused_optim.backends). A named one that cannot run
             the params is an error.
-        state_dtype: dtype of the states of real params narrower than float64, e.g. float32 averages for bfloat16
-            params; None: the param's own.
+        state_dtype: how states of real params narrower than float64 are stored: a dtype, e.g. torch.float32 averages
+            for bfloat16 params; "compact": exp_avg in 1 byte, exp_avg_sq and max_exp_avg_sq in 2, and states of
+            optimizers without exp_avg_sq in bfloat16, all with dithered rounding; or a dict from names of states to
+            dtypes, "e8m8" (exp_avg_sq in 2 bytes) or "anchored8" (exp_avg in 1 byte). None: the param's own dtype, and
+            float32 where it has master weights. Groups may have their own.
+        master_weights: "exact": bfloat16 params are the upper halves of float32 weights, whose lower halves are in
+            state[param]["param_low"] (int16). Steps are those of float32 params, bit for bit; see master_params and
+            lower_params. float32 params need none and have none. "24bit": of the lower half only the upper eight bits
+            (int8), with dithered rounding. None: no master weights.
+        rounding: of 16-bit params without master weights, and of 16-bit states and averages of the weights: "nearest",
+            or "dithered", bfloat16 alone: up or down by a threshold that is a function of the element's index and of
+            the step, so that small updates are not lost. The same bits at every run.
         max_grad_norm: every step multiplies the gradients it sees by min(1, max_grad_norm / (norm + 1e-6)), with the
             norm of all gradients together after unscaling; p.grad itself is left alone. None and 0 switch clipping off;
             0 does not make the gradients 0, as it does in torch.nn.utils.clip_grad_norm_. Groups may have their own,
@@ -74,11 +90,12 @@ class FusedOptimizer(Averaged):
             stands still where decay is near 1.
 
     All other arguments go to the torch.optim class. These options are attributes, too. A new value holds from the next
-    step on; norm_group cannot be set.
+    step on; norm_group and master_weights cannot be set.
 
     Raises:
-        ValueError: state_dtype, max_grad_norm, norm_type, ema_decay or ema_dtype is none of these.
-        TypeError: a keyword argument that the class does not have.
+        ValueError: state_dtype, master_weights, rounding, max_grad_norm, norm_type, ema_decay or ema_dtype is none of
+            these.
+        TypeError: a keyword argument that the class does not have, or a float16 param with master_weights.
         RuntimeError: the named backend cannot run here, or differentiable=True.
     """
 
@@ -91,7 +108,9 @@ class FusedOptimizer(Averaged):
         self,
         *args: Any,
         backend: BackendName = "auto",
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
+        master_weights: Kind | None = None,
+        rounding: Rounding = "nearest",
         max_grad_norm: float | None = None,
         norm_type: float = 2.0,
         skip_nonfinite: bool = False,
@@ -102,11 +121,14 @@ class FusedOptimizer(Averaged):
     ) -> None:
         check_keywords(type(self), kwargs)
         backends.check_name(backend)
-        check_dtype(state_dtype, "state_dtype")
+        check_state_dtype(state_dtype, self.rule)
+        check_rounding(rounding)
         check_max_grad_norm(max_grad_norm)
         check_norm_type(norm_type)
         self._backend = backend
         self._state_dtype = state_dtype
+        self._rounding = rounding
+        self._masters = MasterWeights(master_weights)
         self._max_grad_norm = max_grad_norm
         self._scaler = Scaler(norm_type, skip_nonfinite, norm_group)
         self._ema = make_average(ema_decay, ema_dtype)
@@ -115,7 +137,7 @@ class FusedOptimizer(Averaged):
         super().__init__(*args, **kwargs)
         if self.rule.eager:  # once more: torch's constructor has made its own
             for group in self.param_groups:
-                make_eager_states(self.rule, group, self.state, state_dtype)
+                make_eager_states(self.rule, group, self.state, state_dtype, self._masters)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         check_group(param_group, self)
@@ -129,15 +151,19 @@ class FusedOptimizer(Averaged):
             if group.get("differentiable"):
                 raise RuntimeError("`fused` does not support `differentiable`")
             check_max_grad_norm(group.get("max_grad_norm"))
+            stored = group.get("state_dtype", self._state_dtype)
+            check_state_dtype(stored, self.rule)
+            check_betas(stored, self.rule, group.get("betas"))
             for param in group["params"]:
                 if may_get_grad(param):
                     check_param(param)
+                    check_master(param, self._masters.kind)
                     backends.pick(self._backend, local(param).device)
         except Exception:
             self.param_groups.pop()
             raise
         if self.rule.eager:
-            make_eager_states(self.rule, group, self.state, self._state_dtype)
+            make_eager_states(self.rule, group, self.state, self._state_dtype, self._masters)
         self._forget()
 
     @property
@@ -207,7 +233,7 @@ class FusedOptimizer(Averaged):
         """All that comes before the first change of a param or state."""
         watched = self._watched_state is self.state and self._watched_groups is self.param_groups
         changes = self._detector.poll() if watched else REBUILD
-        if changes & REBUILD:
+        if changes & REBUILD or (changes & RAW_CHANGED and self._anchors.outgrown()):
             with torch.device("cpu"):  # of the host's arrays, whatever torch.set_default_device says
                 self._rebuild()
             changes = 0  # new tables go to their device whole, when they are first used
@@ -239,6 +265,9 @@ class FusedOptimizer(Averaged):
         # A CUDA graph goes on reading its tables.
         self._captured: list[Backend] = self.__dict__.get("_captured", [])
         self._captured += [bound for bound in self.__dict__.get("_tables", ()) if bound.captured]
+        if self.__dict__.get("_guarded"):
+            self._masters.remember_versions(self._guarded, self._detector.versions())
+        self._guarded = []
         self._detector: Any = None
         self._watched_state: object = None
         self._watched_groups: object = None
@@ -259,9 +288,11 @@ class FusedOptimizer(Averaged):
             "take one step before the capture",
         )
         self._forget()
-        groups, rule = self.param_groups, self.rule
+        self._settle_masters()
+        groups, rule, masters = self.param_groups, self.rule, self._masters
         validate(type(self).__name__, rule, groups, self._all_names(), self.state)
-        built = build_states(rule, groups, self.state, self._steps, self._state_dtype, self._ema)
+        storage = Storage(self._state_dtype, self._rounding == "dithered")
+        built = build_states(rule, groups, self.state, self._steps, storage, self._ema, masters)
         hparams, made = build_tables(rule, built.rows, groups, self._scaler, self._ema)
         tables = [choose(self._backend, table) for table in made]
 
@@ -273,15 +304,21 @@ class FusedOptimizer(Averaged):
             fresh = built.fresh[row.param]
             row.state = self.state[row.param] if fresh else self.state.get(row.param, {})
             row.state.update(fresh)
+            if ANCHOR not in fresh:
+                row.state.pop(ANCHOR, None)
         if not rule.counted:
             counted = {**self._steps, **built.steps}
             self._steps = {param: counted[param] for param in params if param in counted}
-        detector = detect_changes(groups, self.state, rule, hparams, built.pending, made)
+        masters.keep_only(params)
+        guarded = masters.guard(built.rows)
+        shards = [local(param) for param in guarded]
+        detector = detect_changes(groups, self.state, rule, hparams, built.pending, made, shards)
         if detector.poll() & REBUILD:
             raise RuntimeError(
                 "params, gradients or states changed while the step was being prepared; was another thread at them?"
             )
         self._detector, self._tables, self._looks = detector, tables, self._scaler.looks_at(groups)
+        self._guarded, self._anchors = guarded, AnchorWatch(hparams, built.rows)
         # Nothing watches params on meta: with one of them every step looks at all params anew.
         self._watched_state = None if any(table.is_meta for table in made) else self.state
         self._watched_groups = groups
@@ -307,6 +344,9 @@ class FusedOptimizer(Averaged):
         that the saved groups lack keep this optimizer's values. So does skipped_steps. Averages of the weights that the
         checkpoint lacks start anew. Without an ema_decay those of the checkpoint are left out. Errors are torch's.
 
+        Lower halves of master weights are joined with what the params hold at the next step: load the model's weights
+        before or after, but before that step.
+
         Raises:
             RuntimeError: this is inside of ema_weights().
         """
@@ -315,6 +355,7 @@ class FusedOptimizer(Averaged):
         with loading(self):
             super().load_state_dict(state_dict)
         self._steps.clear()
+        self._masters.loaded(self.state)
         if "skipped_steps" in state_dict:
             self._scaler.set_skipped(state_dict["skipped_steps"])
         if self._ema is None:
@@ -331,10 +372,11 @@ class FusedOptimizer(Averaged):
         Raises:
             RuntimeError: this is inside of ema_weights().
         """
+        self._settle_masters()
         left_out: dict[Tensor, set[str]] = {}
         begun = {param: step for param, step in self._steps.items() if self.state.get(param)}
         for param in without_update(begun):
-            left_out[param] = set(self.rule.states)
+            left_out[param] = {*self.rule.states, ANCHOR}
         if self._ema is not None:
             self._ema.check_not_swapped("state_dict() cannot be called")
             self._find_not_updated()
@@ -347,6 +389,7 @@ class FusedOptimizer(Averaged):
         return saved if self._ema is None else {**saved, STEPS: self._ema.steps}
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle_masters()
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in KEPT}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

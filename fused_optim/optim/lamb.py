@@ -37,8 +37,8 @@ class FusedLAMB(FusedOptimizer):
             None and 0 switch clipping off, as in Apex.
         use_nvlamb: use the ratio where weight_decay is 0, too.
         trust_clip: (lowest, highest) that the ratio may be.
-        ours: options of every class, see FusedOptimizer: backend="auto", state_dtype=None, norm_type=2.0,
-            skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
+        ours: options of every class, see FusedOptimizer: backend="auto", state_dtype=None, master_weights=None,
+            rounding="nearest", norm_type=2.0, skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
 
     Raises:
         ValueError: a hyperparameter is out of range.

@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -18,13 +18,17 @@ from .. import backends
 from ..backends import BackendName
 from ..engine.dtensor import local
 from ..engine.ema import Decay, WeightAverage, check_dtype, drop_averages
+from ..engine.masters import Kind, MasterWeights
 from ..engine.scaling import Scaler
+from ..engine.state_formats import StateDtype, check_betas, check_state_dtype
+from ..engine.table import Rule
 from ..engine.validation import may_get_grad
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Convention = Literal["torch", "paper", "normalized"]
+Rounding = Literal["nearest", "dithered"]
 
 
 class Whole(TypedDict, total=False):
@@ -32,8 +36,13 @@ class Whole(TypedDict, total=False):
 
     backend: BackendName
     """Default "auto": the first backend that works on the params. A backend that is named must work."""
-    state_dtype: torch.dtype | None
-    """Default None: states have their param's dtype. torch.float32, torch.bfloat16 or torch.float16."""
+    state_dtype: StateDtype
+    """Default None: states have their param's dtype. A dtype, "compact", or a dict from states to dtypes, "e8m8" or
+    "anchored8"."""
+    master_weights: Kind | None
+    """Default None. "exact" or "24bit": bfloat16 params have master weights."""
+    rounding: Rounding
+    """Default "nearest". "dithered": bfloat16 params without master weights, states and averages keep small updates."""
     norm_type: float  # a Literal cannot hold inf, and 2.0 and 2 are both 2
     """Default 2.0: the norm that max_grad_norm bounds. 2 or math.inf."""
     skip_nonfinite: bool
@@ -65,7 +74,7 @@ class Decayed(Common, total=False):
 
 
 # Options of the whole optimizer, which a param group cannot set.
-OF_THE_WHOLE = (*Whole.__annotations__, "decay")
+OF_THE_WHOLE = (*(key for key in Whole.__annotations__ if key != "state_dtype"), "decay")
 
 
 # ---- checks
@@ -74,6 +83,11 @@ OF_THE_WHOLE = (*Whole.__annotations__, "decay")
 def check_max_grad_norm(bound: Any) -> None:
     if bound is not None and not (isinstance(bound, Real | Tensor) and float(bound) >= 0.0):
         raise ValueError(f"max_grad_norm must be 0 or more, or None for no clipping, but got {bound!r}")
+
+
+def check_rounding(rounding: Any) -> None:
+    if rounding not in get_args(Rounding):
+        raise ValueError(f'rounding must be "nearest" or "dithered", but got {rounding!r}')
 
 
 def check_norm_type(norm_type: Any) -> None:
@@ -165,7 +179,11 @@ class Options(Optimizer):
             cls.__signature__ = signature_of(cls)  # type: ignore[attr-defined]
 
     _backend: BackendName
-    _state_dtype: torch.dtype | None
+    rule: ClassVar[Rule]
+    _state_dtype: StateDtype
+    _masters: MasterWeights
+    _rounding: Rounding
+    _detector: Any
     _max_grad_norm: float | None
     _scaler: Scaler
     _ema: WeightAverage | None
@@ -188,14 +206,29 @@ class Options(Optimizer):
         self._forget()
 
     @property
-    def state_dtype(self) -> torch.dtype | None:
-        """The dtype of new states. None: the param's own."""
+    def state_dtype(self) -> StateDtype:
+        """How the states of groups without a state_dtype of their own are stored. Setting it holds for states that are
+        made from now on, and converts those that are in packed formats or shall be."""
         return self._state_dtype
 
     @state_dtype.setter
-    def state_dtype(self, dtype: torch.dtype | None) -> None:
-        check_dtype(dtype, "state_dtype")
-        self._state_dtype = dtype
+    def state_dtype(self, value: StateDtype) -> None:
+        check_state_dtype(value, self.rule)
+        for group in self.param_groups:
+            check_betas(group.get("state_dtype", value), self.rule, group.get("betas"))
+        self._state_dtype = value
+        self._forget()
+
+    @property
+    def rounding(self) -> Rounding:
+        """How bfloat16 params without master weights, states and averages are rounded."""
+        return self._rounding
+
+    @rounding.setter
+    def rounding(self, rounding: Rounding) -> None:
+        check_rounding(rounding)
+        self._rounding = rounding
+        self._forget()
 
     @property
     def max_grad_norm(self) -> float | None:

@@ -34,8 +34,9 @@ class FusedQHAdam(FusedOptimizer):
         params, lr, betas, weight_decay, eps, maximize, capturable: as FusedAdam's.
         nus: how much of each average goes into the step, the rest being the gradient itself; any finite numbers.
         decouple_weight_decay: decay past the gradient, $p = (1 - lr \cdot \lambda) p$, in place of L2.
-        ours: options of every class, see FusedOptimizer: backend="auto", state_dtype=None, max_grad_norm=None,
-            norm_type=2.0, skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
+        ours: options of every class, see FusedOptimizer: backend="auto", state_dtype=None, master_weights=None,
+            rounding="nearest", max_grad_norm=None, norm_type=2.0, skip_nonfinite=False, norm_group=None,
+            ema_decay=None, ema_dtype=None.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -132,7 +133,8 @@ class FusedQHAdamW(Decoupled, FusedQHAdam):
         weight_decay: share of the param that a step takes off, measured as decay says.
         ours: options of decoupled decay, see fused_optim.decay.Decoupled: decay="torch", lr_reference=None,
             decay_period=None; and of every class, see FusedOptimizer: backend="auto", state_dtype=None,
-            max_grad_norm=None, norm_type=2.0, skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
+            master_weights=None, rounding="nearest", max_grad_norm=None, norm_type=2.0, skip_nonfinite=False,
+            norm_group=None, ema_decay=None, ema_dtype=None.
 
     Raises:
         ValueError: a hyperparameter is out of range.

@@ -44,8 +44,9 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
         maximize: ascend.
         foreach, fused: accepted and without effect.
         differentiable: must be False.
-        ours: options of every class, see FusedOptimizer: backend="auto", state_dtype=None, max_grad_norm=None,
-            norm_type=2.0, skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
+        ours: options of every class, see FusedOptimizer: backend="auto", state_dtype=None, master_weights=None,
+            rounding="nearest", max_grad_norm=None, norm_type=2.0, skip_nonfinite=False, norm_group=None,
+            ema_decay=None, ema_dtype=None.
 
     Raises:
         ValueError: a hyperparameter is out of range (torch's messages).
@@ -97,7 +98,8 @@ class FusedSGDW(Decoupled, FusedSGD):
         weight_decay: share of the param that a step takes off, measured as decay says.
         ours: options of decoupled decay, see fused_optim.decay.Decoupled: decay="torch", lr_reference=None,
             decay_period=None; and of every class, see FusedOptimizer: backend="auto", state_dtype=None,
-            max_grad_norm=None, norm_type=2.0, skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
+            master_weights=None, rounding="nearest", max_grad_norm=None, norm_type=2.0, skip_nonfinite=False,
+            norm_group=None, ema_decay=None, ema_dtype=None.
 
     Raises:
         ValueError: a hyperparameter is out of range (torch's messages).

@@ -50,6 +50,11 @@ ChangeDetector::ChangeDetector(py::list groups, py::dict state, const std::vecto
 
 void ChangeDetector::add_pending(py::object param) { pending_.push_back(std::move(param)); }
 
+void ChangeDetector::add_guarded(py::object tensor) {
+  versions_.push_back(unpack(tensor)._version());
+  guarded_.push_back(std::move(tensor));
+}
+
 void ChangeDetector::add_row(py::object param, py::object target, py::dict state, at::ScalarType grad_dtype,
                              at::Tensor grads, int64_t number) {
   PolledRow row{};
@@ -111,6 +116,9 @@ int ChangeDetector::poll() {
     if (unpack(param).grad().defined()) return kRebuild;
   }
   if (!states_.poll()) return kRebuild;
+  for (size_t i = 0; i < guarded_.size(); ++i) {
+    if (unpack(guarded_[i])._version() != versions_[i]) return kRebuild;
+  }
   for (size_t ahead = 0; ahead < kAhead; ++ahead) prefetch(ahead);
   for (size_t number = 0; number < rows_.size(); ++number) {
     prefetch(number + kAhead);
@@ -198,6 +206,7 @@ void ChangeDetector::done() {
     const at::Tensor& shard = unpack(entry.shard);
     if (!shard.is_inference()) shard.unsafeGetTensorImpl()->bump_version();
   }
+  for (size_t i = 0; i < guarded_.size(); ++i) versions_[i] = unpack(guarded_[i])._version();
 }
 
 }  // namespace fused_optim

@@ -59,11 +59,17 @@ class ChangeDetector {
   void add_row(py::object param, py::object target, py::dict state, at::ScalarType grad_dtype, at::Tensor grads,
                int64_t row);
 
+  // Adds a tensor that only steps may write to. Any other write asks for new tables.
+  void add_guarded(py::object tensor);
+
   // Reads groups, params, states and gradients. Writes raw, lr and the grad slots. Returns Answer flags.
   int poll();
 
   // Call this after a step: releases the gradients, and increments the versions of the stepped params for autograd.
   void done();
+
+  // torch's count of the writes to each guarded tensor, as it was after the last step.
+  const std::vector<int64_t>& versions() const { return versions_; }
 
  private:
   void add_place(py::handle tensor, bool of_param);
@@ -81,7 +87,9 @@ class ChangeDetector {
   std::vector<py::object> alive_;  // keeps the objects of the raw pointers alive
   std::vector<at::Tensor> alive_tensors_;
   std::vector<py::object> pending_;
-  std::vector<at::Tensor> held_;  // gradients in use: no other thread can free them while the GIL is released
+  std::vector<py::object> guarded_;
+  std::vector<int64_t> versions_;  // of those
+  std::vector<at::Tensor> held_;   // gradients in use: no other thread can free them while the GIL is released
 };
 
 }  // namespace fused_optim

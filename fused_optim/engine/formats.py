@@ -1,0 +1,124 @@
+"""Stream formats narrower than float32, in plain PyTorch: how one logical value is stored and read again. Mirrors
+csrc/formats.h; all backends store the same bits.
+
+Bits of float32 are int64 tensors here, because torch has little arithmetic of unsigned integers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAGNITUDE, INFINITY, WORD = 0x7FFFFFFF, 0x7F800000, 0xFFFFFFFF
+
+
+class Dither(NamedTuple):
+    """The constants of a sequence of rounding thresholds: what each element and each step adds."""
+
+    element: int
+    step: int
+
+
+DITHER_SQUARE = Dither(0x6A09E667, 0x9E3779B9)  # exp_avg_sq, max_exp_avg_sq
+DITHER_AVERAGE = Dither(0xBB67AE85, 0x32370B91)  # exp_avg, momentum_buffer
+DITHER_PARAM = Dither(0x3C6EF372, 0xA54FF53B)  # params, and averages of the weights
+NEAREST = 0x80000000  # the threshold that rounds to nearest
+
+
+def bits_of(x: Tensor) -> Tensor:
+    return x.float().view(torch.int32).long() & WORD
+
+
+def float_of(bits: Tensor) -> Tensor:
+    return (bits - ((bits & 0x80000000) << 1)).int().view(torch.float32)
+
+
+def signed(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The lower bits as integers of a dtype."""
+    width = 8 * dtype.itemsize
+    bits = bits & ((1 << width) - 1)
+    return (bits - ((bits >> (width - 1)) << width)).to(dtype)
+
+
+def thresholds(dither: Dither, index: Tensor, step: int) -> Tensor:
+    """index: int64, of the elements in the whole param. Fractions of 2**32."""
+    return ((index & WORD) * dither.element + step * dither.step) & WORD
+
+
+def encode_bf16(x: Tensor, at: Tensor | int) -> Tensor:
+    """bfloat16, rounded at thresholds. Finite values stay finite."""
+    bits = bits_of(x)
+    magnitude = bits & MAGNITUDE
+    rounded = ((magnitude + (at >> 16)) >> 16).clamp(max=0x7F7F)
+    special = torch.where(magnitude == INFINITY, 0x7F80, (magnitude >> 16) | 0x40)
+    code = torch.where(magnitude < INFINITY, rounded, special) | ((bits >> 16) & 0x8000)
+    return signed(code, torch.int16).view(torch.bfloat16)
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """Exact master weights as bfloat16 params and int16 lower halves."""
+    bits = bits_of(master)
+    upper = torch.where((bits & MAGNITUDE) > INFINITY, (bits >> 16) | 0x40, (bits + 0x8000) >> 16)
+    return signed(upper, torch.int16).view(torch.bfloat16), signed(bits, torch.int16)
+
+
+def join(param: Tensor, lower: Tensor) -> Tensor:
+    """The master weights, float32. lower: int16, or int8 of 24-bit ones."""
+    unit = 1 if lower.dtype == torch.int16 else 256
+    return float_of((bits_of(param) + lower.long() * unit) & WORD)
+
+
+def convert_lower(lower: Tensor, dtype: torch.dtype) -> Tensor:
+    """Lower halves as int16 or int8, rounded to nearest."""
+    if lower.dtype == dtype:
+        return lower
+    return lower.to(dtype) * 256 if dtype == torch.int16 else ((lower.int() + 128) >> 8).clamp(max=127).to(dtype)
+
+
+def lower_quarter(master: Tensor, at: Tensor | int) -> Tensor:
+    """int8: of lower halves the upper eight bits, rounded at thresholds."""
+    lower = signed(bits_of(master), torch.int16).long()
+    return ((lower + (at >> 24)) >> 8).clamp(max=127).to(torch.int8)
+
+
+def encode_e8m8(x: Tensor, at: Tensor | int) -> Tensor:
+    """uint16, of values that are not negative."""
+    bits = (bits_of(x) & MAGNITUDE).clamp(max=0x7F000000)
+    code = (bits + (at >> 17)) >> 15
+    return torch.where(code < 256, 0, code).to(torch.uint16)
+
+
+def decode_e8m8(code: Tensor) -> Tensor:
+    return float_of(code.long() << 15)
+
+
+def anchor_bits(square: Tensor, exponent: int) -> Tensor:
+    return (((bits_of(square) >> 23) + 127) // 2 + exponent) << 23
+
+
+def encode_anchored8(x: Tensor, square: Tensor, exponent: int, at: Tensor | int) -> Tensor:
+    """uint8. square: exp_avg_sq as it is stored."""
+    anchor, bits = anchor_bits(square, exponent), bits_of(x)
+    total = bits_of(float_of(bits & MAGNITUDE) + float_of(anchor))
+    code = ((total - anchor + (at >> 13)) >> 19).clamp(max=127) | ((bits >> 31) << 7)
+    return torch.where(bits_of(square) >> 23 == 0, 0, code).to(torch.uint8)
+
+
+def decode_anchored8(code: Tensor, square: Tensor, exponent: int) -> Tensor:
+    anchor, code = anchor_bits(square, exponent), code.long()
+    magnitude = float_of(((code & 127) << 19) + anchor) - float_of(anchor)
+    value = float_of(bits_of(magnitude) | ((code >> 7) << 31))
+    return torch.where(bits_of(square) >> 23 == 0, 0.0, value)
+
+
+def anchor_exponent(beta1: float, beta2: float) -> int | None:
+    """The exponent with which anchored8 holds every exp_avg that these betas can make: by Cauchy and Schwarz its
+    magnitude is at most C * sqrt(exp_avg_sq), and the largest code stands for 123.5 anchors. None where beta1**2 is not
+    below beta2: then there is no such bound."""
+    if not beta1**2 < beta2:
+        return None
+    bound = (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
+    return math.ceil(math.log2(2 * bound / 247))

@@ -1,0 +1,203 @@
+"""How states are stored: the option `state_dtype`, and what makes states of one format out of those of another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import formats
+from .dtensor import like, local
+from .table import PACKED_DTYPES, HostHparams, Row, Rule
+
+Code = Literal["e8m8", "anchored8"]
+StateDtype = torch.dtype | Literal["compact"] | Mapping[str, torch.dtype | Code] | None
+
+
+class Storage(NamedTuple):
+    """How an optimizer stores what has no master. dithered: the bfloat16 tensors are rounded at thresholds."""
+
+    state_dtype: StateDtype
+    dithered: bool
+
+
+ANCHOR = "anchor"  # key in optimizer.state[param], beside an exp_avg in anchored8
+CODE_DTYPES: dict[Any, torch.dtype] = {"e8m8": torch.uint16, "anchored8": torch.uint8}
+SQUARES = ("exp_avg_sq", "max_exp_avg_sq")
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+CHOICES = (
+    'None, torch.float32, torch.bfloat16, torch.float16, "compact", or a dict from names of states to these dtypes, '
+    '"e8m8" or "anchored8"'
+)
+
+
+def check_state_dtype(value: Any, rule: Rule) -> None:
+    """Raises ValueError for what is no state_dtype of an optimizer with this rule."""
+    if not isinstance(value, Mapping):
+        if value not in (None, "compact", *NARROW):
+            raise ValueError(f"state_dtype must be {CHOICES}, but got {value!r}")
+        return
+    for name, choice in value.items():
+        if name not in rule.states:
+            raise ValueError(
+                f"state_dtype names the state {name!r}, but the states of this optimizer are {', '.join(rule.states)}"
+            )
+        if choice not in (*NARROW, *CODE_DTYPES):
+            raise ValueError(f"state_dtype[{name!r}] must be a dtype of {CHOICES}, but got {choice!r}")
+        if choice == "e8m8" and name not in SQUARES:
+            raise ValueError(
+                f'"e8m8" stores values that are never negative, {" and ".join(SQUARES)}, but state_dtype gives it to '
+                f"{name!r}; use torch.bfloat16"
+            )
+        if choice == "anchored8" and (name != "exp_avg" or "exp_avg_sq" not in rule.states):
+            raise ValueError(
+                f'"anchored8" stores exp_avg relative to the root of exp_avg_sq, but state_dtype gives it to {name!r} '
+                f"of an optimizer with the states {', '.join(rule.states)}; use torch.bfloat16"
+            )
+
+
+def choices_of(value: StateDtype, rule: Rule) -> dict[str, torch.dtype | Code]:
+    """What a state_dtype says of each state; nothing of those that keep their param's dtype."""
+    if value is None:
+        return {}
+    if isinstance(value, Mapping):
+        return dict(value)
+    if value != "compact":
+        return dict.fromkeys(rule.states, value)
+    if "exp_avg_sq" not in rule.states:
+        return dict.fromkeys(rule.states, torch.bfloat16)
+    return {name: "e8m8" if name in SQUARES else "anchored8" for name in rule.states}
+
+
+def check_betas(value: StateDtype, rule: Rule, betas: Any) -> None:
+    """Raises ValueError where an exp_avg in anchored8 could grow out of its range."""
+    if choices_of(value, rule).get("exp_avg") == "anchored8":
+        exponent_for(*betas)
+
+
+def exponent_for(beta1: float | Tensor, beta2: float | Tensor) -> int:
+    """Of the anchors. Raises ValueError for betas that bound no exp_avg."""
+    exponent = formats.anchor_exponent(float(beta1), float(beta2))
+    if exponent is None:
+        raise ValueError(
+            f'"anchored8" needs betas with betas[0]**2 < betas[1], which bounds exp_avg by the root of exp_avg_sq, but '
+            f'got {(float(beta1), float(beta2))}; use state_dtype={{"exp_avg": torch.bfloat16, "exp_avg_sq": "e8m8"}}'
+        )
+    return exponent
+
+
+class AnchorWatch:
+    """Whether the betas, which may change at every step, still bound every exp_avg in anchored8.
+
+    betas: float64 [groups, 2], as they were last looked at. anchors: float64 [groups], the smallest exponent in the
+        group; inf where there is none.
+    """
+
+    def __init__(self, hparams: HostHparams, rows: Sequence[Row]) -> None:
+        self.beta1, self.beta2 = hparams.column("beta1"), hparams.column("beta2")
+        self.seen = self.beta1.clone(), self.beta2.clone()
+        self.anchors = torch.full_like(self.beta1, torch.inf)
+        for row in rows:
+            if any(state.dtype == CODE_DTYPES["anchored8"] for state in row.states):
+                self.anchors[row.group_index] = min(float(self.anchors[row.group_index]), row.anchor)
+        self.needed = bool(self.anchors.isfinite().any())
+
+    def outgrown(self) -> bool:
+        """Whether a state must be encoded anew, or cannot be."""
+        if not self.needed or (torch.equal(self.beta1, self.seen[0]) and torch.equal(self.beta2, self.seen[1])):
+            return False
+        self.seen = self.beta1.clone(), self.beta2.clone()
+        bound = (1 - self.beta1) / ((1 - self.beta2) * (1 - self.beta1**2 / self.beta2)).sqrt()
+        needed = (2 * bound / 247).log2().ceil().nan_to_num(torch.inf, torch.inf)
+        return bool((needed > self.anchors).any())
+
+
+def takes_codes(param: Tensor) -> bool:
+    """Whether its states can have packed formats: the arithmetic is float32."""
+    return param.dtype in NARROW
+
+
+def is_coded(state: Tensor) -> bool:
+    return state.dtype in PACKED_DTYPES
+
+
+@torch.no_grad()
+def decoded(states: Mapping[str, Any], name: str) -> Tensor:
+    """A state's values: itself, or float32 ones of its codes.
+
+    Raises:
+        RuntimeError: it is in anchored8, and what that needs is missing.
+    """
+    state = states[name]
+    if not is_coded(state):
+        return state
+    codes = local(state)
+    if codes.dtype == CODE_DTYPES["e8m8"]:
+        return like(state, formats.decode_e8m8(codes))
+    if ANCHOR not in states or "exp_avg_sq" not in states:
+        raise RuntimeError(
+            f'state "{name}" is in anchored8, so the states must hold "exp_avg_sq" and "{ANCHOR}" too, but hold '
+            f"{', '.join(states)}; load the whole checkpoint"
+        )
+    square = local(decoded(states, "exp_avg_sq"))
+    return like(state, formats.decode_anchored8(codes, square, int(states[ANCHOR])))
+
+
+@torch.no_grad()
+def encoded(value: Tensor, choice: torch.dtype | Code, square: Tensor | None, exponent: int) -> Tensor:
+    """A state in another format, rounded to nearest. square: exp_avg_sq as it is stored, for anchored8."""
+    shard = local(value)
+    if isinstance(choice, torch.dtype):
+        made = shard.to(choice)
+    elif choice == "e8m8":
+        made = formats.encode_e8m8(shard, formats.NEAREST)
+    else:
+        assert square is not None
+        made = formats.encode_anchored8(shard, local(square), exponent, formats.NEAREST)
+    return like(value, torch.empty_like(shard, dtype=made.dtype).copy_(made))
+
+
+def format_name(state: Tensor) -> torch.dtype | Code:
+    names: dict[torch.dtype, Code] = {torch.uint16: "e8m8", torch.uint8: "anchored8"}
+    return names.get(state.dtype, state.dtype)
+
+
+def convert(
+    param: Tensor,
+    states: dict[str, Any],
+    choices: Mapping[str, torch.dtype | Code],
+    betas: Sequence[float | Tensor] | None,
+) -> dict[str, Any]:
+    """`states` as an optimizer with these choices has them: codes where it wants codes, and none where it wants a
+    dtype. A state without a choice keeps its format, and one with a dtype keeps it where another dtype is wanted. With
+    `anchor` where exp_avg is in anchored8. What fits is not copied.
+
+    Raises:
+        ValueError: the betas bound no exp_avg, and it is in anchored8.
+        RuntimeError: a state in anchored8 lacks what that needs.
+    """
+    tensors = {name: state for name, state in states.items() if name != ANCHOR}
+    stored = {name: format_name(state) for name, state in tensors.items()}
+    targets: dict[str, torch.dtype | Code] = {}
+    for name, found in stored.items():
+        choice = choices.get(name, found) if takes_codes(param) else param.dtype
+        targets[name] = choice if choice in CODE_DTYPES or found in CODE_DTYPES else found
+
+    anchored, exponent = targets.get("exp_avg") == "anchored8", 0
+    if anchored:
+        assert betas is not None
+        exponent = exponent_for(*betas)
+        if stored["exp_avg"] == "anchored8" and ANCHOR in states:
+            exponent = max(exponent, int(states[ANCHOR]))
+    if targets == stored and (not anchored or ("exp_avg_sq" in states and states.get(ANCHOR) == exponent)):
+        return states
+
+    values = {name: decoded(states, name) for name in tensors}
+    made = dict(tensors)
+    for name in sorted(tensors, key=lambda name: name == "exp_avg"):  # after exp_avg_sq
+        if targets[name] != stored[name] or targets[name] == "anchored8":
+            square = decoded(made, "exp_avg_sq") if targets[name] == "anchored8" else None
+            made[name] = encoded(values[name], targets[name], square, exponent)
+    return {**made, ANCHOR: exponent} if anchored else made

@@ -1,0 +1,73 @@
+"""The master weights of every optimizer: read, and made of a float32 model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..engine.masters import Kind, check_kind, check_param
+from .averages import Averaged
+
+
+class Mastered(Averaged):
+    """Master weights of bfloat16 params. Their lower halves are in optimizer.state[param]["param_low"].
+
+
+    _guarded: params with lower halves, in the order in which the detector has them.
+    """
+
+    _guarded: list[Tensor]
+
+    @property
+    def master_weights(self) -> Kind | None:
+        """Which master weights bfloat16 params have. It cannot be set; lower_params() turns a float32 model into a
+        bfloat16 one with master weights."""
+        return self._masters.kind
+
+    def master_params(self) -> list[Tensor]:
+        """The weights without loss: a new float32 tensor for each param, in the order of param_groups. Params without
+        a master are copied; float64 and complex ones keep their dtype.
+
+        Raises:
+            RuntimeError: this is inside of ema_weights().
+        """
+        self._check_not_swapped("master_params() cannot be called")
+        self._settle_masters()
+        return [self._masters.master(param, self.state.get(param, {})) for param in self._all_params()]
+
+    def lower_params(self, dtype: torch.dtype = torch.bfloat16, *, master_weights: Kind = "exact") -> None:
+        """Turns float32 params into bfloat16 ones in place, and keeps every bit: what bfloat16 lacks becomes the lower
+        half of their master weights. "24bit" keeps eight bits of that, rounded. States keep their dtype. Params of
+        other dtypes stay as they are.
+
+        Raises:
+            ValueError: dtype is not torch.bfloat16, or there are no such master weights.
+            TypeError: a param is float16.
+            RuntimeError: a float32 param has a gradient, or is a DTensor, or this is inside of ema_weights(). Nothing
+                has been changed then.
+        """
+        self._check_not_swapped("lower_params() cannot be called")
+        if dtype != torch.bfloat16:
+            raise ValueError(f"lower_params() makes bfloat16 params, but got {dtype}; pass torch.bfloat16")
+        if master_weights is None:
+            raise ValueError('lower_params() keeps master weights; pass master_weights="exact"')
+        check_kind(master_weights)
+        params = self._all_params()
+        for param in params:
+            check_param(param, master_weights)
+        self._settle_masters()
+        self._masters.lower(params, self.state, master_weights)
+        self._forget()
+
+    def _settle_masters(self) -> None:
+        """Finds the params that others than the last steps have written to. Inside of ema_weights() all have been, and
+        will be given back."""
+        if self._ema is not None and self._ema.swapped:
+            return
+        if self._guarded:
+            self._masters.remember_versions(self._guarded, self._detector.versions())
+        self._masters.settle(self.state)
+
+    def _check_not_swapped(self, what: str) -> None:
+        if self._ema is not None:
+            self._ema.check_not_swapped(what)
