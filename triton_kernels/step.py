@@ -206,10 +206,12 @@ def walk(
     WIDTH: tl.constexpr = vector_width(SIGNATURE)
     # One access per thread and stream: a larger block would take the vector width of another signature of the launch.
     BLOCK: tl.constexpr = THREADS * WIDTH
+    usual = h
+    if RULE is not None:  # without a rule h has no betas
+        usual = without_small_betas(h)
+        aligned = aligned & (h.small_beta1 == 0.0) & (h.small_beta2 == 0.0)
     # The compiler must see that this is a multiple of WIDTH: then a mask is the same for all of a vector.
-    by_vectors = aligned & (h.small_beta1 == 0.0) & (h.small_beta2 == 0.0)
-    usual = without_small_betas(h)
-    vectored = tl.where(by_vectors, count // WIDTH, 0) * WIDTH
+    vectored = tl.where(aligned, count // WIDTH, 0) * WIDTH
     blocks = vectored // BLOCK
     for i in range(blocks):
         at = i * BLOCK + tl.arange(0, BLOCK)
