@@ -45,6 +45,12 @@ struct HasScalars : std::false_type {};
 template <class Rule>
 struct HasScalars<Rule, std::void_t<decltype(&Rule::scalars)>> : std::true_type {};
 
+// Whether beta1 and beta2 of a rule are decay rates of averages. A rule states it only if they are not.
+template <class Rule, class = void>
+struct HasBetas : std::true_type {};
+template <class Rule>
+struct HasBetas<Rule, std::void_t<decltype(Rule::has_betas)>> : std::bool_constant<Rule::has_betas> {};
+
 // Increments the step count of tensor `row` and writes its scalars. If the tensor is skipped, only the skip flag is
 // written. `memo` holds the bias corrections of the last tensor: tensors with the same betas and step reuse them.
 template <class Rule>
@@ -74,8 +80,8 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   out[kScalarEps] = group.eps;
   out[kScalarWeight1] = 1.0 - group.beta1;
   out[kScalarWeight2] = 1.0 - group.beta2;
-  out[kScalarSmallBeta1] = group.beta1 < 0.5 ? group.beta1 : 0.0;
-  out[kScalarSmallBeta2] = group.beta2 < 0.5 ? group.beta2 : 0.0;
+  out[kScalarSmallBeta1] = HasBetas<Rule>::value && group.beta1 < 0.5 ? group.beta1 : 0.0;
+  out[kScalarSmallBeta2] = HasBetas<Rule>::value && group.beta2 < 0.5 ? group.beta2 : 0.0;
   out[kScalarStepSize] = group.lr / memo.correction1;
   out[kScalarDebias] = 1.0 / memo.correction1;
   out[kScalarDenomScale] = 1.0 / ::sqrt(memo.correction2);
@@ -90,6 +96,19 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
     out[kScalarOwnC] = own.c;
     out[kScalarOwnD] = own.d;
   }
+}
+
+// Tensors with small betas are walked by slower loops. In the fast loops the small betas are the constant 0, which adds
+// no instruction.
+template <class T>
+FUSED_HD bool has_small_betas(const TensorScalars<T>& h) {
+  return h.small_beta1 != T(0) || h.small_beta2 != T(0);
+}
+
+template <class T>
+FUSED_HD TensorScalars<T> without_small_betas(TensorScalars<T> h) {
+  h.small_beta1 = h.small_beta2 = T(0);
+  return h;
 }
 
 // The gradient that a rule gets: scaled, clipped, with L2 added.

@@ -106,12 +106,11 @@ FUSED_HD T lerp_square(T average, T x, T weight) {
 }
 
 // beta * average. For beta from 0.5, small_beta is 0 and beta is computed as 1 - weight, as in lerp. Below 0.5 the
-// rounding error of the weight is large relative to beta. Then small_beta is beta, rounded once, and drop is 1, so the
-// inner sum is 0. factor: the average, or a finite number in place of an infinite average.
+// rounding error of the weight is large relative to beta. Then small_beta is beta, rounded once. It is constant for a
+// tensor. factor: the average, or a finite number in place of an infinite average.
 template <class T>
 FUSED_HD T keep(T average, T factor, T weight, T small_beta) {
-  const T drop = small_beta != T(0) ? T(1) : weight;  // constant for a tensor
-  return fma(small_beta, factor, fma(-drop, factor, average));
+  return small_beta != T(0) ? small_beta * average : fma(-weight, factor, average);
 }
 
 // beta * average + (1 - beta) * x, with an error of a few ulp for any beta in [0, 1).
@@ -160,6 +159,7 @@ struct Adam {
 struct Sgd {
   static constexpr const char* name = "sgd";
   static constexpr bool trust = false;
+  static constexpr bool has_betas = false;
   static constexpr int signed_states = 1, min_states = 0, max_states = 1;  // momentum_buffer
 
   // The weights of gradient and old buffer in the new buffer; momentum; nesterov.

@@ -88,10 +88,9 @@ def lerp_square(average: tl.tensor, x: tl.tensor, weight: tl.tensor) -> tl.tenso
 @triton.jit
 def keep(average: tl.tensor, factor: tl.tensor, weight: tl.tensor, small_beta: tl.tensor) -> tl.tensor:
     """beta * average. For beta from 0.5, small_beta is 0 and beta is computed as 1 - weight, as in lerp. Below 0.5 the
-    rounding error of the weight is large relative to beta. Then small_beta is beta, rounded once, and drop is 1, so the
-    inner sum is 0. factor: the average, or a finite number in place of an infinite average."""
-    drop = tl.where(small_beta != 0.0, 1.0, weight)  # constant for a tensor
-    return tl.fma(small_beta, factor, tl.fma(-drop, factor, average))
+    rounding error of the weight is large relative to beta. Then small_beta is beta, rounded once. It is constant for a
+    tensor. factor: the average, or a finite number in place of an infinite average."""
+    return tl.where(small_beta != 0.0, small_beta * average, tl.fma(-weight, factor, average))
 
 
 @triton.jit

@@ -57,6 +57,18 @@ def read_scalars(
 
 
 @triton.jit
+def without_small_betas(h: TensorScalars) -> TensorScalars:
+    """The same scalars with the constant 0 for the small betas, which then add no instruction."""
+    columns: tl.tuple = ()
+    for i in tl.static_range(SCALAR_WIDTH):
+        if i == column(SCALARS, "small_beta1") or i == column(SCALARS, "small_beta2"):
+            columns += (tl.full((), 0.0, h[i].dtype),)
+        else:
+            columns += (h[i],)
+    return TensorScalars(*columns)
+
+
+@triton.jit
 def gradient(h: TensorScalars, param: tl.tensor, grad: tl.tensor) -> tl.tensor:
     """The gradient that a rule sees: scaled, clipped, and with L2 in it."""
     scaled = grad * h.grad_factor
@@ -189,22 +201,27 @@ def walk(
     EMA: tl.constexpr,
 ) -> tl.tuple:
     """`count` elements of the streams of SIGNATURE. Aligned streams by vectors: whole blocks, then the rest, by the
-    threads that have a vector there. All else element by element. Returns the sums, grown."""
+    threads that have a vector there. All else element by element, also tensors with small betas. Returns the sums,
+    grown."""
     WIDTH: tl.constexpr = vector_width(SIGNATURE)
     # One access per thread and stream: a larger block would take the vector width of another signature of the launch.
     BLOCK: tl.constexpr = THREADS * WIDTH
+    usual = h
+    if RULE is not None:  # without a rule h has no betas
+        usual = without_small_betas(h)
+        aligned = aligned & (h.small_beta1 == 0.0) & (h.small_beta2 == 0.0)
     # The compiler must see that this is a multiple of WIDTH: then a mask is the same for all of a vector.
     vectored = tl.where(aligned, count // WIDTH, 0) * WIDTH
     blocks = vectored // BLOCK
     for i in range(blocks):
         at = i * BLOCK + tl.arange(0, BLOCK)
         here, packed = [pointer + at for pointer in pointers], at_elements(packing, at)
-        sums = walk_block(h, here, packed, None, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA)
+        sums = walk_block(usual, here, packed, None, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA)
     for i in range(blocks * BLOCK, vectored, BLOCK):
         at = i + tl.arange(0, BLOCK)
         mask = at < vectored
         here, packed = [pointer + at for pointer in pointers], at_elements(packing, at)
-        sums = walk_block(h, here, packed, mask, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA)
+        sums = walk_block(usual, here, packed, mask, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA)
     # Sums must not depend on where tensors lie: there, an element belongs to the same thread either way.
     TAIL: tl.constexpr = BLOCK if len(sums) > 0 else THREADS
     start = vectored // TAIL * TAIL if len(sums) > 0 else vectored

@@ -55,9 +55,10 @@ struct Row {
 enum class Pass { kUpdate, kUpdateMoments, kApplyUpdate };
 
 // The loop over elements that the compiler vectorises. P, G and A are what param, grad and states are stored as.
-template <Pass pass, class Rule, class T, int S, class P, class G, class A>
+// kSmallBetas: whether betas may be below 0.5.
+template <Pass pass, class Rule, class T, int S, bool kSmallBetas, class P, class G, class A>
 void update_block(const TensorScalars<T>& scalars, P* param, const G* grad, A* const* states, int count) {
-  const TensorScalars<T> h = scalars;
+  const TensorScalars<T> h = kSmallBetas ? scalars : without_small_betas(scalars);
   A* state[S > 0 ? S : 1];
   for (int s = 0; s < S; ++s) state[s] = states[s];
 #pragma omp simd
@@ -106,7 +107,7 @@ FUSED_HD uint32_t join(float even, float odd) {
 template <class Rule, int S>
 void update_pairs(const TensorScalars<float>& scalars, Pair* param, const Pair* grad, BFloat16* const* states,
                   int count) {
-  const TensorScalars<float> h = scalars;
+  const TensorScalars<float> h = without_small_betas(scalars);
   Pair* state[S > 0 ? S : 1];
   for (int s = 0; s < S; ++s) state[s] = reinterpret_cast<Pair*>(states[s]);
 #pragma omp simd
@@ -123,14 +124,15 @@ void update_pairs(const TensorScalars<float>& scalars, Pair* param, const Pair* 
 }
 
 // All in bfloat16: in pairs, and the last element alone where it has no neighbour.
-template <Pass pass, class Rule, class T, int S, std::enable_if_t<pass == Pass::kUpdate, int> = 0>
+template <Pass pass, class Rule, class T, int S, bool kSmallBetas, std::enable_if_t<pass == Pass::kUpdate, int> = 0>
 void update_block(const TensorScalars<T>& h, BFloat16* param, const BFloat16* grad, BFloat16* const* states,
                   int count) {
   update_pairs<Rule, S>(h, reinterpret_cast<Pair*>(param), reinterpret_cast<const Pair*>(grad), states, count / 2);
   if (count % 2 == 0) return;
   BFloat16* last[S > 0 ? S : 1];
   for (int s = 0; s < S; ++s) last[s] = states[s] + count - 1;
-  update_block<pass, Rule, T, S, BFloat16, BFloat16, BFloat16>(h, param + count - 1, grad + count - 1, last, 1);
+  update_block<pass, Rule, T, S, kSmallBetas, BFloat16, BFloat16, BFloat16>(h, param + count - 1, grad + count - 1,
+                                                                            last, 1);
 }
 
 template <class T, class P, class E>
@@ -162,7 +164,9 @@ void update_direct(const TensorScalars<T>& h, const Row<S>& row, int64_t begin, 
     A* states[S > 0 ? S : 1];
     for (int s = 0; s < S; ++s) states[s] = reinterpret_cast<A*>(row.state(s).at(element));
     auto* param = reinterpret_cast<P*>(row.param.at(element));
-    update_block<pass, Rule, T, S>(h, param, reinterpret_cast<const G*>(row.grad.at(element)), states, count);
+    constexpr bool kSmallBetas = sizeof(T) == 8;
+    update_block<pass, Rule, T, S, kSmallBetas>(h, param, reinterpret_cast<const G*>(row.grad.at(element)), states,
+                                                count);
     if constexpr (pass == Pass::kUpdateMoments)
       measure_block<Rule, T, S>(h, param, states, count, sums + 2 * ((element - begin) / kChunk));
     if constexpr (kAverages) average_block(h, param, row.ema(), element, count);
@@ -173,7 +177,7 @@ void update_direct(const TensorScalars<T>& h, const Row<S>& row, int64_t begin, 
 template <class Rule, int S, class P, class States>
 void update_codes(const TensorScalars<float>& scalars, const P& param_codes, const BFloat16* grad,
                   const States& state_codes, int count) {
-  const TensorScalars<float> h = scalars;
+  const TensorScalars<float> h = without_small_betas(scalars);
   const P param = param_codes;
   const States states = state_codes;
 #pragma omp simd
@@ -219,7 +223,7 @@ bool update_packed(const TensorScalars<float>& h, const Row<S>& row, int64_t beg
   return true;
 }
 
-// Any other combination, by way of float32 copies of each block.
+// Any other combination, and small betas, by way of float32 copies of each block.
 template <Pass pass, class Rule, bool kAverages, int S>
 void update_copied(const TensorScalars<float>& h, const Row<S>& row, int64_t begin, int64_t end, double* sums) {
   constexpr int kBlock = kBlockBytes / sizeof(float);
@@ -232,7 +236,7 @@ void update_copied(const TensorScalars<float>& h, const Row<S>& row, int64_t beg
     row.param.load(element, count, param);
     if (pass != Pass::kApplyUpdate) row.grad.load(element, count, grad);
     row.load_states(element, count, states);
-    update_block<pass, Rule, float, S>(h, param, grad, states, count);
+    update_block<pass, Rule, float, S, true>(h, param, grad, states, count);
     if (pass != Pass::kUpdateMoments) row.param.store(element, count, param);
     if (pass != Pass::kApplyUpdate) row.store_states(element, count, states);
     if constexpr (pass == Pass::kUpdateMoments) {
@@ -270,10 +274,11 @@ void update_row(const Tables& t, int64_t row_number, int64_t begin, int64_t end,
         scalars_of<double, pass>(t, row_number), row, begin, end, sums);
   }
   const TensorScalars<float> h = scalars_of<float, pass>(t, row_number);
+  const bool small_betas = pass != Pass::kApplyUpdate && has_small_betas(h);
   if constexpr (pass == Pass::kUpdate && !kAverages) {
-    if (update_packed<Rule, S>(h, row, begin, end)) return;
+    if (!small_betas && update_packed<Rule, S>(h, row, begin, end)) return;
   }
-  if (alike && param == grad) {
+  if (alike && param == grad && !small_betas) {
     if (param == kFloat32 && states == kFloat32)
       return update_direct<pass, Rule, kAverages, float, S, float, float, float>(h, row, begin, end, sums);
     if (param == kBfloat16 && states == kBfloat16)

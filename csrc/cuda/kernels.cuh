@@ -150,7 +150,7 @@ FUSED_HD int update_vectors(const TensorScalars<T>& h, const Stream (&streams)[k
     for (int v = 0; v < V; ++v) {
       T state[S > 0 ? S : 1];
       for (int s = 0; s < S; ++s) state[s] = x[kStreamState0 + s][v];
-      update_element<pass, Rule, T, S>(h, x[kStreamParam][v], x[kStreamGrad][v], state);
+      update_element<pass, Rule, T, S>(without_small_betas(h), x[kStreamParam][v], x[kStreamGrad][v], state);
       for (int s = 0; s < S; ++s) x[kStreamState0 + s][v] = state[s];
     }
     for (int i = 0; i < kAverage; ++i) {
@@ -198,11 +198,12 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
   // `unaligned` speaks of param, states and average.
   const bool aligned = !(reads(pass, kStreamParam) && unaligned) && !(reads(pass, kStreamGrad) && grad % kAccess != 0);
   Sums sums{};
+  const bool by_vectors = aligned && !(pass != Pass::kApplyUpdate && has_small_betas(h));
   int vectored = 0;
   // The usual dtypes have loops of their own, without branches on dtypes.
   if constexpr (sizeof(T) == 8) {
-    if (aligned) vectored = update_vectors<pass, Rule, kAverages, kFloat64, T, S>(h, stream, count, thread, sums);
-  } else if (aligned) {
+    if (by_vectors) vectored = update_vectors<pass, Rule, kAverages, kFloat64, T, S>(h, stream, count, thread, sums);
+  } else if (by_vectors) {
     vectored = all_float32    ? update_vectors<pass, Rule, kAverages, kFloat32, T, S>(h, stream, count, thread, sums)
                : all_bfloat16 ? update_vectors<pass, Rule, kAverages, kBfloat16, T, S>(h, stream, count, thread, sums)
                               : update_vectors<pass, Rule, kAverages, kAbsent, T, S>(h, stream, count, thread, sums);

@@ -86,9 +86,9 @@ class Oracle {
     return Bounded::rounded(1 - std::pow(static_cast<long double>(beta), step), 0x1p-47L);
   }
 
-  // What stays of an average. The walkers subtract from it, so an infinite one becomes NaN.
+  // What stays of an average. With large betas the walkers subtract from it, so an infinite one becomes NaN.
   static Bounded kept(const Bounded& average, const Bounded& beta) {
-    return std::isinf(average.value) ? average - average : beta * average;
+    return std::isinf(average.value) && beta.value >= 0.5L ? average - average : beta * average;
   }
 
   Bounded adam(const Bounded& grad, std::vector<Bounded>& state) const {
