@@ -39,7 +39,7 @@ from fused_optim.engine.layout import FORMAT_BYTES, Format, TableArrays
 pytestmark = pytest.mark.codegen
 __test__ = os.environ.get("TRITON_INTERPRET") != "1"  # With TRITON_INTERPRET=1 Triton compiles nothing.
 
-F32, BF16, F16, F64 = map(int, Format)
+F32, BF16, F16, F64 = map(int, (Format.FLOAT32, Format.BFLOAT16, Format.FLOAT16, Format.FLOAT64))
 ITEMSIZE = FORMAT_BYTES
 KINDS = {
     "f32": (F32,) * 4,
