@@ -37,8 +37,9 @@ class FusedAdagrad(FusedOptimizer, torch.optim.Adagrad):
         maximize: ascend.
         foreach, fused: accepted and without effect.
         differentiable: must be False.
-        ours: options of every class, see FusedOptimizer: backend="auto", state_dtype=None, max_grad_norm=None,
-            norm_type=2.0, skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
+        ours: options of every class, see FusedOptimizer: backend="auto", state_dtype=None, master_weights=None,
+            rounding="nearest", max_grad_norm=None, norm_type=2.0, skip_nonfinite=False, norm_group=None,
+            ema_decay=None, ema_dtype=None.
 
     Raises:
         ValueError: a hyperparameter is out of range (torch's messages).
