@@ -5,3 +5,4 @@ from .interop.convert import bitsandbytes as bitsandbytes
 from .interop.convert import deepspeed as deepspeed
 from .interop.convert import dequantized as dequantized
 from .interop.convert import optimi as optimi
+from .interop.convert import to_torch as to_torch

@@ -18,6 +18,7 @@ from cases import (
     Case,
     Target,
     build,
+    build_torch,
     copies,
     for_every_rule,
     make_params,
@@ -29,6 +30,8 @@ from cases import (
 )
 from compare import assert_equal
 from torch import Tensor, nn
+
+from fused_optim import convert
 
 Array = Any
 BF16 = torch.bfloat16
@@ -426,6 +429,30 @@ def test_checkpoints_of_torch_and_for_torch() -> None:
     ours.load_state_dict(saved)
     with pytest.raises(RuntimeError, match='"exp_avg" is in anchored8, so the states must hold "exp_avg_sq"'):
         ours.step()
+
+
+@pytest.mark.parametrize("stored", ["float32", "compact"])
+def test_torchs_classes_load_what_to_torch_makes(stored: str) -> None:
+    """And step from the same values as ours do."""
+    params = make_params(((33,), (4, 5)))
+    ours = build(AMSGRAD, REFERENCE, copies(params), state_dtype=FORMATS[stored], ema_decay=0.9)
+    for step in range(3):
+        set_grads(parameters(ours), random_grads(params, step))
+        ours.step()
+    saved = reloaded(ours)
+    converted = convert.to_torch(saved)
+    values = [values_of(ours, p) for p in parameters(ours)]
+    theirs = build_torch(AMSGRAD, copies([p.detach() for p in parameters(ours)]))
+    theirs.load_state_dict(converted)
+    assert set(saved["state"][0]) > set(converted["state"][0])
+    for p, wanted in zip(parameters(theirs), values, strict=True):
+        for name in COMPACT:
+            assert theirs.state[p][name].dtype == torch.float32
+            assert np.array_equal(array(theirs.state[p][name]), wanted[name])
+    set_grads(parameters(theirs), random_grads(params, 9))
+    theirs.step()
+    with pytest.raises(ValueError, match='must be a dict with "state" and "param_groups"'):
+        convert.to_torch({"model": {}})
 
 
 def test_exact_and_24_bit_halves_load_into_each_other() -> None:

@@ -39,7 +39,7 @@ from fused_optim.engine.layout import FORMAT_BYTES, Format, TableArrays
 pytestmark = pytest.mark.codegen
 __test__ = os.environ.get("TRITON_INTERPRET") != "1"  # With TRITON_INTERPRET=1 Triton compiles nothing.
 
-F32, BF16, F16, F64 = map(int, (Format.FLOAT32, Format.BFLOAT16, Format.FLOAT16, Format.FLOAT64))
+F32, BF16, F16, F64 = (int(Format[name]) for name in ("FLOAT32", "BFLOAT16", "FLOAT16", "FLOAT64"))
 ITEMSIZE = FORMAT_BYTES
 KINDS = {
     "f32": (F32,) * 4,
@@ -214,6 +214,48 @@ def test_every_stream_moves_in_full_vectors(target: GPUTarget, name: str) -> Non
     ptx = compiled(target, name).asm["ptx"]
     found, needed = Counter(re.findall(r"\b(?:ld|st)\.global\.v\d\.b\d+", ptx)), vector_accesses(WALKS[name])
     assert found == needed if AS_READ else found >= needed
+
+
+DITHERED, SPLIT16, SPLIT8, E8M8, ANCHORED8 = (
+    int(Format[name]) for name in ("BFLOAT16_DITHERED", "SPLIT16", "SPLIT8", "E8M8", "ANCHORED8")
+)
+PACKED = {
+    "exact": ("adam", (SPLIT16, BF16, F32, F32), False),
+    "exact, compact": ("adam", (SPLIT16, BF16, ANCHORED8, E8M8), False),
+    "exact, compact, amsgrad": ("adam", (SPLIT16, BF16, ANCHORED8, E8M8, E8M8), False),
+    "exact, compact, averaged": ("adam", (SPLIT16, BF16, ANCHORED8, E8M8, F32), True),
+    "24 bits, compact": ("adam", (SPLIT8, BF16, ANCHORED8, E8M8), False),
+    "dithered, compact": ("adam", (DITHERED, BF16, ANCHORED8, E8M8), False),
+    "dithered, averaged": ("adam", (DITHERED,) * 2 + (DITHERED,) * 3, True),
+    "qhadam": ("qhadam", (SPLIT16, BF16, ANCHORED8, E8M8), False),
+    "sgd": ("sgd", (SPLIT16, BF16, DITHERED), False),
+    "lion": ("lion", (SPLIT16, BF16, F32), False),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_formats_move_in_vectors_and_registers(name: str) -> None:
+    """As many elements per thread and access as 16 bytes of the widest stream have, of lower halves too; no shared
+    memory, nothing spilled."""
+    rule, kind, ema = PACKED[name]
+    kind = (kind[0], BF16, *kind[2:])
+    kernel = step_variant(rule, (kind,), ema).compile_ahead(HOPPER)
+    width = 16 // max(ITEMSIZE[code] for code in kind)
+    lower = [{SPLIT16: 2, SPLIT8: 1}[kind[0]]] if kind[0] in (SPLIT16, SPLIT8) else []
+    sizes = [width * size for size in [*(ITEMSIZE[code] for code in kind), *lower]]
+    needed: Counter = Counter()
+    for stream, size in enumerate(sizes):
+        if size >= 8:
+            suffix = {16: "v4.b32", 8: "v2.b32"}[size]
+            needed[f"ld.global.{suffix}"] += 2
+            needed[f"st.global.{suffix}"] += 2 * (stream != 1)
+    found = Counter(re.findall(r"\b(?:ld|st)\.global\.v\d\.b\d+", kernel.asm["ptx"]))
+    assert found == needed if AS_READ else found >= needed
+    usage = resources(kernel)
+    assert usage["STACK"] == usage["LOCAL"] == 0 and ".local" not in kernel.asm["ptx"]
+    assert kernel.metadata.shared == 0
+    if AS_READ:
+        assert usage["REG"] <= (128 if len(kind) > 4 or kind[0] == SPLIT8 else MOST_REGISTERS)
 
 
 @every_build

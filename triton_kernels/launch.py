@@ -18,10 +18,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from fused_optim.engine.layout import TableArrays
+from fused_optim.engine.layout import Format, TableArrays
 
 from . import step
-from .formats import count_streams, is_packed, pack_signature, vector_width
+from .formats import count_streams, format_of, is_packed, pack_signature, vector_width
 from .prep import PREP_TENSORS, prep_kernel, trust_kernel
 from .rules import RULES
 from .scale import scale_kernel
@@ -52,7 +52,9 @@ def register_limit(signatures: tuple[int, ...]) -> int:
 def _limit_of(signature: int) -> int:
     streams, width = count_streams(signature), vector_width(signature)
     if is_packed(signature):
-        return 96 if width == 8 else 72
+        if width == 4:
+            return 72
+        return 128 if streams > 4 or format_of(signature, 0) == Format.SPLIT8 else 96
     if streams <= 2 or (width == 4 and streams < 5):
         return 0
     if streams == 3 or (width == 4 and streams == 5):

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from ..engine.ema import EMA, STEPS
+from ..engine.masters import LOW
+from ..engine.state_formats import ANCHOR, decoded
 
 Options = dict[str, Any]
 State = dict[str, Any]
@@ -222,6 +224,34 @@ def dequantized(codes: Tensor, qmap: Tensor, absmax: Tensor) -> Tensor:
         f"a state of {codes.numel()} elements must have an absmax for each block of 256 or 2048 of them, but has "
         f"{absmax.numel()}"
     )
+
+
+def to_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Converts a checkpoint of this package to one that torch's class of the same name loads. States in packed formats
+    become float32. What torch's classes do not know is left out: lower halves of master weights, averages of the
+    weights, and counts of the whole optimizer. A bfloat16 model that torch shall train on in float32 gets its weights
+    from master_params().
+
+    Args:
+        state_dict: state_dict of an optimizer of this package.
+
+    Raises:
+        ValueError: state_dict is no optimizer's.
+        RuntimeError: states in anchored8 lack what they are decoded with.
+    """
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            'the checkpoint must be a dict with "state" and "param_groups", as state_dict() of an optimizer '
+            f"returns it, but has the keys {sorted(map(str, state_dict))}"
+        )
+    converted = {}
+    for index, state in state_dict["state"].items():
+        names = [name for name in state if name not in (EMA, LOW, ANCHOR)]
+        kept = {name: decoded(state, name) if isinstance(state[name], Tensor) else state[name] for name in names}
+        if kept:
+            converted[index] = kept
+    groups = [_without(group, "state_dtype") for group in state_dict["param_groups"]]
+    return {"state": converted, "param_groups": groups}
 
 
 # ---- helpers

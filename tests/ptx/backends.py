@@ -165,7 +165,8 @@ def tables_type() -> type[ctypes.Structure]:
 def tables(table: Table, **numbers: Tensor | None) -> Any:
     arrays = table.arrays._asdict() | numbers
     made = tables_type()(**{key: None if x is None else x.data_ptr() for key, x in arrays.items()})
-    made.chunks, made.tensors, made.ema = table.chunk_table.numel(), table.rows.size(0), table.ema
+    made.chunks, made.tensors = table.chunk_table.numel(), table.rows.size(0)
+    made.ema, made.packed = table.ema, table.packed
     return made
 
 

@@ -127,7 +127,13 @@ def decode_cvt(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) 
             lambda high, low: narrow(high).astype(np.uint32) << np.uint32(16) | narrow(low).astype(np.uint32),
         )
     function = conversion(rounding, to, of)
-    return None if function is None else compute(kernel, operands, (of,), function)
+    if function is None:
+        return None
+    held = kernel.registers.get(operands[1], of)
+    if of[0] in "su" and BYTES[held] > BYTES[of]:  # cvt takes the lower bits of a wider register
+        convert, dtype = function, dtype_of(of)
+        return compute(kernel, operands, (f"u{8 * BYTES[held]}",), lambda x: convert(x.astype(dtype)))
+    return compute(kernel, operands, (of,), function)
 
 
 def conversion(rounding: list[str], to: str, of: str) -> Callable[[Any], Any] | None:

@@ -133,6 +133,7 @@ def fused(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         ("cvt.rn.bf16.f32 %d, %a;", [Y / 3], (Y / 3).bfloat16()),
         ("cvt.f32.bf16 %d, %a;", [Y.bfloat16()], Y.bfloat16().float()),
         ("cvt.s64.s32 %d, %a;", [K], K.long()),
+        ("cvt.s32.s16 %d, %a;", [K], K.short().int()),  # of a wider register
         ("cvt.u64.u32 %d, %a;", [K], K.long() & 0xFFFFFFFF),
         ("cvt.u32.u64 %d, %a;", [WIDE], WIDE.int()),
         ("setp.lt.f32 %p0, %a, %b; selp.f32 %d, %a, %b, %p0;", [X, Y], torch.where(X < Y, X, Y)),
