@@ -434,3 +434,27 @@ def test_dtypes_of_spread_states(world: World, tmp_path: Path) -> None:
                 mine, saved = three.state[r][key], one.state[p][key]
                 assert isinstance(mine, DTensor) and mine.dtype == state_dtype
                 assert mine.to_local().data_ptr() == saved.to_local().data_ptr()
+
+
+# ---- packed formats
+
+
+@in_every_world
+def test_packed_states_resume_bit_for_bit(world: World, tmp_path: Path) -> None:
+    """Saved and loaded as shards, in the dtypes that they are stored in."""
+    options: dict[str, Any] = {"lr": 0.01, "master_weights": "exact", "state_dtype": "compact"}
+    for number, form in enumerate(in_turn(NESTED, FLAT)):
+        folder = tmp_path / str(number)
+        first, second = (sharded(world, torch.bfloat16) for _ in range(2))
+        ours, other = (FusedAdamW(net.parameters(), **options) for net, _ in (first, second))
+        go_on(first[0], ours, first[1], 0)
+        dcp.save(gathered(first[0], ours, form), checkpoint_id=folder)
+        resume(second[0], other, form, folder)
+        for net, part in (first, second):
+            go_on(net, ours if net is first[0] else other, part, 2)
+        for a, b in zip(ours.master_params(), other.master_params(), strict=True):
+            assert_equal(a.to_local(), b.to_local())
+        for p, q in zip(parameters(ours), parameters(other), strict=True):
+            for name in ("exp_avg", "exp_avg_sq", "param_low"):
+                assert ours.state[p][name].dtype == other.state[q][name].dtype
+                assert_equal(ours.state[p][name].to_local(), other.state[q][name].to_local())

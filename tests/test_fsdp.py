@@ -33,7 +33,7 @@ from spread import (
 )
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from fused_optim import FusedAdamW
 from fused_optim.engine import modules
@@ -61,6 +61,31 @@ def test_as_in_one_process(world: World, spread: Spread) -> None:
                 optimizer.step()
         assert any(isinstance(p, DTensor) for p in parameters(ours))
         assert_same(ours, theirs)
+
+
+@in_every_world
+def test_shards_store_what_one_process_stores(world: World) -> None:
+    """Packed formats, to the bit: the thresholds of dithered rounding are those of the whole params."""
+    compact: list[dict[str, Any]] = [{"master_weights": "24bit"}, {"rounding": "dithered"}]
+    for options in in_turn(*compact):
+        (net, _), alone = sharded(world, torch.bfloat16), make_net(world.device, torch.bfloat16)
+        ours, theirs = (
+            FusedAdamW(model.parameters(), lr=0.01, state_dtype="compact", **options) for model in (net, alone)
+        )
+        pairs = list(zip(parameters(ours), parameters(theirs), strict=True))
+        for step in range(3):
+            torch.manual_seed(step)
+            for p, q in pairs:
+                assert isinstance(p, DTensor)
+                q.grad = torch.randn(q.shape, device=q.device).to(q.dtype)
+                p.grad = distribute_tensor(q.grad, p.device_mesh, p.placements)
+            ours.step()
+            theirs.step()
+        for p, q in pairs:
+            assert torch.equal(whole(p), q)
+            for name in ("exp_avg", "exp_avg_sq", *(["param_low"] if "master_weights" in options else [])):
+                # Collectives take no 16-bit integers.
+                assert torch.equal(whole(ours.state[p][name].int()), theirs.state[q][name].int())
 
 
 @in_every_world
