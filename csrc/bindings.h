@@ -1,4 +1,4 @@
-// What the modules of the kernels share: a table as Python hands it over, by addresses.
+// Shared by the modules of the kernels: Python passes a table as the addresses of its arrays.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -12,7 +12,7 @@ namespace fused_optim {
 
 namespace py = pybind11;
 
-// fused_optim/engine/modules.py compares these with the Python files' own before it uses a module.
+// fused_optim/engine/modules.py compares these with the values in the Python files before it uses a module.
 inline void add_identity(py::module_& m) {
   m.attr("VERSION") = FUSED_OPTIM_VERSION;
   py::dict layout;
@@ -25,7 +25,7 @@ T* pointer(int64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// One table: made once, used at every step. Whoever makes it keeps the memory alive.
+// One table, made once and used at every step. The caller keeps the memory alive.
 struct Arrays {
   Tables tables;
   int64_t elements;
@@ -61,7 +61,7 @@ inline void add_arrays(py::module_& m) {
            py::arg("ema"), py::arg("packed"));
 }
 
-// What comes anew with each step: the address of one number each, in the memory of the table's device, or 0.
+// Arguments of one step: the address of one number each, in the memory of the table's device, or 0.
 inline Tables with_scaling(const Arrays& arrays, int64_t grad_scale, int64_t found_inf, int64_t squares) {
   Tables t = arrays.tables;
   t.grad_scale = pointer<const float>(grad_scale);

@@ -1,4 +1,4 @@
-// A table as the walkers take it: everything that describes one step, as plain arrays. layout.h has their columns.
+// A table describes one step as plain arrays. layout.h has their columns. Walkers read it.
 #pragma once
 #include <cstdint>
 
@@ -7,7 +7,7 @@
 namespace fused_optim {
 
 struct Tables {
-  // As fused_optim/engine/layout.py describes them (TableArrays).
+  // See TableArrays in fused_optim/engine/layout.py.
   const int64_t* chunk_table;
   const int64_t* rows;
   const int64_t* grads;
@@ -17,7 +17,7 @@ struct Tables {
   double* tensor_scalars;   // written by prep, read by the walkers
   const float* grad_scale;  // [1] or null: gradients are divided by it
   const float* found_inf;   // [1] or null: any non-zero value skips the step
-  // Only where something is summed over whole tensors; null otherwise.
+  // Null if nothing is summed over whole tensors.
   const int64_t* row_offsets;
   double* partials;
   double* sums;
@@ -26,11 +26,11 @@ struct Tables {
   int64_t chunks;
   int32_t tensors;
   bool packed;  // a stream of some row has a format of formats.h
-  bool ema;     // every row has an average of its weights; else none has
+  bool ema;     // every row has an average of its weights, or none has
 };
 static_assert(sizeof(Tables) <= 128, "nvcc takes a larger argument apart less well, and all kernels change");
 
-// Whether it is one of the formats of formats.h, which take more than the bits of one array.
+// Whether it is a format of formats.h. These need more than the bits of one array.
 FUSED_HD constexpr bool is_packed(Format format) { return format >= kBfloat16Dithered && format <= kAnchored8; }
 
 FUSED_HD constexpr int bytes_of(Format format) {

@@ -1,4 +1,4 @@
-// The CPU walker: one parallel region for the whole step, whatever the number of tensors, groups and dtypes.
+// The CPU walker: one parallel region for the whole step, for any number of tensors, groups and dtypes.
 // setup.py compiles this file once per instruction set, with FUSED_ISA naming the namespace.
 #include "step.h"
 
@@ -21,8 +21,7 @@ struct Row {
   Stream state(int s) const { return Stream(row_, kStreamState0 + s); }
   Stream ema() const { return Stream(row_, kStreamEma); }  // where there is one
 
-  // All states from memory and back again. An exp_avg in anchored8 is read and written with the exp_avg_sq beside it as
-  // that is stored, which leaves `states` changed.
+  // Load and store all states. anchored8 needs exp_avg_sq as it is stored, so a store changes `states`.
   void load_states(int64_t element, int count, float* const* states) const {
     for (int s = S - 1; s >= 0; --s) state(s).load(element, count, states[s], S > 1 ? states[S > 1] : nullptr);
   }
@@ -50,11 +49,11 @@ struct Row {
   const int64_t* row_;
 };
 
-// What a pass over the elements of a row touches, and how it makes the new values. `update` is the whole step of most
-// rules; those with a trust ratio are walked by `update_moments` and, once the ratios are known, by `apply_update`.
+// Which pass a loop does. kUpdate is the whole step of rules without a trust ratio. Rules with one are walked by
+// kUpdateMoments, and by kApplyUpdate once the ratios are known.
 enum class Pass { kUpdate, kUpdateMoments, kApplyUpdate };
 
-// The loop over elements that the compiler vectorises. P, G and A are what param, grad and states are stored as.
+// The loop over elements that the compiler vectorises. P, G and A are the storage types of param, grad and states.
 // kSmallBetas: whether betas may be below 0.5.
 template <Pass pass, class Rule, class T, int S, bool kSmallBetas, class P, class G, class A>
 void update_block(const TensorScalars<T>& scalars, P* param, const G* grad, A* const* states, int count) {
@@ -76,8 +75,8 @@ void update_block(const TensorScalars<T>& scalars, P* param, const G* grad, A* c
   }
 }
 
-// Of states as they are stored: `apply_update` will make its updates of these, and a float16 state may have become 0.
-// Not inlined: float32 params and masters must be summed by the same instructions, in the same order.
+// Reads the states as they are stored: `apply_update` computes its updates from these. A float16 state may have become
+// 0. Not inlined: float32 params and masters must be summed by the same instructions, in the same order.
 template <class Rule, class T, int S, class P, class A>
 __attribute__((noinline)) void measure_block(const TensorScalars<T>& scalars, const P* param, A* const* states,
                                              int count, double* sums) {
@@ -98,9 +97,9 @@ __attribute__((noinline)) void measure_block(const TensorScalars<T>& scalars, co
   sums[1] += update_sum;
 }
 
-// Two float32 numbers as such a pair.
+// Two float32 numbers as a pair.
 FUSED_HD uint32_t join(float even, float odd) {
-  // Where nothing but bfloat16 comes in, no NaN has a lower half that rounding could carry out of it.
+  // All inputs are bfloat16, so the lower half of a NaN is 0 and rounding cannot turn it into infinity.
   return (round_to_upper_half(even) >> 16) | (round_to_upper_half(odd) & 0xffff0000u);
 }
 
@@ -123,7 +122,7 @@ void update_pairs(const TensorScalars<float>& scalars, Pair* param, const Pair* 
   }
 }
 
-// All in bfloat16: in pairs, and the last element alone where it has no neighbour.
+// All streams in bfloat16: in pairs. If the count is odd, the last element is done alone.
 template <Pass pass, class Rule, class T, int S, bool kSmallBetas, std::enable_if_t<pass == Pass::kUpdate, int> = 0>
 void update_block(const TensorScalars<T>& h, BFloat16* param, const BFloat16* grad, BFloat16* const* states,
                   int count) {
@@ -142,7 +141,7 @@ void follow_block(const TensorScalars<T>& scalars, const P* param, E* average, i
   for (int i = 0; i < count; ++i) narrow(averaged<T>(h, widen(average[i]), widen(param[i])), average[i]);
 }
 
-// The averages of a block's weights follow its params, which are what is stored by now and still near.
+// The averages are updated from the params as they are stored, which are still in the cache.
 template <class T, class P>
 void average_block(const TensorScalars<T>& h, const P* param, const Stream& ema, int64_t element, int count) {
   const auto follow = [&](auto type) {
@@ -152,8 +151,7 @@ void average_block(const TensorScalars<T>& h, const P* param, const Stream& ema,
   else visit_format(ema.format, follow);
 }
 
-// The dtypes in which models are trained, straight from memory to memory. Where
-// they are asked for, `sums` gets the squares of params and of updates, summed over each chunk.
+// The usual dtypes, without copies. kUpdateMoments adds the squares of params and of updates of each chunk to `sums`.
 template <Pass pass, class Rule, bool kAverages, class T, int S, class P, class G, class A>
 void update_direct(const TensorScalars<T>& h, const Row<S>& row, int64_t begin, int64_t end, double* sums) {
   constexpr int kBlock = kBlockBytes / sizeof(P);
@@ -173,7 +171,7 @@ void update_direct(const TensorScalars<T>& h, const Row<S>& row, int64_t begin, 
   }
 }
 
-// A bfloat16 param in a packed format, with its gradient and all its states at once.
+// A bfloat16 param in a packed format, with its gradient and all its states in one loop.
 template <class Rule, int S, class P, class States>
 void update_codes(const TensorScalars<float>& scalars, const P& param_codes, const BFloat16* grad,
                   const States& state_codes, int count) {
@@ -189,8 +187,8 @@ void update_codes(const TensorScalars<float>& scalars, const P& param_codes, con
   }
 }
 
-// The packed formats that models are trained in, straight from memory to memory: master weights with float32 or compact
-// states, and compact states alone. False where it is another one.
+// The usual packed formats, without copies: master weights with float32 or compact states, and compact states alone.
+// Returns false for other formats.
 template <class Rule, int S>
 bool update_packed(const TensorScalars<float>& h, const Row<S>& row, int64_t begin, int64_t end) {
   const Format param = row.param.format;
@@ -223,7 +221,7 @@ bool update_packed(const TensorScalars<float>& h, const Row<S>& row, int64_t beg
   return true;
 }
 
-// Any other combination, and small betas, by way of float32 copies of each block.
+// Other formats, and small betas: each block is copied to float32 and back.
 template <Pass pass, class Rule, bool kAverages, int S>
 void update_copied(const TensorScalars<float>& h, const Row<S>& row, int64_t begin, int64_t end, double* sums) {
   constexpr int kBlock = kBlockBytes / sizeof(float);
@@ -252,7 +250,7 @@ void update_copied(const TensorScalars<float>& h, const Row<S>& row, int64_t beg
   }
 }
 
-// The scalars of a row. The second walk of a rule with a trust ratio takes the ratio with lr.
+// The scalars of a row. In the second walk of a rule with a trust ratio, lr is multiplied by the ratio.
 template <class T, Pass pass>
 TensorScalars<T> scalars_of(const Tables& t, int64_t row) {
   const double* in = t.tensor_scalars + row * kScalarWidth;
@@ -289,7 +287,7 @@ void update_row(const Tables& t, int64_t row_number, int64_t begin, int64_t end,
   update_copied<pass, Rule, kAverages, S>(h, row, begin, end, sums);
 }
 
-// Neighbouring chunks of one row go in one: what is the same for the whole row is looked up once.
+// Consecutive chunks of one row are updated together, so that scalars and addresses are looked up once.
 template <Pass pass, class Rule, bool kAverages>
 void update(const Tables& t, int64_t first, int64_t end) {
   for (int64_t next; first < end; first = next) {
@@ -308,7 +306,7 @@ void update(const Tables& t, int64_t first, int64_t end) {
   }
 }
 
-// The norm of the gradients has just been taken: the last ones are still near.
+// Backward after the norm of the gradients: the last gradients are still in the cache.
 Order order_of_step(const Tables& t) { return t.squares ? Order::kBackward : Order::kForward; }
 
 template <class Rule, bool kAverages>
@@ -332,7 +330,7 @@ void step_all(const Tables& t, int threads) {
 
 template <class Rule, bool kAverages>
 void apply_update_all(const Tables& t, int threads) {
-  // The last params and states of the first walk are still near.
+  // Backward: the last params and states of the first walk are still in the cache.
   walk_rows(
       t, threads, Order::kBackward,
       [&](int64_t row, BiasCorrections&) {

@@ -1,5 +1,4 @@
-"""The table: everything that describes one step of one device, as plain arrays that a walker reads. layout.py says
-what their columns are."""
+"""The table describes one step on one device, as plain arrays that a walker reads. layout.py defines their columns."""
 
 from __future__ import annotations
 
@@ -36,10 +35,10 @@ PACKED_DTYPES = {torch.uint16: Format.E8M8, torch.uint8: Format.ANCHORED8}  # of
 LOW_FORMATS = {torch.int16: Format.SPLIT16, torch.int8: Format.SPLIT8}
 REAL_DTYPES = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
-# A group's option, the first column of GroupHparams that it fills, and how many: a tuple fills several.
+# A group's option, the first column of GroupHparams that it fills, and the number of columns: a tuple fills several.
 Option = tuple[str, str, int]
 
-# What every optimizer has; the second list may be missing in a group, or None.
+# The options of every optimizer. A group may lack OPTIONAL ones or have None.
 REQUIRED: tuple[Option, ...] = (("lr", "lr", 1), ("weight_decay", "weight_decay", 1))
 OPTIONAL: tuple[Option, ...] = (
     ("maximize", "maximize", 1),
@@ -53,19 +52,19 @@ OPTIONAL: tuple[Option, ...] = (
 
 @dataclass(frozen=True)
 class Rule:
-    """What the machinery must know of an optimizer; the arithmetic itself is looked up by `name` in each backend.
+    """A rule without its arithmetic. Each backend looks up the arithmetic by `name`.
 
-    states: names in `optimizer.state[param]`, in the order in which the rule takes them.
+    states: names in `optimizer.state[param]`, in the order of the rule's arguments.
     options: the options of its groups besides REQUIRED and OPTIONAL.
-    switched: states that exist only where a group's option is true, as {state: option}; they come last in `states`.
-    squares: states that are made of squares, and are never negative.
-    starts: the option whose value a state starts from, as {state: option}; all others start from 0, but the maximum of
-        an average starts from the average.
-    eager: whether states are made with the param group, and not when the param has its first gradient.
-    counted: whether `step` is one of the states. Where it is not, the optimizer counts out of sight, because the first
-        update of a param may differ.
+    switched: states that exist only if a group's option is true, as {state: option}. They come last in `states`.
+    squares: states that are sums or averages of squares. They are never negative.
+    starts: the option that holds the start value of a state, as {state: option}. Other states start from 0. The maximum
+        of an average starts from the average.
+    eager: whether states are made with the param group. Otherwise they are made when the param has its first gradient.
+    counted: whether `step` is one of the states. If not, the optimizer keeps the count itself, because the first update
+        of a param may differ.
     trust: whether each tensor's update is scaled by a ratio of norms, which takes a second walk.
-    clip_eps: added to the norm that gradients are clipped by.
+    clip_eps: added to the norm in the clipping coefficient.
     """
 
     name: str
@@ -87,16 +86,16 @@ class Rule:
 
     @property
     def deciding(self) -> list[str]:
-        """The options that have no column, and decide which states there are."""
+        """The options that have no column and decide which states exist."""
         with_column = {key for key, *_ in self.columns}
         return [key for key in self.switched.values() if key not in with_column]
 
     @property
     def columns(self) -> list[tuple[str, int, int, bool, bool]]:
-        """All of them, with the number of the first column, and of each whether it is optional, and whether new tables
-        are due when it becomes 0 or no longer is."""
+        """Of each option: its name, its first column, its number of columns, whether it is optional, and whether tables
+        are rebuilt when its value changes from or to 0."""
         switches = {*self.switched.values(), "max_grad_norm"}
-        own = {first for _, first, _ in self.options}  # under a name of their own
+        own = {first for _, first, _ in self.options}  # under another name
         options = [(*option, False) for option in REQUIRED + self.options]
         options += [(*option, True) for option in OPTIONAL if option[1] not in own]
         return [
@@ -107,12 +106,17 @@ class Rule:
 
 @dataclass
 class Row:
-    """One tensor of a table. `shard` is the param, or of a DTensor what lies here; `target` is what the kernel updates:
-    the shard, or a dense copy of one that has holes or is a conjugate view. `ema`: the average of its weights, in all
-    rows of an optimizer or in none; older than the table where it has `ema_begun`, else the first update copies the
-    param into it. `low`: the lower halves of its master weights. `first_element`: where the shard begins within the
-    whole param. `anchor`: of an exp_avg in anchored8, see engine/formats.py. `dithered`: which bfloat16 tensors of one
-    array, of "param", "states" and "ema", are rounded at thresholds."""
+    """One tensor of a table.
+
+    shard: the param; of a DTensor the shard on this process.
+    target: the tensor that the kernel updates: the shard, or a dense copy of it if it has holes or is a conjugate view.
+    ema: the average of the weights. All rows of an optimizer have one, or none.
+    ema_begun: whether the average is older than the table. If not, the first update copies the param into it.
+    low: the lower halves of the master weights.
+    first_element: index of the shard's first element in the whole param.
+    anchor: the exponent of an exp_avg in anchored8, see engine/formats.py.
+    dithered: which bfloat16 tensors are rounded with dithering: "param", "states", "ema".
+    """
 
     param: Tensor
     shard: Tensor
@@ -131,12 +135,12 @@ class Row:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that the kernel writes."""
+        """The tensors that the kernel writes."""
         return [self.target, *self.states, *(x for x in (self.ema, self.low) if x is not None)]
 
     @property
     def formats(self) -> tuple[int, ...]:
-        """Of param, gradient, states, and last of the average where there is one."""
+        """The formats of param, gradient and states, and last of the average if there is one."""
         param = format_of(self.target.dtype, "param" in self.dithered)
         if self.low is not None:
             param = LOW_FORMATS[self.low.dtype]
@@ -146,7 +150,7 @@ class Row:
 
     @property
     def grad(self) -> Tensor | None:
-        """What goes with the shard of the param's gradient."""
+        """The shard of the gradient that belongs to the param's shard."""
         return None if self.param.grad is None else local_grad(self.param, self.param.grad)
 
 
@@ -172,14 +176,14 @@ def same_strides(a: Tensor, b: Tensor) -> bool:
 
 
 def format_of(dtype: torch.dtype, dithered: bool = False) -> Format:
-    """The format of a tensor that has one array."""
+    """The format of a tensor without a second array."""
     if dithered and dtype == torch.bfloat16:
         return Format.BFLOAT16_DITHERED
     return PACKED_DTYPES.get(dtype) or DTYPE_CODES[real_dtype(dtype)]
 
 
 class HostHparams:
-    """The hyperparameters of all groups, on the host: one buffer, so that one copy brings them to a device.
+    """The hyperparameters of all groups on the host, in one buffer: one copy brings them to a device.
 
     group_hparams: float64 [groups, GroupHparams]. lr: int64 [groups], the address of a device lr tensor (lowest bit
         set: float64, else float32), or 0.
@@ -189,7 +193,7 @@ class HostHparams:
         width = len(GroupHparams._fields)
         self.buffer = torch.zeros(groups * (width + 1), dtype=torch.int64)
         self.group_hparams, self.lr = self.split(self.buffer)
-        # What holds where a group has no key for it.
+        # Defaults, for options that a group lacks.
         self.group_hparams[:] = torch.tensor(GroupHparams(clip_eps=clip_eps, max_norm=max_norm), dtype=torch.float64)
 
     @staticmethod
@@ -208,8 +212,8 @@ class HostHparams:
 
 
 def count_shares(count: int) -> int:
-    """How many sums lie between so many numbers and the sum of them all, where a block adds up SHARE at most. There are
-    never more of them than numbers."""
+    """The number of intermediate sums of a sum over `count` numbers, if a block adds up to SHARE numbers. At most
+    `count`."""
     total = 0
     while count > SHARE:
         count = -(-count // SHARE)
@@ -218,13 +222,13 @@ def count_shares(count: int) -> int:
 
 
 class Table:
-    """The arrays of one device's rows (see TableArrays), on the host; but `tensor_scalars` and what is summed lie on
-    the device.
+    """The arrays of one device's rows (see TableArrays). They are on the host, except `tensor_scalars` and the sums,
+    which are on the device.
 
-    clips: whether the norm of all gradients is taken. process_groups: those over whose members every tensor is spread.
-    dtype_signatures: by the numbers that chunk_table has.
-    row_offsets, sums and trust are None unless the rule has a trust ratio, and so is partials, unless the norm of all
-        gradients is taken. For that norm: squares [1].
+    clips: whether the norm of all gradients is computed. process_groups: every tensor is spread over their members.
+    dtype_signatures: by their numbers in chunk_table.
+    row_offsets, sums, trust: None unless the rule has a trust ratio. partials: None unless the rule has one or the norm
+        of all gradients is computed. squares: [1], for that norm.
     """
 
     def __init__(
@@ -268,7 +272,7 @@ class Table:
         )
         self.group_index = torch.tensor([row.group_index for row in rows], dtype=torch.int32)
         self.grads = torch.zeros(len(rows), dtype=torch.int64)
-        # Zeros: prep writes one column of a skipped tensor's row, and the walkers load the whole row.
+        # Zeros, because prep writes only one column for a skipped tensor, and walkers load the whole row.
         width = len(TensorScalars._fields)
         self.tensor_scalars = torch.zeros(len(rows), width, dtype=torch.float64, device=device)
 
@@ -290,7 +294,7 @@ class Table:
 
     @property
     def is_meta(self) -> bool:
-        """Whether its tensors have no memory, so that there is nothing to compute."""
+        """Whether the tensors have no memory. Then there is nothing to compute."""
         return self.device.type == "meta"
 
     @property

@@ -19,7 +19,7 @@ from .options import Options
 
 
 class Averaged(Options):
-    """Averages of the weights, in optimizer.state[param]["ema"]. The option ema_decay enables them; see
+    """Averages of the weights, in `optimizer.state[param]["ema"]`. The option ema_decay enables them; see
     FusedOptimizer."""
 
     rule: ClassVar[Rule]

@@ -68,7 +68,7 @@ class FusedOptimizer(Mastered):
             dtypes, "e8m8" (exp_avg_sq in 2 bytes) or "anchored8" (exp_avg in 1 byte). None: the param's own dtype, and
             float32 where it has master weights. Groups may have their own.
         master_weights: "exact": bfloat16 params are the upper halves of float32 weights, whose lower halves are in
-            state[param]["param_low"] (int16). Steps are those of float32 params, bit for bit; see master_params and
+            `state[param]["param_low"]` (int16). Steps are those of float32 params, bit for bit; see master_params and
             lower_params. float32 params need none and have none. "24bit": of the lower half only the upper eight bits
             (int8), with dithered rounding. None: no master weights.
         rounding: of 16-bit params without master weights, and of 16-bit states and averages of the weights: "nearest",
