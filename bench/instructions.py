@@ -130,7 +130,11 @@ def cuda_counts(tree: Path, folder: Path) -> Iterator[Count]:
     names = {rule.struct: rule.name for rule in rules(tree)}
     for function in machine_code(cubin).split("Function : ")[1:]:
         symbol, count = function.split()[0], len(INSTRUCTION.findall(function))
-        if step := re.search(rf"step_kernelILNS_4PassE(\d)ENS_\d+({'|'.join(names)})E(?:Lb(\d)E)?E", symbol):
+        if step := re.search(
+            rf"step_kernelILNS_4PassE(\d)ENS_\d+({'|'.join(names)})E(?:Lb(\d)E)?(?:Lb(\d)E)?E", symbol
+        ):
+            if step[4] == "1":  # of packed formats
+                continue
             yield Kernel("cuda", names[step[2]], WALKS[int(step[1])], "", "average" * (step[3] == "1")), count
         elif other := re.search(r"\d(prep|squares)_kernel", symbol):
             yield Kernel("cuda", "", other[1], "", ""), count

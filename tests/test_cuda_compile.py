@@ -59,18 +59,22 @@ def streaming_kernels() -> list[Streaming]:
             passes = [(UPDATE_MOMENTS, 2, 0, True, 128 * 16), (APPLY_UPDATE, 1, 1, False, 0)]
         for number, reads, writes, writes_states, shared in passes:
             for average in (0, 1) if number != UPDATE_MOMENTS else (0,):  # an average is read and written
-                symbol = f"step_kernelILNS_4PassE{number}ENS_{len(rule)}{rule}ELb{average}E"
+                symbol = f"step_kernelILNS_4PassE{number}ENS_{len(rule)}{rule}ELb{average}E{PLAIN}"
                 crowded = bool(average) and number == UPDATE and squares
                 streams = reads + average, writes + average
                 kernels.append(Streaming(symbol, states, *streams, writes_states, shared, crowded))
     return kernels
 
 
+PLAIN, PACKED = "Lb0E", "Lb1E"  # the last template argument of step_kernel, as symbols have it
+
+
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_need_no_stack(arch: str, tmp_path: Path) -> None:
     """Compiles without torch's headers. No spills, no stack frame, shared memory only for sums. The registers allow
-    five blocks of 128 threads per multiprocessor."""
+    five blocks of 128 threads per multiprocessor, four with packed formats, two
+    with an average besides."""
     assert NVCC is not None
     output = ["-cubin", "-o", str(tmp_path / "step.cubin")]
     log = run([NVCC, *FLAGS, f"-arch={arch}", "-Xptxas", "-v", *output, "csrc/cuda/step.cu"])
@@ -79,6 +83,11 @@ def test_kernels_need_no_stack(arch: str, tmp_path: Path) -> None:
     shared = {"trust_kernel": 0, **SHARED}
     shared |= {f"prep_kernelINS_{len(rule)}{rule}E": 0 for rule in listed_rules()}
     shared |= {kernel.symbol: kernel.shared for kernel in streaming_kernels()}
+    shared |= {
+        f"{kernel.symbol.removesuffix(PLAIN)}{PACKED}": kernel.shared
+        for kernel in streaming_kernels()
+        if kernel.symbol.endswith(PLAIN)
+    }
     assert len(entries) == len(shared), sorted(entries)
     for kernel, size in shared.items():
         (entry,) = (text for symbol, text in entries.items() if kernel in symbol)
@@ -89,7 +98,8 @@ def test_kernels_need_no_stack(arch: str, tmp_path: Path) -> None:
         assert frame.groups() == ("0", "0", "0"), entry
         used = re.search(r"(\d+) bytes smem", entry)
         assert (int(used.group(1)) if used else 0) == size, entry
-        threads = 1024 if kernel == "total_kernel" else 5 * 128
+        blocks = 5 if not kernel.endswith(PACKED) else 2 if kernel.endswith(f"ELb1E{PACKED}") else 4
+        threads = 1024 if kernel == "total_kernel" else blocks * 128
         assert int(registers.group(1)) <= 65536 // threads // 8 * 8, entry
 
 
@@ -111,7 +121,7 @@ def test_every_stream_has_wide_accesses(arch: str, tmp_path: Path) -> None:
             for count in kernel.states:
                 streams, few = others + states * count, kernel.reads + count + kernel.crowded <= 4
                 # Without an average, the bfloat16 loop also loads ahead, before the loop.
-                ahead = access == "ld" and few and "step_kernel" in kernel.symbol and "ELb0E" in kernel.symbol
+                ahead = access == "ld" and few and "step_kernel" in kernel.symbol and "ELb0ELb0E" in kernel.symbol
                 # Accesses per stream: one for double and bfloat16, two for float32, or one with more than four streams.
                 # The loop for any dtypes has those of float32, and one for 2-byte dtypes, which nvcc may merge with the
                 # first of float32. With a single stream only float16 uses this loop.

@@ -272,9 +272,10 @@ __device__ void add_up(X (&part)[kCount], F&& take) {
 }
 
 // Five blocks on a multiprocessor: 640 threads await 64 bytes or more each. The registers of more would have to spill,
-// and with packed formats those of five. kPacked: whether a stream of the table has such a format.
+// and with packed formats those of five; with an average besides, those of three. kPacked: whether a stream of the
+// table has such a format.
 template <Pass pass, class Rule, bool kAverages, bool kPacked>
-__global__ void __launch_bounds__(kThreads, kPacked ? 4 : 5) step_kernel(Tables t) {
+__global__ void __launch_bounds__(kThreads, kPacked ? 4 - 2 * kAverages : 5) step_kernel(Tables t) {
   const int64_t entry = t.chunk_table[blockIdx.x], row = row_of(entry), chunk = chunk_of(entry);
   if (skipped(t, row)) return;
   const int64_t signature = t.rows[row * kRowWidth + kRowDtypeSignature];
