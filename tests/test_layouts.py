@@ -173,7 +173,10 @@ def test_any_layout(
         # The bound depends on the dtype. A step with several dtypes gets the largest of their bounds.
         kinds = {spec.dtype for spec in layouts}
         # 6 is more than in other tests: lr is up to 0.5, and gradients can cancel against L2 decay.
-        checked_step(optimizer, case.rule, max(BOUNDS.get(kind, 6.0) for kind in kinds))
+        bounds = [BOUNDS.get(kind, 6.0) for kind in kinds]
+        if torch.float64 in kinds:  # 1 - beta2**t loses a digit more with 0.9999 than with 0.999, in the oracle too
+            bounds.append(BOUNDS[torch.float64] * max(1.0, 0.001 / (1 - options["betas"][1])))
+        checked_step(optimizer, case.rule, max(bounds))
         for guard in guards:
             guard.assert_nothing_around_moved()
 
