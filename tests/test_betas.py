@@ -47,6 +47,7 @@ def strict_scales(case: Case, optimizer: Any, grads: list[Any]) -> list[dict[str
     return [slot.state for slot in oracle.step(case.rule, absolute, [oracle.as_real(g).abs() for g in grads], hyper)]
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 @on_every_target
 @every(ONE_EACH, "betas")

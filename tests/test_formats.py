@@ -244,6 +244,7 @@ def test_thresholds(ours: Implementation, kind: str) -> None:
         assert_same(ours.threshold(kind, index, step), oracle.threshold(kind, index, step))
 
 
+@pytest.mark.slow
 def test_encoding_and_decoding_follow_the_definition(ours: Implementation) -> None:
     x = samples()
     for at in some_thresholds(len(x)):
@@ -276,6 +277,7 @@ def test_anchored8_follows_the_definition(ours: Implementation, exponent: int) -
     assert_same(ours.from_anchored8(code, square, exponent), oracle.from_anchored8(code, square, exponent))
 
 
+@pytest.mark.slow
 def test_every_code_comes_back(ours: Implementation) -> None:
     """Decoding and encoding again, at whatever threshold, changes no code: checkpoints in float32 lose nothing."""
     code = np.arange(256, 0x7F000000 >> 15)  # all that encoding makes, but 0
@@ -304,6 +306,7 @@ def test_ends_of_the_ranges(ours: Implementation) -> None:
     assert (ours.anchored8(np.ones(2, np.float32), np.array([0.0, 1e-40], np.float32), -4, high) == 0).all()
 
 
+@pytest.mark.slow
 @needs_gxx
 def test_every_float_survives_exact_halves(tmp_path: Path) -> None:
     assert Cpp(tmp_path).library.lost() == 0

@@ -45,6 +45,7 @@ def test_a_module_whose_layout_has_no_names_is_refused() -> None:
     assert "another layout of the tables (CHUNK is missing there" in str(modules.why_stale("_poll", old, "1"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(isinstance(modules.cpu(), str), reason="the C++ kernel is not built")
 def test_tests_of_a_stale_build_fail() -> None:
     """Without this check the tests of the backend would be skipped, because a stale backend is not available."""
@@ -60,6 +61,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--collect-only", "tests/t
     assert re.search(r"another layout of the tables \(CHUNK is 4096 there and 8192 here\); install", str(failed.value))
 
 
+@pytest.mark.codegen
 def test_triton_compiles_anew_for_another_layout() -> None:
     """Triton's cache key depends on the source of the kernels, which does not contain the column numbers. The key must
     depend on the layout too."""

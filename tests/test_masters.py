@@ -66,6 +66,7 @@ def assert_same_path(ours: Any, wide: Any) -> None:
 # ---- numbers
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 @on_every_target
 @for_every_case
