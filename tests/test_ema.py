@@ -44,6 +44,7 @@ def test_each_step(case: Case, target: Target) -> None:
     checked_averages(make(target, case), [1.0] + [WEIGHT] * quick(target, 3, 1))
 
 
+@pytest.mark.slow
 @on_every_target
 @for_every_case_of_torch
 @pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])

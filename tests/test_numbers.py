@@ -79,6 +79,7 @@ def free_run(optimizer: Any, case: Case, steps: int) -> dict[str, float]:
     return errors(snapshot(optimizer), truth, peak, stored_dtypes(optimizer))
 
 
+@pytest.mark.slow
 @on_every_target
 @for_every_case
 def test_hundred_steps_stay_at_the_oracle(case: Case, target: Target) -> None:

@@ -149,6 +149,7 @@ STORED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 @on_every_target
 @for_every_rule
