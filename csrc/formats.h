@@ -1,6 +1,6 @@
-// Stream formats narrower than float32: how one logical value is stored, element by element, and read again. Rules see
-// the float32 values alone. All of it is integer arithmetic on the bits of float32 (and one exact float addition), with
-// selects in place of branches, so that the compiler vectorises loops over it and every backend stores the same bits.
+// Stream formats narrower than float32. Each element is stored by itself; rules see float32 values only. The code is
+// integer arithmetic on the bits of float32 (and one exact float addition), with selects in place of branches. So the
+// compiler vectorises loops over it, and every backend stores the same bits.
 #pragma once
 #include "rules.h"
 #include "tables.h"
@@ -9,13 +9,13 @@ namespace fused_optim {
 
 constexpr uint32_t kMagnitude = 0x7fffffffu, kInfinity = 0x7f800000u;
 
-FUSED_HD uint32_t smaller(uint32_t a, uint32_t b) {  // both below 2**31: SSE2 compares signed integers alone
+FUSED_HD uint32_t smaller(uint32_t a, uint32_t b) {  // both below 2**31, because SSE2 compares signed integers only
   return static_cast<int32_t>(a) < static_cast<int32_t>(b) ? a : b;
 }
 
-// Dithered rounding: a threshold in [0, 1), as a fraction of 2**32, at which the dropped part of a value rounds up. A
-// low-discrepancy sequence of the element's index in the whole param and of the param's step, so that roundings of one
-// element over time, and of neighbours, even out. Each stream has its own pair of constants.
+// Dithered rounding. The dropped part of a value rounds up if it is above a threshold in [0, 1), a fraction of 2**32.
+// Thresholds are a low-discrepancy sequence of the element's index in the whole param and the param's step, so the
+// roundings of one element over time, and of neighbours, cancel. Each stream has its own pair of constants.
 struct Dither {
   uint32_t element, step;
 };
@@ -28,14 +28,14 @@ FUSED_HD uint32_t threshold(Dither dither, uint32_t index, uint32_t step) {
   return index * dither.element + step * dither.step;
 }
 
-// The thresholds of one stream in one step, from an element on.
+// The thresholds of one stream in one step, starting at an element.
 struct Thresholds {
   uint32_t first, element;
 
   FUSED_HD uint32_t operator[](int i) const { return first + static_cast<uint32_t>(i) * element; }
 };
 
-// Of a row whose step has been counted. begin: of its elements the one that gets threshold 0.
+// For a row whose step has been counted. begin: the index of the row's element that gets the first threshold.
 FUSED_HD Thresholds thresholds_of(const int64_t* row, int stream, int64_t begin) {
   const Dither dither = stream == kStreamParam || stream == kStreamEma ? kDitherParam
                         : stream == kStreamState0                      ? kDitherAverage
@@ -44,7 +44,7 @@ FUSED_HD Thresholds thresholds_of(const int64_t* row, int stream, int64_t begin)
   return {threshold(dither, static_cast<uint32_t>(row[kRowFirstElement] + begin), step), dither.element};
 }
 
-// bfloat16, rounded at a threshold. Finite values stay finite, infinity stays infinity, NaN becomes quiet.
+// bfloat16, rounded with a threshold. Finite values stay finite, infinity stays infinity, NaN becomes quiet.
 FUSED_HD uint16_t encode_bf16(float x, uint32_t at) {
   const uint32_t bits = float_bits(x), magnitude = bits & kMagnitude;
   const uint32_t rounded = smaller((magnitude + (at >> 16)) >> 16, 0x7f7fu);
@@ -53,8 +53,8 @@ FUSED_HD uint16_t encode_bf16(float x, uint32_t at) {
   return static_cast<uint16_t>(code | ((bits >> 16) & 0x8000u));
 }
 
-// Exact master weights: the upper half, rounded half away from zero, is the param as everyone sees it; the lower half
-// is that of the master's own bits. Joined they are the master again.
+// Exact master weights. The upper half, rounded half away from zero, is the bfloat16 param. The lower half holds the
+// master's own lower bits. Joined they give the master, bit for bit.
 FUSED_HD uint16_t upper_half(float master) {
   const uint32_t bits = float_bits(master);
   const bool nan = static_cast<int32_t>(bits & kMagnitude) > static_cast<int32_t>(kInfinity);
@@ -67,7 +67,7 @@ FUSED_HD float join_halves(uint16_t upper, int16_t lower) {
   return bits_float((static_cast<uint32_t>(upper) << 16) + static_cast<uint32_t>(int32_t{lower}));
 }
 
-// 24-bit master weights: of the lower half its upper eight bits, rounded at a threshold.
+// 24-bit master weights: the upper eight bits of the lower half, rounded with a threshold.
 FUSED_HD int8_t lower_quarter(float master, uint32_t at) {
   const int32_t lower = (int32_t{lower_half(master)} + static_cast<int32_t>(at >> 24)) >> 8;
   return static_cast<int8_t>(lower < 127 ? lower : 127);
@@ -77,8 +77,8 @@ FUSED_HD float join_quarter(uint16_t upper, int8_t lower) {
   return bits_float((static_cast<uint32_t>(upper) << 16) + static_cast<uint32_t>(int32_t{lower} * 256));
 }
 
-// e8m8, of values that are not negative: float32's exponent and the upper eight bits of its mantissa. What is smaller
-// than the smallest normal number becomes 0; infinity and NaN become the largest code, 2**127.
+// e8m8, for values that are not negative: float32's exponent and the upper eight bits of its mantissa. Values below the
+// smallest normal number become 0. Infinity and NaN become the largest code, 2**127.
 FUSED_HD uint16_t encode_e8m8(float x, uint32_t at) {
   const uint32_t bits = smaller(float_bits(x) & kMagnitude, 0x7f000000u);
   const uint32_t code = (bits + (at >> 17)) >> 15;
@@ -87,9 +87,9 @@ FUSED_HD uint16_t encode_e8m8(float x, uint32_t at) {
 
 FUSED_HD float decode_e8m8(uint16_t code) { return bits_float(static_cast<uint32_t>(code) << 15); }
 
-// anchored8: a sign and seven bits of |x| on a scale that is linear near 0 and logarithmic above. Its unit, the anchor,
-// is the power of two next to sqrt(square) times 2**exponent, where `square` is exp_avg_sq as it is stored. The float32
-// sum |x| + anchor is that scale. Where the square is 0 or denormal so is the code.
+// anchored8: a sign and seven bits of |x|, on a scale that is linear near 0 and logarithmic above. Its unit, the
+// anchor, is the power of two next to sqrt(square) times 2**exponent, where `square` is exp_avg_sq as it is stored. The
+// bits of the float32 sum |x| + anchor are the scale. If the square is 0 or denormal, the code is 0.
 FUSED_HD uint32_t anchor_bits(float square, int32_t exponent) {
   const int32_t root = (static_cast<int32_t>(float_bits(square) >> 23) + 127) >> 1;
   return static_cast<uint32_t>(root + exponent) << 23;

@@ -1,7 +1,7 @@
-// Formats on the CPU: how each stores a value, and the only loads and stores of values. A new format is a type with
-// `widen` and `narrow`, a line in visit_format, and its bytes in fused_optim/engine/layout.py. Rows whose formats have
-// no loop of their own (update_row in step.cpp) go through Stream::load and Stream::store, which know all formats. Each
-// instruction set has its own, in the namespace that FUSED_ISA names.
+// Formats on the CPU. All loads and stores of values are here. A new format is a type with `widen` and `narrow`, a line
+// in visit_format, and its bytes in fused_optim/engine/layout.py. Rows without a loop for their formats (update_row in
+// step.cpp) use Stream::load and Stream::store, which support all formats. Each instruction set has its own copy, in
+// the namespace FUSED_ISA.
 #pragma once
 #include "../convert.h"
 #include "../tables.h"
@@ -18,7 +18,7 @@
 namespace fused_optim::FUSED_ISA {
 namespace {
 
-constexpr int kPrefetchBytes = 512;  // how far ahead of what is being worked on
+constexpr int kPrefetchBytes = 512;  // prefetch distance
 
 struct BFloat16 {
   uint16_t bits;
@@ -37,14 +37,14 @@ FUSED_HD void narrow(double x, double& out) { out = x; }
 FUSED_HD void narrow(float x, BFloat16& out) { out.bits = float_to_bf16(x); }
 FUSED_HD void narrow(float x, Float16& out) { out.bits = float_to_f16(x); }
 
-// Two neighbouring bfloat16 values in one word, at any even address: the odd one is a float32 with a lower half to be
-// masked away, the even one has to be shifted. So nothing moves between lanes, which two-byte loads and stores cost.
+// Two neighbouring bfloat16 values in one word, at any even address. Masking gives the odd one as float32, a shift the
+// even one. Nothing moves between vector lanes, as it would with two-byte loads and stores.
 using Pair = uint32_t __attribute__((may_alias, aligned(2)));
 
 FUSED_HD float even(uint32_t pair) { return bits_float(pair << 16); }
 FUSED_HD float odd(uint32_t pair) { return bits_float(pair & 0xffff0000u); }
 
-// Calls f with a value of the type that a format stores. Not for float64, whose arithmetic is float64 too, and not for
+// Calls f with a value of the format's storage type. Not for float64, whose arithmetic is float64 too, and not for
 // packed formats.
 template <class F>
 void visit_format(Format format, F&& f) {
@@ -64,7 +64,7 @@ void narrow_block(const float* in, int count, P* out) {
 }
 
 #ifdef __F16C__
-// With the processor's own conversions, which the compiler does not think of: some eight times as fast as by bits. They
+// F16C's conversions, which the compiler does not use by itself: about eight times as fast as integer arithmetic. They
 // keep the lower bits of a NaN; `narrow` does not.
 inline __m256 widen_eight(const Float16* in) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
@@ -90,8 +90,8 @@ inline void narrow_block(const float* in, int count, Float16* out) {
 }
 #endif
 
-// One stream of a row: where it lies and how it stores its values. A format with a second array finds its address in
-// the row, too (kRowParamLow).
+// One stream of a row: its address and format. The address of a format's second array is in the row, too
+// (kRowParamLow).
 struct Stream {
   char* data;
   Format format;
@@ -110,7 +110,7 @@ struct Stream {
     if (format == kSplit16 || format == kSplit8) prefetch_low(element, count);
   }
 
-  // `count` elements as float32, in `scratch`; and back again. square: exp_avg_sq as it is stored, for anchored8.
+  // Convert `count` elements to float32 in `scratch`, and back. square: exp_avg_sq as it is stored, for anchored8.
   void load(int64_t element, int count, float* scratch, const float* square = nullptr) const {
     if (is_packed(format)) return visit_packed(element, [&](auto x) { decode_block(x, count, square, scratch); });
     visit_format(format,
@@ -122,7 +122,7 @@ struct Stream {
                  [&](auto type) { narrow_block(scratch, count, reinterpret_cast<decltype(type)*>(at(element))); });
   }
 
-  // Calls f with the codes of a packed format, from an element on.
+  // Calls f with the codes of a packed format, starting at an element.
   template <class F>
   void visit_packed(int64_t element, F&& f) const {
     visit_codes(row_, stream_, element, at(element), f);

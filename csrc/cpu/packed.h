@@ -1,5 +1,5 @@
-// Packed formats (../formats.h) on the CPU: of each the loads and stores of the elements of one block, from memory to
-// float32 and back. A loop over them is vectorised. `square` is exp_avg_sq as it is stored, which anchored8 needs.
+// Packed formats (../formats.h) on the CPU: loads and stores of the elements of one block, to float32 and back. Loops
+// over them are vectorised. `square` is exp_avg_sq as it is stored, which anchored8 needs.
 #pragma once
 #include "../formats.h"
 
@@ -63,7 +63,7 @@ struct Anchored8Codes {
   FUSED_HD void store(int i, float x, float square) const { code[i] = encode_anchored8(x, square, exponent, at[i]); }
 };
 
-// Calls f with the codes of a stream of a row, from an element on. data: its address there.
+// Calls f with the codes of a stream of a row, starting at an element. data: the address of that element.
 template <class F>
 void visit_codes(const int64_t* row, int stream, int64_t element, char* data, F&& f) {
   const Thresholds at = thresholds_of(row, stream, element);
@@ -102,8 +102,7 @@ void encode_block(const float* in, int count, const float* square, const Codes& 
   }
 }
 
-// The states of a rule in a loop that takes all streams of an element at once: two of them packed, or any number in
-// float32.
+// The states of a rule, for a loop over all streams at once: two packed states, or any number in float32.
 struct CompactStates {
   Anchored8Codes exp_avg;
   E8m8Codes exp_avg_sq;

@@ -1,5 +1,5 @@
-// Formats on the GPU: the only loads and stores of values. A thread takes 16 bytes at a time of every stream: `load`
-// and `store` move the words of V elements, `unpack` and `pack_up` make values of them; `load_one` and `store_one` do
+// Formats on the GPU. All loads and stores of values are here. A thread accesses 16 bytes of every stream at a time:
+// `load` and `store` move the words of V elements, `unpack` and `pack_up` convert them. `load_one` and `store_one` do
 // both for one element. A new format needs a branch in each pair, and its bytes in fused_optim/engine/layout.py.
 #pragma once
 #include <cassert>
@@ -11,9 +11,9 @@ namespace fused_optim {
 
 constexpr int kAccess = kAlignment;  // bytes, the widest load and store
 
-// Elements that a thread takes at once of each of so many streams, whose dtype is kStored, or kAbsent where they
-// differ. Eight fill a 16-byte access of every dtype; of more than four streams they would crowd the registers, but for
-// bfloat16.
+// The number of elements of each stream that a thread handles at once. kStored: the format of all streams; kAbsent if
+// they differ. Eight fill a 16-byte access of every dtype. With more than four streams eight would need too many
+// registers, except for bfloat16.
 template <class T, int kStored, int kStreams>
 constexpr int kVector = sizeof(T) == 8 ? 2 : (kStreams <= 4 || kStored == kBfloat16 ? 8 : 4);
 
@@ -27,7 +27,7 @@ struct Stream {
   FUSED_HD Stream(int64_t address, Format format, int64_t begin) : format(format) {
     data = reinterpret_cast<char*>(address + begin * bytes());
 #ifdef __CUDA_ARCH__
-    __builtin_assume(__isGlobal(data));  // unsaid, every access would be a generic one
+    __builtin_assume(__isGlobal(data));  // without this every access would be a generic one
 #endif
   }
 
@@ -76,13 +76,13 @@ FUSED_HD void store_words(char* to, const uint32_t* word) {
 #endif
 }
 
-// V elements of one tensor as they lie in memory; two-byte dtypes fill the first half of the words.
+// V elements of one tensor as stored. Two-byte dtypes fill the first half of the words.
 template <class T, int V>
 struct Pack {
   uint32_t word[V * sizeof(T) / 4];
 };
 
-// V elements from `first` on. Those as wide as T come in parts of 16 bytes, each starting `gap` elements past the last.
+// V elements from `first` on. Elements as wide as T are accessed in parts of 16 bytes, `gap` elements apart.
 template <class T, int V>
 FUSED_HD void load(const Stream& stream, int first, int gap, Pack<T, V>& pack) {
   constexpr int kParts = V * sizeof(T) / kAccess;

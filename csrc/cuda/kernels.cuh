@@ -1,6 +1,5 @@
-// The CUDA walker's kernels. nvcc compiles them for the GPU (step.cu), g++ for the CPU (emulate.cpp, which stands in
-// for blocks and threads): what the tests prove of indices and memory on a machine without a GPU is proven of these
-// very lines.
+// The CUDA walker's kernels. nvcc compiles them for the GPU (step.cu). g++ compiles the same code for the CPU
+// (emulate.cpp, which emulates blocks and threads), so tests without a GPU cover its indices and memory accesses.
 #pragma once
 #include "../dispatch.h"
 #include "../prep.h"
@@ -8,16 +7,16 @@
 
 namespace fused_optim {
 
-constexpr int kThreads = 128;        // of a block that handles one chunk, or adds up one row
-constexpr int kRowThreads = 32;      // of a block that prepares rows: small ones spread the float64 work over the GPU
-constexpr int kTotalThreads = 1024;  // of a block that adds up one share of all chunks' sums
+constexpr int kThreads = 128;        // per block of a kernel that handles one chunk, or sums one row
+constexpr int kRowThreads = 32;      // per block of prepare: small blocks spread the float64 work over the GPU
+constexpr int kTotalThreads = 1024;  // per block that sums one share of the chunks' sums
 
-// What a pass over the elements of a row does. kUpdate is the whole step of most rules; those with a trust ratio are
-// walked by kUpdateMoments and, once the ratios are known, by kApplyUpdate. kSquares looks at gradients alone.
+// Which pass a kernel does. kUpdate is the whole step of rules without a trust ratio. Rules with one are walked by
+// kUpdateMoments, and by kApplyUpdate once the ratios are known. kSquares reads gradients only.
 enum class Pass { kUpdate, kUpdateMoments, kApplyUpdate, kSquares };
 
-// Streams are numbered as in the signature: param, grad, states; but the average of the weights, where there is one,
-// comes right after the states.
+// Streams are numbered as in the signature: param, grad, states. The average of the weights, if there is one, comes
+// directly after the states.
 
 constexpr bool reads(Pass pass, int stream) {
   if (pass == Pass::kSquares) return stream == kStreamGrad;
@@ -31,7 +30,7 @@ constexpr bool writes(Pass pass, int stream) {
 
 constexpr bool sums_up(Pass pass) { return pass == Pass::kUpdateMoments || pass == Pass::kSquares; }
 
-// What passes sum over the elements. No initializers: these lie in shared memory, too.
+// Sums over elements. No initializers, because shared memory holds them, too.
 struct Sums {
   double values;   // squares of the params; of the gradients in kSquares
   double updates;  // squares of the updates before lr
@@ -43,8 +42,8 @@ struct Sums {
   }
 };
 
-// Kernels are written as phases, in each of which every thread of the block does its share: `each_thread` is the first,
-// `then_each_thread` any later one, which sees what all threads have written before. emulate.cpp has its own two.
+// A kernel is a sequence of phases. Every thread of the block runs each phase: `each_thread` is the first phase,
+// `then_each_thread` a later one, which sees what all threads wrote before. emulate.cpp defines both for the CPU.
 #ifdef __CUDACC__
 template <int kCount, class F>
 __device__ __forceinline__ void each_thread(F&& share) {
@@ -58,8 +57,8 @@ __device__ __forceinline__ void then_each_thread(F&& share) {
 }
 #endif
 
-// The scalars of a row. The second walk of a rule with a trust ratio takes the ratio with lr; before prep there are
-// none.
+// The scalars of a row. In the second walk of a rule with a trust ratio, lr is multiplied by the ratio. kSquares runs
+// before prepare and has no scalars.
 template <Pass pass, class T>
 FUSED_HD TensorScalars<T> scalars_of(const Tables& t, int64_t row) {
   if constexpr (pass == Pass::kSquares) {
@@ -72,7 +71,7 @@ FUSED_HD TensorScalars<T> scalars_of(const Tables& t, int64_t row) {
   }
 }
 
-// One element: param and states become the new ones.
+// Updates param and states of one element.
 template <Pass pass, class Rule, class T, int S>
 FUSED_HD void update_element(const TensorScalars<T>& h, T& param, T grad, T (&state)[S > 0 ? S : 1]) {
   if constexpr (pass == Pass::kUpdate) param = apply<Rule, T, S>(h, param, grad, state);
@@ -88,8 +87,8 @@ FUSED_HD double plus_square(double sum, T x) {
   return sizeof(T) == 4 ? fma(wide, wide, sum) : sum + wide * wide;
 }
 
-// What is summed of one element: its states are those that were stored, of which kApplyUpdate will make the update
-// again.
+// Adds one element to the sums. The states are those that were stored, because kApplyUpdate computes the update from
+// them.
 template <Pass pass, class Rule, class T, int S>
 FUSED_HD void measure_element(const TensorScalars<T>& h, T param, T grad, const T (&state)[S > 0 ? S : 1], Sums& sums) {
   if constexpr (pass == Pass::kUpdateMoments) {
@@ -100,16 +99,16 @@ FUSED_HD void measure_element(const TensorScalars<T>& h, T param, T grad, const 
   }
 }
 
-// Whether the update needs the registers of one stream more: a rule with squares among its states takes roots and
-// divides, and an average has to wait for that.
+// Whether the update needs the registers of one more stream. A rule with squares among its states takes roots and
+// divides, and the average stays in registers until then.
 template <Pass pass, class Rule, bool kAverages>
 constexpr bool crowds() {
   if constexpr (pass == Pass::kUpdate && kAverages) return Rule::signed_states < Rule::max_states;
   return false;
 }
 
-// One thread's share of the whole vectors of one chunk. kStored: the dtype of all streams, kAbsent if they differ or
-// have another one. Returns how many elements the vectors of all threads have.
+// One thread's share of the whole vectors of one chunk. kStored: the format of all streams; kAbsent if they differ or
+// have another format. Returns the number of elements in the vectors of all threads.
 template <Pass pass, class Rule, bool kAverages, int kStored, class T, int S>
 FUSED_HD int update_vectors(const TensorScalars<T>& h, const Stream (&streams)[kStreamState0 + S + kAverages],
                             int count, int thread, Sums& sums) {
@@ -133,18 +132,18 @@ FUSED_HD int update_vectors(const TensorScalars<T>& h, const Stream (&streams)[k
   if (kAhead && thread * V < vectored) load_all(thread * V, kPart);
 
   for (int piece = 0; piece < vectored; piece += kThreads * V) {
-    // Neighbouring threads should access neighbouring 16 bytes: float32 tensors among themselves can have it so.
+    // If all streams are float32, neighbouring threads access neighbouring 16 bytes.
     const bool spread = kStored == kFloat32 && piece + kThreads * V <= vectored;
     const int gap = spread ? kThreads * kPart : kPart;
     const int first = piece + thread * (spread ? kPart : V);
     if (first >= vectored) break;
     T x[kStreams][V];
-    // All loads before the first use of any.
+    // All loads are issued before the first use.
     if (!kAhead) load_all(first, gap);
     for (int i = 0; i < kStreams; ++i) {
       if (reads(pass, i)) unpack(pack[i], stream[i].format, x[i]);
     }
-    // The last iteration loads its own vectors again, from the cache, and nobody uses them: a condition on these loads
+    // The last iteration loads its own vectors again, from the cache, and does not use them. A condition on these loads
     // would cost an instruction per word.
     if (kAhead) load_all(first + kThreads * V < vectored ? first + kThreads * V : first, gap);
     for (int v = 0; v < V; ++v) {
@@ -190,17 +189,17 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
     if (!reads(pass, i)) continue;
     const int place = i == kAverage ? kStreamEma : i;
     const int64_t address = i == kStreamGrad ? grad : row[address_column(place)];
-    // With double all are float64. Saying so spares registers, which are short with an average.
+    // If T is double, all streams are float64. A constant format saves registers, which are scarce with an average.
     stream[i] = Stream(address, kAverages && sizeof(T) == 8 ? kFloat64 : format_of(signature, place), begin);
     all_float32 = all_float32 && stream[i].format == kFloat32;
     all_bfloat16 = all_bfloat16 && stream[i].format == kBfloat16;
   }
-  // `unaligned` speaks of param, states and average.
+  // `unaligned` covers param, states and average.
   const bool aligned = !(reads(pass, kStreamParam) && unaligned) && !(reads(pass, kStreamGrad) && grad % kAccess != 0);
   Sums sums{};
   const bool by_vectors = aligned && !(pass != Pass::kApplyUpdate && has_small_betas(h));
   int vectored = 0;
-  // The usual dtypes have loops of their own, without branches on dtypes.
+  // The usual formats have loops of their own, without branches on formats.
   if constexpr (sizeof(T) == 8) {
     if (by_vectors) vectored = update_vectors<pass, Rule, kAverages, kFloat64, T, S>(h, stream, count, thread, sums);
   } else if (by_vectors) {
@@ -258,7 +257,7 @@ __global__ void trust_kernel(Tables t) {
   });
 }
 
-// Adds up what each thread of a block wrote into `part`, in an order that never changes. The first thread gets the sum.
+// Sums the values that the threads of a block wrote into `part`, in a fixed order. The first thread gets the sum.
 template <int kCount, class X, class F>
 __device__ void add_up(X (&part)[kCount], F&& take) {
   for (int width = kCount / 2; width > 0; width /= 2) {
@@ -271,9 +270,8 @@ __device__ void add_up(X (&part)[kCount], F&& take) {
   });
 }
 
-// Five blocks on a multiprocessor: 640 threads await 64 bytes or more each. The registers of more would have to spill,
-// and with packed formats those of five; with an average besides, those of three. kPacked: whether a stream of the
-// table has such a format.
+// Five blocks per SM keep 64 bytes or more in flight per thread; more would spill. With packed formats five would
+// spill, too, and with an average besides, three. kPacked: whether a stream of the table has a packed format.
 template <Pass pass, class Rule, bool kAverages, bool kPacked>
 __global__ void __launch_bounds__(kThreads, kPacked ? 4 - 2 * kAverages : 5) step_kernel(Tables t) {
   const int64_t entry = t.chunk_table[blockIdx.x], row = row_of(entry), chunk = chunk_of(entry);
@@ -303,7 +301,7 @@ __global__ void __launch_bounds__(kThreads, kPacked ? 4 - 2 * kAverages : 5) ste
   }
 }
 
-// From the sums over chunks to those over rows, one row per block.
+// Sums the chunks' sums over each row, one row per block.
 __global__ void __launch_bounds__(kThreads) sum_kernel(Tables t) {
   __shared__ Sums part[kThreads];
   const int64_t row = blockIdx.x, end = skipped(t, row) ? 0 : t.row_offsets[row + 1];
@@ -319,7 +317,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(Tables t) {
   });
 }
 
-// From a gradient to the sums of its squares over chunks, where it is to be clipped.
+// The sum of the squares of a gradient over each chunk, if its group is clipped.
 __global__ void __launch_bounds__(kThreads) squares_kernel(Tables t) {
   __shared__ double part[kThreads];
   const int64_t entry = t.chunk_table[blockIdx.x], row = row_of(entry), chunk = chunk_of(entry);
@@ -338,9 +336,9 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(Tables t) {
   add_up(part, [&](double sum) { t.partials[blockIdx.x] = sum * counted; });
 }
 
-// Adds up numbers, kShare of them per block: out[i] is the sum of share i. The order of the additions is the same on
-// every GPU: thread t adds the share's numbers t, t + kTotalThreads, ... to 0 in this order; then add_up adds the
-// threads' sums in pairs.
+// Sums numbers, kShare of them per block: out[i] is the sum of share i. The order of the additions is the same on every
+// GPU: thread t adds the share's numbers t, t + kTotalThreads, ... to 0 in this order. Then add_up adds the threads'
+// sums in pairs.
 __global__ void __launch_bounds__(kTotalThreads) total_kernel(const double* numbers, int64_t count, double* out) {
   __shared__ double part[kTotalThreads];
   const int64_t first = int64_t{blockIdx.x} * kShare;
@@ -356,13 +354,13 @@ inline int64_t row_blocks(const Tables& t) { return (t.tensors + kRowThreads - 1
 
 using StepKernel = void (*)(Tables);
 
-// The kernel for the formats that the table has.
+// The kernel for the table's formats.
 template <Pass pass, class Rule, bool kAverages>
 StepKernel step_kernel_of(const Tables& t) {
   return t.packed ? step_kernel<pass, Rule, kAverages, true> : step_kernel<pass, Rule, kAverages, false>;
 }
 
-// The kernels of each entry point, in order: launch(kernel, blocks, threads, arguments...) runs one, if it has a block.
+// The kernels of each entry point, in order. launch(kernel, blocks, threads, arguments...) runs one if it has blocks.
 template <class Rule, class Launch>
 void launch_step(const Tables& t, Launch&& launch) {
   launch(prep_kernel<Rule>, row_blocks(t), kRowThreads, t);
@@ -388,7 +386,7 @@ void launch_apply_update(const Tables& t, Launch&& launch) {
 template <class Launch>
 void launch_squares(const Tables& t, double* out, Launch&& launch) {
   launch(squares_kernel, t.chunks, kThreads, t);
-  // The sums of shares are stored after their numbers. They are added up in turn until one share is left.
+  // The sums of shares are stored after the numbers, and are summed in turn until one is left.
   const double* numbers = t.partials;
   int64_t count = t.chunks;
   for (double* sums = t.partials + count; count > kShare; sums += count) {

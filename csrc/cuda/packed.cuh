@@ -1,11 +1,11 @@
-// Rows with packed formats (../formats.h) on the GPU. Tables without any are stepped by kernels that do not know them.
+// Rows with packed formats (../formats.h) on the GPU. Tables without packed formats use kernels without this code.
 #pragma once
 #include "../formats.h"
 #include "formats.cuh"
 
 namespace fused_optim {
 
-// Left to itself nvcc keeps long loops, and puts the arrays that they index into memory.
+// Without this nvcc does not unroll long loops, and puts the arrays that they index into memory.
 #ifdef __CUDACC__
 #define FUSED_UNROLL _Pragma("unroll")
 #else
@@ -16,7 +16,7 @@ namespace fused_optim {
 struct PackedStream {
   char *data, *low;
   Format format;
-  int exponent;  // of anchors
+  int exponent;  // of the anchors
   Thresholds thresholds;
 
   FUSED_HD PackedStream() {}
@@ -37,7 +37,7 @@ struct PackedStream {
   FUSED_HD char* low_at(int element) const { return low + element * low_bytes(); }
 };
 
-// The loads and stores of ../cuda/formats.cuh for packed streams. square: exp_avg_sq as it is stored, for anchored8.
+// The loads and stores of formats.cuh for packed streams. square: exp_avg_sq as it is stored, for anchored8.
 
 template <int V>
 FUSED_HD void load(const PackedStream& stream, int first, int gap, Pack<float, V>& pack) {
@@ -179,20 +179,20 @@ FUSED_HD void store_one(const PackedStream& stream, int element, float x, const 
   }
 }
 
-// Of packed streams exp_avg comes after exp_avg_sq, which it may be stored relative to.
+// exp_avg is handled after exp_avg_sq, because anchored8 stores it relative to exp_avg_sq.
 constexpr int in_order(int i, int count) { return i >= kStreamState0 ? count - 1 - (i - kStreamState0) : i; }
 
 // One thread's share of one chunk of a row with packed streams.
 template <Pass pass, class Rule, bool kAverages, int S>
 FUSED_HD Sums update_packed_chunk(const Tables& t, int64_t row_number, int64_t chunk, bool unaligned, int thread) {
   constexpr int kAverage = kStreamState0 + S, kStreams = kAverage + kAverages, kPart = kAccess / sizeof(float);
-  constexpr int V = kStreams - (pass == Pass::kApplyUpdate) <= 4 ? 8 : 4;  // elements that a thread takes at once
+  constexpr int V = kStreams - (pass == Pass::kApplyUpdate) <= 4 ? 8 : 4;  // elements that a thread handles at once
   const TensorScalars<float> h = scalars_of<pass, float>(t, row_number);
   const int64_t* row = t.rows + row_number * kRowWidth;
   const int64_t signature = row[kRowDtypeSignature], grad = t.grads[row_number];
   const int64_t begin = chunk * kChunk, left = row[kRowNumel] - begin;
   const int count = left < kChunk ? static_cast<int>(left) : kChunk;
-  constexpr int kSquare = S > 1 ? kStreamState0 + 1 : kStreamParam;  // exp_avg_sq, where there is one
+  constexpr int kSquare = S > 1 ? kStreamState0 + 1 : kStreamParam;  // exp_avg_sq, if there is one
   PackedStream stream[kStreams];
   for (int i = 0; i < kStreams; ++i) {
     if (!reads(pass, i)) continue;
@@ -200,7 +200,7 @@ FUSED_HD Sums update_packed_chunk(const Tables& t, int64_t row_number, int64_t c
     const int64_t address = i == kStreamGrad ? grad : row[address_column(place)];
     stream[i] = PackedStream(row, address, format_of(signature, place), place, begin);
   }
-  // `unaligned` speaks of param, states and average.
+  // `unaligned` covers param, states and average.
   const bool aligned = !(reads(pass, kStreamParam) && unaligned) && !(reads(pass, kStreamGrad) && grad % kAccess != 0);
   const int vectored = aligned ? count - count % V : 0;
   Sums sums{};
@@ -210,7 +210,7 @@ FUSED_HD Sums update_packed_chunk(const Tables& t, int64_t row_number, int64_t c
     if (first >= vectored) break;
     Pack<float, V> pack[kStreams];
     float x[kStreams][V];
-    // All loads before the first use of any.
+    // All loads are issued before the first use.
     FUSED_UNROLL
     for (int i = 0; i < kStreams; ++i) {
       if (reads(pass, i)) load(stream[i], first, kPart, pack[i]);
