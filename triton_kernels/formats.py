@@ -59,13 +59,13 @@ DITHERED, SPLIT16, SPLIT8, E8M8, ANCHORED8 = (
 
 
 class Packing(NamedTuple):
-    """What packed formats need besides a stream's own pointers. None where no stream has one.
+    """What packed formats need besides a stream's own pointers. An empty tuple stands for it if no stream is packed.
 
-    low: pointers to the lower halves of the param, where its format has them. index: of the elements within the whole
-    param, uint32. step: of the param, uint32. exponent: of anchors.
+    low: pointers to the lower halves of the param; not used if its format has none. index: of the elements within the
+    whole param, uint32. step: of the param, uint32. exponent: of the anchors.
     """
 
-    low: tl.tensor | None
+    low: tl.tensor
     index: tl.tensor
     step: tl.tensor
     exponent: tl.tensor
@@ -104,10 +104,10 @@ def is_packed(signature: int) -> bool:
 
 
 @triton.constexpr_function
-def low_dtype(signature: int) -> tl.dtype | None:
-    """Of the second array of the param, which is the first stream."""
+def low_dtype(signature: int) -> tl.dtype:
+    """The dtype of the param's second array; int8 if the param has none."""
     code = format_of(signature, 0)
-    return LOW_DTYPES[code] if code in LOW_DTYPES else None  # noqa: SIM401
+    return LOW_DTYPES[code] if code in LOW_DTYPES else tl.int8  # noqa: SIM401
 
 
 @triton.constexpr_function
@@ -140,12 +140,10 @@ def pointer_to(address: tl.tensor, element: tl.tensor, dtype: tl.constexpr) -> t
 
 
 @triton.jit
-def at_elements(packing: Packing | None, at: tl.tensor) -> Packing | None:
-    """Of the elements `at` of a chunk, given that of its first."""
-    if packing is None:
-        return None
-    elif packing.low is None:
-        return Packing(None, packing.index + at.to(tl.uint32), packing.step, packing.exponent)
+def at_elements(packing: tl.tuple, at: tl.tensor) -> tl.tuple:
+    """The packing of the elements `at` of a chunk, given that of its first element."""
+    if len(packing) == 0:
+        return ()
     else:
         return Packing(packing.low + at, packing.index + at.to(tl.uint32), packing.step, packing.exponent)
 

@@ -14,7 +14,7 @@ def scaled(
     factor: tl.tensor,
     pointers: tl.tuple,
     values: tl.tuple,
-    packing: None,
+    packing: tl.tuple,
     mask: tl.tensor | None,
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
@@ -46,7 +46,7 @@ def scale_chunk(
         tl.int32
     )
     pointers = (pointer_to(grad, first, stream_dtype(SIGNATURE, 0)),)
-    walk(factor, pointers, None, count, grad & (ALIGNMENT - 1) == 0, (), scaled, None, None, SIGNATURE, False)
+    walk(factor, pointers, (), count, grad & (ALIGNMENT - 1) == 0, (), scaled, None, None, SIGNATURE, False)
 
 
 @triton.jit(do_not_specialize_on_alignment=["chunk_table", "rows", "grads", "group_hparams", "group_index", "squares"])

@@ -82,7 +82,7 @@ def follow(
     pointers: tl.tuple,
     average: tl.tensor,
     param: tl.tensor,
-    packing: Packing | None,
+    packing: tl.tuple,
     mask: tl.tensor | None,
     SIGNATURE: tl.constexpr,
 ) -> None:
@@ -97,7 +97,7 @@ def update(
     h: TensorScalars,
     pointers: tl.tuple,
     values: tl.tuple,
-    packing: Packing | None,
+    packing: tl.tuple,
     mask: tl.tensor | None,
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
@@ -119,7 +119,7 @@ def update_moments(
     h: TensorScalars,
     pointers: tl.tuple,
     values: tl.tuple,
-    packing: Packing | None,
+    packing: tl.tuple,
     mask: tl.tensor | None,
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
@@ -140,7 +140,7 @@ def apply_update(
     h: TensorScalars,
     pointers: tl.tuple,
     values: tl.tuple,
-    packing: Packing | None,
+    packing: tl.tuple,
     mask: tl.tensor | None,
     RULE: tl.constexpr,
     DIRECTION: tl.constexpr,
@@ -160,7 +160,7 @@ def apply_update(
 def walk_block(
     h: TensorScalars,
     pointers: tl.tuple,
-    packing: Packing | None,
+    packing: tl.tuple,
     mask: tl.tensor | None,
     sums: tl.tuple,
     PASS: tl.constexpr,
@@ -190,7 +190,7 @@ def sum_squares(x: tl.tensor, mask: tl.tensor | None) -> tl.tensor:
 def walk(
     h: TensorScalars,
     pointers: tl.tuple,
-    packing: Packing | None,
+    packing: tl.tuple,
     count: tl.tensor,
     aligned: tl.tensor,
     sums: tl.tuple,
@@ -241,20 +241,16 @@ def store_sums(partials: tl.tensor, sums: tl.tuple) -> None:
 
 
 @triton.jit
-def read_packing(fields: tl.tensor, first: tl.tensor, SIGNATURE: tl.constexpr) -> Packing | None:
+def read_packing(fields: tl.tensor, first: tl.tensor, SIGNATURE: tl.constexpr) -> tl.tuple:
     """What the packed formats of a row need, at the first element of a chunk. fields: the row."""
     if is_packed(SIGNATURE):
         step = tl.load(tl.load(fields + column(ROWS, "step")).to(tl.pointer_type(tl.float32)))
         index = (tl.load(fields + column(ROWS, "first_element")) + first).to(tl.uint32)
         exponent = tl.load(fields + column(ROWS, "anchor")).to(tl.int32)
-        LOW: tl.constexpr = low_dtype(SIGNATURE)
-        if LOW is None:
-            return Packing(None, index, step.to(tl.uint32), exponent)
-        else:
-            low = pointer_to(tl.load(fields + column(ROWS, "param_low")), first, LOW)
-            return Packing(low, index, step.to(tl.uint32), exponent)
+        low = pointer_to(tl.load(fields + column(ROWS, "param_low")), first, low_dtype(SIGNATURE))
+        return Packing(low, index, step.to(tl.uint32), exponent)
     else:
-        return None
+        return ()  # Triton 3.5 and 3.6 cannot return None
 
 
 @triton.jit
