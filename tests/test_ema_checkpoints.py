@@ -238,3 +238,21 @@ def test_qhoptims_checkpoints_carry_them() -> None:
     again.load_state_dict({**saved, "state": states})
     assert_equal(averages_of(again), averages_of(qhadam))
     assert sorted(again.state[parameters(again)[0]]) == ["ema", "exp_avg", "exp_avg_sq", "step"]
+
+
+@on_every_target
+def test_averages_before_the_first_step_of_compact_states(target: Target) -> None:
+    """load_ema_state_dict makes the other states, and what their formats need."""
+    saved, params = (make_params([(5,), (4, 3)], device=target.device) for _ in range(2))
+    first, second = (
+        FusedAdamW(members, backend=target.backend, state_dtype="compact", ema_decay=0.9) for members in (saved, params)
+    )
+    set_grads(saved, random_grads(saved, 0))
+    first.step()
+    second.load_ema_state_dict(first.ema_state_dict())
+    set_grads(params, random_grads(params, 0))
+    second.step()
+    for p, q in zip(saved, params, strict=True):
+        assert_equal(p, q)
+        for name in ("exp_avg", "exp_avg_sq", "anchor"):
+            assert_equal(first.state[p][name], second.state[q][name])

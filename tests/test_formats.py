@@ -77,14 +77,14 @@ class Cpp(Implementation):
         # The flags of the CPU walker: the vectorised loops are what must be right.
         flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fPIC", "-shared"]
         run(["g++", "-std=c++17", *flags, str(source), "-o", str(library)])
-        self.library = ctypes.CDLL(str(library))
-        self.library.lost.restype = ctypes.c_int64
+        self.code = ctypes.CDLL(str(library))
+        self.code.lost.restype = ctypes.c_int64
 
     def call(self, name: str, dtype: Any, *args: Array | int) -> Array:
         count = next(len(a) for a in args if not isinstance(a, int))
         out = np.zeros(count, dtype)
         pointers = [a if isinstance(a, int) else np.ascontiguousarray(a).ctypes.data_as(ctypes.c_void_p) for a in args]
-        getattr(self.library, name)(out.ctypes.data_as(ctypes.c_void_p), *pointers, ctypes.c_int64(count))
+        getattr(self.code, name)(out.ctypes.data_as(ctypes.c_void_p), *pointers, ctypes.c_int64(count))
         return out if dtype is np.float32 else out.astype(np.int64)
 
     def threshold(self, kind: str, index: Array, step: int) -> Array:
@@ -309,7 +309,7 @@ def test_ends_of_the_ranges(ours: Implementation) -> None:
 @pytest.mark.slow
 @needs_gxx
 def test_every_float_survives_exact_halves(tmp_path: Path) -> None:
-    assert Cpp(tmp_path).library.lost() == 0
+    assert Cpp(tmp_path).code.lost() == 0
 
 
 @pytest.mark.parametrize(

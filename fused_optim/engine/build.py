@@ -81,16 +81,13 @@ def build_states(
             continue
         wanted = rule.states_of(group)
         state_dtype = group.get("state_dtype", storage.state_dtype)
-        choices = choices_of(state_dtype, rule)
         fresh = match_layout(param, old, wanted)
         if ANCHOR in old:
             fresh[ANCHOR] = old[ANCHOR]
         if fresh:
-            fresh = convert(param, fresh, choices, group.get("betas"))
-        made = make_states(param, fresh, wanted, state_dtypes(param, wanted, choices, masters), rule.starts_of(group))
+            fresh = convert(param, fresh, choices_of(state_dtype, rule), group.get("betas"))
+        made = missing_states(rule, group, param, fresh, state_dtype, masters)
         fresh.update(made)
-        if "exp_avg" in made and choices.get("exp_avg") == "anchored8" and takes_codes(param):
-            fresh[ANCHOR] = exponent_for(*group["betas"])
         step = match_step(param, _count_of(rule, old, counts.get(param), begun=not made))
         row = make_row(param, fresh, wanted, step, index)
         row.first_element, row.anchor = first_element_of(param), fresh.get(ANCHOR, 0)
@@ -116,22 +113,33 @@ def make_eager_states(
 ) -> None:
     """Replaces the states of every param of a group by those that exist before the first step. Frozen params get
     none."""
-    wanted, starts = rule.states_of(group), rule.starts_of(group)
-    choices = choices_of(group.get("state_dtype", state_dtype), rule)
     for param in group["params"]:
         state.pop(param, None)
         if may_get_grad(param):
             step = {"step": match_step(param, 0.0)} if rule.counted else {}
-            made = make_states(param, {}, wanted, state_dtypes(param, wanted, choices, masters), starts)
-            state[param] = {**step, **made}
+            state[param] = {**step, **missing_states(rule, group, param, {}, state_dtype, masters)}
 
 
-def state_dtypes(
-    param: Tensor, wanted: Sequence[str], choices: Mapping[str, Any], masters: MasterWeights
-) -> dict[str, torch.dtype]:
-    """Of new states that do not have their param's dtype; codes have integers."""
-    own = {name: torch.float32 for name in wanted} if masters.covers(param) else {}
-    return own | {name: CODE_DTYPES.get(choice, choice) for name, choice in choices.items()}
+def missing_states(
+    rule: Rule,
+    group: Mapping[str, Any],
+    param: Tensor,
+    state: dict[str, Any],
+    state_dtype: StateDtype,
+    masters: MasterWeights,
+) -> dict[str, Any]:
+    """New tensors for the rule's states that `state` lacks, and the anchor of a new exp_avg in anchored8.
+
+    state_dtype: of the optimizer; a group may have its own.
+    """
+    wanted = rule.states_of(group)
+    choices: dict[str, Any] = choices_of(group.get("state_dtype", state_dtype), rule)
+    dtypes = dict.fromkeys(wanted, torch.float32) if masters.covers(param) else {}
+    dtypes |= {name: CODE_DTYPES.get(choice, choice) for name, choice in choices.items()}
+    made = make_states(param, state, wanted, dtypes, rule.starts_of(group))
+    if "exp_avg" in made and choices.get("exp_avg") == "anchored8" and takes_codes(param):
+        made[ANCHOR] = exponent_for(*group["betas"])
+    return made
 
 
 def _count_of(rule: Rule, state: dict[str, Any], count: Tensor | None, begun: bool) -> Any:

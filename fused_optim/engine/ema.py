@@ -17,7 +17,7 @@ from .changes import RAW_CHANGED
 from .dtensor import is_same_memory, like, local
 from .scaling import Shared
 from .states import match_layout, numbers_of, state_dtype_of
-from .table import Row
+from .table import NARROW, Row
 
 Decay = float | Callable[[int], float]
 States = MutableMapping[Tensor, dict[str, Any]]
@@ -33,11 +33,10 @@ def check_decay(decay: Any) -> float:
     return float(decay)
 
 
-def check_dtype(dtype: Any, option: str = "ema_dtype") -> None:
-    """Raises ValueError for a dtype that averages and states cannot have. option: name of the option, for the
-    message."""
-    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"{option} must be None, torch.float32, torch.bfloat16 or torch.float16, but got {dtype}")
+def check_dtype(dtype: Any) -> None:
+    """Raises ValueError for a dtype that averages cannot have."""
+    if dtype not in (None, *NARROW):
+        raise ValueError(f"ema_dtype must be None, torch.float32, torch.bfloat16 or torch.float16, but got {dtype}")
 
 
 class Averages(Mapping[Tensor, Tensor]):

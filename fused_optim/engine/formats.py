@@ -114,11 +114,15 @@ def decode_anchored8(code: Tensor, square: Tensor, exponent: int) -> Tensor:
     return torch.where(bits_of(square) >> 23 == 0, 0.0, value)
 
 
+def anchor_exponents(beta1: Tensor, beta2: Tensor) -> Tensor:
+    """The smallest exponents with which anchored8 holds every exp_avg that these betas can make. By Cauchy and Schwarz
+    the magnitude of exp_avg is at most C * sqrt(exp_avg_sq), and the largest code stands for 123.5 anchors. inf unless
+    beta1**2 < beta2, because otherwise there is no such bound. All are float64."""
+    bound = (1 - beta1) / ((1 - beta2) * (1 - beta1**2 / beta2)).sqrt()
+    return torch.where(beta1**2 < beta2, (2 * bound / 247).log2().ceil(), math.inf)
+
+
 def anchor_exponent(beta1: float, beta2: float) -> int | None:
-    """The exponent with which anchored8 holds every exp_avg that these betas can make: by Cauchy and Schwarz its
-    magnitude is at most C * sqrt(exp_avg_sq), and the largest code stands for 123.5 anchors. None where beta1**2 is not
-    below beta2: then there is no such bound."""
-    if not beta1**2 < beta2:
-        return None
-    bound = (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
-    return math.ceil(math.log2(2 * bound / 247))
+    """The same for two numbers; None if there is no bound."""
+    exponent = float(anchor_exponents(*(torch.tensor(beta, dtype=torch.float64) for beta in (beta1, beta2))))
+    return int(exponent) if math.isfinite(exponent) else None

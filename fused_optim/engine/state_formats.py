@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import formats
 from .dtensor import like, local
-from .table import PACKED_DTYPES, HostHparams, Row, Rule
+from .table import NARROW, PACKED_DTYPES, HostHparams, Row, Rule
 
 Code = Literal["e8m8", "anchored8"]
 StateDtype = torch.dtype | Literal["compact"] | Mapping[str, torch.dtype | Code] | None
@@ -26,7 +26,6 @@ class Storage(NamedTuple):
 ANCHOR = "anchor"  # key in optimizer.state[param], beside an exp_avg in anchored8
 CODE_DTYPES: dict[Any, torch.dtype] = {"e8m8": torch.uint16, "anchored8": torch.uint8}
 SQUARES = ("exp_avg_sq", "max_exp_avg_sq")
-NARROW = (torch.float32, torch.bfloat16, torch.float16)
 CHOICES = (
     'None, torch.float32, torch.bfloat16, torch.float16, "compact", or a dict from names of states to these dtypes, '
     '"e8m8" or "anchored8"'
@@ -109,9 +108,7 @@ class AnchorWatch:
         if not self.needed or (torch.equal(self.beta1, self.seen[0]) and torch.equal(self.beta2, self.seen[1])):
             return False
         self.seen = self.beta1.clone(), self.beta2.clone()
-        bound = (1 - self.beta1) / ((1 - self.beta2) * (1 - self.beta1**2 / self.beta2)).sqrt()
-        needed = (2 * bound / 247).log2().ceil().nan_to_num(torch.inf, torch.inf)
-        return bool((needed > self.anchors).any())
+        return bool((formats.anchor_exponents(*self.seen) > self.anchors).any())
 
 
 def takes_codes(param: Tensor) -> bool:

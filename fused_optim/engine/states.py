@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .dtensor import like, local, spread_as
-from .table import DTYPE_CODES, PACKED_DTYPES, Row, is_dense, real_dtype, same_strides
+from .table import DTYPE_CODES, NARROW, PACKED_DTYPES, Row, is_dense, real_dtype, same_strides
 from .validation import check_memory
 
 
@@ -22,8 +22,7 @@ def target_of(param: Tensor) -> Tensor:
 
 def state_dtype_of(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
     """The dtype of a new state: `wanted` for float32, bfloat16 and float16 params, otherwise the param's dtype."""
-    narrow = param.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return wanted if narrow and wanted is not None else param.dtype
+    return wanted if wanted is not None and param.dtype in NARROW else param.dtype
 
 
 def allowed_dtype(param: Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -33,6 +33,7 @@ DTYPE_CODES: dict[torch.dtype, Format] = {
 }
 PACKED_DTYPES = {torch.uint16: Format.E8M8, torch.uint8: Format.ANCHORED8}  # of states
 LOW_FORMATS = {torch.int16: Format.SPLIT16, torch.int8: Format.SPLIT8}
+NARROW = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of params whose arithmetic is float32
 REAL_DTYPES = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 # A group's option, the first column of GroupHparams that it fills, and the number of columns: a tuple fills several.

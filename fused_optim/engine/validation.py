@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .dtensor import check_spread, local
-from .table import DTYPE_CODES, real_dtype
+from .table import DTYPE_CODES, NARROW, real_dtype
 
 SUPPORTED = "float32, bfloat16, float16, float64, complex64 or complex128"
 
@@ -76,8 +76,7 @@ def check_grad(optimizer: str, param: Tensor, grad: Tensor, name: str | None) ->
             "was the param's .data replaced after backward()? Call zero_grad() and backward() again"
         )
     check_spread(param, grad, who)
-    narrow = {torch.float32, torch.bfloat16, torch.float16}
-    if grad.dtype != param.dtype and not {grad.dtype, param.dtype} <= narrow:
+    if grad.dtype != param.dtype and not {grad.dtype, param.dtype} <= {*NARROW}:
         raise RuntimeError(
             f"{who} must be {param.dtype} like the param (or float32, bfloat16 or float16 if the param is one of "
             f"these), but is {grad.dtype}; convert it"

@@ -9,11 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..engine.build import members_of, state_dtypes
+from ..engine.build import members_of, missing_states
 from ..engine.checkpoints import without_update
 from ..engine.ema import Averages, WeightAverage
-from ..engine.state_formats import choices_of
-from ..engine.states import make_states
 from ..engine.table import Rule
 from .options import Options
 
@@ -24,9 +22,7 @@ class Averaged(Options):
 
     rule: ClassVar[Rule]
     _steps: dict[Tensor, Tensor]
-
-    def _settle_masters(self) -> None:
-        raise NotImplementedError
+    _guarded: list[Tensor]  # params with lower halves, in the detector's order
 
     @property
     def ema(self) -> Mapping[Tensor, Tensor] | None:
@@ -98,15 +94,7 @@ class Averaged(Options):
         for param, _, group in members_of(self.param_groups):  # torch's classes require all states of a param, or none
             values = self.state.get(param)
             if values and "step" not in values:
-                wanted = self.rule.states_of(group)
-                choices = choices_of(group.get("state_dtype", self._state_dtype), self.rule)
-                made = make_states(
-                    param,
-                    values,
-                    wanted,
-                    state_dtypes(param, wanted, choices, self._masters),
-                    self.rule.starts_of(group),
-                )
+                made = missing_states(self.rule, group, param, values, self._state_dtype, self._masters)
                 self.state[param] = {"step": torch.zeros(()), **made, **values}
 
     def _find_not_updated(self) -> None:
@@ -115,6 +103,15 @@ class Averaged(Options):
         if self._ema is not None and self._ema.not_updated:
             counts = {p: self.state.get(p, {}).get("step", self._steps.get(p, 0.0)) for p in self._ema.not_updated}
             self._ema.not_updated = set(without_update(counts))
+
+    def _settle_masters(self) -> None:
+        """Finds the params that something other than this optimizer's steps has written to. Inside of ema_weights()
+        every param has been written to and will be restored, so none is looked for."""
+        if self._ema is not None and self._ema.swapped:
+            return
+        if self._guarded:
+            self._masters.remember_versions(self._guarded, self._detector.versions())
+        self._masters.settle(self.state)
 
     def _all_params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]

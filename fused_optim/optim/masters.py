@@ -10,13 +10,7 @@ from .averages import Averaged
 
 
 class Mastered(Averaged):
-    """Master weights of bfloat16 params. Their lower halves are in optimizer.state[param]["param_low"].
-
-
-    _guarded: params with lower halves, in the order in which the detector has them.
-    """
-
-    _guarded: list[Tensor]
+    """Master weights of bfloat16 params. Their lower halves are in `optimizer.state[param]["param_low"]`."""
 
     @property
     def master_weights(self) -> Kind | None:
@@ -58,15 +52,6 @@ class Mastered(Averaged):
         self._settle_masters()
         self._masters.lower(params, self.state, master_weights)
         self._forget()
-
-    def _settle_masters(self) -> None:
-        """Finds the params that others than the last steps have written to. Inside of ema_weights() all have been, and
-        will be given back."""
-        if self._ema is not None and self._ema.swapped:
-            return
-        if self._guarded:
-            self._masters.remember_versions(self._guarded, self._detector.versions())
-        self._masters.settle(self.state)
 
     def _check_not_swapped(self, what: str) -> None:
         if self._ema is not None:
