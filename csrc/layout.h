@@ -12,19 +12,19 @@
 namespace fused_optim {
 
 constexpr int kChunk = 4096;  // elements of one tensor that one program (GPU) or one loop turn (CPU) handles
-constexpr int kShare = 4096;  // numbers that one block of a GPU adds up where the norm of all gradients is taken
+constexpr int kShare = 4096;  // numbers that one GPU block sums for the norm of all gradients
 constexpr int kAlignment = 16;  // bytes of the widest access
 constexpr int kMaxStates = 3;  // of one tensor
-constexpr int64_t kEmpty = 16;  // in `grads`: stands for the address of a gradient without elements, which is null
+constexpr int64_t kEmpty = 16;  // in `grads`: replaces the address of a gradient without elements, which is null
 constexpr int kSignatureFieldBits = 4;  // of a code in a packed signature
-constexpr int kAbsent = 15;
+constexpr int kAbsent = 15;  // the code of a missing stream; it also ends the list of states
 constexpr int64_t kEmaBegun = 268435456;
-constexpr int kEntryUnalignedBits = 1;  // set where a tensor that is written does not begin at a multiple of ALIGNMENT
+constexpr int kEntryUnalignedBits = 1;  // set if a written tensor does not begin at a multiple of ALIGNMENT
 constexpr int kEntrySignatureBits = 7;  // number of the tensor's dtype signature, in the order of Table.dtype_signatures
 constexpr int kEntryRowBits = 24;
 constexpr int kEntrySignatureShift = 1;
 constexpr int kEntryRowShift = 8;
-constexpr int kEntryChunkShift = 32;  // the chunk's number within its tensor has the rest
+constexpr int kEntryChunkShift = 32;  // the chunk's number within its tensor has the remaining bits
 constexpr int kBytesFloat32 = 4;
 constexpr int kBytesBfloat16 = 2;
 constexpr int kBytesFloat16 = 2;
@@ -40,14 +40,14 @@ constexpr int kStreamState0 = 2;
 constexpr int kStreamEma = 6;
 constexpr int kRowNumel = 0;  // elements; a complex tensor has two for each of its own
 constexpr int kRowParam = 1;  // address
-constexpr int kRowParamLow = 2;  // address of the low halves of the param, where its format has them
+constexpr int kRowParamLow = 2;  // address of the lower halves of the param, if its format has them
 constexpr int kRowStep = 3;  // address of the number of updates, float32
 constexpr int kRowDtypeSignature = 4;  // formats of the tensor's streams and its flags, packed: see `packed_signature`
 constexpr int kRowState0 = 5;  // addresses of the states, in the order of the rule
 constexpr int kRowState1 = 6;
 constexpr int kRowState2 = 7;
 constexpr int kRowEma = 8;  // address of the moving average of the weights
-constexpr int kRowFirstElement = 9;  // index, within the whole param, of the first element that lies here
+constexpr int kRowFirstElement = 9;  // index of the tensor's first element in the whole param
 constexpr int kRowAnchor = 10;  // exponent of the anchors of a state in ANCHORED8
 constexpr int kRowWidth = 11;
 constexpr int kGroupLr = 0;
@@ -55,7 +55,7 @@ constexpr int kGroupBeta1 = 1;
 constexpr int kGroupBeta2 = 2;
 constexpr int kGroupEps = 3;
 constexpr int kGroupWeightDecay = 4;
-constexpr int kGroupDecoupled = 5;  // whether weight decay goes past the gradient
+constexpr int kGroupDecoupled = 5;  // whether weight decay is decoupled from the gradient
 constexpr int kGroupMaximize = 6;
 constexpr int kGroupLrReference = 7;  // decoupled decay is lr / lr_reference * weight_decay / sqrt(decay_period)
 constexpr int kGroupDecayPeriod = 8;
@@ -81,17 +81,17 @@ constexpr int kScalarDebias = 7;  // 1 / (1 - beta1**step)
 constexpr int kScalarDenomScale = 8;  // 1 / sqrt(1 - beta2**step)
 constexpr int kScalarGradFactor = 9;  // multiplies the gradient: 1 / grad_scale, the clip coefficient, the sign of maximize
 constexpr int kScalarL2 = 10;  // weight decay that is added to the gradient
-constexpr int kScalarDecay = 11;  // weight decay that goes past it; times lr, but where a trust ratio follows
-constexpr int kScalarEmaWeight = 12;  // of the new param in the moving average of the weights
-constexpr int kScalarSkip = 13;  // 1: this tensor is left alone, and the other columns mean nothing
-constexpr int kScalarOwnA = 14;  // what the rule's function `scalars` makes
+constexpr int kScalarDecay = 11;  // decoupled weight decay, multiplied by lr unless the rule has a trust ratio
+constexpr int kScalarEmaWeight = 12;  // weight of the new param in the moving average of the weights
+constexpr int kScalarSkip = 13;  // 1: this tensor is not updated, and the other columns have no meaning
+constexpr int kScalarOwnA = 14;  // results of the rule's function `scalars`
 constexpr int kScalarOwnB = 15;
 constexpr int kScalarOwnC = 16;
 constexpr int kScalarOwnD = 17;
 constexpr int kScalarWidth = 18;
-constexpr int kArrayChunkTable = 0;  // int64 [chunks]: see `chunk_entry`; the tensors in order, and of each its chunks
+constexpr int kArrayChunkTable = 0;  // int64 [chunks]: see `chunk_entry`; ordered by tensor, then by chunk
 constexpr int kArrayRows = 1;  // int64 [tensors, RowFields]
-constexpr int kArrayGrads = 2;  // int64 [tensors]: address of the gradient; 0: there is none, and the tensor sits this step out
+constexpr int kArrayGrads = 2;  // int64 [tensors]: address of the gradient; 0: no gradient, and no update
 constexpr int kArrayLr = 3;  // int64 [groups]: address of a device lr tensor (lowest bit set: float64, else float32), or 0
 constexpr int kArrayGroupHparams = 4;  // float64 [groups, GroupHparams]
 constexpr int kArrayGroupIndex = 5;  // int32 [tensors]: the row of group_hparams
@@ -105,14 +105,14 @@ constexpr int kArrayWidth = 11;
 // How a stream stores its values.
 enum Format { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3, kBfloat16Dithered = 4, kSplit16 = 5, kSplit8 = 6, kE8m8 = 7, kAnchored8 = 8 };
 
-// `group_hparams`, float64 [groups, ...]: the hyperparameters of a param group. The defaults hold where a group has no option of that name.
+// `group_hparams`, float64 [groups, ...]: the hyperparameters of a param group. A default is used if the group has no such option.
 struct GroupHparams {
   double lr;
   double beta1;
   double beta2;
   double eps;
   double weight_decay;
-  double decoupled;  // whether weight decay goes past the gradient
+  double decoupled;  // whether weight decay is decoupled from the gradient
   double maximize;
   double lr_reference;  // decoupled decay is lr / lr_reference * weight_decay / sqrt(decay_period)
   double decay_period;
@@ -132,7 +132,7 @@ FUSED_HD GroupHparams read_group_hparams(const double* in) {
   return {in[kGroupLr], in[kGroupBeta1], in[kGroupBeta2], in[kGroupEps], in[kGroupWeightDecay], in[kGroupDecoupled], in[kGroupMaximize], in[kGroupLrReference], in[kGroupDecayPeriod], in[kGroupMaxNorm], in[kGroupClipEps], in[kGroupTrustLow], in[kGroupTrustHigh], in[kGroupTrustAlways], in[kGroupEmaDecay], in[kGroupOptionA], in[kGroupOptionB], in[kGroupOptionC], in[kGroupOptionD]};
 }
 
-// `tensor_scalars`, float64 [tensors, ...]: what a rule reads. Prep writes it at each step; walkers round each number once, to the dtype of their arithmetic.
+// `tensor_scalars`, float64 [tensors, ...]: the numbers that a rule reads. Prepare writes them at each step. Walkers round each number once, to the dtype of their arithmetic.
 template <class T>
 struct TensorScalars {
   T lr;
@@ -146,10 +146,10 @@ struct TensorScalars {
   T denom_scale;  // 1 / sqrt(1 - beta2**step)
   T grad_factor;  // multiplies the gradient: 1 / grad_scale, the clip coefficient, the sign of maximize
   T l2;  // weight decay that is added to the gradient
-  T decay;  // weight decay that goes past it; times lr, but where a trust ratio follows
-  T ema_weight;  // of the new param in the moving average of the weights
-  T skip;  // 1: this tensor is left alone, and the other columns mean nothing
-  T own_a;  // what the rule's function `scalars` makes
+  T decay;  // decoupled weight decay, multiplied by lr unless the rule has a trust ratio
+  T ema_weight;  // weight of the new param in the moving average of the weights
+  T skip;  // 1: this tensor is not updated, and the other columns have no meaning
+  T own_a;  // results of the rule's function `scalars`
   T own_b;
   T own_c;
   T own_d;

@@ -1,8 +1,8 @@
-"""Formats in Triton: how the streams of a row store their values, and the only loads and stores of values.
+"""Formats in Triton. All loads and stores of values are here.
 
-A dtype signature is one integer here: the format of each stream that is walked, in order, then ABSENT. The average of
-the weights comes right after the states, other than in `rows`. A new format is an entry of DTYPES and a branch in
-`decode` and in `encode`.
+A dtype signature is one integer: the formats of the walked streams, in order, then ABSENT. The average of the weights
+comes directly after the states; in `rows` it has a fixed place. A new format needs an entry of DTYPES, and a branch in
+`decode` and in `store_one`.
 """
 
 from typing import NamedTuple
@@ -45,7 +45,7 @@ DTYPES: dict[int, tl.dtype] = {
     Format.ANCHORED8: tl.uint8,
 }
 LOW_DTYPES = {Format.SPLIT16: tl.int16, Format.SPLIT8: tl.int8}
-# What lanes past the end compute on: 1, which no rule divides by zero; of ANCHORED8 code 1, close to 0.
+# The value of lanes past the end. With 1 no rule divides by zero. In ANCHORED8 the code 1 is close to 0.
 FILL = {
     Format.BFLOAT16_DITHERED: 0x3F80,
     Format.SPLIT16: 0x3F80,
@@ -59,7 +59,7 @@ DITHERED, SPLIT16, SPLIT8, E8M8, ANCHORED8 = (
 
 
 class Packing(NamedTuple):
-    """What packed formats need besides a stream's own pointers. An empty tuple stands for it if no stream is packed.
+    """Additional arguments of packed formats. It is an empty tuple if no stream is packed.
 
     low: pointers to the lower halves of the param; not used if its format has none. index: of the elements within the
     whole param, uint32. step: of the param, uint32. exponent: of the anchors.
@@ -83,7 +83,7 @@ def format_of(signature: int, stream: int) -> int:
 
 @triton.constexpr_function
 def count_streams(signature: int) -> int:
-    """How many tensors of a row are walked."""
+    """The number of tensors of a row that are walked."""
     return next(i for i in range(16) if format_of(signature, i) == ABSENT)
 
 
@@ -112,29 +112,29 @@ def low_dtype(signature: int) -> tl.dtype:
 
 @triton.constexpr_function
 def anchored_stream(signature: int) -> int:
-    """The stream in ANCHORED8, whose exp_avg_sq is the next one; -1 where there is none."""
+    """The number of the stream in ANCHORED8, or -1. Its exp_avg_sq is the next stream."""
     found = [i for i in range(count_streams(signature)) if format_of(signature, i) == Format.ANCHORED8]
     return found[0] if found else -1
 
 
 @triton.constexpr_function
 def compute_dtype(signature: int) -> tl.dtype:
-    """Of the arithmetic, by the first stream."""
+    """The dtype of the arithmetic, which follows from the first stream."""
     return tl.float64 if format_of(signature, 0) == Format.FLOAT64 else tl.float32
 
 
 @triton.constexpr_function
 def vector_width(signature: int) -> int:
-    """Elements per thread and access: 16 bytes of the widest dtype. All streams have the same width: else values would
-    have to change threads, through shared memory, on their way from one stream to another."""
+    """Elements per thread and access: 16 bytes of the widest dtype. All streams have the same width. With different
+    widths values would move between threads, through shared memory."""
     dtypes = (DTYPES[format_of(signature, i)] for i in range(count_streams(signature)))
     return 128 // max(dtype.primitive_bitwidth for dtype in dtypes)
 
 
 @triton.jit
 def pointer_to(address: tl.tensor, element: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Pointer to an element of the tensor at an address. The hint of 16 bytes is lost unless it is put on the very
-    value that the cast makes. On a misaligned tensor it is false, and harmless: there, accesses are of one element."""
+    """Pointer to an element of the tensor at an address. The alignment hint must be put on the result of the cast, or
+    it is lost. For a misaligned tensor the hint is false and harmless, because its accesses are of one element."""
     address += element * (dtype.primitive_bitwidth // 8)
     return tl.multiple_of(address.to(tl.pointer_type(dtype)), ALIGNMENT)
 
@@ -160,7 +160,7 @@ def load_codes(pointer: tl.tensor, mask: tl.tensor | None, FILL: tl.constexpr) -
 def decode(
     code: tl.tensor, packing: Packing, mask: tl.tensor | None, FORMAT: tl.constexpr, COMPUTE: tl.constexpr
 ) -> tl.tensor:
-    """The values of one stream; of ANCHORED8 still the codes. Plain formats do not look at `packing`."""
+    """The values of one stream. For ANCHORED8 these are the codes. Plain formats do not use `packing`."""
     if FORMAT == DITHERED:
         return decode_bf16(code)
     elif FORMAT == SPLIT16:
@@ -177,7 +177,7 @@ def decode(
 
 @triton.jit
 def load(pointers: tl.tuple, packing: Packing, mask: tl.tensor | None, SIGNATURE: tl.constexpr) -> tl.tuple:
-    """The values of one block of elements, a stream each."""
+    """The values of one block of elements, for each stream."""
     COMPUTE: tl.constexpr = compute_dtype(SIGNATURE)
     values: tl.tuple = ()
     for i in tl.static_range(len(pointers)):
@@ -193,7 +193,7 @@ def load(pointers: tl.tuple, packing: Packing, mask: tl.tensor | None, SIGNATURE
 @triton.jit
 def narrow(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """x in a storage dtype, rounded to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:  # The interpreter truncates: do the rounding on the bits before it.
+    if INTERPRETED and dtype == tl.bfloat16:  # The interpreter truncates, so the bits are rounded first.
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
@@ -211,8 +211,8 @@ def store_one(
     SIGNATURE: tl.constexpr,
     WHICH: tl.constexpr,
 ) -> tl.tensor:
-    """What one stream becomes. Returns it as it will be read again. square: exp_avg_sq as it is stored, for ANCHORED8.
-    WHICH: the sequence of thresholds."""
+    """Stores one stream. Returns the values as they are stored. square: the stored exp_avg_sq, for ANCHORED8. WHICH:
+    the sequence of thresholds."""
     FORMAT: tl.constexpr = format_of(SIGNATURE, stream)
     if FORMAT == DITHERED:
         code = encode_bf16(value, threshold(WHICH, packing.index, packing.step))
@@ -247,13 +247,13 @@ def store(
     mask: tl.tensor | None,
     SIGNATURE: tl.constexpr,
 ) -> tl.tensor:
-    """What the param or the average of the weights becomes. Returns it as it will be read again."""
+    """Stores the param or the average of the weights. Returns the values as they are stored."""
     return store_one(pointers, stream, value, None, packing, mask, SIGNATURE, PARAM)
 
 
 @triton.constexpr_function
 def sequence_of(state: int) -> int:
-    """Of the thresholds of a state, by its place in the rule."""
+    """The sequence of thresholds for a state, by its place in the rule."""
     return AVERAGE.value if state == 0 else SQUARE.value
 
 
@@ -266,7 +266,7 @@ def store_states(
     mask: tl.tensor | None,
     SIGNATURE: tl.constexpr,
 ) -> tl.tuple:
-    """What the states become, of which `first` is the first stream. Returns them as they will be read again."""
+    """Stores the states. first: the number of their first stream. Returns the values as they are stored."""
     stored: tl.tuple = ()
     if anchored_stream(SIGNATURE) == first:
         for i in tl.static_range(1, len(values)):

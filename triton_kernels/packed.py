@@ -1,10 +1,10 @@
-"""Packed formats: the functions that make codes of float32 values, and values of codes. Mirrors csrc/formats.h."""
+"""Packed formats: conversions between float32 values and codes. Mirrors csrc/formats.h."""
 
 import triton
 import triton.language as tl
 
-# Which sequence of thresholds a stream is rounded at: that of exp_avg_sq and max_exp_avg_sq; of exp_avg and
-# momentum_buffer; of params and averages of the weights. Each has what an element and what a step adds.
+# The sequences of rounding thresholds. SQUARE: exp_avg_sq and max_exp_avg_sq. AVERAGE: exp_avg and momentum_buffer.
+# PARAM: params and averages of the weights. Each sequence has an increment per element and one per step.
 SQUARE, AVERAGE, PARAM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 DITHER_ELEMENT = tl.constexpr((0x6A09E667, 0xBB67AE85, 0x3C6EF372))
 DITHER_STEP = tl.constexpr((0x9E3779B9, 0x32370B91, 0xA54FF53B))
@@ -12,7 +12,7 @@ DITHER_STEP = tl.constexpr((0x9E3779B9, 0x32370B91, 0xA54FF53B))
 
 @triton.jit
 def threshold(WHICH: tl.constexpr, index: tl.tensor, step: tl.tensor) -> tl.tensor:
-    """uint32: at which fraction of 2**32 a dropped part rounds up. index: of the element in the whole param."""
+    """The rounding threshold, uint32, as a fraction of 2**32. index: the element's index in the whole param."""
     return index * DITHER_ELEMENT[WHICH] + step * DITHER_STEP[WHICH]
 
 
@@ -28,7 +28,7 @@ def float_of(bits: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def encode_bf16(x: tl.tensor, at: tl.tensor) -> tl.tensor:
-    """The bits of bfloat16, uint16, rounded at a threshold. Finite values stay finite."""
+    """The bits of bfloat16, uint16, rounded with a threshold. Finite values stay finite."""
     bits = bits_of(x)
     magnitude = bits & 0x7FFFFFFF
     rounded = tl.minimum((magnitude + (at >> 16)) >> 16, 0x7F7F)
@@ -43,7 +43,7 @@ def decode_bf16(code: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def upper_half(master: tl.tensor) -> tl.tensor:
-    """uint16: the bits of the bfloat16 param that goes with a master weight."""
+    """The bits of the bfloat16 param of a master weight, uint16."""
     bits = bits_of(master)
     nan = (bits & 0x7FFFFFFF) > 0x7F800000
     return tl.where(nan, (bits >> 16) | 0x40, (bits + 0x8000) >> 16).to(tl.uint16)
@@ -62,7 +62,7 @@ def join_halves(upper: tl.tensor, lower: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def lower_quarter(master: tl.tensor, at: tl.tensor) -> tl.tensor:
-    """int8: of the lower half its upper eight bits, rounded at a threshold."""
+    """The upper eight bits of the lower half, rounded with a threshold, int8."""
     return tl.minimum((lower_half(master).to(tl.int32) + (at >> 24).to(tl.int32)) >> 8, 127).to(tl.int8)
 
 
@@ -74,7 +74,7 @@ def join_quarter(upper: tl.tensor, lower: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def encode_e8m8(x: tl.tensor, at: tl.tensor) -> tl.tensor:
-    """uint16, of a value that is not negative."""
+    """The code of a value that is not negative, uint16."""
     code = (tl.minimum(bits_of(x) & 0x7FFFFFFF, 0x7F000000) + (at >> 17)) >> 15
     return tl.where(code < 256, 0, code).to(tl.uint16)
 
@@ -91,7 +91,7 @@ def anchor_bits(square: tl.tensor, exponent: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def encode_anchored8(x: tl.tensor, square: tl.tensor, exponent: tl.tensor, at: tl.tensor) -> tl.tensor:
-    """uint8. square: exp_avg_sq as it is stored."""
+    """The code of exp_avg, uint8. square: exp_avg_sq as it is stored."""
     anchor, bits = anchor_bits(square, exponent), bits_of(x)
     total = bits_of(float_of(bits & 0x7FFFFFFF) + float_of(anchor))
     code = tl.minimum((total - anchor + (at >> 13)) >> 19, 127) | ((bits >> 31) << 7)

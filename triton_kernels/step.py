@@ -1,8 +1,8 @@
-"""The walk over the elements of a table on a GPU, a chunk per program. It knows nothing of any optimizer: the
-arithmetic is a rule's (rules.py), and a pass says what becomes of it.
+"""The walk over the elements of a table on a GPU, one chunk per program. It is the same for all optimizers. The
+arithmetic is in rules.py.
 
-A pass gets the pointers and the values of one block of elements, a stream each, stores what it makes of them, and
-returns the values whose squares are to be summed.
+A pass gets pointers and values of one block of elements, for each stream. It stores the new values and returns the
+values whose squares are summed.
 """
 
 import triton
@@ -45,8 +45,8 @@ from .tables import (
 def read_scalars(
     tensor_scalars: tl.tensor, trust: tl.tensor | None, row: tl.tensor, dtype: tl.constexpr
 ) -> TensorScalars:
-    """The scalars of one tensor, rounded once from float64. What the rule does not use, the compiler does not load.
-    The second walk of a rule with a trust ratio takes the ratio with lr."""
+    """The scalars of one tensor, rounded once from float64. The compiler does not load scalars that the rule does not
+    use. In the second walk of a rule with a trust ratio, lr is multiplied by the ratio."""
     columns: tl.tuple = ()
     for i in tl.static_range(SCALAR_WIDTH):
         scalar = tl.load(tensor_scalars + row * SCALAR_WIDTH + i)
@@ -58,7 +58,7 @@ def read_scalars(
 
 @triton.jit
 def without_small_betas(h: TensorScalars) -> TensorScalars:
-    """The same scalars with the constant 0 for the small betas, which then add no instruction."""
+    """The same scalars with the constant 0 for the small betas. Then small betas add no instruction."""
     columns: tl.tuple = ()
     for i in tl.static_range(SCALAR_WIDTH):
         if i == column(SCALARS, "small_beta1") or i == column(SCALARS, "small_beta2"):
@@ -70,9 +70,9 @@ def without_small_betas(h: TensorScalars) -> TensorScalars:
 
 @triton.jit
 def gradient(h: TensorScalars, param: tl.tensor, grad: tl.tensor) -> tl.tensor:
-    """The gradient that a rule sees: scaled, clipped, and with L2 in it."""
+    """The gradient that a rule gets: scaled, clipped, with the L2 penalty added."""
     scaled = grad * h.grad_factor
-    # Without decay the param stays out of it: 0 * inf would put NaN into the states, and an infinite param must stay.
+    # Without decay the param is not used: 0 * inf would put NaN into the states.
     return tl.where(h.l2 != 0.0, tl.fma(h.l2, param, scaled), scaled)
 
 
@@ -86,8 +86,8 @@ def follow(
     mask: tl.tensor | None,
     SIGNATURE: tl.constexpr,
 ) -> None:
-    """Lets the average of the weights, which is the last stream, follow the param as it is stored. With weight 1 what
-    was there before is gone."""
+    """Updates the average of the weights, which is the last stream, from the param as it is stored. With weight 1 the
+    average becomes a copy."""
     new = tl.where(h.ema_weight == 1.0, param, lerp(average, param, h.ema_weight))
     store(pointers, len(pointers) - 1, new, packing, mask, SIGNATURE)
 
@@ -104,7 +104,8 @@ def update(
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
-    """The whole step of most rules. Streams: param, grad, states; with EMA the average of the weights."""
+    """The whole step of rules without a trust ratio. Streams: param, grad, states; with EMA the average of the
+    weights."""
     param = values[0]
     change, states = RULE(h, param, gradient(h, param, values[1]), values[2 : len(values) - EMA])
     store_states(pointers, 2, states, packing, mask, SIGNATURE)  # before the param, to free registers
@@ -126,11 +127,11 @@ def update_moments(
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
-    """The first walk of a rule with a trust ratio: the states, and the norms of param and update. Streams: param, grad,
-    states."""
+    """The first walk of a rule with a trust ratio. Updates the states and sums the squares of param and update.
+    Streams: param, grad, states."""
     param = values[0]
     states = RULE(h, gradient(h, param, values[1]), values[2:])
-    # The norm must be that of the update which `apply_update` will make.
+    # `apply_update` computes its update from the stored states, so the norm is taken of that update.
     states = store_states(pointers, 2, states, packing, mask, SIGNATURE)
     return param, tl.fma(h.decay, finite(param), DIRECTION(h, states))
 
@@ -147,7 +148,7 @@ def apply_update(
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
-    """The second walk: the param. Streams: param, states; with EMA the average of the weights."""
+    """The second walk. Updates the param. Streams: param, states; with EMA the average of the weights."""
     param = values[0]
     change = tl.fma(h.decay, finite(param), DIRECTION(h, values[1 : len(values) - EMA]))
     param = store(pointers, 0, param - h.lr * change, packing, mask, SIGNATURE)
@@ -169,7 +170,7 @@ def walk_block(
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
-    """One block of elements through a pass. Returns the sums, grown."""
+    """Applies a pass to one block of elements. Returns the sums, with those of the block added."""
     values = load(pointers, packing, mask, SIGNATURE)
     measured = PASS(h, pointers, values, packing, mask, RULE, DIRECTION, SIGNATURE, EMA)
     grown: tl.tuple = ()
@@ -180,7 +181,7 @@ def walk_block(
 
 @triton.jit
 def sum_squares(x: tl.tensor, mask: tl.tensor | None) -> tl.tensor:
-    """float64 [THREADS]: of each thread's elements, so that nothing has to change threads."""
+    """The sum over each thread's elements, float64 [THREADS]. No value moves between threads."""
     wide = x.to(tl.float64)
     squares = wide * wide if mask is None else tl.where(mask, wide * wide, 0.0)
     return tl.sum(tl.reshape(squares, (THREADS, x.shape[0] // THREADS)), axis=1)
@@ -200,9 +201,9 @@ def walk(
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
-    """`count` elements of the streams of SIGNATURE. Aligned streams by vectors: whole blocks, then the rest, by the
-    threads that have a vector there. All else element by element, also tensors with small betas. Returns the sums,
-    grown."""
+    """Applies a pass to `count` elements. Aligned streams are accessed in vectors: first whole blocks, then the rest,
+    with a mask. Misaligned tensors and tensors with small betas are accessed element by element. Returns the sums, with
+    those of the elements added."""
     WIDTH: tl.constexpr = vector_width(SIGNATURE)
     # One access per thread and stream: a larger block would take the vector width of another signature of the launch.
     BLOCK: tl.constexpr = THREADS * WIDTH
@@ -210,7 +211,7 @@ def walk(
     if RULE is not None:  # without a rule h has no betas
         usual = without_small_betas(h)
         aligned = aligned & (h.small_beta1 == 0.0) & (h.small_beta2 == 0.0)
-    # The compiler must see that this is a multiple of WIDTH: then a mask is the same for all of a vector.
+    # The compiler must see that this is a multiple of WIDTH. Then a mask is constant within a vector.
     vectored = tl.where(aligned, count // WIDTH, 0) * WIDTH
     blocks = vectored // BLOCK
     for i in range(blocks):
@@ -222,7 +223,7 @@ def walk(
         mask = at < vectored
         here, packed = [pointer + at for pointer in pointers], at_elements(packing, at)
         sums = walk_block(usual, here, packed, mask, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA)
-    # Sums must not depend on where tensors lie: there, an element belongs to the same thread either way.
+    # Sums must not depend on alignment: each element belongs to the same thread in both loops.
     TAIL: tl.constexpr = BLOCK if len(sums) > 0 else THREADS
     start = vectored // TAIL * TAIL if len(sums) > 0 else vectored
     for i in range(start, tl.where(vectored < count, count, 0), TAIL):
@@ -235,14 +236,14 @@ def walk(
 
 @triton.jit
 def store_sums(partials: tl.tensor, sums: tl.tuple) -> None:
-    """To this program's row of partials."""
+    """Stores the sums into this program's row of partials."""
     for i in tl.static_range(len(sums)):
         tl.store(partials + len(sums) * tl.program_id(0).to(tl.int64) + i, tl.sum(sums[i]))
 
 
 @triton.jit
 def read_packing(fields: tl.tensor, first: tl.tensor, SIGNATURE: tl.constexpr) -> tl.tuple:
-    """What the packed formats of a row need, at the first element of a chunk. fields: the row."""
+    """The packing of a row at the first element of a chunk. fields: pointer to the row."""
     if is_packed(SIGNATURE):
         step = tl.load(tl.load(fields + column(ROWS, "step")).to(tl.pointer_type(tl.float32)))
         index = (tl.load(fields + column(ROWS, "first_element")) + first).to(tl.uint32)
@@ -267,7 +268,7 @@ def step_chunk(
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> None:
-    """One chunk of one tensor."""
+    """Applies a pass to one chunk of one tensor."""
     row, first = row_of(entry), first_element(entry)
     h = read_scalars(tensor_scalars, trust, row, compute_dtype(SIGNATURE))
     fields = rows + row * ROW_WIDTH
@@ -284,7 +285,7 @@ def step_chunk(
     if EMA:
         address = tl.load(fields + column(ROWS, "ema"))
         pointers += (pointer_to(address, first, stream_dtype(SIGNATURE, len(pointers))),)
-    # A skipped tensor has no elements: no branch, so that all the scalars above are on their way at once.
+    # A skipped tensor has 0 elements. Without a branch all loads of scalars are issued at once.
     count = tl.where(h.skip == 0.0, tl.minimum(tl.load(fields + column(ROWS, "numel")) - first, CHUNK), 0).to(tl.int32)
     packing = read_packing(fields, first, SIGNATURE)
     if partials is None:
@@ -309,10 +310,11 @@ def step_kernel(
     SIGNATURES: tl.constexpr,
     EMA: tl.constexpr,
 ) -> None:
-    """One program per entry of chunk_table. SIGNATURES: the streams that PASS walks, of every dtype signature of this
-    table, in the order in which chunk_table numbers them. EMA: whether the last of these is an average of the weights.
-    What PASS has no use for is None: grads in `apply_update`, partials but in `update_moments`, trust but in
-    `apply_update`."""
+    """One program per entry of chunk_table.
+
+    SIGNATURES: the streams that PASS walks, for every dtype signature of the table, by its number in chunk_table. EMA:
+    whether the last stream is the average of the weights. Arguments that PASS does not use are None: grads in
+    `apply_update`, partials except in `update_moments`, trust except in `apply_update`."""
     entry = tl.load(chunk_table + tl.program_id(0))
     for i in tl.static_range(len(SIGNATURES)):
         if signature_number(entry) == i:

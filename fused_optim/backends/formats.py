@@ -1,4 +1,4 @@
-"""Formats in plain PyTorch: the only loads and stores of values in the reference backend."""
+"""Formats in plain PyTorch. All loads and stores of values of the reference backend are here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def real_view(tensor: Tensor) -> Tensor:
 
 
 def load(tensor: Tensor) -> Tensor:
-    """The values, as reals of at least float32; shares memory where nothing has to change."""
+    """The values as real numbers, float32 or float64. Shares memory with the tensor if no conversion is needed."""
     real = real_view(tensor.resolve_conj())
     return real if real.dtype == torch.float64 else real.float()
 
@@ -25,7 +25,7 @@ def store(tensor: Tensor, values: Tensor) -> None:
 
 
 def load_param(row: Row) -> Tensor:
-    """As the rule sees it: its master where it has one."""
+    """The param as the rule gets it: its master weights if it has them."""
     return load(row.target) if row.low is None else formats.join(row.target, row.low)
 
 
@@ -41,7 +41,7 @@ def store_param(row: Row, values: Tensor) -> None:
 
 
 def load_states(row: Row) -> list[Tensor]:
-    """The values of the states; of an exp_avg in anchored8 those that it has beside the exp_avg_sq that is stored."""
+    """The values of the states. An exp_avg in anchored8 is decoded with the stored exp_avg_sq."""
     values = [formats.decode_e8m8(state) if state.dtype == torch.uint16 else state for state in row.states]
     if values and values[0].dtype == torch.uint8:
         values[0] = formats.decode_anchored8(values[0], load(values[1]), row.anchor)
@@ -49,7 +49,7 @@ def load_states(row: Row) -> list[Tensor]:
 
 
 def store_states(row: Row, values: list[Tensor]) -> None:
-    for number in reversed(range(len(values))):  # an exp_avg in anchored8 after its exp_avg_sq
+    for number in reversed(range(len(values))):  # exp_avg in anchored8 needs the stored exp_avg_sq
         state, value = row.states[number], values[number]
         dither = formats.DITHER_AVERAGE if number == 0 else formats.DITHER_SQUARE
         if state.dtype == torch.uint16:
@@ -62,7 +62,7 @@ def store_states(row: Row, values: list[Tensor]) -> None:
 
 
 def store_rounded(row: Row, tensor: Tensor, values: Tensor, name: str, dither: formats.Dither) -> None:
-    """A tensor of one array that is "param", "states" or "ema" in Row.dithered."""
+    """Stores a tensor without a second array. name: its name in Row.dithered."""
     if tensor.dtype == torch.bfloat16 and name in row.dithered:
         tensor.copy_(formats.encode_bf16(values, at(row, dither)))
     else:
@@ -70,8 +70,8 @@ def store_rounded(row: Row, tensor: Tensor, values: Tensor, name: str, dither: f
 
 
 def at(row: Row, dither: formats.Dither) -> Tensor:
-    """The thresholds of all elements in this step, laid out as the row's tensors: elements count as they lie in
-    memory."""
+    """The thresholds of all elements in this step, in the layout of the row's tensors. Elements are counted in memory
+    order."""
     target = row.target
     index = torch.empty_like(target, dtype=torch.int64)
     count = torch.arange(row.first_element, row.first_element + target.numel(), device=target.device)

@@ -1,5 +1,5 @@
-"""The reference backend: prep and the walks in plain PyTorch, one tensor at a time, on any device. Slow, and easy to
-believe."""
+"""The reference backend: prepare and the walks in plain PyTorch, one tensor at a time, on any device. It is slow and
+simple, and the other backends are tested against it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def quotient(x: float, y: float) -> float:
 
 
 def power(base: float, exponent: float) -> float:
-    """base**exponent as csrc/prep.h has it. Overflows to inf, where Python's ** raises."""
+    """base**exponent as csrc/prep.h computes it. Overflows to inf, while Python's ** raises an error."""
     result, bits = 1.0, int(exponent)
     while bits:
         result *= base if bits & 1 else 1.0
@@ -43,8 +43,10 @@ def decoupled_decay(group: GroupHparams, trust: bool) -> float:
 
 
 def scalars_of(table: Table, row: Row, grad_scale: float = 1.0, norm: float | None = None) -> TensorScalars:
-    """What csrc/prep.h makes of a tensor whose step has been counted. norm: of all gradients that are clipped, after
-    the division by grad_scale."""
+    """The scalars of a tensor whose step has been counted, as csrc/prep.h computes them.
+
+    norm: the norm of all gradients that are clipped, after the division by grad_scale.
+    """
     group, step = table.hparams.of(row.group_index), float(row.step)
     at = BiasCorrections(step, 1 - power(group.beta1, step), 1 - power(group.beta2, step))
     factor = quotient(1.0, grad_scale)
@@ -104,7 +106,7 @@ def write(row: Row, h: TensorScalars, param: Tensor) -> None:
 
 
 def with_decay(row: Row, h: TensorScalars, update: Tensor) -> Tensor:
-    """The update with decoupled decay in it. Infinite params stay what they are."""
+    """The update including decoupled decay. Infinite params are not decayed."""
     if not h.decay:
         return update
     param = load_param(row)
@@ -112,7 +114,7 @@ def with_decay(row: Row, h: TensorScalars, update: Tensor) -> Tensor:
 
 
 def trusted_update(table: Table, row: Row, h: TensorScalars) -> Tensor:
-    """Of the states as they are stored, because a float16 one may have become 0."""
+    """The update from the states as they are stored. A float16 state may have become 0."""
     direction = RULES[table.rule.name].direction
     assert direction is not None
     return with_decay(row, h, direction(h, load_states(row)))
@@ -151,7 +153,7 @@ class Reference(Backend):
             table.tensor_scalars[:, SKIP] = 1.0
             return
         scale = 1.0 if scaling.grad_scale is None else float(scaling.grad_scale)
-        # A tensor's division: a scale of 0 gives inf or NaN, as in the kernels, where Python's would raise.
+        # Divided as a tensor: a scale of 0 gives inf or NaN, as in the kernels. Python's division would raise an error.
         norm = None if scaling.squares is None else float(scaling.squares.double().sqrt() / scale)
         for number, row in enumerate(table.rows_list):
             step_row(table, row, number, scale, norm)

@@ -1,5 +1,5 @@
-"""New tables: validates params and gradients, builds their states, builds the tables. Changes nothing of the optimizer;
-the base class installs what comes out."""
+"""Builds new tables: validates params and gradients, builds states, builds tables. The optimizer is not changed; the
+base class installs the results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def members_of(groups: ParamGroups) -> Iterator[tuple[Tensor, int, dict[str, Any
 
 
 def validate(optimizer: str, rule: Rule, groups: ParamGroups, names: Sequence[str | None], state: States) -> None:
-    """Raises RuntimeError, TypeError or ValueError for a param, gradient or hyperparameter that no step could use.
+    """Raises RuntimeError, TypeError or ValueError for a param, gradient or hyperparameter that a step cannot use.
 
     optimizer: its class, for messages. names: of the params, None where they have none.
     """
@@ -46,11 +46,10 @@ def validate(optimizer: str, rule: Rule, groups: ParamGroups, names: Sequence[st
 
 @dataclass
 class Built:
-    """What `build_states` makes.
+    """The result of `build_states`.
 
-    rows: of the params that are stepped. pending: params that have had no gradient yet, and have no state.
-    fresh: the states of each param with a row, in the order in which `optimizer.state` has them. steps: their counts of
-        updates.
+    rows: one for each param that is stepped. pending: params without a gradient so far and without states.
+    fresh: the states of each param with a row, in the order of `optimizer.state`. steps: their counts of updates.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -68,9 +67,9 @@ def build_states(
     ema: WeightAverage | None,
     masters: MasterWeights,
 ) -> Built:
-    """Rows for all params that have a gradient or states; states that are missing are made.
+    """Builds rows for all params that have a gradient or states, and makes missing states.
 
-    counts: updates of each param so far, where its rule keeps no `step` in its states.
+    counts: the number of updates of each param, for rules without a `step` in their states.
     """
     built = Built()
     for param, index, group in members_of(groups):
@@ -143,8 +142,8 @@ def missing_states(
 
 
 def _count_of(rule: Rule, state: dict[str, Any], count: Tensor | None, begun: bool) -> Any:
-    """How many updates the param has had. Where that is no state, it is enough to know whether there was one: a
-    loaded optimizer has begun with a param whose states it has."""
+    """The number of updates of a param. Rules without `step` only need to know whether there was one. A param that was
+    loaded with states had one."""
     if rule.counted:
         return state.get("step", 0.0)
     if not begun:
@@ -155,8 +154,8 @@ def _count_of(rule: Rule, state: dict[str, Any], count: Tensor | None, begun: bo
 def build_tables(
     rule: Rule, rows: Sequence[Row], groups: ParamGroups, scaler: Scaler, ema: WeightAverage | None
 ) -> tuple[HostHparams, list[Table]]:
-    """The hyperparameters of all groups, and a table for each device. Where something is summed over whole tensors,
-    those that are summed over the same processes have a table of their own."""
+    """The hyperparameters of all groups, and a table for each device. If something is summed over whole tensors,
+    tensors that are summed over different processes are in different tables."""
     hparams = HostHparams(len(groups), rule.clip_eps, scaler.bound_without_key(groups))
     if ema is not None:
         hparams.column("ema_decay").fill_(ema.current)

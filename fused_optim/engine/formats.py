@@ -1,7 +1,6 @@
-"""Stream formats narrower than float32, in plain PyTorch: how one logical value is stored and read again. Mirrors
-csrc/formats.h; all backends store the same bits.
+"""Stream formats narrower than float32, in plain PyTorch. Mirrors csrc/formats.h: all backends store the same bits.
 
-Bits of float32 are int64 tensors here, because torch has little arithmetic of unsigned integers.
+The bits of a float32 are held as int64, because torch has few operations on unsigned integers.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ MAGNITUDE, INFINITY, WORD = 0x7FFFFFFF, 0x7F800000, 0xFFFFFFFF
 
 
 class Dither(NamedTuple):
-    """The constants of a sequence of rounding thresholds: what each element and each step adds."""
+    """The constants of a sequence of rounding thresholds: the increments per element and per step."""
 
     element: int
     step: int
@@ -37,19 +36,19 @@ def float_of(bits: Tensor) -> Tensor:
 
 
 def signed(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The lower bits as integers of a dtype."""
+    """The lower bits, as integers of a dtype."""
     width = 8 * dtype.itemsize
     bits = bits & ((1 << width) - 1)
     return (bits - ((bits >> (width - 1)) << width)).to(dtype)
 
 
 def thresholds(dither: Dither, index: Tensor, step: int) -> Tensor:
-    """index: int64, of the elements in the whole param. Fractions of 2**32."""
+    """Rounding thresholds, as fractions of 2**32. index: int64, the elements' indices in the whole param."""
     return ((index & WORD) * dither.element + step * dither.step) & WORD
 
 
 def encode_bf16(x: Tensor, at: Tensor | int) -> Tensor:
-    """bfloat16, rounded at thresholds. Finite values stay finite."""
+    """bfloat16, rounded with thresholds. Finite values stay finite."""
     bits = bits_of(x)
     magnitude = bits & MAGNITUDE
     rounded = ((magnitude + (at >> 16)) >> 16).clamp(max=0x7F7F)
@@ -59,33 +58,33 @@ def encode_bf16(x: Tensor, at: Tensor | int) -> Tensor:
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """Exact master weights as bfloat16 params and int16 lower halves."""
+    """Splits master weights into bfloat16 params and int16 lower halves. Loses no bit."""
     bits = bits_of(master)
     upper = torch.where((bits & MAGNITUDE) > INFINITY, (bits >> 16) | 0x40, (bits + 0x8000) >> 16)
     return signed(upper, torch.int16).view(torch.bfloat16), signed(bits, torch.int16)
 
 
 def join(param: Tensor, lower: Tensor) -> Tensor:
-    """The master weights, float32. lower: int16, or int8 of 24-bit ones."""
+    """Joins params and lower halves to master weights, float32. lower: int16, or int8 for 24-bit master weights."""
     unit = 1 if lower.dtype == torch.int16 else 256
     return float_of((bits_of(param) + lower.long() * unit) & WORD)
 
 
 def convert_lower(lower: Tensor, dtype: torch.dtype) -> Tensor:
-    """Lower halves as int16 or int8, rounded to nearest."""
+    """Converts lower halves to int16 or int8, with rounding to nearest."""
     if lower.dtype == dtype:
         return lower
     return lower.to(dtype) * 256 if dtype == torch.int16 else ((lower.int() + 128) >> 8).clamp(max=127).to(dtype)
 
 
 def lower_quarter(master: Tensor, at: Tensor | int) -> Tensor:
-    """int8: of lower halves the upper eight bits, rounded at thresholds."""
+    """The upper eight bits of the lower halves, rounded with thresholds, as int8."""
     lower = signed(bits_of(master), torch.int16).long()
     return ((lower + (at >> 24)) >> 8).clamp(max=127).to(torch.int8)
 
 
 def encode_e8m8(x: Tensor, at: Tensor | int) -> Tensor:
-    """uint16, of values that are not negative."""
+    """The codes of values that are not negative, uint16."""
     bits = (bits_of(x) & MAGNITUDE).clamp(max=0x7F000000)
     code = (bits + (at >> 17)) >> 15
     return torch.where(code < 256, 0, code).to(torch.uint16)
@@ -100,7 +99,7 @@ def anchor_bits(square: Tensor, exponent: int) -> Tensor:
 
 
 def encode_anchored8(x: Tensor, square: Tensor, exponent: int, at: Tensor | int) -> Tensor:
-    """uint8. square: exp_avg_sq as it is stored."""
+    """The codes of exp_avg, uint8. square: exp_avg_sq as it is stored."""
     anchor, bits = anchor_bits(square, exponent), bits_of(x)
     total = bits_of(float_of(bits & MAGNITUDE) + float_of(anchor))
     code = ((total - anchor + (at >> 13)) >> 19).clamp(max=127) | ((bits >> 31) << 7)

@@ -1,4 +1,4 @@
-"""Master weights: bfloat16 params whose lower halves stand in the state, so that no update is lost."""
+"""Master weights of bfloat16 params. The param is the upper half of a float32 weight; the lower half is a state."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LOW_DTYPES: dict[Kind, torch.dtype] = {"exact": torch.int16, "24bit": torch.int8
 
 
 def check_kind(kind: Any) -> None:
-    """Raises ValueError for master weights that there are not."""
+    """Raises ValueError unless it is a value of the option master_weights."""
     if kind is not None and kind not in get_args(Kind):
         names = " or ".join(f'"{name}"' for name in get_args(Kind))
         raise ValueError(f"master_weights must be None or {names}, but got {kind!r}")
 
 
 def check_param(param: Tensor, kind: Kind | None) -> None:
-    """Raises TypeError for a param that can have no such master weights but would need them."""
+    """Raises TypeError for a float16 param if master weights are wanted."""
     if kind is not None and param.dtype == torch.float16:
         raise TypeError(
             f'master_weights="{kind}" is for bfloat16 params, but got one of torch.float16, which is not the upper '
@@ -37,14 +37,14 @@ def check_param(param: Tensor, kind: Kind | None) -> None:
 
 
 class MasterWeights:
-    """Which params of an optimizer have lower halves, and whether these still belong to what the params hold.
+    """The master weights of one optimizer: which params have them, and whether their lower halves are still valid.
 
-    A lower half belongs to the bits that its param had after the last step. Everything else that writes to the param
-    makes it stale: torch counts writes (Tensor._version), and new memory has another address. Then the param alone is
-    the master: its lower half becomes 0.
+    A lower half is valid for the bits that its param had after the last step. A write by anything else makes it stale.
+    Writes are detected by torch's count (Tensor._version) and by the address of the memory. A stale lower half becomes
+    0, so that the param alone is the master.
 
-    kind: None where there are none. seen: version and address of the shard of each param that has a lower half, as they
-    were when both belonged together. A param that is not in it is taken as it is when it is first seen.
+    kind: the option master_weights. seen: for each param with a lower half, version and address of its shard at the
+        time when the lower half was valid. The lower half of a param without an entry is taken to be valid.
     """
 
     def __init__(self, kind: Kind | None) -> None:
@@ -63,22 +63,22 @@ class MasterWeights:
         return 0 if shard.is_inference() else shard._version, shard.data_ptr()
 
     def remember(self, params: Iterable[Tensor]) -> None:
-        """Param and lower half belong together as they are now."""
+        """Declares the lower halves of these params valid for the present values."""
         self.seen.update({param: self.place(param) for param in params})
 
     def guard(self, rows: Sequence[Row]) -> list[Tensor]:
-        """Remembers the params of new rows that have lower halves, and returns those whose writes torch counts."""
+        """Declares the lower halves of new rows valid. Returns the params whose writes torch counts."""
         params = [row.param for row in rows if row.low is not None]
         self.remember(params)
         return [param for param in params if not local(param).is_inference()]
 
     def remember_versions(self, params: Sequence[Tensor], versions: Sequence[int]) -> None:
-        """After steps: the versions that they have left."""
+        """Records the versions of params after steps. Their addresses have not changed."""
         for param, version in zip(params, versions, strict=True):
             self.seen[param] = version, self.seen[param][1]
 
     def restored(self) -> None:
-        """Params hold their own bits again, after others were lent to them; not those that have other memory now."""
+        """Declares lower halves valid again after params were restored. A param with new memory was not restored."""
         places = {param: self.place(param) for param in self.seen}
         self.seen.update({param: place for param, place in places.items() if place[1] == self.seen[param][1]})
 
@@ -100,23 +100,25 @@ class MasterWeights:
             self.remember(stale)
 
     def loaded(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """After lower halves were loaded: each belongs to what its param holds at the next step. Drops those of params
-        that have every bit themselves, or shall have no master."""
+        """To be called after a checkpoint was loaded. Each lower half is taken to be valid at the next step. Removes
+        the lower halves of params that have no master weights here."""
         self.seen.clear()
         for param, values in state.items():
             if LOW in values and not self.covers(param):
                 del values[LOW]
 
     def keep_only(self, params: Iterable[Tensor]) -> None:
-        """Forgets all other params."""
+        """Removes the entries of all other params."""
         self.seen = {param: self.seen[param] for param in params if param in self.seen}
 
     def join(self, row: Row, kept: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Gives a row its param's lower half, zeros where `kept`, its state, has none. Returns what the state is to
-        hold of it: nothing where the param has no master.
+        """Gives a row the lower half of its param. If the param's state `kept` has none, it is zeros.
+
+        Returns:
+            The entry for the param's state; empty if the param has no master weights.
 
         Raises:
-            RuntimeError: the lower half that is there is none.
+            RuntimeError: the state's lower half has a dtype that lower halves cannot have.
         """
         if self.kind is None or not self.covers(row.param):
             return {}
@@ -136,7 +138,8 @@ class MasterWeights:
         return {LOW: low}
 
     def master(self, param: Tensor, state: Mapping[str, Any]) -> Tensor:
-        """A new float32 tensor; of params that are wider than that in their own dtype."""
+        """The master weights of a param as a new float32 tensor. float64 and complex params are copied in their
+        dtype."""
         low = state.get(LOW)
         if isinstance(low, Tensor) and self.covers(param):
             return like(param, formats.join(local(param).detach(), local(low)))
@@ -145,7 +148,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def lower(self, params: Sequence[Tensor], state: MutableMapping[Tensor, dict[str, Any]], kind: Kind) -> None:
-        """Turns float32 params into bfloat16 ones in place, and keeps their lower halves in `state`.
+        """Converts float32 params to bfloat16 in place, and puts their lower halves into `state`.
 
         Raises:
             RuntimeError: a float32 param has a gradient, or is a DTensor. Nothing has been changed then.

@@ -1,4 +1,4 @@
-"""How states are stored: the option `state_dtype`, and what makes states of one format out of those of another."""
+"""The option `state_dtype`, and conversions of states between formats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ StateDtype = torch.dtype | Literal["compact"] | Mapping[str, torch.dtype | Code]
 
 
 class Storage(NamedTuple):
-    """How an optimizer stores what has no master. dithered: the bfloat16 tensors are rounded at thresholds."""
+    """The storage options of an optimizer. dithered: whether bfloat16 tensors are rounded with dithering."""
 
     state_dtype: StateDtype
     dithered: bool
@@ -33,7 +33,7 @@ CHOICES = (
 
 
 def check_state_dtype(value: Any, rule: Rule) -> None:
-    """Raises ValueError for what is no state_dtype of an optimizer with this rule."""
+    """Raises ValueError unless an optimizer with this rule accepts it as state_dtype."""
     if not isinstance(value, Mapping):
         if value not in (None, "compact", *NARROW):
             raise ValueError(f"state_dtype must be {CHOICES}, but got {value!r}")
@@ -58,7 +58,7 @@ def check_state_dtype(value: Any, rule: Rule) -> None:
 
 
 def choices_of(value: StateDtype, rule: Rule) -> dict[str, torch.dtype | Code]:
-    """What a state_dtype says of each state; nothing of those that keep their param's dtype."""
+    """The format that a state_dtype chooses for each state. States that keep their param's dtype have no entry."""
     if value is None:
         return {}
     if isinstance(value, Mapping):
@@ -71,13 +71,13 @@ def choices_of(value: StateDtype, rule: Rule) -> dict[str, torch.dtype | Code]:
 
 
 def check_betas(value: StateDtype, rule: Rule, betas: Any) -> None:
-    """Raises ValueError where an exp_avg in anchored8 could grow out of its range."""
+    """Raises ValueError if exp_avg is stored in anchored8 and these betas do not bound it."""
     if choices_of(value, rule).get("exp_avg") == "anchored8":
         exponent_for(*betas)
 
 
 def exponent_for(beta1: float | Tensor, beta2: float | Tensor) -> int:
-    """Of the anchors. Raises ValueError for betas that bound no exp_avg."""
+    """The exponent of the anchors for these betas. Raises ValueError if they do not bound exp_avg."""
     exponent = formats.anchor_exponent(float(beta1), float(beta2))
     if exponent is None:
         raise ValueError(
@@ -88,10 +88,10 @@ def exponent_for(beta1: float | Tensor, beta2: float | Tensor) -> int:
 
 
 class AnchorWatch:
-    """Whether the betas, which may change at every step, still bound every exp_avg in anchored8.
+    """Detects betas for which the anchors of an exp_avg in anchored8 are too small. Betas may change at every step.
 
-    betas: float64 [groups, 2], as they were last looked at. anchors: float64 [groups], the smallest exponent in the
-        group; inf where there is none.
+    seen: the betas at the last check, float64 [groups] each. anchors: float64 [groups], the smallest exponent in the
+        group; inf if the group has no state in anchored8.
     """
 
     def __init__(self, hparams: HostHparams, rows: Sequence[Row]) -> None:
@@ -104,7 +104,7 @@ class AnchorWatch:
         self.needed = bool(self.anchors.isfinite().any())
 
     def outgrown(self) -> bool:
-        """Whether a state must be encoded anew, or cannot be."""
+        """Whether a state must be encoded again, or the betas no longer bound it."""
         if not self.needed or (torch.equal(self.beta1, self.seen[0]) and torch.equal(self.beta2, self.seen[1])):
             return False
         self.seen = self.beta1.clone(), self.beta2.clone()
@@ -112,7 +112,7 @@ class AnchorWatch:
 
 
 def takes_codes(param: Tensor) -> bool:
-    """Whether its states can have packed formats: the arithmetic is float32."""
+    """Whether the states of a param can have packed formats, which need float32 arithmetic."""
     return param.dtype in NARROW
 
 
@@ -122,10 +122,10 @@ def is_coded(state: Tensor) -> bool:
 
 @torch.no_grad()
 def decoded(states: Mapping[str, Any], name: str) -> Tensor:
-    """A state's values: itself, or float32 ones of its codes.
+    """The values of a state. Codes are decoded to float32; any other state is returned itself.
 
     Raises:
-        RuntimeError: it is in anchored8, and what that needs is missing.
+        RuntimeError: the state is in anchored8, and exp_avg_sq or the anchor is missing.
     """
     state = states[name]
     if not is_coded(state):
@@ -144,7 +144,7 @@ def decoded(states: Mapping[str, Any], name: str) -> Tensor:
 
 @torch.no_grad()
 def encoded(value: Tensor, choice: torch.dtype | Code, square: Tensor | None, exponent: int) -> Tensor:
-    """A state in another format, rounded to nearest. square: exp_avg_sq as it is stored, for anchored8."""
+    """Converts a state to another format, with rounding to nearest. square: the stored exp_avg_sq, for anchored8."""
     shard = local(value)
     if isinstance(choice, torch.dtype):
         made = shard.to(choice)
@@ -167,13 +167,17 @@ def convert(
     choices: Mapping[str, torch.dtype | Code],
     betas: Sequence[float | Tensor] | None,
 ) -> dict[str, Any]:
-    """`states` as an optimizer with these choices has them: codes where it wants codes, and none where it wants a
-    dtype. A state without a choice keeps its format, and one with a dtype keeps it where another dtype is wanted. With
-    `anchor` where exp_avg is in anchored8. What fits is not copied.
+    """Converts loaded states to the formats of an optimizer.
+
+    choices: the wanted formats, see choices_of. Codes are decoded if a dtype is wanted, and states are encoded if codes
+        are wanted. A state keeps its dtype if another dtype is wanted, and its format if there is no choice for it.
+
+    Returns:
+        The states, and the anchor if exp_avg is in anchored8. States that fit are not copied.
 
     Raises:
-        ValueError: the betas bound no exp_avg, and it is in anchored8.
-        RuntimeError: a state in anchored8 lacks what that needs.
+        ValueError: exp_avg is to be in anchored8, and the betas do not bound it.
+        RuntimeError: a state is in anchored8, and exp_avg_sq or the anchor is missing.
     """
     tensors = {name: state for name, state in states.items() if name != ANCHOR}
     stored = {name: format_name(state) for name, state in tensors.items()}

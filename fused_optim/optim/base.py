@@ -1,4 +1,4 @@
-"""FusedOptimizer: param groups, state, checkpoints and step() of every optimizer here. Subclasses name a rule."""
+"""FusedOptimizer: param groups, states, checkpoints and step() of every optimizer. Subclasses name a rule."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ class FusedOptimizer(Mastered):
         except BaseException:
             if self._ema is not None:
                 self._ema.steps = averaged
-            self._forget()  # the devices may not know what has moved; new tables bring it over
+            self._forget()  # the devices may lack changes; new tables bring them
             raise
         try:
             walk(self._tables, scalings)
@@ -230,11 +230,11 @@ class FusedOptimizer(Mastered):
         return loss
 
     def _prepare(self, grad_scale: float | Tensor | None) -> list[Scaling]:
-        """All that comes before the first change of a param or state."""
+        """Everything before the first change of a param or state."""
         watched = self._watched_state is self.state and self._watched_groups is self.param_groups
         changes = self._detector.poll() if watched else REBUILD
         if changes & REBUILD or (changes & RAW_CHANGED and self._anchors.outgrown()):
-            with torch.device("cpu"):  # of the host's arrays, whatever torch.set_default_device says
+            with torch.device("cpu"):  # the arrays are on the host, whatever torch.set_default_device says
                 self._rebuild()
             changes = 0  # new tables go to their device whole, when they are first used
         if self._ema is not None:
@@ -257,12 +257,12 @@ class FusedOptimizer(Mastered):
     # ---- tables
 
     def _forget(self) -> None:
-        """Drops the tables: the next step looks at everything anew."""
+        """Drops the tables. The next step builds new ones."""
         if FusedOptimizer._uncompiled_step is None:  # not sooner: it imports Dynamo, as torch's constructor does
             FusedOptimizer._uncompiled_step = torch.compiler.disable(
                 FusedOptimizer.step, reason="a fused optimizer's step is a kernel of its own, which nothing can enter"
             )
-        # A CUDA graph goes on reading its tables.
+        # CUDA graphs keep reading their tables.
         self._captured: list[Backend] = self.__dict__.get("_captured", [])
         self._captured += [bound for bound in self.__dict__.get("_tables", ()) if bound.captured]
         if self.__dict__.get("_guarded"):
@@ -277,11 +277,11 @@ class FusedOptimizer(Mastered):
 
     @torch.no_grad()
     def _rebuild(self) -> None:
-        """New tables for what is there now: validates, builds states, builds tables, and installs all of it only when
-        everything has gone well.
+        """Builds tables for the present params, gradients, states and groups: validates, builds states, builds tables.
+        They are installed only if all of this succeeds.
 
         Raises:
-            RuntimeError: a CUDA graph is being captured: its replays would make the states anew every time.
+            RuntimeError: a CUDA graph is being captured. Every replay would make the states again.
         """
         refuse_capture(
             "an optimizer cannot take its first step, or its first one with other params, states or groups,",
@@ -296,7 +296,7 @@ class FusedOptimizer(Mastered):
         hparams, made = build_tables(rule, built.rows, groups, self._scaler, self._ema)
         tables = [choose(self._backend, table) for table in made]
 
-        # Nothing may fail from here to the detector, which fails only where another thread interferes.
+        # Nothing may fail from here to the detector, which fails only if another thread interferes.
         params = [param for param, *_ in members_of(groups)]
         if self._ema is not None:
             self._ema.keep_only(params)
@@ -319,7 +319,7 @@ class FusedOptimizer(Mastered):
             )
         self._detector, self._tables, self._looks = detector, tables, self._scaler.looks_at(groups)
         self._guarded, self._anchors = guarded, AnchorWatch(hparams, built.rows)
-        # Nothing watches params on meta: with one of them every step looks at all params anew.
+        # Params on meta cannot be watched: with one of them every step builds new tables.
         self._watched_state = None if any(table.is_meta for table in made) else self.state
         self._watched_groups = groups
         self._on_cuda = any(table.device.type == "cuda" for table in made)
@@ -340,15 +340,16 @@ class FusedOptimizer(Mastered):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class, or of torch's class of the same rule.
 
-        States keep the dtype that they were saved in, `step` may be a number or a tensor of any device, and options
-        that the saved groups lack keep this optimizer's values. So does skipped_steps. Averages of the weights that the
-        checkpoint lacks start anew. Without an ema_decay those of the checkpoint are left out. Errors are torch's.
+        States keep the dtype that they were saved in. `step` may be a number or a tensor on any device. Options that
+        the saved groups lack keep this optimizer's values, and so does skipped_steps. If the checkpoint has no averages
+        of the weights, they start again as copies. If this optimizer has no ema_decay, saved averages are dropped.
+        Errors are torch's.
 
-        Lower halves of master weights are joined with what the params hold at the next step: load the model's weights
-        before or after, but before that step.
+        Lower halves of master weights are joined with the values that the params have at the next step. Load the
+        model's weights, too, before that step.
 
         Raises:
-            RuntimeError: this is inside of ema_weights().
+            RuntimeError: the call is inside of ema_weights().
         """
         if self._ema is not None:
             self._ema.check_not_swapped("load_state_dict() cannot be called")
@@ -364,13 +365,12 @@ class FusedOptimizer(Mastered):
             self._ema.resume(state_dict, self.state)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's. With an ema_decay each param has one state more, "ema", the average of its weights, and there is
-        "ema_steps", the number of step() calls. With skip_nonfinite there is "skipped_steps". torch's classes load and
-        ignore all three. States that no update has reached yet, because each step was skipped, are left out where
-        torch would not have made them.
+        """torch's state_dict. With an ema_decay each param has the state "ema", the average of its weights, and the
+        dict has "ema_steps", the number of step() calls. With skip_nonfinite it has "skipped_steps". torch's classes
+        load and ignore all three. If every step so far was skipped, states that torch would not have made are left out.
 
         Raises:
-            RuntimeError: this is inside of ema_weights().
+            RuntimeError: the call is inside of ema_weights().
         """
         self._settle_masters()
         left_out: dict[Tensor, set[str]] = {}

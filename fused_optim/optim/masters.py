@@ -1,4 +1,4 @@
-"""The master weights of every optimizer: read, and made of a float32 model."""
+"""Master weights, for every optimizer: reads them, and makes them from a float32 model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Mastered(Averaged):
 
     @property
     def master_weights(self) -> Kind | None:
-        """Which master weights bfloat16 params have. It cannot be set; lower_params() turns a float32 model into a
-        bfloat16 one with master weights."""
+        """The option master_weights: "exact", "24bit" or None. It cannot be set. lower_params() converts a float32
+        model to bfloat16 with master weights."""
         return self._masters.kind
 
     def master_params(self) -> list[Tensor]:
-        """The weights without loss: a new float32 tensor for each param, in the order of param_groups. Params without
-        a master are copied; float64 and complex ones keep their dtype.
+        """The master weights of all params, as new float32 tensors in the order of param_groups. A param without master
+        weights is copied. float64 and complex params keep their dtype.
 
         Raises:
             RuntimeError: this is inside of ema_weights().
@@ -30,12 +30,12 @@ class Mastered(Averaged):
         return [self._masters.master(param, self.state.get(param, {})) for param in self._all_params()]
 
     def lower_params(self, dtype: torch.dtype = torch.bfloat16, *, master_weights: Kind = "exact") -> None:
-        """Turns float32 params into bfloat16 ones in place, and keeps every bit: what bfloat16 lacks becomes the lower
-        half of their master weights. "24bit" keeps eight bits of that, rounded. States keep their dtype. Params of
-        other dtypes stay as they are.
+        """Converts float32 params to bfloat16 in place. The bits that bfloat16 cannot hold become the lower halves of
+        their master weights: all of them with "exact", eight of them, rounded, with "24bit". States keep their dtype.
+        Params of other dtypes do not change.
 
         Raises:
-            ValueError: dtype is not torch.bfloat16, or there are no such master weights.
+            ValueError: dtype is not torch.bfloat16, or master_weights is neither "exact" nor "24bit".
             TypeError: a param is float16.
             RuntimeError: a float32 param has a gradient, or is a DTensor, or this is inside of ema_weights(). Nothing
                 has been changed then.
