@@ -6,6 +6,8 @@ no torch: all but _poll_aten and _cuda.
 Environment: MAX_JOBS, CC, CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST have the same meaning as in torch's own builds.
 FUSED_OPTIM_CPP=0      build no compiled module (a pure Python wheel)
 FUSED_OPTIM_CPP=1      fail if a module for the CPU cannot be built
+FUSED_OPTIM_ISAS       build the CPU kernels for these instruction sets only, for example avx2,avx512; shortens a
+                       developer's build
 FUSED_OPTIM_CUDA=0     leave out the CUDA module
 FUSED_OPTIM_CUDA=1     build the CUDA module even if torch has no CUDA, and fail if it cannot be built
 FUSED_OPTIM_DEBUG=1    -O1 -g with the address sanitizer
@@ -107,7 +109,10 @@ def module(name: str, files: list[str], flags: list[str], **more: Any) -> Extens
 
 
 def cpu_modules() -> list[Extension]:
-    sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+    known = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+    wanted = os.environ.get("FUSED_OPTIM_ISAS") or ",".join(known)
+    if unknown := set(wanted.split(",")) - set(known):
+        sys.exit(f"FUSED_OPTIM_ISAS names {', '.join(sorted(unknown))}; the instruction sets are {', '.join(known)}")
     emulated = ["csrc/cuda/bindings_emulated.cpp", "csrc/cuda/emulate.cpp"]
     made = [
         module(
@@ -115,9 +120,10 @@ def cpu_modules() -> list[Extension]:
             sources("cpu/*.cpp"),
             ["-fopenmp", *KERNEL_FLAGS, *flags, f"-DFUSED_ISA={isa}", f"-DFUSED_MODULE=_cpu_{isa}"],
         )
-        for isa, flags in sets.items()
+        for isa, flags in known.items()
+        if isa in wanted.split(",")
     ]
-    made.append(module("_cuda_emulated", emulated, ["-UNDEBUG", *KERNEL_FLAGS, *sets.get("avx2", [])]))
+    made.append(module("_cuda_emulated", emulated, ["-UNDEBUG", *KERNEL_FLAGS, *known.get("avx2", [])]))
     made.append(module("_poll", sources("poll/*.cpp"), []))
     if cpp_extension is not None:
         made.append(aten_module())

@@ -320,7 +320,7 @@ def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str
         for file in ("cpu/step.cpp", "cuda/emulate.cpp", "cuda/step.cu", "poll/watch_groups.cpp"):
             (source / "csrc" / file).write_text("int nothing() { return 0; }\n")
     code = BUILD.format(lib=str(tmp_path / "lib"), temp=str(tmp_path / "temp"))
-    hidden = {"FUSED_OPTIM_CPP", "FUSED_OPTIM_CUDA", "CUDA_HOME", "CUDA_PATH", "CXX", "CC"}
+    hidden = {"FUSED_OPTIM_CPP", "FUSED_OPTIM_ISAS", "FUSED_OPTIM_CUDA", "CUDA_HOME", "CUDA_PATH", "CXX", "CC"}
     inherited = {key: value for key, value in os.environ.items() if key not in hidden}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=source, env={**inherited, **environment}, capture_output=True, text=True
@@ -368,6 +368,16 @@ def test_a_module_that_does_not_compile_leaves_the_others(tmp_path: Path) -> Non
     assert "pip install -v shows the compiler's output" in found["_poll"]
     assert found["_cpu_baseline"] == ""
     assert build(tmp_path, FUSED_OPTIM_CPP="1").returncode != 0
+
+
+def test_instruction_sets_of_a_developers_build(tmp_path: Path) -> None:
+    assert build(tmp_path, FUSED_OPTIM_ISAS="baseline").returncode == 0
+    assert [name for name, reason in built(tmp_path).items() if name.startswith("_cpu") and not reason] == [
+        "_cpu_baseline"
+    ]
+    refused = build(tmp_path, FUSED_OPTIM_ISAS="baseline,sse9")
+    assert refused.returncode != 0
+    assert "FUSED_OPTIM_ISAS names sse9; the instruction sets are baseline" in refused.stderr
 
 
 def test_no_compiler(tmp_path: Path) -> None:
