@@ -132,7 +132,7 @@ def bandwidth(results: list[Measured]) -> str:
         shares.append((timed.best() or math.nan) / (timed.median() or math.nan))
     return (
         f"Bandwidth: the probe's best round moved {number(best[top.config])} GB/s ({top.config}). In its median round "
-        f"the probe reached {min(shares):.0%} to {max(shares):.0%} of its best round of the same case; the rest went to "
+        f"the probe reached {min(shares):.0%} to {max(shares):.0%} of its best round of the case; the rest went to "
         "other users of the machine."
     )
 
