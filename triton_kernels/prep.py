@@ -49,6 +49,32 @@ def decoupled_decay(group: GroupHparams, TRUST: tl.constexpr) -> tl.tensor:
         return tl.where(none, 0.0, share)
 
 
+@triton.jit
+def own_scalars(
+    fields: tl.tensor,
+    group: GroupHparams,
+    at: BiasCorrections,
+    mask: tl.tensor,
+    OWN_SCALARS: tl.constexpr,
+    RUNNING: tl.constexpr,
+) -> tl.tuple:
+    """The rule's own scalars. Running scalars are stored as float32, and `scalars` gets them in float64. fields:
+    pointers to the rows."""
+    if RUNNING == 0:
+        return OWN_SCALARS(group, at)
+    else:
+        pointers: tl.tuple = ()
+        running: tl.tuple = ()
+        for i in tl.static_range(RUNNING):
+            address = tl.load(fields + column(ROWS, "running0") + i, mask=mask, other=0)
+            pointers += (address.to(tl.pointer_type(tl.float32)),)
+            running += (tl.load(pointers[i], mask=mask, other=0.5).to(tl.float64),)
+        own, running = OWN_SCALARS(group, at, running)
+        for i in tl.static_range(RUNNING):
+            tl.store(pointers[i], running[i].to(tl.float32), mask=mask)
+        return own
+
+
 @triton.jit(
     do_not_specialize=["tensors"],
     do_not_specialize_on_alignment=[
@@ -76,9 +102,11 @@ def prep_kernel(
     tensors: tl.tensor,
     OWN_SCALARS: tl.constexpr,
     TRUST: tl.constexpr,
+    RUNNING: tl.constexpr,
 ) -> None:
     """`prepare` of csrc/prep.h for 32 tensors per program: increments their step counts and writes their scalars.
-    OWN_SCALARS: the rule's function `scalars`, or None. TRUST: whether the rule has a trust ratio."""
+    OWN_SCALARS: the rule's function `scalars`, or None. TRUST: whether the rule has a trust ratio. RUNNING: the number
+    of the rule's running scalars."""
     row = tl.program_id(0) * PREP_TENSORS + tl.arange(0, PREP_TENSORS)
     inside = row < tensors
     grad = tl.load(grads + row, mask=inside, other=0)
@@ -118,7 +146,7 @@ def prep_kernel(
     tl.store(out + column(SCALARS, "decay"), tl.where(decoupled, decay, 0.0), mask=go)
     tl.store(out + column(SCALARS, "ema_weight"), tl.where(copies, 1.0, 1.0 - group.ema_decay), mask=go)
     if OWN_SCALARS is not None:
-        own = OWN_SCALARS(group, at)
+        own = own_scalars(fields, group, at, go, OWN_SCALARS, RUNNING)
         for i in tl.static_range(len(own)):
             tl.store(out + column(SCALARS, "own_a") + i, own[i], mask=go)
 
