@@ -74,7 +74,8 @@ def test_steps_are_those_of_float32_params(case: Case, target: Target) -> None:
     params = make_params()
     # The norm of bfloat16 gradients is summed in another order than that of float32 ones.
     ours, wide = (make(case, target, params, max_grad_norm=None) for make in (lowered, build))
-    side_by_side(ours, wide, quick(target, 100, 3))
+    # Every step of plain PyTorch is the same code on equal bits, and slow.
+    side_by_side(ours, wide, 20 if target.backend == "reference" else quick(target, 100, 3))
     assert_same_path(ours, wide)
 
 

@@ -1,4 +1,4 @@
-// The optimizers, straight from their papers, one element at a time and independent of csrc/rules.h.
+// The optimizers as in their papers, one element at a time, independent of csrc/rules.h.
 #pragma once
 #include <cstdio>
 #include <cstdlib>
@@ -26,7 +26,7 @@ struct Group {
   float lr32;
 };
 
-// What an optimizer makes of one element at its update number `step`.
+// Update number `step` of one element.
 class Oracle {
  public:
   // running: the running scalars before the update.
@@ -53,8 +53,8 @@ class Oracle {
   // The running scalars after the update.
   const std::vector<long double>& running() const { return running_; }
 
-  // Advances the states and gives what comes off the param. Of lamb, which makes its update of them once they are
-  // stored, it gives nothing yet.
+  // Updates the states and returns what is subtracted from the param. For lamb it returns 0: `lamb` computes the update
+  // from the stored states.
   Bounded update(const Bounded& param, const Bounded& raw_grad, std::vector<Bounded>& state) const {
     Bounded grad = raw_grad;
     if (!group_.decoupled && group_.weight_decay != 0) grad = grad + Bounded::constant(group_.weight_decay) * param;
@@ -79,7 +79,7 @@ class Oracle {
     return update + Bounded::constant(group_.weight_decay) * param;
   }
 
-  // What decoupled decay takes off, but where a trust ratio takes it.
+  // What decoupled decay subtracts. For a rule with a trust ratio it is part of the update.
   Bounded decay(const Bounded& param) const {
     if (!group_.decoupled || group_.lr_reference == 0) return Bounded::exact(0);
     const long double period = std::sqrt(static_cast<long double>(group_.decay_period));
@@ -95,7 +95,7 @@ class Oracle {
     return Bounded::constant(1 - std::pow(static_cast<long double>(beta), step));
   }
 
-  // What stays of an average. With large betas the walkers subtract from it, so an infinite one becomes NaN.
+  // beta * average. With a beta from 0.5 the walkers compute it with a subtraction, so inf becomes NaN.
   static Bounded kept(const Bounded& average, const Bounded& beta) {
     return std::isinf(average.value) && beta.value >= 0.5L ? average - average : beta * average;
   }
@@ -107,7 +107,7 @@ class Oracle {
     return lr_ * (state[0] / correction1_) / (square_root(state.back() / correction2_) + eps_);
   }
 
-  // A new buffer holds zeros, or what is to become a zero.
+  // The first update ignores the old buffer, unless it is inf or NaN.
   Bounded sgd(const Bounded& grad, std::vector<Bounded>& state) const {
     if (state.empty()) return lr_ * grad;
     state[0] = step_ == 1 ? Bounded::exact(0) * state[0] + grad : beta1_ * state[0] + rest_a_ * grad;
