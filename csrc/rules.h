@@ -3,9 +3,11 @@
 // element. It changes the states and returns the update that the walker subtracts from the param. T is float, or double
 // for float64 tensors.
 //
-// A rule with `trust` is walked twice, because the update of each tensor is scaled by the ratio of two norms. The first
-// walk calls `update_moments`, which changes the states. `direction` computes the update from the states alone, before
-// lr and decay.
+// A rule with `trust` is walked twice, because the update of each tensor is multiplied by a ratio that depends on the
+// whole tensor. The first walk calls `update_moments`, which changes the states, and sums the squares of the two numbers
+// that `measure` makes of each element. `ratio` makes the ratio of both sums. In the second walk `direction` computes
+// the update from the states alone, before lr and decay. `scales_decay`: whether the ratio multiplies decoupled decay,
+// too.
 //
 // A rule declares its minimum and maximum number of states, and how many of its states can be negative. Those come
 // first. A rule can have a function `scalars`, which computes the rule's own scalars from the options of the tensor's
@@ -36,6 +38,12 @@ FUSED_HD float bits_float(uint32_t bits) {
 // reads them as own_a to own_f.
 struct OwnScalars {
   double a = 0.0, b = 0.0, c = 0.0, d = 0.0, e = 0.0, f = 0.0;
+};
+
+// Two numbers of an element, whose squares are summed over its tensor.
+template <class T>
+struct Measured {
+  T first, second;
 };
 
 // The step of a tensor, counted from 1, and 1 - beta**step of both betas.
@@ -203,7 +211,7 @@ struct QHAdam {
 // LAMB, arXiv:1904.00962, as in NVIDIA Apex. Options: grad_averaging, bias_correction.
 struct Lamb {
   static constexpr const char* name = "lamb";
-  static constexpr bool trust = true;
+  static constexpr bool trust = true, scales_decay = true;
   static constexpr int signed_states = 1, min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
 
   // The weight of the gradient in exp_avg; debias and denom_scale, or 1 without bias correction.
@@ -222,6 +230,20 @@ struct Lamb {
   template <class T, int S>
   FUSED_HD static T direction(const TensorScalars<T>& h, const T (&state)[S]) {
     return h.own_b * (state[0] / fma(square_root(state[1]), h.own_c, h.eps));
+  }
+
+  // The param, and the update with decay.
+  template <class T, int S>
+  FUSED_HD static Measured<T> measure(const TensorScalars<T>& h, T param, T /*grad*/, const T (&state)[S]) {
+    return {param, fma(h.decay, finite(param), direction<T, S>(h, state))};
+  }
+
+  FUSED_HD static double ratio(const GroupHparams& group, double params, double updates) {
+    if (group.weight_decay == 0.0 && group.trust_always == 0.0) return 1.0;
+    const double param = ::sqrt(params), update = ::sqrt(updates);
+    const double ratio = param != 0.0 && update != 0.0 ? param / update : 1.0;
+    const double least = ratio < group.trust_low ? group.trust_low : ratio;
+    return least > group.trust_high ? group.trust_high : least;
   }
 };
 

@@ -3,9 +3,10 @@
 A rule gets the scalars `h` of the tensor, the param, the gradient and a tuple of states. It returns the update that the
 walker subtracts from the param, and the new states. All values have one dtype: float32, or float64 for float64 tensors.
 
-A rule with a `direction` is walked twice, because the update of each tensor is scaled by the ratio of two norms. Its
-`update` gets no param and returns the new states alone. `direction` computes the update from the new states, before lr
-and decay.
+A rule with a `direction` is walked twice, because the update of each tensor is multiplied by a ratio that depends on the
+whole tensor. Its `update` gets no param and returns the new states alone. `measure` makes two numbers of each element,
+whose squares are summed over the tensor, and `ratio` makes the ratio of both sums. `direction` computes the update from
+the new states, before lr and decay. `scales_decay`: whether the ratio multiplies decoupled decay, too.
 
 A rule can have a function `scalars`, which computes the rule's own scalars (own_a to own_f) from the options of the
 tensor's group, once per tensor and step, in float64.
@@ -190,6 +191,22 @@ def lamb_direction(h: TensorScalars, states: tl.tuple) -> tl.tensor:
 
 
 @triton.jit
+def lamb_measure(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """The param, and the update with decay."""
+    return param, tl.fma(h.decay, finite(param), lamb_direction(h, states))
+
+
+@triton.jit
+def lamb_ratio(group: GroupHparams, params: tl.tensor, updates: tl.tensor) -> tl.tensor:
+    param, update = tl.sqrt(params), tl.sqrt(updates)
+    ratio = param / tl.where(update == 0.0, 1.0, update)
+    ratio = tl.where((param == 0.0) | (update == 0.0), 1.0, ratio)
+    ratio = tl.where(ratio < group.trust_low, group.trust_low, ratio)
+    ratio = tl.where(ratio > group.trust_high, group.trust_high, ratio)
+    return tl.where((group.weight_decay == 0.0) & (group.trust_always == 0.0), 1.0, ratio)
+
+
+@triton.jit
 def lion(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
     """Lion, arXiv:2302.06675. States: exp_avg."""
     mixed = move_average(states[0], grad, h.weight1, h.small_beta1)
@@ -213,13 +230,16 @@ class Rule(NamedTuple):
     update: triton.JITFunction
     scalars: triton.JITFunction | None = None
     direction: triton.JITFunction | None = None
+    measure: triton.JITFunction | None = None
+    ratio: triton.JITFunction | None = None
+    scales_decay: bool = False
 
 
 RULES = {
     "adam": Rule(adam),
     "sgd": Rule(sgd, sgd_scalars),
     "qhadam": Rule(qhadam, qhadam_scalars),
-    "lamb": Rule(lamb_moments, lamb_scalars, lamb_direction),
+    "lamb": Rule(lamb_moments, lamb_scalars, lamb_direction, lamb_measure, lamb_ratio, scales_decay=True),
     "lion": Rule(lion),
     "adagrad": Rule(adagrad, adagrad_scalars),
 }

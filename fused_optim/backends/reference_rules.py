@@ -30,12 +30,22 @@ Update = tuple[Tensor, list[Tensor]]
 
 
 class Arithmetic(NamedTuple):
-    """A rule: its update; what makes its own scalars, own_a to own_f; with a trust ratio the update from the states
-    alone, before lr and decay."""
+    """A rule: its update, and what makes its own scalars, own_a to own_f. Rules that are walked twice have `direction`,
+    the update from the states alone, before lr and decay; `measure`, two numbers of each element whose squares are
+    summed over the tensor; `ratio`, which makes of both sums what the update is multiplied by; and `scales_decay`,
+    whether it multiplies decoupled decay, too."""
 
     update: Callable[[TensorScalars, Tensor, Tensor, list[Tensor]], Update]
     scalars: Callable[[GroupHparams, BiasCorrections], tuple[float, ...]] | None = None
     direction: Callable[[TensorScalars, list[Tensor]], Tensor] | None = None
+    measure: Callable[[TensorScalars, Tensor, Tensor, list[Tensor]], tuple[Tensor, Tensor]] | None = None
+    ratio: Callable[[GroupHparams, float, float], float] | None = None
+    scales_decay: bool = False
+
+
+def with_decay(h: TensorScalars, param: Tensor, update: Tensor) -> Tensor:
+    """The update including decoupled decay. Infinite params are not decayed."""
+    return update + torch.where(param.isinf(), 0.0, h.decay * param) if h.decay else update
 
 
 def keep(average: Tensor, weight: float, small_beta: float) -> Tensor:
@@ -109,6 +119,17 @@ def lamb_direction(h: TensorScalars, states: list[Tensor]) -> Tensor:
     return states[0] * h.own_b / (states[1].sqrt() * h.own_c + h.eps)
 
 
+def lamb_measure(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return param, with_decay(h, param, lamb_direction(h, states))
+
+
+def lamb_ratio(group: GroupHparams, params: float, updates: float) -> float:
+    if not group.weight_decay and not group.trust_always:
+        return 1.0
+    ratio = math.sqrt(params) / math.sqrt(updates) if params and updates else 1.0
+    return min(max(ratio, group.trust_low), group.trust_high)
+
+
 def adagrad_scalars(group: GroupHparams, at: BiasCorrections) -> tuple[float, ...]:
     return (group.lr / (1 + (at.step - 1) * group.option_a),)
 
@@ -125,5 +146,5 @@ RULES = {
     "qhadam": Arithmetic(qhadam, qhadam_scalars),
     "lion": Arithmetic(lion),
     "adagrad": Arithmetic(adagrad, adagrad_scalars),
-    "lamb": Arithmetic(lamb, lamb_scalars, lamb_direction),
+    "lamb": Arithmetic(lamb, lamb_scalars, lamb_direction, lamb_measure, lamb_ratio, scales_decay=True),
 }
