@@ -58,8 +58,30 @@ constexpr bool scales_decay() {
   return false;
 }
 
+// The number of a rule's running scalars. A rule states it only if it has some.
+template <class Rule, class = void>
+struct RunningCount : std::integral_constant<int, 0> {};
+template <class Rule>
+struct RunningCount<Rule, std::void_t<decltype(Rule::running)>> : std::integral_constant<int, Rule::running> {};
+
+// The rule's own scalars. Running scalars are stored as float32, and `scalars` gets them in double precision.
+template <class Rule>
+FUSED_HD OwnScalars own_scalars(const GroupHparams& group, const BiasCorrections& at, const int64_t* row) {
+  constexpr int kCount = RunningCount<Rule>::value;
+  if constexpr (kCount == 0) {
+    return Rule::scalars(group, at);
+  } else {
+    double running[kCount];
+    for (int i = 0; i < kCount; ++i) running[i] = *reinterpret_cast<const float*>(row[kRowRunning0 + i]);
+    const OwnScalars own = Rule::scalars(group, at, running);
+    for (int i = 0; i < kCount; ++i) *reinterpret_cast<float*>(row[kRowRunning0 + i]) = static_cast<float>(running[i]);
+    return own;
+  }
+}
+
 // Increments the step count of tensor `row` and writes its scalars. If the tensor is skipped, only the skip flag is
-// written. `memo` holds the bias corrections of the last tensor: tensors with the same betas and step reuse them.
+// written, and its running scalars do not change. `memo` holds the bias corrections of the last tensor: tensors with
+// the same betas and step reuse them.
 template <class Rule>
 FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   double* out = t.tensor_scalars + row * kScalarWidth;
@@ -102,7 +124,7 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   out[kScalarDecay] = decay;
   out[kScalarEmaWeight] = copies ? 1.0 : 1.0 - group.ema_decay;
   if constexpr (HasScalars<Rule>::value) {
-    const OwnScalars own = Rule::scalars(group, memo);
+    const OwnScalars own = own_scalars<Rule>(group, memo, t.rows + row * kRowWidth);
     out[kScalarOwnA] = own.a;
     out[kScalarOwnB] = own.b;
     out[kScalarOwnC] = own.c;

@@ -82,7 +82,11 @@ def test_kernels_need_no_stack(arch: str, tmp_path: Path) -> None:
     entries = {entry.split("'")[1]: entry for entry in re.split(r"Compiling entry function", log)[1:]}
     shared = dict(SHARED)
     shared |= {f"prep_kernelINS_{len(rule)}{rule}E": 0 for rule in listed_rules()}
-    twice = {re.search(r"NS_(\d+[A-Za-z]+)E", kernel.symbol)[1] for kernel in streaming_kernels() if "PassE2E" in kernel.symbol}
+    twice = {
+        re.search(r"NS_(\d+[A-Za-z]+)E", kernel.symbol)[1]
+        for kernel in streaming_kernels()
+        if "PassE2E" in kernel.symbol
+    }
     shared |= {f"trust_kernelINS_{rule}E": 0 for rule in twice}
     shared |= {kernel.symbol: kernel.shared for kernel in streaming_kernels()}
     shared |= {

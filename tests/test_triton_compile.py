@@ -147,7 +147,7 @@ ELSEWHERE = [name for name in WALKS if not name.startswith("adam")] + [f"adam {n
 SMALL = {"row sums": ROW_SUMS, "total": TOTAL}
 SMALL |= {f"trust {name}": trust_variant(rule.ratio) for name, rule in RULES.items() if rule.ratio is not None}
 SMALL |= {
-    f"prep {rule} {clips}": prep_variant(RULES[rule].scalars, clips, RULES[rule].scales_decay)
+    f"prep {rule} {clips}": prep_variant(RULES[rule].scalars, clips, RULES[rule].scales_decay, RULES[rule].running)
     for rule in RULES
     for clips in (False, True)
 }

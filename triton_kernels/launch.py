@@ -107,10 +107,11 @@ class Variant:
 
 
 @cache
-def prep_variant(scalars: triton.JITFunction | None, clips: bool, scales_decay: bool) -> Variant:
-    """scalars, scales_decay: the rule's, see rules.py."""
+def prep_variant(scalars: triton.JITFunction | None, clips: bool, scales_decay: bool, running: int = 0) -> Variant:
+    """scalars, scales_decay, running: the rule's, see rules.py."""
     absent = () if clips else ("squares",)
-    return Variant(prep_kernel, PREP_TENSORS.value, *absent, OWN_SCALARS=scalars, SCALES_DECAY=scales_decay)
+    constants = {"OWN_SCALARS": scalars, "SCALES_DECAY": scales_decay, "RUNNING": running}
+    return Variant(prep_kernel, PREP_TENSORS.value, *absent, **constants)
 
 
 @cache
@@ -181,7 +182,8 @@ def launch(
     scale = one if grad_scale is None else _float32_on(device, grad_scale)
     found = zero if found_inf is None else _float32_on(device, found_inf)
     programs = -(-tensors // PREP_TENSORS.value)
-    prep = prep_variant(RULES[rule].scalars, squares is not None, RULES[rule].scales_decay)
+    arithmetic = RULES[rule]
+    prep = prep_variant(arithmetic.scalars, squares is not None, arithmetic.scales_decay, arithmetic.running)
     hparams = x.lr, x.group_hparams, x.group_index
     prep.start(device, programs, x.rows, x.grads, *hparams, x.tensor_scalars, scale, found, squares, tensors)
     partials = None if x.trust is None else x.partials  # without a trust ratio only clipping uses them

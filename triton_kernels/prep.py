@@ -59,6 +59,32 @@ def with_lr(group: GroupHparams, lr: tl.tensor) -> GroupHparams:
     return GroupHparams(*columns)
 
 
+@triton.jit
+def own_scalars(
+    fields: tl.tensor,
+    group: GroupHparams,
+    at: BiasCorrections,
+    mask: tl.tensor,
+    OWN_SCALARS: tl.constexpr,
+    RUNNING: tl.constexpr,
+) -> tl.tuple:
+    """The rule's own scalars. Running scalars are stored as float32, and `scalars` gets them in float64. fields:
+    pointers to the rows."""
+    if RUNNING == 0:
+        return OWN_SCALARS(group, at)
+    else:
+        pointers: tl.tuple = ()
+        running: tl.tuple = ()
+        for i in tl.static_range(RUNNING):
+            address = tl.load(fields + column(ROWS, "running0") + i, mask=mask, other=0)
+            pointers += (address.to(tl.pointer_type(tl.float32)),)
+            running += (tl.load(pointers[i], mask=mask, other=0.5).to(tl.float64),)
+        own, running = OWN_SCALARS(group, at, running)
+        for i in tl.static_range(RUNNING):
+            tl.store(pointers[i], running[i].to(tl.float32), mask=mask)
+        return own
+
+
 @triton.jit(
     do_not_specialize=["tensors"],
     do_not_specialize_on_alignment=[
@@ -86,10 +112,11 @@ def prep_kernel(
     tensors: tl.tensor,
     OWN_SCALARS: tl.constexpr,
     SCALES_DECAY: tl.constexpr,
+    RUNNING: tl.constexpr,
 ) -> None:
     """`prepare` of csrc/prep.h for 32 tensors per program: increments their step counts and writes their scalars.
-    OWN_SCALARS: the rule's function `scalars`, or None. SCALES_DECAY: whether the rule's ratio multiplies
-    decay."""
+    OWN_SCALARS: the rule's function `scalars`, or None. SCALES_DECAY: whether the rule's ratio multiplies decay.
+    RUNNING: the number of the rule's running scalars."""
     row = tl.program_id(0) * PREP_TENSORS + tl.arange(0, PREP_TENSORS)
     inside = row < tensors
     grad = tl.load(grads + row, mask=inside, other=0)
@@ -132,7 +159,7 @@ def prep_kernel(
     tl.store(out + column(SCALARS, "decay"), decay, mask=go)
     tl.store(out + column(SCALARS, "ema_weight"), tl.where(copies, 1.0, 1.0 - group.ema_decay), mask=go)
     if OWN_SCALARS is not None:
-        own = OWN_SCALARS(group, at)
+        own = own_scalars(fields, group, at, go, OWN_SCALARS, RUNNING)
         for i in tl.static_range(len(own)):
             tl.store(out + column(SCALARS, "own_a") + i, own[i], mask=go)
 

@@ -9,7 +9,8 @@ whose squares are summed over the tensor, and `ratio` makes the ratio of both su
 the new states, before lr and decay. `scales_decay`: whether the ratio multiplies decoupled decay, too.
 
 A rule can have a function `scalars`, which computes the rule's own scalars (own_a to own_f) from the options of the
-tensor's group, once per tensor and step, in float64.
+tensor's group, once per tensor and step, in float64. Of a rule with `running` scalars it also gets these, numbers of
+the tensor that carry over from step to step, and returns them after its own.
 """
 
 from typing import NamedTuple
@@ -226,6 +227,30 @@ def adagrad(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tupl
     return h.own_a * divide(grad, square_root(total) + h.eps), (total,)
 
 
+@triton.jit
+def nadam_momentum(group: GroupHparams, step: tl.tensor) -> tl.tensor:
+    return group.beta1 * (1.0 - 0.5 * tl.exp(-0.040821994520255166 * group.option_a * step))  # 0.96**(decay * step)
+
+
+@triton.jit
+def nadam_scalars(group: GroupHparams, at: BiasCorrections, running: tl.tuple) -> tl.tuple:
+    """The weights of the gradient and of exp_avg in the mean; the bias correction of exp_avg_sq, before the root.
+    Running: mu_product."""
+    now = nadam_momentum(group, at.step)
+    next = nadam_momentum(group, at.step + 1.0)
+    product = (running[0].to(tl.float32) * now.to(tl.float32)).to(tl.float64)  # in float32, as in torch
+    return ((1.0 - now) / (1.0 - product), next / (1.0 - product * next), 1.0 / at.correction2), (product,)
+
+
+@triton.jit
+def nadam(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """NAdam, Dozat, ICLR 2016 workshop, as in torch. Option: momentum_decay. States: exp_avg, exp_avg_sq."""
+    exp_avg = move_average(states[0], grad, h.weight1, h.small_beta1)
+    exp_avg_sq = move_average_square(states[1], grad, h.weight2, h.small_beta2)
+    mean = tl.fma(h.own_b, exp_avg, h.own_a * grad)
+    return h.lr * divide(mean, square_root(h.own_c * exp_avg_sq) + h.eps), (exp_avg, exp_avg_sq)
+
+
 class Rule(NamedTuple):
     update: triton.JITFunction
     scalars: triton.JITFunction | None = None
@@ -233,6 +258,7 @@ class Rule(NamedTuple):
     measure: triton.JITFunction | None = None
     ratio: triton.JITFunction | None = None
     scales_decay: bool = False
+    running: int = 0
 
 
 RULES = {
@@ -242,4 +268,5 @@ RULES = {
     "lamb": Rule(lamb_moments, lamb_scalars, lamb_direction, lamb_measure, lamb_ratio, scales_decay=True),
     "lion": Rule(lion),
     "adagrad": Rule(adagrad, adagrad_scalars),
+    "nadam": Rule(nadam, nadam_scalars, running=1),
 }

@@ -45,7 +45,7 @@ def decoupled_decay(group: GroupHparams, scaled: bool) -> float:
 
 
 def scalars_of(table: Table, row: Row, grad_scale: float = 1.0, norm: float | None = None) -> TensorScalars:
-    """The scalars of a tensor whose step has been counted, as csrc/prep.h computes them.
+    """The scalars of a tensor whose step has been counted, as csrc/prep.h computes them. Updates the running scalars.
 
     norm: the norm of all gradients that are clipped, after the division by grad_scale.
     """
@@ -60,8 +60,10 @@ def scalars_of(table: Table, row: Row, grad_scale: float = 1.0, norm: float | No
     if group.proximal:  # (param - update) / (1 + decay)
         decay /= 1 + decay
         group = group._replace(lr=group.lr * (1 - decay))
-    scalars = RULES[table.rule.name].scalars
-    own = scalars(group, at) if scalars else ()
+    scalars, running = RULES[table.rule.name].scalars, [float(scalar) for scalar in row.running]
+    own = () if scalars is None else scalars(group, at, running) if table.rule.running else scalars(group, at)
+    for stored, scalar in zip(row.running, running, strict=True):
+        stored.fill_(scalar)
     return TensorScalars(
         group.lr,
         group.eps,
@@ -91,6 +93,7 @@ def step_row(table: Table, row: Row, number: int, grad_scale: float, norm: float
         return
     row.step += 1
     h = scalars_of(table, row, grad_scale, norm)
+    table.tensor_scalars[number] = torch.tensor(h, dtype=torch.float64)
     param, grad = load_param(row), load(grad) * h.grad_factor
     if h.l2:
         grad = grad + h.l2 * param
@@ -155,7 +158,7 @@ class Reference(Backend):
         for number, row in enumerate(table.rows_list):
             if table.tensor_scalars[number, SKIP]:
                 continue
-            h, param = scalars_of(table, row), load_param(row)
+            h, param = TensorScalars(*table.tensor_scalars[number].tolist()), load_param(row)
             table.trust[number] = rule.ratio(table.hparams.of(row.group_index), *table.sums[number].tolist())
             rate, direction = h.lr * float(table.trust[number]), rule.direction(h, load_states(row))
             if rule.scales_decay:
