@@ -9,6 +9,7 @@ from .optim.base import FusedOptimizer
 from .optim.lamb import FusedLAMB
 from .optim.lion import FusedLion
 from .optim.qhadam import FusedQHAdam, FusedQHAdamW
+from .optim.release import GradientRelease, release_gradients
 from .optim.sgd import FusedSGD, FusedSGDW
 from .recipes.clip import clip_grad_norm_
 
@@ -24,5 +25,7 @@ __all__ = [
     "FusedQHAdamW",
     "FusedSGD",
     "FusedSGDW",
+    "GradientRelease",
     "clip_grad_norm_",
+    "release_gradients",
 ]
