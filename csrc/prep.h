@@ -8,13 +8,13 @@
 
 namespace fused_optim {
 
-// base**exponent by squaring. It does not call libm, so every device does the same multiplications. exponent is an
-// integer below 2**31.
-FUSED_HD double power(double base, double exponent) {
-  double result = 1.0;
-  for (unsigned bits = static_cast<unsigned>(exponent); bits != 0; bits >>= 1) {
-    if (bits & 1u) result *= base;
-    base *= base;
+// 1 - beta**step. It is computed from 1 - beta, because a subtraction of beta**step from 1 loses digits when beta is
+// near 1. It does not call libm, so every device does the same operations. step is an integer below 2**31.
+FUSED_HD double bias_correction(double beta, double step) {
+  double result = 0.0, doubled = 1.0 - beta;  // doubled: 1 - beta**1, 1 - beta**2, 1 - beta**4, ...
+  for (unsigned bits = static_cast<unsigned>(step); bits != 0; bits >>= 1) {
+    if (bits & 1u) result += (1.0 - result) * doubled;
+    doubled *= 2.0 - doubled;
   }
   return result;
 }
@@ -51,8 +51,30 @@ struct HasBetas : std::true_type {};
 template <class Rule>
 struct HasBetas<Rule, std::void_t<decltype(Rule::has_betas)>> : std::bool_constant<Rule::has_betas> {};
 
+// The number of a rule's running scalars. A rule states it only if it has some.
+template <class Rule, class = void>
+struct RunningCount : std::integral_constant<int, 0> {};
+template <class Rule>
+struct RunningCount<Rule, std::void_t<decltype(Rule::running)>> : std::integral_constant<int, Rule::running> {};
+
+// The rule's own scalars. Running scalars are stored as float32, and `scalars` gets them in double precision.
+template <class Rule>
+FUSED_HD OwnScalars own_scalars(const GroupHparams& group, const BiasCorrections& at, const int64_t* row) {
+  constexpr int kCount = RunningCount<Rule>::value;
+  if constexpr (kCount == 0) {
+    return Rule::scalars(group, at);
+  } else {
+    double running[kCount];
+    for (int i = 0; i < kCount; ++i) running[i] = *reinterpret_cast<const float*>(row[kRowRunning0 + i]);
+    const OwnScalars own = Rule::scalars(group, at, running);
+    for (int i = 0; i < kCount; ++i) *reinterpret_cast<float*>(row[kRowRunning0 + i]) = static_cast<float>(running[i]);
+    return own;
+  }
+}
+
 // Increments the step count of tensor `row` and writes its scalars. If the tensor is skipped, only the skip flag is
-// written. `memo` holds the bias corrections of the last tensor: tensors with the same betas and step reuse them.
+// written, and its running scalars do not change. `memo` holds the bias corrections of the last tensor: tensors with
+// the same betas and step reuse them.
 template <class Rule>
 FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   double* out = t.tensor_scalars + row * kScalarWidth;
@@ -69,7 +91,7 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   const double step = *step_count;
 
   if (memo.beta1 != group.beta1 || memo.beta2 != group.beta2 || memo.step != step) {
-    memo = {group.beta1, group.beta2, step, 1.0 - power(group.beta1, step), 1.0 - power(group.beta2, step)};
+    memo = {group.beta1, group.beta2, step, bias_correction(group.beta1, step), bias_correction(group.beta2, step)};
   }
   double scale = t.grad_scale ? 1.0 / *t.grad_scale : 1.0;
   if (t.squares) scale *= clip_coefficient(hparams, *t.squares, scale);
@@ -90,7 +112,7 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   out[kScalarDecay] = decoupled ? decoupled_decay(group, t.trust != nullptr) : 0.0;
   out[kScalarEmaWeight] = copies ? 1.0 : 1.0 - group.ema_decay;
   if constexpr (HasScalars<Rule>::value) {
-    const OwnScalars own = Rule::scalars(group, memo);
+    const OwnScalars own = own_scalars<Rule>(group, memo, t.rows + row * kRowWidth);
     out[kScalarOwnA] = own.a;
     out[kScalarOwnB] = own.b;
     out[kScalarOwnC] = own.c;

@@ -9,7 +9,8 @@
 //
 // A rule declares its minimum and maximum number of states, and how many of its states can be negative. Those come
 // first. A rule can have a function `scalars`, which computes the rule's own scalars from the options of the tensor's
-// group.
+// group. A rule that declares a number of `running` scalars gets these as a third argument of `scalars`, which may
+// change them: numbers of the tensor that carry over from step to step.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -257,6 +258,34 @@ struct Adagrad {
   }
 };
 
+// NAdam, Dozat, ICLR 2016 workshop, as in torch. Option: momentum_decay. Running: the product of all momentums so far.
+struct NAdam {
+  static constexpr const char* name = "nadam";
+  static constexpr bool trust = false;
+  static constexpr int signed_states = 1, min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
+  static constexpr int running = 1;                                        // mu_product
+
+  FUSED_HD static double momentum(const GroupHparams& group, double step) {
+    constexpr double kLog = -0.040821994520255166;  // of 0.96
+    return group.beta1 * (1.0 - 0.5 * ::exp(kLog * group.option_a * step));
+  }
+
+  // The weights of the gradient and of exp_avg in the mean; the bias correction of exp_avg_sq, before the root.
+  FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at, double (&product)[1]) {
+    const double now = momentum(group, at.step), next = momentum(group, at.step + 1.0);
+    product[0] = static_cast<float>(product[0]) * static_cast<float>(now);  // in float32, as in torch
+    return {(1.0 - now) / (1.0 - product[0]), next / (1.0 - product[0] * next), 1.0 / at.correction2};
+  }
+
+  template <class T, int S>
+  FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
+    const T exp_avg = state[0] = move_average(state[0], grad, h.weight1, h.small_beta1);
+    const T exp_avg_sq = state[1] = move_average_square(state[1], grad, h.weight2, h.small_beta2);
+    const T mean = fma(h.own_b, exp_avg, h.own_a * grad);
+    return h.lr * (mean / (square_root(h.own_c * exp_avg_sq) + h.eps));
+  }
+};
+
 template <class T>
 struct Tag {
   using type = T;
@@ -276,6 +305,6 @@ struct RuleList {
 };
 
 // All rules. Kernels, modules and tests iterate over this list.
-using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion, Adagrad>;
+using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion, Adagrad, NAdam>;
 
 }  // namespace fused_optim

@@ -8,6 +8,7 @@ from .optim.adam import FusedAdam, FusedAdamW
 from .optim.base import FusedOptimizer
 from .optim.lamb import FusedLAMB
 from .optim.lion import FusedLion
+from .optim.nadam import FusedNAdam
 from .optim.qhadam import FusedQHAdam, FusedQHAdamW
 from .optim.release import GradientRelease, release_gradients
 from .optim.sgd import FusedSGD, FusedSGDW
@@ -20,6 +21,7 @@ __all__ = [
     "FusedAdamW",
     "FusedLAMB",
     "FusedLion",
+    "FusedNAdam",
     "FusedOptimizer",
     "FusedQHAdam",
     "FusedQHAdamW",

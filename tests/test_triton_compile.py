@@ -146,7 +146,9 @@ WALKS = walks() | averaging_walks()
 ELSEWHERE = [name for name in WALKS if not name.startswith("adam")] + [f"adam {name}" for name in REPRESENTATIVE]
 SMALL = {"row sums": ROW_SUMS, "total": TOTAL, "trust": TRUST}
 SMALL |= {
-    f"prep {rule} {clips}": prep_variant(RULES[rule].scalars, clips, RULES[rule].direction is not None)
+    f"prep {rule} {clips}": prep_variant(
+        RULES[rule].scalars, clips, RULES[rule].direction is not None, RULES[rule].running
+    )
     for rule in RULES
     for clips in (False, True)
 }

@@ -107,16 +107,16 @@ class Variant:
 
 
 @cache
-def prep_variant(scalars: triton.JITFunction | None, clips: bool, trust: bool) -> Variant:
-    """scalars: the rule's function `scalars`, or None."""
+def prep_variant(scalars: triton.JITFunction | None, clips: bool, trust: bool, running: int = 0) -> Variant:
+    """scalars: the rule's function `scalars`, or None. running: the number of its running scalars."""
     absent = () if clips else ("squares",)
-    return Variant(prep_kernel, PREP_TENSORS.value, *absent, OWN_SCALARS=scalars, TRUST=trust)
+    return Variant(prep_kernel, PREP_TENSORS.value, *absent, OWN_SCALARS=scalars, TRUST=trust, RUNNING=running)
 
 
 @cache
 def step_variant(rule: str, signatures: Signatures, ema: bool) -> Variant:
     """The whole step. For a rule with a trust ratio it is the first walk."""
-    update, _, direction = RULES[rule]
+    update, direction = RULES[rule].update, RULES[rule].direction
     walk, absent = (step.update, ("partials", "trust")) if direction is None else (step.update_moments, ("trust",))
     if ema and direction is not None:  # the second walk updates the averages
         return step_variant(rule, tuple(signature[:-1] for signature in signatures), False)
@@ -176,7 +176,7 @@ def launch(
     scale = one if grad_scale is None else _float32_on(device, grad_scale)
     found = zero if found_inf is None else _float32_on(device, found_inf)
     programs = -(-tensors // PREP_TENSORS.value)
-    prep = prep_variant(RULES[rule].scalars, squares is not None, x.trust is not None)
+    prep = prep_variant(RULES[rule].scalars, squares is not None, x.trust is not None, RULES[rule].running)
     hparams = x.lr, x.group_hparams, x.group_index
     prep.start(device, programs, x.rows, x.grads, *hparams, x.tensor_scalars, scale, found, squares, tensors)
     partials = None if x.trust is None else x.partials  # without a trust ratio only clipping uses them

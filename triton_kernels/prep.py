@@ -13,13 +13,16 @@ PREP_TENSORS = tl.constexpr(32)  # tensors per program, which is one warp
 
 
 @triton.jit
-def power(base: tl.tensor, exponent: tl.tensor) -> tl.tensor:
-    """base**exponent by squaring. exponent: integers below 2**31."""
-    bits = exponent.to(tl.int32)
-    result = tl.full(base.shape, 1.0, base.dtype)
+def bias_correction(beta: tl.tensor, step: tl.tensor) -> tl.tensor:
+    """1 - beta**step, computed from 1 - beta: a subtraction of beta**step from 1 loses digits when beta is near 1.
+    step: integers below 2**31."""
+    bits = step.to(tl.int32)
+    result = tl.zeros(beta.shape, beta.dtype)
+    doubled = 1.0 - beta  # 1 - beta**1, 1 - beta**2, 1 - beta**4, ...
     for _ in range(31):
-        result = tl.where(bits & 1 != 0, result * base, result)
-        base = base * base
+        # The `where` between product and sum keeps the compiler from fusing them, so the bits are those of csrc/prep.h.
+        result += tl.where(bits & 1 != 0, (1.0 - result) * doubled, 0.0)
+        doubled *= 2.0 - doubled
         bits = bits >> 1
     return result
 
@@ -44,6 +47,32 @@ def decoupled_decay(group: GroupHparams, TRUST: tl.constexpr) -> tl.tensor:
         none = group.lr_reference == 0.0
         share = group.lr / tl.where(none, 1.0, group.lr_reference) * group.weight_decay / tl.sqrt(group.decay_period)
         return tl.where(none, 0.0, share)
+
+
+@triton.jit
+def own_scalars(
+    fields: tl.tensor,
+    group: GroupHparams,
+    at: BiasCorrections,
+    mask: tl.tensor,
+    OWN_SCALARS: tl.constexpr,
+    RUNNING: tl.constexpr,
+) -> tl.tuple:
+    """The rule's own scalars. Running scalars are stored as float32, and `scalars` gets them in float64. fields:
+    pointers to the rows."""
+    if RUNNING == 0:
+        return OWN_SCALARS(group, at)
+    else:
+        pointers: tl.tuple = ()
+        running: tl.tuple = ()
+        for i in tl.static_range(RUNNING):
+            address = tl.load(fields + column(ROWS, "running0") + i, mask=mask, other=0)
+            pointers += (address.to(tl.pointer_type(tl.float32)),)
+            running += (tl.load(pointers[i], mask=mask, other=0.5).to(tl.float64),)
+        own, running = OWN_SCALARS(group, at, running)
+        for i in tl.static_range(RUNNING):
+            tl.store(pointers[i], running[i].to(tl.float32), mask=mask)
+        return own
 
 
 @triton.jit(
@@ -73,9 +102,11 @@ def prep_kernel(
     tensors: tl.tensor,
     OWN_SCALARS: tl.constexpr,
     TRUST: tl.constexpr,
+    RUNNING: tl.constexpr,
 ) -> None:
     """`prepare` of csrc/prep.h for 32 tensors per program: increments their step counts and writes their scalars.
-    OWN_SCALARS: the rule's function `scalars`, or None. TRUST: whether the rule has a trust ratio."""
+    OWN_SCALARS: the rule's function `scalars`, or None. TRUST: whether the rule has a trust ratio. RUNNING: the number
+    of the rule's running scalars."""
     row = tl.program_id(0) * PREP_TENSORS + tl.arange(0, PREP_TENSORS)
     inside = row < tensors
     grad = tl.load(grads + row, mask=inside, other=0)
@@ -93,7 +124,7 @@ def prep_kernel(
     count = tl.load(counter, mask=go, other=0.0) + 1.0
     tl.store(counter, count, mask=go)
     step = count.to(tl.float64)
-    at = BiasCorrections(step, 1.0 - power(group.beta1, step), 1.0 - power(group.beta2, step))
+    at = BiasCorrections(step, bias_correction(group.beta1, step), bias_correction(group.beta2, step))
     scale = 1.0 / tl.load(grad_scale).to(tl.float64)
     if squares is not None:
         scale *= clip_coefficient(group, tl.load(squares), scale)
@@ -115,7 +146,7 @@ def prep_kernel(
     tl.store(out + column(SCALARS, "decay"), tl.where(decoupled, decay, 0.0), mask=go)
     tl.store(out + column(SCALARS, "ema_weight"), tl.where(copies, 1.0, 1.0 - group.ema_decay), mask=go)
     if OWN_SCALARS is not None:
-        own = OWN_SCALARS(group, at)
+        own = own_scalars(fields, group, at, go, OWN_SCALARS, RUNNING)
         for i in tl.static_range(len(own)):
             tl.store(out + column(SCALARS, "own_a") + i, own[i], mask=go)
 

@@ -8,7 +8,8 @@ A rule with a `direction` is walked twice, because the update of each tensor is 
 and decay.
 
 A rule can have a function `scalars`, which computes the rule's own scalars (own_a to own_d) from the options of the
-tensor's group, once per tensor and step, in float64.
+tensor's group, once per tensor and step, in float64. Of a rule with `running` scalars it also gets these, numbers of
+the tensor that carry over from step to step, and returns them after its own.
 """
 
 from typing import NamedTuple
@@ -209,10 +210,35 @@ def adagrad(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tupl
     return h.own_a * divide(grad, square_root(total) + h.eps), (total,)
 
 
+@triton.jit
+def nadam_momentum(group: GroupHparams, step: tl.tensor) -> tl.tensor:
+    return group.beta1 * (1.0 - 0.5 * tl.exp(-0.040821994520255166 * group.option_a * step))  # 0.96**(decay * step)
+
+
+@triton.jit
+def nadam_scalars(group: GroupHparams, at: BiasCorrections, running: tl.tuple) -> tl.tuple:
+    """The weights of the gradient and of exp_avg in the mean; the bias correction of exp_avg_sq, before the root.
+    Running: mu_product."""
+    now = nadam_momentum(group, at.step)
+    next = nadam_momentum(group, at.step + 1.0)
+    product = (running[0].to(tl.float32) * now.to(tl.float32)).to(tl.float64)  # in float32, as in torch
+    return ((1.0 - now) / (1.0 - product), next / (1.0 - product * next), 1.0 / at.correction2), (product,)
+
+
+@triton.jit
+def nadam(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """NAdam, Dozat, ICLR 2016 workshop, as in torch. Option: momentum_decay. States: exp_avg, exp_avg_sq."""
+    exp_avg = move_average(states[0], grad, h.weight1, h.small_beta1)
+    exp_avg_sq = move_average_square(states[1], grad, h.weight2, h.small_beta2)
+    mean = tl.fma(h.own_b, exp_avg, h.own_a * grad)
+    return h.lr * divide(mean, square_root(h.own_c * exp_avg_sq) + h.eps), (exp_avg, exp_avg_sq)
+
+
 class Rule(NamedTuple):
     update: triton.JITFunction
     scalars: triton.JITFunction | None = None
     direction: triton.JITFunction | None = None
+    running: int = 0
 
 
 RULES = {
@@ -222,4 +248,5 @@ RULES = {
     "lamb": Rule(lamb_moments, lamb_scalars, lamb_direction),
     "lion": Rule(lion),
     "adagrad": Rule(adagrad, adagrad_scalars),
+    "nadam": Rule(nadam, nadam_scalars, running=1),
 }

@@ -25,12 +25,13 @@ def quotient(x: float, y: float) -> float:
     return x / y if y else math.inf
 
 
-def power(base: float, exponent: float) -> float:
-    """base**exponent as csrc/prep.h computes it. Overflows to inf, while Python's ** raises an error."""
-    result, bits = 1.0, int(exponent)
+def bias_correction(beta: float, step: float) -> float:
+    """1 - beta**step as csrc/prep.h computes it, without a loss of digits when beta is near 1."""
+    result, doubled, bits = 0.0, 1 - beta, int(step)
     while bits:
-        result *= base if bits & 1 else 1.0
-        base *= base
+        if bits & 1:
+            result += (1 - result) * doubled
+        doubled *= 2 - doubled
         bits >>= 1
     return result
 
@@ -43,17 +44,20 @@ def decoupled_decay(group: GroupHparams, trust: bool) -> float:
 
 
 def scalars_of(table: Table, row: Row, grad_scale: float = 1.0, norm: float | None = None) -> TensorScalars:
-    """The scalars of a tensor whose step has been counted, as csrc/prep.h computes them.
+    """The scalars of a tensor whose step has been counted, as csrc/prep.h computes them. Updates the running scalars.
 
     norm: the norm of all gradients that are clipped, after the division by grad_scale.
     """
     group, step = table.hparams.of(row.group_index), float(row.step)
-    at = BiasCorrections(step, 1 - power(group.beta1, step), 1 - power(group.beta2, step))
+    at = BiasCorrections(step, bias_correction(group.beta1, step), bias_correction(group.beta2, step))
     factor = quotient(1.0, grad_scale)
     if norm is not None and group.max_norm > 0:
         bound = quotient(group.max_norm, norm + group.clip_eps)
         factor *= 1.0 if bound >= 1 else bound
-    scalars = RULES[table.rule.name].scalars
+    scalars, running = RULES[table.rule.name].scalars, [float(scalar) for scalar in row.running]
+    own = () if scalars is None else scalars(group, at, running) if table.rule.running else scalars(group, at)
+    for stored, scalar in zip(row.running, running, strict=True):
+        stored.fill_(scalar)
     return TensorScalars(
         group.lr,
         group.eps,
@@ -69,7 +73,7 @@ def scalars_of(table: Table, row: Row, grad_scale: float = 1.0, norm: float | No
         decay=decoupled_decay(group, table.rule.trust) if group.decoupled else 0.0,
         ema_weight=1.0 if step == 1 and not row.ema_begun else 1 - group.ema_decay,
         skip=0.0,
-        **dict(zip(("own_a", "own_b", "own_c", "own_d"), scalars(group, at) if scalars else (), strict=False)),
+        **dict(zip(("own_a", "own_b", "own_c", "own_d"), own, strict=False)),
     )
 
 
@@ -83,6 +87,7 @@ def step_row(table: Table, row: Row, number: int, grad_scale: float, norm: float
         return
     row.step += 1
     h = scalars_of(table, row, grad_scale, norm)
+    table.tensor_scalars[number] = torch.tensor(h, dtype=torch.float64)
     param, grad = load_param(row), load(grad) * h.grad_factor
     if h.l2:
         grad = grad + h.l2 * param
@@ -166,7 +171,7 @@ class Reference(Backend):
         for number, row in enumerate(table.rows_list):
             if table.tensor_scalars[number, SKIP]:
                 continue
-            h, group = scalars_of(table, row), table.hparams.of(row.group_index)
+            h, group = TensorScalars(*table.tensor_scalars[number].tolist()), table.hparams.of(row.group_index)
             ratio = trust_ratio(group, *table.sums[number].sqrt().tolist())
             table.trust[number] = ratio
             write(row, h, load_param(row) - h.lr * ratio * trusted_update(table, row, h))

@@ -2,7 +2,8 @@
 
 A rule gets the scalars `h` of the tensor, the param, the gradient and the states, and returns the update that is
 subtracted from the param, and the new states. A rule may have `scalars`, which makes scalars of its own (own_a to
-own_d) from the options of the tensor's group, once per tensor and step.
+own_d) from the options of the tensor's group, once per tensor and step. Of a rule with running scalars it also gets
+these, as a list that it changes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Arithmetic(NamedTuple):
     alone, before lr and decay."""
 
     update: Callable[[TensorScalars, Tensor, Tensor, list[Tensor]], Update]
-    scalars: Callable[[GroupHparams, BiasCorrections], tuple[float, ...]] | None = None
+    scalars: Callable[..., tuple[float, ...]] | None = None
     direction: Callable[[TensorScalars, list[Tensor]], Tensor] | None = None
 
 
@@ -119,11 +120,27 @@ def adagrad(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor])
     return h.own_a * (grad / (total.sqrt() + h.eps)), [total]
 
 
+def nadam_scalars(group: GroupHparams, at: BiasCorrections, running: list[float]) -> tuple[float, ...]:
+    """Option: momentum_decay. Running: mu_product."""
+    now, after = (group.beta1 * (1 - 0.5 * 0.96 ** (group.option_a * step)) for step in (at.step, at.step + 1))
+    running[0] = float(torch.tensor(running[0], dtype=torch.float32) * now)  # in float32, as in torch
+    return (1 - now) / (1 - running[0]), after / (1 - running[0] * after), 1 / at.correction2
+
+
+def nadam(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+    """Dozat, ICLR 2016 workshop, as in torch. Own: the weights of the gradient and of exp_avg in the mean; the
+    bias correction of exp_avg_sq."""
+    exp_avg, exp_avg_sq = averages(h, grad, states)
+    mean = h.own_a * grad + h.own_b * exp_avg
+    return h.lr * (mean / ((h.own_c * exp_avg_sq).sqrt() + h.eps)), [exp_avg, exp_avg_sq]
+
+
 RULES = {
     "adam": Arithmetic(adam),
     "sgd": Arithmetic(sgd, sgd_scalars),
     "qhadam": Arithmetic(qhadam, qhadam_scalars),
     "lion": Arithmetic(lion),
     "adagrad": Arithmetic(adagrad, adagrad_scalars),
+    "nadam": Arithmetic(nadam, nadam_scalars),
     "lamb": Arithmetic(lamb, lamb_scalars, lamb_direction),
 }
