@@ -61,7 +61,7 @@ class Hook:
 
 
 class GradientRelease:
-    """The result of release_gradients()."""
+    """What release_gradients() returns; see release_gradients, which has the same arguments."""
 
     def __init__(self, model: nn.Module, optimizer: FusedOptimizer, bucket_bytes: int, grad_scale: Any) -> None:
         self.bucket_bytes = bucket_bytes
@@ -243,6 +243,7 @@ class GradientRelease:
     # ---- plans
 
     def tables(self) -> list[Backend]:
+        """Those of all buckets."""
         return [bound for bucket in self._buckets if bucket.plan is not None for bound in bucket.plan.tables]
 
     def forget(self) -> None:
