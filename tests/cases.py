@@ -29,6 +29,9 @@ from fused_optim import (
     FusedAdagrad,
     FusedAdam,
     FusedAdamW,
+    FusedAdan,
+    FusedAdEMAMix,
+    FusedADOPT,
     FusedLAMB,
     FusedLion,
     FusedNAdam,
@@ -36,6 +39,7 @@ from fused_optim import (
     FusedQHAdamW,
     FusedSGD,
     FusedSGDW,
+    FusedStableAdamW,
     backends,
 )
 from fused_optim.backends import native
@@ -101,8 +105,11 @@ class Case:
         return self.ours.rule.name, len(self.states)
 
     def known(self, **kwargs: Any) -> dict[str, Any]:
-        """The given options without those that the class lacks."""
-        return {key: value for key, value in kwargs.items() if key in self.options}
+        """The given options without those that the class lacks. A class with three betas gets the second one twice."""
+        found = {key: value for key, value in kwargs.items() if key in self.options}
+        if "betas" in found:
+            found["betas"] = (*found["betas"], found["betas"][1])[: len(self.group["betas"])]
+        return found
 
 
 Adagrad, Adam, AdamW, SGD = torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
@@ -197,6 +204,16 @@ CASES = [
         oracle.nadam,
         {"lr": 0.01, "weight_decay": 0.1, "momentum_decay": 0.02, "decoupled_weight_decay": True},
     ),
+    Case(
+        "ademamix",
+        FusedAdEMAMix,
+        None,
+        oracle.ademamix,
+        {"lr": 0.01, "weight_decay": 0.1, "alpha_warmup": 3, "beta3_warmup": 50},
+    ),
+    Case("adopt", FusedADOPT, None, oracle.adopt, {"lr": 0.01, "weight_decay": 0.1, "decouple": True}),
+    Case("adan", FusedAdan, None, oracle.adan, {"lr": 0.01, "weight_decay": 0.1}),
+    Case("stableadamw", FusedStableAdamW, None, oracle.stableadamw, {"lr": 0.01, "weight_decay": 0.1}),
 ]
 BY_NAME = {case.name: case for case in CASES}
 ADAMW, AMSGRAD = BY_NAME["adamw"], BY_NAME["adamw-amsgrad"]  # the latter has every state
