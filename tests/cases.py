@@ -104,6 +104,12 @@ class Case:
         as numbers."""
         return self.ours.rule.name, len(self.states)
 
+    @property
+    def kind(self) -> tuple[bool, ...]:
+        """The properties of its rule on which host code depends."""
+        rule = self.ours.rule
+        return rule.counted, rule.eager, rule.trust, bool(rule.switched), bool(rule.running)
+
     def known(self, **kwargs: Any) -> dict[str, Any]:
         """The given options without those that the class lacks. A class with three betas gets the second one twice."""
         found = {key: value for key, value in kwargs.items() if key in self.options}
@@ -262,8 +268,6 @@ on_every_target = pytest.mark.parametrize("target", targets())
 # One case per rule: the typical one, or the first one.
 TYPICAL = {case.rule: case for case in reversed(CASES)} | {case.rule: case for case in CASES if case.typical}
 ONE_EACH = [case for case in CASES if case is TYPICAL[case.rule]]
-# One case per kernel: the typical one, or the first one.
-KERNELS = {case.kernel: case for case in reversed(CASES)} | {case.kernel: case for case in CASES if case.typical}
 RUN = ONE_EACH if INTERPRETED else CASES  # all cases would take half an hour in Triton's interpreter
 CLASSES = list({case.ours: case for case in reversed(RUN)}.values())[::-1]  # the first case of each class
 DECOUPLED = [case for case in CLASSES if issubclass(case.ours, Decoupled)]

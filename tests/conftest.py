@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import ptx.backends
 import pytest
-from cases import AMSGRAD, KERNELS, LAMB, SLOW, Case, Target
+from cases import AMSGRAD, LAMB, SLOW, Case, Target
 
 from fused_optim.optim import plans
 
@@ -18,7 +17,7 @@ MARKERS = {
     "codegen": "compiles kernels, and reads the code or runs it without torch",
     "backend": "depends on the backend: given to every test that takes a target",
     "host": "its subject is host code, the same for every rule: in interpreters one case is enough",
-    "arithmetic": "its subject is the arithmetic of the rules: all rules on every backend, all cases on plain PyTorch",
+    "arithmetic": "its subject is the arithmetic of the rules: every rule on every backend",
     "once": "takes a target, but is not repeated for one more backend",
     "compiled": "of the tests that depend on the backend, those that `make test` runs on the compiled GPU kernels",
 }
@@ -43,24 +42,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in dropped]
 
 
+def of_rules(item: pytest.Item) -> bool:
+    """Whether the test is about the arithmetic of the rules. Other tests are about code that all rules share."""
+    return any(item.get_closest_marker(name) for name in ("compiled", "arithmetic"))
+
+
 def repetitions(items: list[pytest.Item]) -> list[pytest.Item]:
-    """The tests that differ from another one only in the options of the case, on backends where one case for each
-    kernel is enough. The emulated CUDA kernels compute with the sources of "cpp" (csrc/prep.h, csrc/rules.h), and the
-    tests on "cpp" take all cases. The PTX interpreter is slow. Plain PyTorch has its own arithmetic, but only tests of
-    the arithmetic depend on it."""
-    by_code: dict[Any, list[pytest.Item]] = {}
+    """Tests that run the same code as another test with other numbers, on all backends but "cpp" and Triton's.
+
+    The emulated CUDA kernels compute with the sources of "cpp" (csrc/prep.h, csrc/rules.h), and the PTX interpreter is
+    slow: tests of the rules take one case for each kernel. Plain PyTorch has its own arithmetic and takes all cases.
+    Other tests take one case for each kind of rule. "cpp" takes all cases in all tests.
+    """
+    groups: dict[Any, list[pytest.Item]] = {}
     for item in items:
         found = dict(arguments(item))
         target, case = found.pop("target", None), found.pop("case", None)
         if not (isinstance(target, Target) and isinstance(case, Case)):
             continue
-        plain = target.backend == "reference" and item.get_closest_marker("arithmetic") is None
-        if plain or target == Target("cuda", "cpu") or target.backend in ptx.backends.NAMES:
-            others = tuple((name, repr(value)) for name, value in found.items())
-            by_code.setdefault((function(item), target, case.kernel, others), []).append(item)
+        if target.backend in ("cpp", "triton") or target.device != "cpu":
+            continue
+        if of_rules(item) and target.backend == "reference":
+            continue
+        code = case.kernel if of_rules(item) else case.kind
+        others = tuple((name, repr(value)) for name, value in found.items())
+        groups.setdefault((function(item), target, code, others), []).append(item)
     repeated = []
-    for same in by_code.values():
-        kept = next((item for item in same if arguments(item)["case"] in KERNELS.values()), same[0])
+    for same in groups.values():
+        kept = next((item for item in same if arguments(item)["case"].typical), same[0])
         repeated += [item for item in same if item is not kept]
     return repeated
 
@@ -83,5 +92,4 @@ def is_needless(item: pytest.Item) -> bool:
         return False
     if item.get_closest_marker("host") is not None:
         return case is not AMSGRAD
-    of_rules = any(item.get_closest_marker(name) for name in ("compiled", "arithmetic"))
-    return not of_rules and case not in (AMSGRAD, LAMB)
+    return not of_rules(item) and case not in (AMSGRAD, LAMB)
