@@ -108,7 +108,8 @@ def test_cpu_walker_is_vectorised(isa: str, register: str) -> None:
 
 
 LOOP = "(update_block|update_pairs|measure_block)"
-TAIL = r"update_block<[^(]*\)0, \w+, float, \d, false, BFloat16, BFloat16, BFloat16>"  # the last element after pairs
+# Pairs of bfloat16 numbers are updated by update_pairs. update_block updates the last one, if their number is odd.
+TAIL = r"update_block<\(Pass\)0, \w+, float, \d, false, BFloat16, BFloat16, BFloat16\b"
 
 
 def wide_arithmetic(file: str, register: str) -> dict[str, int]:
