@@ -161,7 +161,8 @@ def _count_of(rule: Rule, state: dict[str, Any], count: Tensor | None, begun: bo
 
 def make_hparams(rule: Rule, groups: ParamGroups, scaler: Scaler, ema: WeightAverage | None) -> HostHparams:
     """The hyperparameters of all groups. A change detector fills in the options of the groups."""
-    hparams = HostHparams(len(groups), rule.clip_eps, scaler.bound_without_key(groups))
+    max_norm = scaler.bound_without_key(groups)
+    hparams = HostHparams(len(groups), clip_eps=rule.clip_eps, first_decay=rule.first_decay, max_norm=max_norm)
     if ema is not None:
         hparams.column("ema_decay").fill_(ema.current)
     return hparams
