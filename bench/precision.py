@@ -153,6 +153,7 @@ def measured_memory(name: str, release: bool, count: int, width: int) -> float:
 
 def alone(function: Any, *arguments: Any) -> Any:
     """The result of a function in a new process."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # there, what is freed goes back to the system at once
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=start_worker) as executor:
         return executor.submit(function, *arguments).result()
@@ -173,7 +174,6 @@ def measure(quick: bool, jobs: int) -> dict[str, Any]:
         result[name] = dict(rows)
     print("memory ...", file=sys.stderr, flush=True)
     size = (4, 256) if quick else (24, 1024)
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # of the children: what is freed goes back to the system at once
     ours = [contestant.name for contestant in CONTESTANTS if contestant.kind is None]
     result["memory"] = {
         name: {way: alone(measured_memory, name, way == "release", *size) for way in ("plain", "release")}
