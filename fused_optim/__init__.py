@@ -13,6 +13,7 @@ from .optim.lamb import FusedLAMB
 from .optim.lion import FusedLion
 from .optim.nadam import FusedNAdam
 from .optim.qhadam import FusedQHAdam, FusedQHAdamW
+from .optim.release import GradientRelease, release_gradients
 from .optim.sgd import FusedSGD, FusedSGDW
 from .optim.stableadamw import FusedStableAdamW
 from .recipes.clip import clip_grad_norm_
@@ -34,5 +35,7 @@ __all__ = [
     "FusedSGD",
     "FusedSGDW",
     "FusedStableAdamW",
+    "GradientRelease",
     "clip_grad_norm_",
+    "release_gradients",
 ]
