@@ -190,7 +190,7 @@ class Oracle {
   Bounded adopt(const Bounded& grad, std::vector<Bounded>& state) const {
     const bool first = step_ == 1;
     const Bounded bound = Bounded::constant(first ? 0 : group_.a * std::pow(step_ - 1.0L, group_.b));
-    const Bounded normed = grad / (first ? Bounded::exact(1) : larger(square_root(state[1]), eps_));
+    const Bounded normed = grad / larger(square_root(state[1]), first ? Bounded::exact(1) : eps_);
     const Bounded clipped = larger(-larger(-normed, -bound), -bound);
     state[0] = kept(state[0], beta1_) + rest1_ * clipped;
     state[1] = beta2_ * state[1] + (first ? grad * grad : rest2_ * grad * grad);
