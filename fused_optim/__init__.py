@@ -8,6 +8,7 @@ from .optim.adam import FusedAdam, FusedAdamW
 from .optim.base import FusedOptimizer
 from .optim.lamb import FusedLAMB
 from .optim.lion import FusedLion
+from .optim.muon import FusedMuon
 from .optim.qhadam import FusedQHAdam, FusedQHAdamW
 from .optim.sgd import FusedSGD, FusedSGDW
 from .recipes.clip import clip_grad_norm_
@@ -19,6 +20,7 @@ __all__ = [
     "FusedAdamW",
     "FusedLAMB",
     "FusedLion",
+    "FusedMuon",
     "FusedOptimizer",
     "FusedQHAdam",
     "FusedQHAdamW",

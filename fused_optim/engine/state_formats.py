@@ -39,9 +39,9 @@ def check_state_dtype(value: Any, rule: Rule) -> None:
             raise ValueError(f"state_dtype must be {CHOICES}, but got {value!r}")
         return
     for name, choice in value.items():
-        if name not in rule.states:
+        if name not in rule.all_states:
             raise ValueError(
-                f"state_dtype names the state {name!r}, but the states of this optimizer are {', '.join(rule.states)}"
+                f"state_dtype names the state {name!r}, but the states of this optimizer are {', '.join(rule.all_states)}"
             )
         if choice not in (*NARROW, *CODE_DTYPES):
             raise ValueError(f"state_dtype[{name!r}] must be a dtype of {CHOICES}, but got {choice!r}")
@@ -50,10 +50,10 @@ def check_state_dtype(value: Any, rule: Rule) -> None:
                 f'"e8m8" stores values that are never negative, {" and ".join(SQUARES)}, but state_dtype gives it to '
                 f"{name!r}; use torch.bfloat16"
             )
-        if choice == "anchored8" and (name != "exp_avg" or "exp_avg_sq" not in rule.states):
+        if choice == "anchored8" and (name != "exp_avg" or "exp_avg_sq" not in rule.all_states):
             raise ValueError(
                 f'"anchored8" stores exp_avg relative to the root of exp_avg_sq, but state_dtype gives it to {name!r} '
-                f"of an optimizer with the states {', '.join(rule.states)}; use torch.bfloat16"
+                f"of an optimizer with the states {', '.join(rule.all_states)}; use torch.bfloat16"
             )
 
 

@@ -89,11 +89,9 @@ class Averaged(Options):
         """
         self._averages().load(self._all_params(), self._all_names(), self.state, state_dict)
         self._forget()
-        if not self.rule.counted:
-            return
         for param, _, group in members_of(self.param_groups):  # torch's classes require all states of a param, or none
             values = self.state.get(param)
-            if values and "step" not in values:
+            if self.rule.of(group).counted and values and "step" not in values:
                 made = missing_states(self.rule, group, param, values, self._state_dtype, self._masters)
                 self.state[param] = {"step": torch.zeros(()), **made, **values}
 

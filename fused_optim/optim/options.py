@@ -215,7 +215,7 @@ class Options(Optimizer):
     def state_dtype(self, value: StateDtype) -> None:
         check_state_dtype(value, self.rule)
         for group in self.param_groups:
-            check_betas(group.get("state_dtype", value), self.rule, group.get("betas"))
+            check_betas(group.get("state_dtype", value), self.rule.of(group), group.get("betas"))
         self._state_dtype = value
         self._forget()
 
