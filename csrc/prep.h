@@ -74,6 +74,11 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   double scale = t.grad_scale ? 1.0 / *t.grad_scale : 1.0;
   if (t.squares) scale *= clip_coefficient(hparams, *t.squares, scale);
   const bool decoupled = group.decoupled != 0.0;
+  double decay = decoupled && step >= group.first_decay ? decoupled_decay(group, t.trust != nullptr) : 0.0;
+  if (group.proximal != 0.0) {  // (param - update) / (1 + decay)
+    decay /= 1.0 + decay;
+    group.lr *= 1.0 - decay;
+  }
   // The first update copies the new param into its average, unless the average has had updates before.
   const bool copies = step == 1.0 && !(t.rows[row * kRowWidth + kRowDtypeSignature] & kEmaBegun);
   out[kScalarLr] = group.lr;
@@ -87,7 +92,7 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   out[kScalarDenomScale] = 1.0 / ::sqrt(memo.correction2);
   out[kScalarGradFactor] = group.maximize != 0.0 ? -scale : scale;
   out[kScalarL2] = decoupled ? 0.0 : group.weight_decay;
-  out[kScalarDecay] = decoupled ? decoupled_decay(group, t.trust != nullptr) : 0.0;
+  out[kScalarDecay] = decay;
   out[kScalarEmaWeight] = copies ? 1.0 : 1.0 - group.ema_decay;
   if constexpr (HasScalars<Rule>::value) {
     const OwnScalars own = Rule::scalars(group, memo);
@@ -95,6 +100,8 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
     out[kScalarOwnB] = own.b;
     out[kScalarOwnC] = own.c;
     out[kScalarOwnD] = own.d;
+    out[kScalarOwnE] = own.e;
+    out[kScalarOwnF] = own.f;
   }
 }
 

@@ -33,9 +33,9 @@ FUSED_HD float bits_float(uint32_t bits) {
 }
 
 // A rule's own scalars. Its function `scalars` computes them in double precision, once per tensor and step. The rule
-// reads them as own_a to own_d.
+// reads them as own_a to own_f.
 struct OwnScalars {
-  double a = 0.0, b = 0.0, c = 0.0, d = 0.0;
+  double a = 0.0, b = 0.0, c = 0.0, d = 0.0, e = 0.0, f = 0.0;
 };
 
 // The step of a tensor, counted from 1, and 1 - beta**step of both betas.

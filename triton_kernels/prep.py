@@ -7,7 +7,7 @@ import triton.language as tl
 from fused_optim.engine.layout import GroupHparams
 
 from .rules import BiasCorrections
-from .tables import EMA_BEGUN, ROW_WIDTH, ROWS, SCALAR_WIDTH, SCALARS, column, read_group
+from .tables import EMA_BEGUN, GROUP_WIDTH, GROUPS, ROW_WIDTH, ROWS, SCALAR_WIDTH, SCALARS, column, read_group
 
 PREP_TENSORS = tl.constexpr(32)  # tensors per program, which is one warp
 
@@ -44,6 +44,18 @@ def decoupled_decay(group: GroupHparams, TRUST: tl.constexpr) -> tl.tensor:
         none = group.lr_reference == 0.0
         share = group.lr / tl.where(none, 1.0, group.lr_reference) * group.weight_decay / tl.sqrt(group.decay_period)
         return tl.where(none, 0.0, share)
+
+
+@triton.jit
+def with_lr(group: GroupHparams, lr: tl.tensor) -> GroupHparams:
+    """The same hyperparameters with another lr."""
+    columns: tl.tuple = ()
+    for i in tl.static_range(GROUP_WIDTH):
+        if i == column(GROUPS, "lr"):
+            columns += (lr,)
+        else:
+            columns += (group[i],)
+    return GroupHparams(*columns)
 
 
 @triton.jit(
@@ -97,7 +109,10 @@ def prep_kernel(
     scale = 1.0 / tl.load(grad_scale).to(tl.float64)
     if squares is not None:
         scale *= clip_coefficient(group, tl.load(squares), scale)
-    decay = decoupled_decay(group, TRUST)
+    decay = tl.where(decoupled & (step >= group.first_decay), decoupled_decay(group, TRUST), 0.0)
+    proximal = group.proximal != 0.0  # (param - update) / (1 + decay)
+    decay = tl.where(proximal, decay / (1.0 + decay), decay)
+    group = with_lr(group, tl.where(proximal, group.lr * (1.0 - decay), group.lr))
     signature = tl.load(fields + column(ROWS, "dtype_signature"), mask=go, other=0)
     copies = (step == 1.0) & (signature & EMA_BEGUN == 0)
 
@@ -112,7 +127,7 @@ def prep_kernel(
     tl.store(out + column(SCALARS, "denom_scale"), 1.0 / tl.sqrt(at.correction2), mask=go)
     tl.store(out + column(SCALARS, "grad_factor"), tl.where(group.maximize != 0.0, -scale, scale), mask=go)
     tl.store(out + column(SCALARS, "l2"), tl.where(decoupled, 0.0, group.weight_decay), mask=go)
-    tl.store(out + column(SCALARS, "decay"), tl.where(decoupled, decay, 0.0), mask=go)
+    tl.store(out + column(SCALARS, "decay"), decay, mask=go)
     tl.store(out + column(SCALARS, "ema_weight"), tl.where(copies, 1.0, 1.0 - group.ema_decay), mask=go)
     if OWN_SCALARS is not None:
         own = OWN_SCALARS(group, at)

@@ -7,7 +7,7 @@ A rule with a `direction` is walked twice, because the update of each tensor is 
 `update` gets no param and returns the new states alone. `direction` computes the update from the new states, before lr
 and decay.
 
-A rule can have a function `scalars`, which computes the rule's own scalars (own_a to own_d) from the options of the
+A rule can have a function `scalars`, which computes the rule's own scalars (own_a to own_f) from the options of the
 tensor's group, once per tensor and step, in float64.
 """
 

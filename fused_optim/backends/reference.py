@@ -53,7 +53,13 @@ def scalars_of(table: Table, row: Row, grad_scale: float = 1.0, norm: float | No
     if norm is not None and group.max_norm > 0:
         bound = quotient(group.max_norm, norm + group.clip_eps)
         factor *= 1.0 if bound >= 1 else bound
+    decays = group.decoupled and step >= group.first_decay
+    decay = decoupled_decay(group, table.rule.trust) if decays else 0.0
+    if group.proximal:  # (param - update) / (1 + decay)
+        decay /= 1 + decay
+        group = group._replace(lr=group.lr * (1 - decay))
     scalars = RULES[table.rule.name].scalars
+    own = scalars(group, at) if scalars else ()
     return TensorScalars(
         group.lr,
         group.eps,
@@ -66,10 +72,10 @@ def scalars_of(table: Table, row: Row, grad_scale: float = 1.0, norm: float | No
         denom_scale=1 / math.sqrt(at.correction2),
         grad_factor=-factor if group.maximize else factor,
         l2=0.0 if group.decoupled else group.weight_decay,
-        decay=decoupled_decay(group, table.rule.trust) if group.decoupled else 0.0,
+        decay=decay,
         ema_weight=1.0 if step == 1 and not row.ema_begun else 1 - group.ema_decay,
         skip=0.0,
-        **dict(zip(("own_a", "own_b", "own_c", "own_d"), scalars(group, at) if scalars else (), strict=False)),
+        **{f"own_{name}": number for name, number in zip("abcdef", own, strict=False)},
     )
 
 

@@ -2,7 +2,7 @@
 
 A rule gets the scalars `h` of the tensor, the param, the gradient and the states, and returns the update that is
 subtracted from the param, and the new states. A rule may have `scalars`, which makes scalars of its own (own_a to
-own_d) from the options of the tensor's group, once per tensor and step.
+own_f) from the options of the tensor's group, once per tensor and step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Update = tuple[Tensor, list[Tensor]]
 
 
 class Arithmetic(NamedTuple):
-    """A rule: its update; what makes its own scalars, own_a to own_d; with a trust ratio the update from the states
+    """A rule: its update; what makes its own scalars, own_a to own_f; with a trust ratio the update from the states
     alone, before lr and decay."""
 
     update: Callable[[TensorScalars, Tensor, Tensor, list[Tensor]], Update]

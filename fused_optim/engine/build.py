@@ -166,7 +166,8 @@ def build_tables(
 ) -> tuple[HostHparams, list[Table]]:
     """The hyperparameters of all groups, and a table for each device. If something is summed over whole tensors,
     tensors that are summed over different processes are in different tables, and so are tensors of different rules."""
-    hparams = HostHparams(len(groups), rule.clip_eps, scaler.bound_without_key(groups))
+    max_norm = scaler.bound_without_key(groups)
+    hparams = HostHparams(len(groups), clip_eps=rule.clip_eps, first_decay=rule.first_decay, max_norm=max_norm)
     if ema is not None:
         hparams.column("ema_decay").fill_(ema.current)
     looks = scaler.looks_at(groups)

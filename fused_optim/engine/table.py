@@ -71,6 +71,7 @@ class Rule:
         this rule are those of all groups.
     decides: options without a column from which tables are built.
     clip_eps: added to the norm in the clipping coefficient.
+    first_decay: the first step of a param that has decoupled decay.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Rule:
     otherwise: Rule | None = None
     decides: tuple[str, ...] = ()
     clip_eps: float = 1e-6
+    first_decay: int = 1
 
     def of(self, group: Mapping[str, Any]) -> Rule:
         """The rule that steps the params of a group."""
@@ -208,16 +210,16 @@ def format_of(dtype: torch.dtype, dithered: bool = False) -> Format:
 class HostHparams:
     """The hyperparameters of all groups on the host, in one buffer: one copy brings them to a device.
 
+    defaults: the columns of options that a group lacks, where they are not those of GroupHparams.
     group_hparams: float64 [groups, GroupHparams]. lr: int64 [groups], the address of a device lr tensor (lowest bit
         set: float64, else float32), or 0.
     """
 
-    def __init__(self, groups: int, clip_eps: float, max_norm: float) -> None:
+    def __init__(self, groups: int, **defaults: float) -> None:
         width = len(GroupHparams._fields)
         self.buffer = torch.zeros(groups * (width + 1), dtype=torch.int64)
         self.group_hparams, self.lr = self.split(self.buffer)
-        # Defaults, for options that a group lacks.
-        self.group_hparams[:] = torch.tensor(GroupHparams(clip_eps=clip_eps, max_norm=max_norm), dtype=torch.float64)
+        self.group_hparams[:] = torch.tensor(GroupHparams(**defaults), dtype=torch.float64)
 
     @staticmethod
     def split(buffer: Tensor) -> tuple[Tensor, Tensor]:
