@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from .options import Decayed
 AdjustLr = Literal["original", "match_rms_adamw"]
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Keller Jordan's: the steepest polynomial at 0 that stays bounded
 
+ADAMW = replace(ADAM, states=("exp_avg", "exp_avg_sq"), switched={}, squares=("exp_avg_sq",))  # without amsgrad
 MUON = Rule(
     name="muon",
     states=("momentum_buffer",),
@@ -25,7 +27,7 @@ MUON = Rule(
     trust=True,
     orthogonal=True,
     chosen_by="use_muon",
-    otherwise=ADAM,
+    otherwise=ADAMW,
     decides=("use_muon", "ns_coefficients", "ns_steps", "adjust_lr_fn", "normuon", "normuon_beta2", "flatten"),
     options=(
         ("momentum", "option_a", 1),
