@@ -15,6 +15,7 @@ constexpr int kChunk = 4096;  // elements of one tensor that one program (GPU) o
 constexpr int kShare = 4096;  // numbers that one GPU block sums for the norm of all gradients
 constexpr int kAlignment = 16;  // bytes of the widest access
 constexpr int kMaxStates = 4;  // of one tensor
+constexpr int kMaxRunning = 3;  // running scalars of one tensor: two of the rule, and the largest lr
 constexpr int64_t kEmpty = 16;  // in `grads`: replaces the address of a gradient without elements, which is null
 constexpr int kSignatureFieldBits = 4;  // of a code in a packed signature
 constexpr int kAbsent = 15;  // the code of a missing stream; it also ends the list of states
@@ -50,7 +51,10 @@ constexpr int kRowState3 = 8;
 constexpr int kRowEma = 9;  // address of the moving average of the weights
 constexpr int kRowFirstElement = 10;  // index of the tensor's first element in the whole param
 constexpr int kRowAnchor = 11;  // exponent of the anchors of a state in ANCHORED8
-constexpr int kRowWidth = 12;
+constexpr int kRowRunning0 = 12;  // addresses of the running scalars, float32: those of the rule in its order, then the largest lr
+constexpr int kRowRunning1 = 13;
+constexpr int kRowRunning2 = 14;
+constexpr int kRowWidth = 15;
 constexpr int kGroupLr = 0;
 constexpr int kGroupBeta1 = 1;
 constexpr int kGroupBeta2 = 2;
@@ -181,6 +185,7 @@ constexpr LayoutEntry kLayout[] = {
     {"SHARE", kShare},
     {"ALIGNMENT", kAlignment},
     {"MAX_STATES", kMaxStates},
+    {"MAX_RUNNING", kMaxRunning},
     {"EMPTY", kEmpty},
     {"SIGNATURE_FIELD_BITS", kSignatureFieldBits},
     {"ABSENT", kAbsent},
@@ -225,6 +230,9 @@ constexpr LayoutEntry kLayout[] = {
     {"ROW_EMA", kRowEma},
     {"ROW_FIRST_ELEMENT", kRowFirstElement},
     {"ROW_ANCHOR", kRowAnchor},
+    {"ROW_RUNNING0", kRowRunning0},
+    {"ROW_RUNNING1", kRowRunning1},
+    {"ROW_RUNNING2", kRowRunning2},
     {"ROW_WIDTH", kRowWidth},
     {"GROUP_LR", kGroupLr},
     {"GROUP_BETA1", kGroupBeta1},

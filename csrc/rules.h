@@ -3,13 +3,16 @@
 // element. It changes the states and returns the update that the walker subtracts from the param. T is float, or double
 // for float64 tensors.
 //
-// A rule with `trust` is walked twice, because the update of each tensor is scaled by the ratio of two norms. The first
-// walk calls `update_moments`, which changes the states. `direction` computes the update from the states alone, before
-// lr and decay.
+// A rule with `trust` is walked twice, because the update of each tensor is multiplied by a ratio that depends on the
+// whole tensor. The first walk calls `update_moments`, which changes the states, and sums the squares of the two numbers
+// that `measure` makes of each element. `ratio` makes the ratio of both sums. In the second walk `direction` computes
+// the update from the states alone, before lr and decay. `scales_decay`: whether the ratio multiplies decoupled decay,
+// too.
 //
 // A rule declares its minimum and maximum number of states, and how many of its states can be negative. Those come
 // first. A rule can have a function `scalars`, which computes the rule's own scalars from the options of the tensor's
-// group.
+// group. A rule that declares a number of `running` scalars gets these as a third argument of `scalars`, which may
+// change them: numbers of the tensor that carry over from step to step.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -36,6 +39,12 @@ FUSED_HD float bits_float(uint32_t bits) {
 // reads them as own_a to own_f.
 struct OwnScalars {
   double a = 0.0, b = 0.0, c = 0.0, d = 0.0, e = 0.0, f = 0.0;
+};
+
+// Two numbers of an element, whose squares are summed over its tensor.
+template <class T>
+struct Measured {
+  T first, second;
 };
 
 // The step of a tensor, counted from 1, and 1 - beta**step of both betas.
@@ -203,7 +212,7 @@ struct QHAdam {
 // LAMB, arXiv:1904.00962, as in NVIDIA Apex. Options: grad_averaging, bias_correction.
 struct Lamb {
   static constexpr const char* name = "lamb";
-  static constexpr bool trust = true;
+  static constexpr bool trust = true, scales_decay = true;
   static constexpr int signed_states = 1, min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
 
   // The weight of the gradient in exp_avg; debias and denom_scale, or 1 without bias correction.
@@ -222,6 +231,20 @@ struct Lamb {
   template <class T, int S>
   FUSED_HD static T direction(const TensorScalars<T>& h, const T (&state)[S]) {
     return h.own_b * (state[0] / fma(square_root(state[1]), h.own_c, h.eps));
+  }
+
+  // The param, and the update with decay.
+  template <class T, int S>
+  FUSED_HD static Measured<T> measure(const TensorScalars<T>& h, T param, T /*grad*/, const T (&state)[S]) {
+    return {param, fma(h.decay, finite(param), direction<T, S>(h, state))};
+  }
+
+  FUSED_HD static double ratio(const GroupHparams& group, double params, double updates) {
+    if (group.weight_decay == 0.0 && group.trust_always == 0.0) return 1.0;
+    const double param = ::sqrt(params), update = ::sqrt(updates);
+    const double ratio = param != 0.0 && update != 0.0 ? param / update : 1.0;
+    const double least = ratio < group.trust_low ? group.trust_low : ratio;
+    return least > group.trust_high ? group.trust_high : least;
   }
 };
 
@@ -257,6 +280,34 @@ struct Adagrad {
   }
 };
 
+// NAdam, Dozat, ICLR 2016 workshop, as in torch. Option: momentum_decay. Running: the product of all momentums so far.
+struct NAdam {
+  static constexpr const char* name = "nadam";
+  static constexpr bool trust = false;
+  static constexpr int signed_states = 1, min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
+  static constexpr int running = 1;                                        // mu_product
+
+  FUSED_HD static double momentum(const GroupHparams& group, double step) {
+    constexpr double kLog = -0.040821994520255166;  // of 0.96
+    return group.beta1 * (1.0 - 0.5 * ::exp(kLog * group.option_a * step));
+  }
+
+  // The weights of the gradient and of exp_avg in the mean; the bias correction of exp_avg_sq, before the root.
+  FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at, double (&product)[1]) {
+    const double now = momentum(group, at.step), next = momentum(group, at.step + 1.0);
+    product[0] = static_cast<float>(product[0]) * static_cast<float>(now);  // in float32, as in torch
+    return {(1.0 - now) / (1.0 - product[0]), next / (1.0 - product[0] * next), 1.0 / at.correction2};
+  }
+
+  template <class T, int S>
+  FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
+    const T exp_avg = state[0] = move_average(state[0], grad, h.weight1, h.small_beta1);
+    const T exp_avg_sq = state[1] = move_average_square(state[1], grad, h.weight2, h.small_beta2);
+    const T mean = fma(h.own_b, exp_avg, h.own_a * grad);
+    return h.lr * (mean / (square_root(h.own_c * exp_avg_sq) + h.eps));
+  }
+};
+
 template <class T>
 struct Tag {
   using type = T;
@@ -276,6 +327,6 @@ struct RuleList {
 };
 
 // All rules. Kernels, modules and tests iterate over this list.
-using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion, Adagrad>;
+using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion, Adagrad, NAdam>;
 
 }  // namespace fused_optim

@@ -9,6 +9,7 @@ from .optim.base import FusedOptimizer
 from .optim.lamb import FusedLAMB
 from .optim.lion import FusedLion
 from .optim.muon import FusedMuon
+from .optim.nadam import FusedNAdam
 from .optim.qhadam import FusedQHAdam, FusedQHAdamW
 from .optim.sgd import FusedSGD, FusedSGDW
 from .recipes.clip import clip_grad_norm_
@@ -21,6 +22,7 @@ __all__ = [
     "FusedLAMB",
     "FusedLion",
     "FusedMuon",
+    "FusedNAdam",
     "FusedOptimizer",
     "FusedQHAdam",
     "FusedQHAdamW",

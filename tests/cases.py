@@ -31,6 +31,7 @@ from fused_optim import (
     FusedAdamW,
     FusedLAMB,
     FusedLion,
+    FusedNAdam,
     FusedQHAdam,
     FusedQHAdamW,
     FusedSGD,
@@ -187,10 +188,18 @@ CASES = [
     Case(
         "adagrad-maximize", FusedAdagrad, torch.optim.Adagrad, oracle.adagrad, {"weight_decay": 0.1, "maximize": True}
     ),
+    Case(
+        "nadam-decoupled",
+        FusedNAdam,
+        torch.optim.NAdam,
+        oracle.nadam,
+        {"lr": 0.01, "weight_decay": 0.1, "momentum_decay": 0.02, "decoupled_weight_decay": True},
+    ),
 ]
 BY_NAME = {case.name: case for case in CASES}
 ADAMW, AMSGRAD = BY_NAME["adamw"], BY_NAME["adamw-amsgrad"]  # the latter has every state
 LAMB = BY_NAME["lamb"]
+SCALARS = {"step", *(name for case in CASES for name in case.ours.rule.running)}  # states of one number
 
 
 class Target(NamedTuple):

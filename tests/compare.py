@@ -8,7 +8,7 @@ from typing import Any
 
 import oracle
 import torch
-from cases import CASES, hypers, parameters, random_grads, set_grads
+from cases import CASES, SCALARS, hypers, parameters, random_grads, set_grads
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -36,7 +36,7 @@ def snapshot(optimizer: Any) -> list[oracle.Slot]:
     slots = []
     for p, state in zip(parameters(optimizer), states(optimizer), strict=True):
         narrow = p.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        dtypes = [value.dtype for key, value in state.items() if key != "step"]
+        dtypes = [value.dtype for key, value in state.items() if key not in SCALARS]
         dtype = (dtypes or [optimizer.state_dtype if narrow and optimizer.state_dtype else p.dtype])[0]
         reals = {key: oracle.as_real(value) for key, value in state.items()}
         slots.append(oracle.Slot(oracle.as_real(p), reals, dtype.to_real()))

@@ -190,6 +190,26 @@ def muon(
     return decay * param - rate * scale * update.view_as(param), new
 
 
+@with_decay
+def nadam(
+    grad: Tensor, state: State, *, betas: Pair, eps: float, momentum_decay: float, **_: Any
+) -> tuple[Tensor, State]:
+    """NAdam (Dozat, ICLR 2016 workshop) as torch.optim.NAdam documents it."""
+    beta1, beta2 = scalar(betas[0]), scalar(betas[1])
+    zeros = torch.zeros_like(grad)
+    step = next_step(state)
+    now, after = (beta1 * (1 - 0.5 * 0.96 ** (momentum_decay * t)) for t in (step.item(), step.item() + 1))
+    new = {
+        "step": step,
+        "mu_product": (state.get("mu_product", torch.ones_like(step)).float() * now).double(),  # torch's is float32
+        "exp_avg": beta1 * state.get("exp_avg", zeros) + (1 - beta1) * grad,
+        "exp_avg_sq": beta2 * state.get("exp_avg_sq", zeros) + (1 - beta2) * grad**2,
+    }
+    product = new["mu_product"].item()
+    mean = after * new["exp_avg"] / (1 - product * after) + (1 - now) * grad / (1 - product)
+    return mean / ((new["exp_avg_sq"] / (1 - beta2 ** step.item())).sqrt() + eps), new
+
+
 def lamb(
     param: Tensor,
     grad: Tensor,

@@ -10,6 +10,7 @@ import torch
 from cases import (
     AMSGRAD,
     ONE_EACH,
+    SCALARS,
     Case,
     Target,
     build,
@@ -31,7 +32,7 @@ Change = Callable[[list[torch.nn.Parameter], torch.optim.Optimizer], None]
 
 
 def averages(p: torch.Tensor, optimizer: torch.optim.Optimizer) -> list[str]:
-    return [key for key in optimizer.state[p] if key != "step"]
+    return [key for key in optimizer.state[p] if key not in SCALARS]
 
 
 def swap_param_data(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:

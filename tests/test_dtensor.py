@@ -12,7 +12,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Case, Target, build, for_every_class, make_params, on_every_target, quick, random_grads, set_grads
+from cases import (
+    SCALARS,
+    Case,
+    Target,
+    build,
+    for_every_class,
+    make_params,
+    on_every_target,
+    quick,
+    random_grads,
+    set_grads,
+)
 from compare import assert_equal
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -73,7 +84,7 @@ def test_steps_as_plain_tensors(case: Case, bound: float | None, target: Target)
         assert_equal(p.full_tensor().detach(), q.detach())
         for key, value in theirs.state[q].items():
             mine = ours.state[p][key]
-            assert isinstance(mine, DTensor) == (key != "step")
+            assert isinstance(mine, DTensor) == (key not in SCALARS)
             if isinstance(mine, DTensor):
                 assert (mine.placements, mine.device_mesh, mine.shape) == (p.placements, p.device_mesh, p.shape)
             assert_equal(plain(mine), value)

@@ -15,6 +15,7 @@ from cases import (
     BY_NAME,
     INTERPRETED,
     ONE_EACH,
+    SCALARS,
     Case,
     Target,
     build,
@@ -231,7 +232,7 @@ def test_states_have_the_layout_of_torchs(case: Case, target: Target, layout: st
     guard.param.grad = torch.ones_like(guard.param)
     optimizer.step()
     for key, value in optimizer.state[guard.param].items():
-        assert key == "step" or value.stride() == torch.zeros_like(guard.param).stride()
+        assert key in SCALARS or value.stride() == torch.zeros_like(guard.param).stride()
 
 
 # Each rule, and Adam and SGD with fewer states. Other options of a case do not change how a kernel walks over a tensor.

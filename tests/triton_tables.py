@@ -50,6 +50,7 @@ KINDS = {
 GUARD = 64  # elements before and after every tensor, which nobody may touch
 STATES = {case.ours.rule.name: case.ours.rule.states for case in CASES}
 ORACLES = {case.ours.rule.name: case.rule for case in CASES}
+RUNNING = {case.ours.rule.name: case.ours.rule.running for case in CASES}
 
 
 @dataclass
@@ -148,6 +149,7 @@ class Row:
             self.buffers.append(torch.full((start + size + GUARD,), 3.0, dtype=dtype, device=DEVICE))
             self.views.append(self.buffers[-1][start : start + size].copy_(values))
         self.step = torch.zeros((), dtype=torch.float32, device=DEVICE)
+        self.running: list[Tensor] = []
         self.grad_address = self.views[1].data_ptr() or EMPTY  # an empty tensor has no address, but has a gradient
 
     @property
@@ -184,6 +186,8 @@ class Table:
 
     def __post_init__(self) -> None:
         count = len(self.rows)
+        for row in self.rows:
+            row.running = [torch.tensor(start, device=DEVICE) for start in RUNNING[self.rule].values()]
         width = len(TensorScalars._fields)
         self.tensor_scalars = torch.full((count, width), math.nan, dtype=torch.float64, device=DEVICE)
         self.clips = any(group.max_norm for group in self.groups)
@@ -219,6 +223,7 @@ class Table:
                 dtype_signature=packed_signature(row.dtypes, row.ema, row.begun),
                 ema=average,
                 **{f"state{place}": state for place, state in enumerate(states)},
+                **{f"running{place}": scalar.data_ptr() for place, scalar in enumerate(row.running)},
             )
             fields.append(made)
         trusts = RULES[self.rule].direction is not None
@@ -259,7 +264,7 @@ class Table:
     def check_step(self, skipped: Sequence[int] = ()) -> None:
         """One launch, and every value of every tensor against float64."""
         outside = [row.bytes_outside() for row in self.rows]
-        before = [[view.clone() for view in row.views] for row in self.rows]
+        before = [[view.clone() for view in (*row.views, *row.running)] for row in self.rows]
         steps = [row.step.item() for row in self.rows]
         norm = self.norm()
         self.launch()
@@ -270,7 +275,7 @@ class Table:
             if number not in skipped:
                 expected = self.expected(row, expected, steps[number], self.groups[row.group_index], norm)
             assert row.step.item() == steps[number] + (number not in skipped)
-            for view, wanted in zip(row.views, expected, strict=True):
+            for view, wanted in zip((*row.views, *row.running), expected, strict=True):
                 assert_rounded(view, wanted)
 
     def norm(self) -> float:
@@ -280,7 +285,8 @@ class Table:
 
     def expected(self, row: Row, tensors: Sequence[Tensor], step: float, group: Group, norm: float) -> list[Tensor]:
         """What param, gradient, states and average become in a step after `step` others."""
-        param, grad, *states = (tensor.double() for tensor in tensors)
+        running = dict(zip(RUNNING[self.rule], tensors[len(row.views) :], strict=True))
+        param, grad, *states = (tensor.double() for tensor in tensors[: len(row.views)])
         averages = [states.pop()] if row.ema else []
         scale = 1.0 if self.grad_scale is None else self.grad_scale.item()
         scaled = grad / scale
@@ -293,10 +299,12 @@ class Table:
         if self.rule == "sgd" and not states:
             options["momentum"] = 0.0
         state["step"] = torch.tensor(step, dtype=torch.float64)
+        state |= {name: scalar.double() for name, scalar in running.items()}
         param, state = ORACLES[self.rule](param, scaled, state, **options)
         weight = 1.0 if step == 0 and not row.begun else 1.0 - group.ema_decay
         stored = row.views[0].double()  # the average is one of the params as they are stored, which are compared before
-        return [param, grad, *(state[name] for name in names), *(old.lerp(stored, weight) for old in averages)]
+        followed = [old.lerp(stored, weight) for old in averages]
+        return [param, grad, *(state[name] for name in names), *followed, *(state[name] for name in running)]
 
 
 def integers(values: list) -> Tensor:

@@ -35,15 +35,16 @@ def clip_coefficient(group: GroupHparams, squares: tl.tensor, scale: tl.tensor) 
 
 
 @triton.jit
-def decoupled_decay(group: GroupHparams, TRUST: tl.constexpr) -> tl.tensor:
-    """The fraction of a param that decoupled decay subtracts in a step. With a trust ratio it is weight_decay alone.
-    The second walk multiplies it by the ratio and lr."""
-    if TRUST:
-        return group.weight_decay
+def decoupled_decay(group: GroupHparams, SCALED: tl.constexpr) -> tl.tensor:
+    """The fraction of a param that decoupled decay subtracts in a step. SCALED: without lr, because the second walk
+    multiplies it by lr and the ratio."""
+    none = group.lr_reference == 0.0
+    reference = tl.where(none, 1.0, group.lr_reference)
+    if SCALED:
+        share = group.weight_decay / reference / tl.sqrt(group.decay_period)
     else:
-        none = group.lr_reference == 0.0
-        share = group.lr / tl.where(none, 1.0, group.lr_reference) * group.weight_decay / tl.sqrt(group.decay_period)
-        return tl.where(none, 0.0, share)
+        share = group.lr / reference * group.weight_decay / tl.sqrt(group.decay_period)
+    return tl.where(none, 0.0, share)
 
 
 @triton.jit
@@ -56,6 +57,32 @@ def with_lr(group: GroupHparams, lr: tl.tensor) -> GroupHparams:
         else:
             columns += (group[i],)
     return GroupHparams(*columns)
+
+
+@triton.jit
+def own_scalars(
+    fields: tl.tensor,
+    group: GroupHparams,
+    at: BiasCorrections,
+    mask: tl.tensor,
+    OWN_SCALARS: tl.constexpr,
+    RUNNING: tl.constexpr,
+) -> tl.tuple:
+    """The rule's own scalars. Running scalars are stored as float32, and `scalars` gets them in float64. fields:
+    pointers to the rows."""
+    if RUNNING == 0:
+        return OWN_SCALARS(group, at)
+    else:
+        pointers: tl.tuple = ()
+        running: tl.tuple = ()
+        for i in tl.static_range(RUNNING):
+            address = tl.load(fields + column(ROWS, "running0") + i, mask=mask, other=0)
+            pointers += (address.to(tl.pointer_type(tl.float32)),)
+            running += (tl.load(pointers[i], mask=mask, other=0.5).to(tl.float64),)
+        own, running = OWN_SCALARS(group, at, running)
+        for i in tl.static_range(RUNNING):
+            tl.store(pointers[i], running[i].to(tl.float32), mask=mask)
+        return own
 
 
 @triton.jit(
@@ -84,10 +111,12 @@ def prep_kernel(
     squares: tl.tensor | None,
     tensors: tl.tensor,
     OWN_SCALARS: tl.constexpr,
-    TRUST: tl.constexpr,
+    SCALES_DECAY: tl.constexpr,
+    RUNNING: tl.constexpr,
 ) -> None:
     """`prepare` of csrc/prep.h for 32 tensors per program: increments their step counts and writes their scalars.
-    OWN_SCALARS: the rule's function `scalars`, or None. TRUST: whether the rule has a trust ratio."""
+    OWN_SCALARS: the rule's function `scalars`, or None. SCALES_DECAY: whether the rule's ratio multiplies decay.
+    RUNNING: the number of the rule's running scalars."""
     row = tl.program_id(0) * PREP_TENSORS + tl.arange(0, PREP_TENSORS)
     inside = row < tensors
     grad = tl.load(grads + row, mask=inside, other=0)
@@ -109,7 +138,7 @@ def prep_kernel(
     scale = 1.0 / tl.load(grad_scale).to(tl.float64)
     if squares is not None:
         scale *= clip_coefficient(group, tl.load(squares), scale)
-    decay = tl.where(decoupled & (step >= group.first_decay), decoupled_decay(group, TRUST), 0.0)
+    decay = tl.where(decoupled & (step >= group.first_decay), decoupled_decay(group, SCALES_DECAY), 0.0)
     proximal = group.proximal != 0.0  # (param - update) / (1 + decay)
     decay = tl.where(proximal, decay / (1.0 + decay), decay)
     group = with_lr(group, tl.where(proximal, group.lr * (1.0 - decay), group.lr))
@@ -130,7 +159,7 @@ def prep_kernel(
     tl.store(out + column(SCALARS, "decay"), decay, mask=go)
     tl.store(out + column(SCALARS, "ema_weight"), tl.where(copies, 1.0, 1.0 - group.ema_decay), mask=go)
     if OWN_SCALARS is not None:
-        own = OWN_SCALARS(group, at)
+        own = own_scalars(fields, group, at, go, OWN_SCALARS, RUNNING)
         for i in tl.static_range(len(own)):
             tl.store(out + column(SCALARS, "own_a") + i, own[i], mask=go)
 
@@ -146,19 +175,16 @@ def trust_kernel(
     sums: tl.tensor,
     trust: tl.tensor,
     tensors: tl.tensor,
+    RATIO: tl.constexpr,
 ) -> None:
-    """`trust_ratio` of csrc/prep.h for 32 tensors per program. The ratio of a skipped tensor does not change."""
+    """The ratios of 32 tensors per program. The ratio of a skipped tensor does not change. RATIO: the rule's function
+    `ratio`."""
     row = tl.program_id(0) * PREP_TENSORS + tl.arange(0, PREP_TENSORS)
     inside = row < tensors
     skips = tensor_scalars + row.to(tl.int64) * SCALAR_WIDTH + column(SCALARS, "skip")
     go = inside & (tl.load(skips, mask=inside, other=1.0) == 0.0)
     group = read_group(group_hparams, None, tl.load(group_index + row, mask=go, other=0), go)
 
-    param = tl.sqrt(tl.load(sums + 2 * row, mask=go, other=1.0))
-    update = tl.sqrt(tl.load(sums + 2 * row + 1, mask=go, other=1.0))
-    ratio = param / tl.where(update == 0.0, 1.0, update)
-    ratio = tl.where((param == 0.0) | (update == 0.0), 1.0, ratio)
-    ratio = tl.where(ratio < group.trust_low, group.trust_low, ratio)
-    ratio = tl.where(ratio > group.trust_high, group.trust_high, ratio)
-    always = (group.weight_decay == 0.0) & (group.trust_always == 0.0)
-    tl.store(trust + row, tl.where(always, 1.0, ratio), mask=go)
+    first = tl.load(sums + 2 * row, mask=go, other=1.0)
+    second = tl.load(sums + 2 * row + 1, mask=go, other=1.0)
+    tl.store(trust + row, RATIO(group, first, second), mask=go)

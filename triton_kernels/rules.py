@@ -3,12 +3,14 @@
 A rule gets the scalars `h` of the tensor, the param, the gradient and a tuple of states. It returns the update that the
 walker subtracts from the param, and the new states. All values have one dtype: float32, or float64 for float64 tensors.
 
-A rule with a `direction` is walked twice, because the update of each tensor is scaled by the ratio of two norms. Its
-`update` gets no param and returns the new states alone. `direction` computes the update from the new states, before lr
-and decay.
+A rule with a `direction` is walked twice, because the update of each tensor is multiplied by a ratio that depends on the
+whole tensor. Its `update` gets no param and returns the new states alone. `measure` makes two numbers of each element,
+whose squares are summed over the tensor, and `ratio` makes the ratio of both sums. `direction` computes the update from
+the new states, before lr and decay. `scales_decay`: whether the ratio multiplies decoupled decay, too.
 
 A rule can have a function `scalars`, which computes the rule's own scalars (own_a to own_f) from the options of the
-tensor's group, once per tensor and step, in float64.
+tensor's group, once per tensor and step, in float64. Of a rule with `running` scalars it also gets these, numbers of
+the tensor that carry over from step to step, and returns them after its own.
 """
 
 from typing import NamedTuple
@@ -190,6 +192,22 @@ def lamb_direction(h: TensorScalars, states: tl.tuple) -> tl.tensor:
 
 
 @triton.jit
+def lamb_measure(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """The param, and the update with decay."""
+    return param, tl.fma(h.decay, finite(param), lamb_direction(h, states))
+
+
+@triton.jit
+def lamb_ratio(group: GroupHparams, params: tl.tensor, updates: tl.tensor) -> tl.tensor:
+    param, update = tl.sqrt(params), tl.sqrt(updates)
+    ratio = param / tl.where(update == 0.0, 1.0, update)
+    ratio = tl.where((param == 0.0) | (update == 0.0), 1.0, ratio)
+    ratio = tl.where(ratio < group.trust_low, group.trust_low, ratio)
+    ratio = tl.where(ratio > group.trust_high, group.trust_high, ratio)
+    return tl.where((group.weight_decay == 0.0) & (group.trust_always == 0.0), 1.0, ratio)
+
+
+@triton.jit
 def lion(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
     """Lion, arXiv:2302.06675. States: exp_avg."""
     mixed = move_average(states[0], grad, h.weight1, h.small_beta1)
@@ -209,17 +227,46 @@ def adagrad(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tupl
     return h.own_a * divide(grad, square_root(total) + h.eps), (total,)
 
 
+@triton.jit
+def nadam_momentum(group: GroupHparams, step: tl.tensor) -> tl.tensor:
+    return group.beta1 * (1.0 - 0.5 * tl.exp(-0.040821994520255166 * group.option_a * step))  # 0.96**(decay * step)
+
+
+@triton.jit
+def nadam_scalars(group: GroupHparams, at: BiasCorrections, running: tl.tuple) -> tl.tuple:
+    """The weights of the gradient and of exp_avg in the mean; the bias correction of exp_avg_sq, before the root.
+    Running: mu_product."""
+    now = nadam_momentum(group, at.step)
+    next = nadam_momentum(group, at.step + 1.0)
+    product = (running[0].to(tl.float32) * now.to(tl.float32)).to(tl.float64)  # in float32, as in torch
+    return ((1.0 - now) / (1.0 - product), next / (1.0 - product * next), 1.0 / at.correction2), (product,)
+
+
+@triton.jit
+def nadam(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """NAdam, Dozat, ICLR 2016 workshop, as in torch. Option: momentum_decay. States: exp_avg, exp_avg_sq."""
+    exp_avg = move_average(states[0], grad, h.weight1, h.small_beta1)
+    exp_avg_sq = move_average_square(states[1], grad, h.weight2, h.small_beta2)
+    mean = tl.fma(h.own_b, exp_avg, h.own_a * grad)
+    return h.lr * divide(mean, square_root(h.own_c * exp_avg_sq) + h.eps), (exp_avg, exp_avg_sq)
+
+
 class Rule(NamedTuple):
     update: triton.JITFunction
     scalars: triton.JITFunction | None = None
     direction: triton.JITFunction | None = None
+    measure: triton.JITFunction | None = None
+    ratio: triton.JITFunction | None = None
+    scales_decay: bool = False
+    running: int = 0
 
 
 RULES = {
     "adam": Rule(adam),
     "sgd": Rule(sgd, sgd_scalars),
     "qhadam": Rule(qhadam, qhadam_scalars),
-    "lamb": Rule(lamb_moments, lamb_scalars, lamb_direction),
+    "lamb": Rule(lamb_moments, lamb_scalars, lamb_direction, lamb_measure, lamb_ratio, scales_decay=True),
     "lion": Rule(lion),
     "adagrad": Rule(adagrad, adagrad_scalars),
+    "nadam": Rule(nadam, nadam_scalars, running=1),
 }

@@ -2,7 +2,8 @@
 
 A rule gets the scalars `h` of the tensor, the param, the gradient and the states, and returns the update that is
 subtracted from the param, and the new states. A rule may have `scalars`, which makes scalars of its own (own_a to
-own_f) from the options of the tensor's group, once per tensor and step.
+own_f) from the options of the tensor's group, once per tensor and step. Of a rule with running scalars it also gets
+these, as a list that it changes.
 """
 
 from __future__ import annotations
@@ -30,12 +31,22 @@ Update = tuple[Tensor, list[Tensor]]
 
 
 class Arithmetic(NamedTuple):
-    """A rule: its update; what makes its own scalars, own_a to own_f; with a trust ratio the update from the states
-    alone, before lr and decay."""
+    """A rule: its update, and what makes its own scalars, own_a to own_f. Rules that are walked twice have `direction`,
+    the update from the states alone, before lr and decay; `measure`, two numbers of each element whose squares are
+    summed over the tensor; `ratio`, which makes of both sums what the update is multiplied by; and `scales_decay`,
+    whether it multiplies decoupled decay, too."""
 
     update: Callable[[TensorScalars, Tensor, Tensor, list[Tensor]], Update]
-    scalars: Callable[[GroupHparams, BiasCorrections], tuple[float, ...]] | None = None
+    scalars: Callable[..., tuple[float, ...]] | None = None
     direction: Callable[[TensorScalars, list[Tensor]], Tensor] | None = None
+    measure: Callable[[TensorScalars, Tensor, Tensor, list[Tensor]], tuple[Tensor, Tensor]] | None = None
+    ratio: Callable[[GroupHparams, float, float], float] | None = None
+    scales_decay: bool = False
+
+
+def with_decay(h: TensorScalars, param: Tensor, update: Tensor) -> Tensor:
+    """The update including decoupled decay. Infinite params are not decayed."""
+    return update + torch.where(param.isinf(), 0.0, h.decay * param) if h.decay else update
 
 
 def keep(average: Tensor, weight: float, small_beta: float) -> Tensor:
@@ -109,6 +120,17 @@ def lamb_direction(h: TensorScalars, states: list[Tensor]) -> Tensor:
     return states[0] * h.own_b / (states[1].sqrt() * h.own_c + h.eps)
 
 
+def lamb_measure(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return param, with_decay(h, param, lamb_direction(h, states))
+
+
+def lamb_ratio(group: GroupHparams, params: float, updates: float) -> float:
+    if not group.weight_decay and not group.trust_always:
+        return 1.0
+    ratio = math.sqrt(params) / math.sqrt(updates) if params and updates else 1.0
+    return min(max(ratio, group.trust_low), group.trust_high)
+
+
 def adagrad_scalars(group: GroupHparams, at: BiasCorrections) -> tuple[float, ...]:
     return (group.lr / (1 + (at.step - 1) * group.option_a),)
 
@@ -119,11 +141,27 @@ def adagrad(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor])
     return h.own_a * (grad / (total.sqrt() + h.eps)), [total]
 
 
+def nadam_scalars(group: GroupHparams, at: BiasCorrections, running: list[float]) -> tuple[float, ...]:
+    """Option: momentum_decay. Running: mu_product."""
+    now, after = (group.beta1 * (1 - 0.5 * 0.96 ** (group.option_a * step)) for step in (at.step, at.step + 1))
+    running[0] = float(torch.tensor(running[0], dtype=torch.float32) * now)  # in float32, as in torch
+    return (1 - now) / (1 - running[0]), after / (1 - running[0] * after), 1 / at.correction2
+
+
+def nadam(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+    """Dozat, ICLR 2016 workshop, as in torch. Own: the weights of the gradient and of exp_avg in the mean; the
+    bias correction of exp_avg_sq."""
+    exp_avg, exp_avg_sq = averages(h, grad, states)
+    mean = h.own_a * grad + h.own_b * exp_avg
+    return h.lr * (mean / ((h.own_c * exp_avg_sq).sqrt() + h.eps)), [exp_avg, exp_avg_sq]
+
+
 RULES = {
     "adam": Arithmetic(adam),
     "sgd": Arithmetic(sgd, sgd_scalars),
     "qhadam": Arithmetic(qhadam, qhadam_scalars),
     "lion": Arithmetic(lion),
     "adagrad": Arithmetic(adagrad, adagrad_scalars),
-    "lamb": Arithmetic(lamb, lamb_scalars, lamb_direction),
+    "nadam": Arithmetic(nadam, nadam_scalars),
+    "lamb": Arithmetic(lamb, lamb_scalars, lamb_direction, lamb_measure, lamb_ratio, scales_decay=True),
 }

@@ -140,7 +140,8 @@ def rows_of(optimizer: FusedOptimizer) -> list[Row]:
 class Cost:
     """The cost of one step on one device.
 
-    params, grads, states, tables: bytes in memory. states includes the step counts and the averages of the weights.
+    params, grads, states, tables: bytes in memory. states includes step counts, running scalars and averages of
+        the weights.
     moved: bytes that a step reads or writes; each operand of each walk counts once.
     clips: whether gradients are read a second time, for their norm.
     launches: kernel launches of a step on a GPU.
@@ -170,7 +171,7 @@ def cost_of(optimizer: FusedOptimizer) -> Cost:
     params = sum(row.target.nbytes for row in rows)
     grads = sum(row.target.numel() * row.grad_dtype.itemsize for row in rows)
     states = sum(state.nbytes for row in rows for state in row.states)
-    steps = sum(row.step.nbytes for row in rows)
+    scalars = sum(scalar.nbytes for row in rows for scalar in (row.step, *row.running))
     average = sum(row.ema.nbytes for row in rows if row.ema is not None)
 
     moved = grads + 2 * params + 2 * states + 2 * average
@@ -195,7 +196,7 @@ def cost_of(optimizer: FusedOptimizer) -> Cost:
         groups=len(optimizer.param_groups),
         params=params,
         grads=grads,
-        states=states + steps + average,
+        states=states + scalars + average,
         tables=sum(_table_bytes(bound.table) for bound in optimizer._tables),
         moved=moved,
         clips=clips,

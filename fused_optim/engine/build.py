@@ -16,7 +16,7 @@ from .masters import LOW, MasterWeights
 from .orthogonal import Orthogonalizer, Settings, row_moments
 from .scaling import Scaler
 from .state_formats import ANCHOR, CODE_DTYPES, StateDtype, Storage, choices_of, convert, exponent_for, takes_codes
-from .states import make_row, make_states, match_layout, match_step
+from .states import make_row, make_states, match_layout, match_running, match_scalar
 from .table import HostHparams, Row, Rule, Table
 from .validation import check_grad, check_hyperparameter, check_param, may_get_grad
 
@@ -92,8 +92,10 @@ def build_states(
             fresh = convert(param, fresh, choices_of(state_dtype, rule), group.get("betas"))
         made = missing_states(rule, group, param, fresh, state_dtype, masters)
         fresh.update(made)
-        step = match_step(param, _count_of(rule, old, counts.get(param), begun=not made))
+        step = match_scalar(param, _count_of(rule, old, counts.get(param), begun=not made), "step")
+        running = match_running(param, old, rule.running)
         row = make_row(param, fresh, wanted, step, index)
+        row.running = [*running.values()]
         row.first_element, row.anchor = first_element_of(param), fresh.get(ANCHOR, 0)
         if rule.orthogonal:
             fresh |= row_moments(param, group, kept)
@@ -108,7 +110,7 @@ def build_states(
         built.rules.append(rule)
         if not rule.counted:
             built.steps[param] = step
-        built.fresh[param] = {"step": step, **fresh} if rule.counted else fresh
+        built.fresh[param] = {**({"step": step} if rule.counted else {}), **running, **fresh}
     return built
 
 
@@ -124,8 +126,9 @@ def make_eager_states(
     for param in group["params"]:
         state.pop(param, None)
         if may_get_grad(param):
-            step = {"step": match_step(param, 0.0)} if rule.counted else {}
-            state[param] = {**step, **missing_states(rule, group, param, {}, state_dtype, masters)}
+            step = {"step": match_scalar(param, 0.0, "step")} if rule.counted else {}
+            running = match_running(param, {}, rule.running)
+            state[param] = {**step, **running, **missing_states(rule, group, param, {}, state_dtype, masters)}
 
 
 def missing_states(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .states import numbers_of
+from .table import Rule
 
 
 class _Uncast:
@@ -49,14 +50,14 @@ def loading(optimizer: Optimizer) -> Iterator[None]:
         handle.remove()
 
 
-def arrived(states: Mapping[Any, Any], counted: bool) -> None:
-    """Unwraps loaded states in place. Must run before torch's __setstate__, which converts a `step` that is not a
-    tensor. counted: whether states must have a `step`; a missing one becomes 0."""
+def arrived(states: Mapping[Any, Any], rule: Rule) -> None:
+    """Unwraps loaded states in place. Must run before torch's __setstate__, which converts scalars that are not
+    tensors. A missing `step` becomes 0, and a missing running scalar gets its start value."""
     for values in states.values():
         if isinstance(values, dict):
             values.update({key: value.tensor for key, value in values.items() if isinstance(value, _Uncast)})
-            if values and counted:
-                values.setdefault("step", torch.zeros(()))
+            for name, start in {**({"step": 0.0} if rule.counted else {}), **rule.running}.items() if values else ():
+                values.setdefault(name, torch.tensor(start))
 
 
 @contextmanager

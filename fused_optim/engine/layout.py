@@ -17,6 +17,7 @@ CHUNK = 4096  # elements of one tensor that one program (GPU) or one loop turn (
 SHARE = 4096  # numbers that one GPU block sums for the norm of all gradients
 ALIGNMENT = 16  # bytes of the widest access
 MAX_STATES = 4  # of one tensor
+MAX_RUNNING = 3  # running scalars of one tensor: two of the rule, and the largest lr
 EMPTY = 16  # in `grads`: replaces the address of a gradient without elements, which is null
 
 
@@ -35,6 +36,9 @@ class RowFields(NamedTuple):
     ema: int = 0  # address of the moving average of the weights
     first_element: int = 0  # index of the tensor's first element in the whole param
     anchor: int = 0  # exponent of the anchors of a state in ANCHORED8
+    running0: int = 0  # addresses of the running scalars, float32: those of the rule in its order, then the largest lr
+    running1: int = 0
+    running2: int = 0
 
 
 class GroupHparams(NamedTuple):
@@ -194,7 +198,17 @@ STRUCTS: dict[str, Any] = {"ROW": RowFields, "GROUP": GroupHparams, "SCALAR": Te
 
 
 def _layout() -> dict[str, int]:
-    scalars = "CHUNK", "SHARE", "ALIGNMENT", "MAX_STATES", "EMPTY", "SIGNATURE_FIELD_BITS", "ABSENT", "EMA_BEGUN"
+    scalars = (
+        "CHUNK",
+        "SHARE",
+        "ALIGNMENT",
+        "MAX_STATES",
+        "MAX_RUNNING",
+        "EMPTY",
+        "SIGNATURE_FIELD_BITS",
+        "ABSENT",
+        "EMA_BEGUN",
+    )
     found = {name: value for name, value in globals().items() if name in scalars or name.startswith("ENTRY_")}
     found |= {f"FORMAT_{format.name}": format.value for format in Format}
     found |= {f"BYTES_{format.name}": size for format, size in FORMAT_BYTES.items()}

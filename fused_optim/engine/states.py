@@ -49,18 +49,23 @@ def numbers_of(counts: Sequence[Any]) -> list[float]:
     return numbers
 
 
-def match_step(param: Tensor, step: Any) -> Tensor:
-    """The count of updates as a float32 tensor of shape [] on the param's device.
+def match_scalar(param: Tensor, scalar: Any, name: str) -> Tensor:
+    """A state of one number, such as the count of updates, as a float32 tensor of shape [] on the param's device.
 
     Raises:
-        RuntimeError: the count has several elements, or is on meta although the param is not.
+        RuntimeError: the state has several elements, or is on meta although the param is not.
     """
-    if not isinstance(step, Tensor):
-        step = torch.tensor(float(step))
-    if step.numel() != 1:
-        raise RuntimeError(f'state "step" must have one element, but has shape {tuple(step.shape)}')
-    check_data(param, step, "step")
-    return local(step).to(local(param).device, torch.float32).reshape(())
+    if not isinstance(scalar, Tensor):
+        scalar = torch.tensor(float(scalar))
+    if scalar.numel() != 1:
+        raise RuntimeError(f'state "{name}" must have one element, but has shape {tuple(scalar.shape)}')
+    check_data(param, scalar, name)
+    return local(scalar).to(local(param).device, torch.float32).reshape(())
+
+
+def match_running(param: Tensor, state: Mapping[str, Any], starts: Mapping[str, float]) -> dict[str, Tensor]:
+    """The running scalars of a param. Those that `state` lacks have their start values."""
+    return {name: match_scalar(param, state.get(name, start), name) for name, start in starts.items()}
 
 
 def check_data(param: Tensor, state: Tensor, name: str) -> None:

@@ -61,6 +61,8 @@ class Rule:
     squares: states that are sums or averages of squares. They are never negative.
     starts: the option that holds the start value of a state, as {state: option}. Other states start from 0. The maximum
         of an average starts from the average.
+    running: float32 numbers of one tensor that carry over from step to step, as {name: start value}. Prepare updates
+        them. They are states of shape [], beside `step`.
     eager: whether states are made with the param group. Otherwise they are made when the param has its first gradient.
     counted: whether `step` is one of the states. If not, the optimizer keeps the count itself, because the first update
         of a param may differ.
@@ -80,6 +82,7 @@ class Rule:
     switched: Mapping[str, str] = field(default_factory=dict)
     squares: tuple[str, ...] = ()
     starts: Mapping[str, str] = field(default_factory=dict)
+    running: Mapping[str, float] = field(default_factory=dict)
     eager: bool = False
     counted: bool = True
     trust: bool = False
@@ -139,6 +142,7 @@ class Row:
     anchor: the exponent of an exp_avg in anchored8, see engine/formats.py.
     workspace: the last state, if the rule is orthogonal.
     dithered: which bfloat16 tensors are rounded with dithering: "param", "states", "ema".
+    running: the running scalars, in the order of their columns.
     """
 
     param: Tensor
@@ -156,6 +160,7 @@ class Row:
     anchor: int = 0
     workspace: Tensor | None = None
     dithered: frozenset[str] = frozenset()
+    running: list[Tensor] = field(default_factory=list)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -359,4 +364,5 @@ class Table:
             first_element=row.first_element,
             anchor=row.anchor,
             **{f"state{number}": state.data_ptr() for number, state in enumerate(row.states)},
+            **{f"running{number}": scalar.data_ptr() for number, scalar in enumerate(row.running)},
         )

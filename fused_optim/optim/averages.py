@@ -93,7 +93,8 @@ class Averaged(Options):
             values = self.state.get(param)
             if self.rule.of(group).counted and values and "step" not in values:
                 made = missing_states(self.rule, group, param, values, self._state_dtype, self._masters)
-                self.state[param] = {"step": torch.zeros(()), **made, **values}
+                running = {name: torch.tensor(start) for name, start in self.rule.running.items()}
+                self.state[param] = {"step": torch.zeros(()), **running, **made, **values}
 
     def _find_not_updated(self) -> None:
         """Determines which averages have had no update yet. Waits for the devices, unless all averages are known to

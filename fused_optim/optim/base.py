@@ -377,7 +377,7 @@ class FusedOptimizer(Mastered):
         left_out: dict[Tensor, set[str]] = {}
         begun = {param: step for param, step in self._steps.items() if self.state.get(param)}
         for param in without_update(begun):
-            left_out[param] = {*self.rule.states, ANCHOR, MOMENTS}
+            left_out[param] = {*self.rule.states, *self.rule.running, ANCHOR, MOMENTS}
         if self._ema is not None:
             self._ema.check_not_swapped("state_dict() cannot be called")
             self._find_not_updated()
@@ -394,7 +394,7 @@ class FusedOptimizer(Mastered):
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in KEPT}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        arrived(state["state"], self.rule.counted)
+        arrived(state["state"], self.rule)
         defaults = dict(state.get("defaults") or self.defaults)  # before torch's class puts options of its own in
         super().__setstate__(state)
         for key, default in KEPT.items():

@@ -7,7 +7,7 @@
 // rule three quarters of all must be such.
 #include <map>
 
-#include "../../csrc/rules.h"
+#include "../../csrc/prep.h"
 #include "rules.h"
 #include "tensor.h"
 #include "walk.h"
@@ -16,7 +16,7 @@ namespace {
 
 struct Rule {
   const char* name;
-  int signed_states, min_states, max_states;
+  int signed_states, min_states, max_states, running;
   bool trust;
 };
 
@@ -24,7 +24,7 @@ std::vector<Rule> all_rules() {
   std::vector<Rule> rules;
   AllRules::each([&](auto tag) {
     using R = typename decltype(tag)::type;
-    rules.push_back({R::name, R::signed_states, R::min_states, R::max_states, R::trust});
+    rules.push_back({R::name, R::signed_states, R::min_states, R::max_states, RunningCount<R>::value, R::trust});
   });
   return rules;
 }
@@ -37,6 +37,7 @@ struct Parameter {
   std::vector<Tensor> tensors;
   float step;
   bool averaged, begun;
+  std::vector<float> running;
 
   size_t first_after_states() const { return tensors.size() - averaged; }
 };
@@ -52,7 +53,9 @@ Parameter make_parameter(Random& random, const Rule& rule, int groups, bool spec
               {},
               static_cast<float>(chance(random, 0.2) ? 0 : below(random, 50)),
               averaged,
-              chance(random, 0.5)};
+              chance(random, 0.5),
+              {}};
+  for (int i = 0; i < rule.running; ++i) p.running.push_back(0.05f * static_cast<float>(1 + below(random, 19)));
   const Format usual = static_cast<Format>(below(random, 4));
   const bool mixed = usual != kFloat64 && chance(random, 0.5);
   const int streams = 2 + rule.min_states + static_cast<int>(below(random, rule.max_states - rule.min_states + 1));
@@ -134,7 +137,8 @@ class Run {
       std::fill(array->begin(), array->end(), NAN);
     std::vector<Values> before = values();
     std::vector<float> steps;
-    for (const Parameter& p : params_) steps.push_back(p.step);
+    std::vector<std::vector<float>> running;
+    for (const Parameter& p : params_) steps.push_back(p.step), running.push_back(p.running);
     const std::vector<double> trust = trust_;
 
     Tables t = tables();
@@ -152,8 +156,9 @@ class Run {
       Parameter& p = params_[r];
       const bool skipped = overflow || !p.has_grad;
       check(p.step == steps[r] + !skipped, "step", row(r), 0, p.step, steps[r] + !skipped);
-      if (!skipped) check_update(row(r), before[r]);
+      if (!skipped) check_update(row(r), before[r], running[r]);
       else if (rule_.trust) check(sums_[2 * r] == 0 && sums_[2 * r + 1] == 0, "sums", row(r), 0, sums_[2 * r], 0);
+      if (skipped) check(p.running == running[r], "running scalars", row(r), 0, 0, 0);
       for (size_t i = 0; i < p.tensors.size(); ++i) {
         check(p.tensors[i].guards_whole(), "bytes around", row(r), static_cast<int64_t>(i), 0, 0);
         if (skipped || i == 1 || (rule_.trust && (i == 0 || i == p.first_after_states())))
@@ -198,6 +203,8 @@ class Run {
       columns[kRowNumel] = p.numel, columns[kRowParam] = p.tensors[0].address(),
       columns[kRowDtypeSignature] = signature;
       columns[kRowStep] = reinterpret_cast<int64_t>(&p.step);
+      for (size_t i = 0; i < p.running.size(); ++i)
+        columns[kRowRunning0 + i] = reinterpret_cast<int64_t>(&p.running[i]);
       for (size_t s = 2; s < p.tensors.size(); ++s) {
         columns[s < streams ? kRowState0 + s - kStreamState0 : size_t{kRowEma}] = p.tensors[s].address();
         unaligned = unaligned || !p.tensors[s].aligned();
@@ -312,11 +319,15 @@ class Run {
     return state;
   }
 
-  void check_update(int64_t r, const Values& before) const {
+  void check_update(int64_t r, const Values& before, const std::vector<float>& running) const {
     const Parameter& p = params_[r];
     const Group& g = groups_[p.group];
     set_unit(p);
-    const Oracle oracle(rule_.name, g, static_cast<int>(p.step));
+    const Oracle oracle(rule_.name, g, static_cast<int>(p.step), running);
+    for (size_t i = 0; i < running.size(); ++i) {
+      const double wanted = static_cast<double>(oracle.running()[i]);
+      check(close(p.running[i], wanted, 0x1p-23 * wanted), "running scalar", r, row(i), p.running[i], wanted);
+    }
     const Bounded factor = Bounded::constant(grad_factor(g));
     long double param_sum = 0, update_sum = 0, slack = 0;
     for (int64_t i = 0; i < p.numel; ++i) {
@@ -371,7 +382,7 @@ class Run {
       const double slack = std::isfinite(wanted) ? 1e-15 * wanted : 0;
       check(close(trust_[r], wanted, slack), "trust ratio", row(r), 0, trust_[r], wanted);
       set_unit(p);
-      const Oracle oracle(rule_.name, g, static_cast<int>(p.step));
+      const Oracle oracle(rule_.name, g, static_cast<int>(p.step), {});
       const Bounded rate = Bounded::constant(static_cast<long double>(g.lr) * trust_[r]);
       for (int64_t i = 0; i < p.numel && !skipped; ++i) {
         const Bounded param = Bounded::exact(before[r][0][i]);

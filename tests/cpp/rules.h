@@ -15,7 +15,8 @@
 struct Group {
   double lr, beta1, beta2, eps, weight_decay;
   bool decoupled, maximize;
-  double a, b;  // sgd: dampening, nesterov; qhadam: the two nus; lamb: grad_averaging, bias_correction
+  double a,
+      b;  // sgd: dampening, nesterov; qhadam: the two nus; lamb: grad_averaging, bias_correction; nadam: its decay
   double lr_reference, decay_period;
   double max_norm, clip_eps;
   double trust_low, trust_high;
@@ -28,7 +29,8 @@ struct Group {
 // What an optimizer makes of one element at its update number `step`.
 class Oracle {
  public:
-  Oracle(const char* rule, const Group& g, int step)
+  // running: the running scalars before the update.
+  Oracle(const char* rule, const Group& g, int step, const std::vector<float>& running)
       : rule_(rule),
         group_(g),
         step_(step),
@@ -43,7 +45,13 @@ class Oracle {
         rest_b_(Bounded::constant(1 - static_cast<long double>(g.b))),
         eps_(Bounded::constant(g.eps)),
         correction1_(correction(g.beta1, step)),
-        correction2_(correction(g.beta2, step)) {}
+        correction2_(correction(g.beta2, step)),
+        running_(running.begin(), running.end()) {
+    if (is("nadam")) running_[0] = static_cast<float>(running_[0]) * static_cast<float>(nadam_momentum(step));
+  }
+
+  // The running scalars after the update.
+  const std::vector<long double>& running() const { return running_; }
 
   // Advances the states and gives what comes off the param. Of lamb, which makes its update of them once they are
   // stored, it gives nothing yet.
@@ -55,6 +63,7 @@ class Oracle {
     if (is("qhadam")) return qhadam(grad, state);
     if (is("lion")) return lion(grad, state);
     if (is("adagrad")) return adagrad(grad, state);
+    if (is("nadam")) return nadam(grad, state);
     if (!is("lamb")) fail("tests/cpp/rules.h has no oracle of the rule", rule_);
     state[0] = kept(state[0], beta1_) + (group_.a != 0 ? rest1_ * grad : grad);
     state[1] = beta2_ * state[1] + rest2_ * grad * grad;
@@ -118,6 +127,19 @@ class Oracle {
            (square_root(state[0]) + eps_);
   }
 
+  long double nadam_momentum(int step) const {
+    return group_.beta1 * (1 - 0.5L * std::pow(0.96L, static_cast<long double>(group_.a) * step));
+  }
+
+  Bounded nadam(const Bounded& grad, std::vector<Bounded>& state) const {
+    state[0] = kept(state[0], beta1_) + rest1_ * grad;
+    state[1] = beta2_ * state[1] + rest2_ * grad * grad;
+    const long double now = nadam_momentum(step_), next = nadam_momentum(step_ + 1);
+    const Bounded first = Bounded::rounded((1 - now) / (1 - running_[0]), 0x1p-47L);
+    const Bounded mean = Bounded::rounded(next / (1 - running_[0] * next), 0x1p-47L) * state[0] + first * grad;
+    return lr_ * mean / (square_root(state[1] / correction2_) + eps_);
+  }
+
   Bounded lion(const Bounded& grad, std::vector<Bounded>& state) const {
     const Bounded mixed = kept(state[0], beta1_) + rest1_ * grad;
     state[0] = kept(state[0], beta2_) + rest2_ * grad;
@@ -128,4 +150,5 @@ class Oracle {
   const Group& group_;
   int step_;
   Bounded lr_, beta1_, beta2_, rest1_, rest2_, a_, b_, rest_a_, rest_b_, eps_, correction1_, correction2_;
+  std::vector<long double> running_;
 };

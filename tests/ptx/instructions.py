@@ -3,13 +3,13 @@
     mov cvta cvt                     moves; splitting and joining of registers; conversions rounded to nearest even, or
                                      towards zero to integers
     add sub mul mad fma div          float32 and float64 with .rn; integers (no div), with .lo or .wide for products
-    sqrt rcp min max abs neg         roots and reciprocals with .rn
+    sqrt rcp min max abs neg         roots and reciprocals with .rn; abs also with .ftz, which exp(double) uses
     setp selp                        comparisons, also combined with a predicate
     and or xor not shl shr bfe lop3 prmt
     shfl.sync.bfly                   within a whole warp
 
 Any other instruction raises an error that names it when the kernel is decoded. So an approximate division, a flush of
-subnormal numbers to zero or an atomic operation cannot pass unnoticed.
+subnormal results to zero or an atomic operation cannot pass unnoticed.
 
 An operation gets all lanes at once, and a mask of the lanes that execute it.
 """
@@ -214,6 +214,8 @@ def float_function(name: str, how: list[str]) -> Callable[..., Any] | None:
         return fused if how == ["rn"] else None
     if name in BOUNDS:
         return BOUNDS[name][how == ["NaN"]] if how in ([], ["NaN"]) else None
+    if name == "abs" and how == ["ftz"]:
+        return lambda x: np.where(np.abs(x) < np.finfo(x.dtype).tiny, x.dtype.type(0), np.abs(x))
     return EXACT.get(name) if how == [] else None
 
 

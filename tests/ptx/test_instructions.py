@@ -98,6 +98,7 @@ def fused(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         ("min.f32 %d, %a, %b;", [X, Y], torch.fmin(X, Y)),
         ("max.NaN.f32 %d, %a, %b;", [X, Y], torch.maximum(X, Y)),
         ("abs.f32 %d, %a;", [X], X.abs()),
+        ("abs.ftz.f32 %d, %a;", [floats(-1.5, -1e-39, 1e-39, math.nan)], floats(1.5, 0.0, 0.0, math.nan)),
         ("neg.f32 %d, %a;", [X], -X),
         ("add.rn.f64 %d, %a, 0d3FF8000000000000;", [X.double()], X.double() + 1.5),
         ("rcp.rn.f64 %d, %b;", [X.double(), Y.double()], 1 / Y.double()),
