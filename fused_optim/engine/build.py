@@ -13,7 +13,8 @@ from torch import Tensor
 from .dtensor import Groups, first_element_of, groups_of, is_sharded
 from .ema import EMA, WeightAverage
 from .masters import LOW, MasterWeights
-from .orthogonal import Orthogonalizer, Settings, row_moments
+from .orthogonal import Settings, row_moments
+from .orthogonal_spread import Orthogonalizer
 from .scaling import Scaler
 from .state_formats import ANCHOR, CODE_DTYPES, StateDtype, Storage, choices_of, convert, exponent_for, takes_codes
 from .states import make_row, make_states, match_layout, match_running, match_scalar

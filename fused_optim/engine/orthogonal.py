@@ -1,4 +1,5 @@
-"""Newton-Schulz orthogonalization of Muon's updates, between the two walks of its rule.
+"""Newton-Schulz orthogonalization of Muon's updates, between the two walks of its rule, for matrices that are whole on
+this process.
 
 The first walk leaves the update of each matrix in its workspace, and the sum of the squares of the update in `sums`.
 Matrices of one shape and with one setting are a bucket. Their workspaces lie in one buffer, so that batched products
@@ -14,12 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .dtensor import is_sharded
-from .layout import ALIGNMENT, TensorScalars, column
-from .table import Row, Table
+from .dtensor import is_sharded, like, local, spread_as
+from .layout import ALIGNMENT
+from .table import Row
 
-SKIP = column(TensorScalars, "skip")
-UPDATE_SQUARES = 1  # column of Table.sums
 MOMENTS = "second_momentum_buffer"  # key of NorMuon's row moments in optimizer.state[param]
 MOMENTS_EPS = 1e-8  # added to the root of the row moments
 MOST_STEPS = 100
@@ -78,27 +77,71 @@ def newton_schulz(x: Tensor, settings: Settings, scale: float = 1.0) -> Tensor:
 
 
 def row_moments(param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """NorMuon's state of a param: the row moments, float32 [rows, 1]. Empty without normuon.
+    """NorMuon's state of a param: the row moments, float32 [rows, 1], spread as the param. Empty without normuon.
 
     Raises:
         RuntimeError: `state` has row moments of another shape.
+        ValueError: the param is spread otherwise than by whole rows.
     """
     if not group["normuon"]:
         return {}
-    shape, old = (param.shape[0], 1), state.get(MOMENTS)
+    shape, old, shard = (param.shape[0], 1), state.get(MOMENTS), local(param)
+    if is_sharded(param) and any(not p.is_replicate() and not p.is_shard(0) for p in param.placements):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"normuon needs params that are sharded by rows (dimension 0), but one has placements {param.placements}; "  # type: ignore[attr-defined]
+            "use normuon=False for its group"
+        )
     if old is None:
-        return {MOMENTS: torch.zeros(shape, dtype=torch.float32, device=param.device)}
+        zeros = torch.zeros(shard.shape[0], 1, dtype=torch.float32, device=shard.device)
+        return {MOMENTS: like(param, zeros, shape)}
     if old.shape != shape:
         raise RuntimeError(
             f'state "{MOMENTS}" of a param of shape {tuple(param.shape)} must have shape {shape}, but has '
             f"{tuple(old.shape)}; load a checkpoint of the same model"
         )
-    return {MOMENTS: old.to(param.device, torch.float32)}
+    return {MOMENTS: spread_as(param, old, f'state "{MOMENTS}"').to(shard.device, torch.float32)}
+
+
+def row_factors(
+    x: Tensor,
+    moments: Sequence[Tensor],
+    skips: Tensor,
+    settings: Settings,
+    scale: float,
+    across: int,
+    group: Any = None,
+) -> Tensor:
+    """NorMuon: `scale` times the factor of each row, which is 1 over the root of the running average of the row's mean
+    square, and keeps the norm of the matrix. Updates the row moments, except those of skipped matrices.
+
+    x: [matrices, rows, columns], or with rows and columns exchanged; across: the dimension of a row's elements.
+    moments: [rows, 1] each. skips: bool [matrices]. group: the processes that hold other rows of the same matrices.
+
+    Returns:
+        A tensor of the shape of x, with 1 for `across`.
+    """
+    assert settings.beta2 is not None
+    squares = x.square().mean(across)
+    old = torch.stack([moment.view(-1) for moment in moments])
+    new = torch.where(skips[:, None], old, old.lerp(squares, 1 - settings.beta2))
+    torch._foreach_copy_(list(moments), [moment[:, None] for moment in new])
+    factors = (new.sqrt() + MOMENTS_EPS).reciprocal()
+    # All elements of a row have one factor, so the norms follow from the mean squares.
+    norms = torch.stack([squares.sum(-1), (squares * factors.square()).sum(-1)])
+    if group is not None:
+        torch.distributed.all_reduce(norms, group=group)
+    kept = (norms[0] / norms[1].clamp(min=MOMENTS_EPS)).sqrt()
+    return (factors * (kept * scale)[:, None]).unsqueeze(across)
+
+
+def workspace_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of a workspace: that of the iteration, unless the kernels' arithmetic is float64 throughout."""
+    return torch.float64 if param.dtype == torch.float64 else torch.bfloat16
 
 
 def memory_matrix(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int, bool] | None:
-    """The matrix of a dense tensor as it lies in memory: its rows, its columns, and whether it is transposed. Dimensions
-    after the first are one dimension of the matrix. None if the first dimension lies between others."""
+    """The matrix of a dense tensor as it lies in memory: its rows, its columns, and whether it is transposed. All
+    dimensions after the first are one dimension of the matrix. None if the first dimension lies between others."""
     rows, columns = shape[0], math.prod(shape[1:])
     others = [stride for size, stride in zip(shape[1:], strides[1:], strict=True) if size != 1]
     if rows == 1 or not others or strides[0] >= max(others):
@@ -109,109 +152,78 @@ def memory_matrix(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, in
 class Bucket:
     """Matrices that are orthogonalized together: their shape in memory, their settings and their dtype are equal.
 
-    numbers: of their rows in the table; index: the same on the device. buffer: the workspaces, [matrices, elements and
-    a gap]. wide: the same as matrices with at most as many rows as columns, [matrices, rows, columns]. rows_last:
-    whether the param's rows are the columns of `wide`. moments: NorMuon's row moments. scale: of lr.
+    numbers: of their rows in the table; index: the same on the device. buffer: the workspaces, [places, elements and a
+    gap]; there may be more places than matrices. wide: the workspaces as matrices with at most as many rows as columns,
+    [matrices, rows, columns]. across: the dimension of `wide` along which the elements of one row of the param lie.
+    moments: NorMuon's row moments. scale: of lr.
     """
 
-    def __init__(self, rows: Sequence[Row], numbers: Sequence[int], settings: Settings) -> None:
+    def __init__(self, rows: Sequence[Row], numbers: Sequence[int], settings: Settings, places: int = 0) -> None:
         first = rows[0].target
         shape = first.shape[0], math.prod(first.shape[1:])
         found = memory_matrix(first.shape, first.stride())
         if found is None:
             raise ValueError(
-                f"a param of shape {tuple(first.shape)} and strides {first.stride()} cannot be flattened to a matrix in "
-                "its memory, because its first dimension lies between others; use param.contiguous()"
+                f"a param of shape {tuple(first.shape)} and strides {first.stride()} cannot be flattened to a matrix "
+                "in its memory, because its first dimension lies between others; use param.contiguous()"
             )
         height, width, transposed = found
         self.numbers, self.settings = list(numbers), settings
         self.scale = settings.scale(*shape)
         self.index = torch.tensor(self.numbers, device=first.device)
-        dtype = torch.float64 if first.dtype == torch.float64 else torch.bfloat16
         gap = -first.numel() % (8 * ALIGNMENT)
-        self.buffer = torch.zeros(len(rows), first.numel() + gap, dtype=dtype, device=first.device)
-        for row, memory in zip(rows, self.buffer, strict=True):
+        size = max(places, len(rows)), first.numel() + gap
+        self.buffer = torch.zeros(size, dtype=workspace_dtype(first), device=first.device)
+        for row, memory in zip(rows, self.buffer, strict=False):
             row.workspace = memory[: first.numel()].as_strided(row.target.shape, row.target.stride())
             row.states.append(row.workspace)
-        batch = self.buffer[:, : first.numel()].view(len(rows), height, width)
+        batch = self.buffer[: len(rows), : first.numel()].view(len(rows), height, width)
         # As in torch.optim.Muon, a matrix of more rows than columns is transposed.
-        self.rows_last = shape[0] > shape[1]
-        self.wide = batch.mT if transposed != self.rows_last else batch
+        tall = shape[0] > shape[1]
+        self.wide = batch.mT if transposed != tall else batch
+        self.across = -2 if tall else -1
         self.batched = first.device.type != "cpu" or max(shape) <= CPU_BATCHED_SIDE
-        self.moments = [row.state[MOMENTS] for row in rows] if settings.beta2 is not None else []
+        self.moments = [local(row.state[MOMENTS]) for row in rows] if settings.beta2 is not None else []
 
     def run(self, present: Sequence[bool], norms: Tensor, skips: Tensor) -> None:
         """Orthogonalizes the workspaces of the matrices that are present. Of others nothing is used.
 
         norms, skips: [rows of the table], on the device.
         """
-        members = [place for place, number in enumerate(self.numbers) if present[number]]
-        if not members or not self.wide.numel():
-            return
-        norms, skips = norms[self.index].clamp(min=self.settings.eps), skips[self.index] != 0
+        places = [place for place, number in enumerate(self.numbers) if present[number]]
+        if places and self.wide.numel():
+            self.iterate(places, norms)
+            self.normalize(places, skips)
+
+    def iterate(self, places: Sequence[int], norms: Tensor) -> None:
+        """Replaces the updates at these places by orthogonalized ones."""
+        norms = norms[self.index].clamp(min=self.settings.eps)
+        scale = 1.0 if self.moments else self.scale
         if not self.batched:
-            for place in members:
-                self.orthogonalize(slice(place, place + 1), norms, skips)
-        elif len(members) == len(self.numbers) or self.buffer.device.type != "cpu":
-            # On a GPU absent matrices are computed, too: to leave them out would take copies.
-            size = max(1, BATCH_ELEMENTS // self.wide[0].numel())
-            for begin in range(0, len(self.numbers), size):
-                self.orthogonalize(slice(begin, begin + size), norms, skips)
-        else:
-            self.orthogonalize(members, norms, skips)
-
-    def orthogonalize(self, part: slice | list[int], norms: Tensor, skips: Tensor) -> None:
-        """Replaces a part of the workspaces by the orthogonalized matrices, times the scale of lr."""
-        x, norm = self.wide[part], norms[part]
-        alone = len(x) == 1
-        x = x[0].to(torch.bfloat16) / norm[0] if alone else x.to(torch.bfloat16) / norm[:, None, None]
-        if not self.moments:
-            self.wide[part] = newton_schulz(x, self.settings, self.scale)
+            for place in places:
+                x = self.wide[place].to(torch.bfloat16) / norms[place]
+                self.wide[place] = newton_schulz(x, self.settings, scale).to(self.buffer.dtype)
             return
-        x = newton_schulz(x, self.settings).float()
-        self.wide[part] = x * self.row_factors(x.unsqueeze(0) if alone else x, part, skips[part])
+        for part in self.parts(places):
+            x = self.wide[part].to(torch.bfloat16) / norms[part][:, None, None]
+            self.wide[part] = newton_schulz(x, self.settings, scale).to(self.buffer.dtype)
 
-    def row_factors(self, x: Tensor, part: slice | list[int], skips: Tensor) -> Tensor:
-        """NorMuon: the factor of each row of the params, which is 1 over the root of the average of its mean squares,
-        and keeps the norm of the matrix. Updates the row moments, except those of skipped tensors.
+    def normalize(self, places: Sequence[int], skips: Tensor) -> None:
+        """NorMuon: multiplies the rows by their factors."""
+        if not self.moments:
+            return
+        skips = skips[self.index] != 0
+        for part in self.parts(places):
+            x = self.wide[part].float()
+            moments = self.moments[part] if isinstance(part, slice) else [self.moments[place] for place in part]
+            x = x * row_factors(x, moments, skips[part], self.settings, self.scale, self.across)
+            self.wide[part] = x.to(self.buffer.dtype)
 
-        x: [matrices, rows, columns].
-
-        Returns:
-            [matrices, rows, 1] or [matrices, 1, columns].
-        """
-        assert self.settings.beta2 is not None
-        across = -2 if self.rows_last else -1
-        squares = x.square().mean(across)
-        chosen = self.moments[part] if isinstance(part, slice) else [self.moments[place] for place in part]
-        moments = torch.stack([moment.view(-1) for moment in chosen])
-        moments = torch.where(skips[:, None], moments, moments.lerp(squares, 1 - self.settings.beta2))
-        torch._foreach_copy_(chosen, [moment[:, None] for moment in moments])
-        factors = (moments.sqrt() + MOMENTS_EPS).reciprocal()
-        # All elements of a row have one factor, so the norms follow from the mean squares.
-        kept = (squares.sum(-1) / (squares * factors.square()).sum(-1).clamp(min=MOMENTS_EPS)).sqrt()
-        return (factors * (kept * self.scale)[:, None]).unsqueeze(across)
-
-
-class Orthogonalizer:
-    """The orthogonalization of one table. Gives every row its workspace, as its last state."""
-
-    def __init__(self, rows: Sequence[Row], groups: Sequence[Mapping[str, Any]]) -> None:
-        members: dict[Any, list[int]] = {}
-        for number, row in enumerate(rows):
-            target = row.target
-            settings = Settings.of(groups[row.group_index])
-            key = target.dtype == torch.float64, target.shape, target.stride(), settings
-            members.setdefault(key, []).append(number)
-        self.buckets = [Bucket([rows[n] for n in numbers], numbers, key[-1]) for key, numbers in members.items()]
-
-    @torch.no_grad()
-    def __call__(self, table: Table) -> None:
-        """Orthogonalizes the workspaces of all tensors that this step updates, after the first walk."""
-        assert table.sums is not None
-        skips = table.tensor_scalars[:, SKIP]
-        # On a GPU the host knows only which gradients are missing.
-        present = (skips == 0 if table.device.type == "cpu" else table.grads != 0).tolist()
-        norms = table.sums[:, UPDATE_SQUARES].sqrt().to(torch.bfloat16)
-        for bucket in self.buckets:
-            bucket.run(present, norms, skips)
+    def parts(self, places: Sequence[int]) -> list[slice | list[int]]:
+        """The places in parts that are computed as one batch. On a GPU all places between the first and the last one,
+        because a list of places takes a copy of the matrices and, to the GPU, of the list."""
+        size = max(1, BATCH_ELEMENTS // self.wide[0].numel())
+        first, end = places[0], places[-1] + 1
+        if self.buffer.device.type == "cpu" and end - first != len(places):
+            return [list(places[begin : begin + size]) for begin in range(0, len(places), size)]
+        return [slice(begin, min(begin + size, end)) for begin in range(first, end, size)]

@@ -41,7 +41,8 @@ def check_state_dtype(value: Any, rule: Rule) -> None:
     for name, choice in value.items():
         if name not in rule.all_states:
             raise ValueError(
-                f"state_dtype names the state {name!r}, but the states of this optimizer are {', '.join(rule.all_states)}"
+                f"state_dtype names the state {name!r}, but the states of this optimizer are "
+                f"{', '.join(rule.all_states)}"
             )
         if choice not in (*NARROW, *CODE_DTYPES):
             raise ValueError(f"state_dtype[{name!r}] must be a dtype of {CHOICES}, but got {choice!r}")

@@ -69,8 +69,8 @@ class Rule:
     trust: whether each tensor's update is scaled by a ratio of norms, which takes a second walk.
     orthogonal: whether updates are matrices that are orthogonalized between two walks. The rule's last state is then a
         workspace, which is not in `optimizer.state`.
-    chosen_by, otherwise: groups in which the option chosen_by is false are stepped by the rule otherwise. The options of
-        this rule are those of all groups.
+    chosen_by, otherwise: groups in which the option `chosen_by` is false are stepped by the rule `otherwise`. The
+        options of this rule are those of all groups.
     decides: options without a column from which tables are built.
     clip_eps: added to the norm in the clipping coefficient.
     first_decay: the first step of a param that has decoupled decay.
@@ -95,7 +95,7 @@ class Rule:
 
     def of(self, group: Mapping[str, Any]) -> Rule:
         """The rule that steps the params of a group."""
-        return self if self.otherwise is None or group[self.chosen_by] else self.otherwise
+        return self if self.otherwise is None or group[str(self.chosen_by)] else self.otherwise
 
     @property
     def all_states(self) -> tuple[str, ...]:

@@ -50,10 +50,10 @@ class FusedMuon(Decoupled):
     p = (1 - lr \cdot \lambda) p - lr \cdot s \cdot o
     $$
 
-    The scale $s$ is $\sqrt{\max(1, A/B)}$, or $0.2 \sqrt{\max(A, B)}$ with adjust_lr_fn="match_rms_adamw". One pass over
-    memory makes momentum, update and its norm; matrix products in bfloat16 orthogonalize; a second pass applies decay and
-    update. Between them each matrix has a workspace of 2 bytes per element (8 for float64 params). Matrices of one shape
-    are orthogonalized in batches, on a CPU only small ones.
+    The scale $s$ is $\sqrt{\max(1, A/B)}$, or $0.2 \sqrt{\max(A, B)}$ with adjust_lr_fn="match_rms_adamw". One pass
+    over memory makes the momentum, the update and its norm. Matrix products in bfloat16 orthogonalize the update. A
+    second pass applies decay and update. Between the passes each matrix has a workspace of 2 bytes per element (8 for
+    float64 params). Matrices of one shape are orthogonalized in batches, on a CPU only small ones.
 
     A group is stepped by Muon unless it has use_muon=False; fused_optim.groups.muon makes the groups of a model. Groups
     with use_muon=False hold lr, betas, eps and weight_decay of AdamW, and get those that they lack from adamw_lr and so
@@ -166,7 +166,7 @@ class FusedMuon(Decoupled):
 
 
 def check_options(group: dict[str, Any]) -> None:
-    """Raises ValueError for an option of Muon that is out of range. The wording is torch's where torch has the error."""
+    """Raises ValueError for an option of Muon that is out of range, in torch's words where it has the error."""
     lr, function, beta2 = group["lr"], group["adjust_lr_fn"], group["normuon_beta2"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")

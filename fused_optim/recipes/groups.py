@@ -123,7 +123,7 @@ def output_layers(model: nn.Module) -> list[nn.Module]:
     if isinstance(found, nn.Module):
         return [found]
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    named = [module for name, module in linear if not {*name.split(".")}.isdisjoint(HEADS)]
+    named: list[nn.Module] = [module for name, module in linear if not {*name.split(".")}.isdisjoint(HEADS)]
     return named or [module for _, module in linear[-1:]]
 
 

@@ -80,7 +80,7 @@ Group make_group(Random& random, const Rule& rule) {
   g.weight_decay = 0.1 * below(random, 3);
   g.decoupled = chance(random, 0.5);
   g.maximize = chance(random, 0.3);
-  g.a = rule.trust ? below(random, 2) : 0.2 * below(random, 6);
+  g.a = std::strcmp(rule.name, "lamb") == 0 ? below(random, 2) : 0.2 * below(random, 6);
   g.b = switches ? below(random, 2) : 0.2 * (1 + below(random, 5));  // of an infinite state, 0 takes nothing or NaN
   g.lr_reference = chance(random, 0.5) ? 1 : 0.05 * below(random, 3);
   g.decay_period = chance(random, 0.5) ? 1 : 1 + below(random, 100);
@@ -337,8 +337,8 @@ class Run {
       const Bounded update = oracle.update(param, factor * Bounded::exact(before[1][i]), state);
       for (size_t s = 0; s < state.size(); ++s) compare("state", r, i, p.tensors[2 + s], state[s]);
       if (rule_.trust) {
-        const Bounded stored = oracle.lamb(param, stored_states(p, i));
-        param_sum += param.value * param.value, update_sum += stored.value * stored.value;
+        const Bounded stored = oracle.direction(param, stored_states(p, i)), other = oracle.measured(param);
+        param_sum += other.value * other.value, update_sum += stored.value * stored.value;
         slack += (2 * std::abs(stored.value) + stored.error) * stored.error;
       } else {
         compare("param", r, i, p.tensors[0], param - oracle.decay(param) - update);
@@ -361,14 +361,6 @@ class Run {
     compare("average", r, i, p.tensors.back(), copied || weight.value == 1 ? param : old + weight * (param - old));
   }
 
-  double expected_trust(int64_t r) const {
-    const Group& g = groups_[params_[r].group];
-    if (g.weight_decay == 0 && !g.trust_always) return 1;
-    const double param = std::sqrt(sums_[2 * r]), update = std::sqrt(sums_[2 * r + 1]);
-    const double ratio = param == 0 || update == 0 ? 1 : param / update;
-    return std::isnan(ratio) ? ratio : std::min(std::max(ratio, g.trust_low), g.trust_high);
-  }
-
   void check_apply_update(Tables t, bool overflow, const std::vector<double>& trust) {
     const std::vector<Values> before = values();
     const std::vector<int64_t> nowhere(grads_.size(), 1);  // gradients may be gone by now
@@ -378,16 +370,17 @@ class Run {
       Parameter& p = params_[r];
       const Group& g = groups_[p.group];
       const bool skipped = overflow || !p.has_grad;
-      const double wanted = skipped ? trust[r] : expected_trust(row(r));
-      const double slack = std::isfinite(wanted) ? 1e-15 * wanted : 0;
-      check(close(trust_[r], wanted, slack), "trust ratio", row(r), 0, trust_[r], wanted);
       set_unit(p);
       const Oracle oracle(rule_.name, g, static_cast<int>(p.step), {});
+      const double wanted = skipped ? trust[r] : oracle.ratio(sums_[2 * row(r)], sums_[2 * row(r) + 1]);
+      const double slack = std::isfinite(wanted) ? 1e-15 * wanted : 0;
+      check(close(trust_[r], wanted, slack), "trust ratio", row(r), 0, trust_[r], wanted);
       const Bounded rate = Bounded::constant(static_cast<long double>(g.lr) * trust_[r]);
       for (int64_t i = 0; i < p.numel && !skipped; ++i) {
         const Bounded param = Bounded::exact(before[r][0][i]);
-        const Bounded update = oracle.lamb(param, stored_states(p, i));
-        compare("updated param", row(r), i, p.tensors[0], param - rate * update);
+        const Bounded update = rate * oracle.direction(param, stored_states(p, i));
+        const Bounded rest = oracle.scales_decay() ? param : param - oracle.decay(param);
+        compare("updated param", row(r), i, p.tensors[0], rest - update);
         if (p.averaged) check_average(row(r), i, before[r].back()[i]);
       }
       for (size_t i = 0; i < p.tensors.size(); ++i) {

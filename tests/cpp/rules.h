@@ -16,7 +16,8 @@ struct Group {
   double lr, beta1, beta2, eps, weight_decay;
   bool decoupled, maximize;
   double a,
-      b;  // sgd: dampening, nesterov; qhadam: the two nus; lamb: grad_averaging, bias_correction; nadam: its decay
+      b;  // sgd: dampening, nesterov; qhadam: the two nus; lamb: grad_averaging, bias_correction; nadam: its
+          // decay; muon: momentum, nesterov
   double lr_reference, decay_period;
   double max_norm, clip_eps;
   double trust_low, trust_high;
@@ -64,10 +65,29 @@ class Oracle {
     if (is("lion")) return lion(grad, state);
     if (is("adagrad")) return adagrad(grad, state);
     if (is("nadam")) return nadam(grad, state);
+    if (is("muon")) return muon(grad, state);
     if (!is("lamb")) fail("tests/cpp/rules.h has no oracle of the rule", rule_);
     state[0] = kept(state[0], beta1_) + (group_.a != 0 ? rest1_ * grad : grad);
     state[1] = beta2_ * state[1] + rest2_ * grad * grad;
     return Bounded::exact(0);
+  }
+
+  // Whether the ratio of a rule that is walked twice multiplies decoupled decay, too.
+  bool scales_decay() const { return is("lamb"); }
+
+  // The update of a rule that is walked twice, before lr and ratio.
+  Bounded direction(const Bounded& param, const std::vector<Bounded>& state) const {
+    return is("muon") ? state[1] : lamb(param, state);
+  }
+
+  // What such a rule sums the squares of, besides its update.
+  Bounded measured(const Bounded& param) const { return is("muon") ? Bounded::exact(0) : param; }
+
+  double ratio(double first, double second) const {
+    if (is("muon") || (group_.weight_decay == 0 && !group_.trust_always)) return 1;
+    const double param = std::sqrt(first), update = std::sqrt(second);
+    const double ratio = param == 0 || update == 0 ? 1 : param / update;
+    return std::isnan(ratio) ? ratio : std::min(std::max(ratio, group_.trust_low), group_.trust_high);
   }
 
   // The update of lamb, before lr and trust ratio.
@@ -119,6 +139,13 @@ class Oracle {
     state[1] = beta2_ * state[1] + rest2_ * grad * grad;
     const Bounded mean = rest_a_ * grad + a_ * (state[0] / correction1_);
     return lr_ * mean / (square_root(rest_b_ * grad * grad + b_ * (state[1] / correction2_)) + eps_);
+  }
+
+  // The second state is a workspace, which nothing orthogonalizes here.
+  Bounded muon(const Bounded& grad, std::vector<Bounded>& state) const {
+    state[0] = kept(state[0], a_) + rest_a_ * grad;
+    state[1] = group_.b != 0 ? kept(state[0], a_) + rest_a_ * grad : state[0];
+    return Bounded::exact(0);
   }
 
   Bounded adagrad(const Bounded& grad, std::vector<Bounded>& state) const {
