@@ -12,11 +12,13 @@ import pytest
 import torch
 from cases import Target, copies, make_params, on_every_target, quick, random_grads, set_grads, targets
 from compare import assert_equal, ulps
+from muon import gradients, one_thread
 from torch import Tensor
 from torch.nn import Parameter
 
 from fused_optim import FusedMuon
 
+__all__ = ["one_thread"]  # a fixture
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 EPS = torch.finfo(BF16).eps  # Newton-Schulz runs in bfloat16
 SHAPES = ((8, 24), (24, 8), (16, 16), (1, 5), (5, 1), (0, 3), (40, 136))
@@ -30,19 +32,6 @@ def build(target: Target, params: Any, **options: Any) -> FusedMuon:
 
 def real(x: Tensor) -> Tensor:
     return x.detach().double().cpu().clone()
-
-
-def gradients(params: list[Parameter], seed: int) -> list[Tensor]:
-    """Well-conditioned matrices: of others the iteration magnifies the roundings of small singular values."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for p in params:
-        flat = torch.randn(p.shape, generator=generator, dtype=F64).flatten(1)
-        if flat.numel():
-            left, values, right = torch.linalg.svd(flat, full_matrices=False)
-            flat = left @ torch.diag(values.clamp(min=0.3 * values.max().item())) @ right
-        made.append(flat.reshape(p.shape).to(p.device, p.dtype))
-    return made
 
 
 def checked_step(optimizer: FusedMuon, grads: list[Tensor | None], tolerance: float = 8 * EPS) -> None:

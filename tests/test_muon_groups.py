@@ -11,12 +11,13 @@ import pytest
 import torch
 from cases import Target, copies, make_params, on_every_target, parameters, quick, random_grads, set_grads
 from compare import assert_equal, checked_averages, states
-from test_muon import gradients
+from muon import gradients, one_thread
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from fused_optim import FusedAdamW, FusedMuon, groups
 
+__all__ = ["one_thread"]  # a fixture
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 MATRICES, OTHERS = [(8, 24), (24, 8), (8, 24)], [(10, 3), (7,), (), (0,), (2, 3, 4)]
 ADAMW = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
@@ -220,7 +221,8 @@ def test_state_dtypes(target: Target, state_dtype: Any) -> None:
     for optimizer in (narrow, again):
         steps(optimizer, 1, first=2)
     for mine, theirs in zip(states(narrow), states(again), strict=True):
-        assert {key: value.dtype for key, value in mine.items()} == {key: value.dtype for key, value in theirs.items()}
+        kept, loaded = ({k: x.dtype for k, x in state.items() if k != "anchor"} for state in (mine, theirs))
+        assert kept == loaded
     if state_dtype != "compact":  # its dithering depends on the number of updates, which a checkpoint of Muon lacks
         assert_equal(values(narrow), values(again))
 
