@@ -166,10 +166,13 @@ def _count_of(rule: Rule, state: dict[str, Any], count: Tensor | None, begun: bo
 
 
 def build_tables(
-    rule: Rule, built: Built, groups: ParamGroups, scaler: Scaler, ema: WeightAverage | None
+    rule: Rule, built: Built, groups: ParamGroups, scaler: Scaler, ema: WeightAverage | None, sharers: Any = None
 ) -> tuple[HostHparams, list[Table]]:
     """The hyperparameters of all groups, and a table for each device. If something is summed over whole tensors,
-    tensors that are summed over different processes are in different tables, and so are tensors of different rules."""
+    tensors that are summed over different processes are in different tables, and so are tensors of different rules.
+
+    sharers: the process group that shares the work of an orthogonal rule, or None.
+    """
     max_norm = scaler.bound_without_key(groups)
     hparams = HostHparams(len(groups), clip_eps=rule.clip_eps, first_decay=rule.first_decay, max_norm=max_norm)
     if ema is not None:
@@ -183,6 +186,6 @@ def build_tables(
     by_name = {its_rule.name: its_rule for its_rule in built.rules}
     tables = []
     for (name, device, _, spread), members in by_place.items():
-        orthogonalize = Orthogonalizer(members, groups) if by_name[name].orthogonal else None
+        orthogonalize = Orthogonalizer(members, groups, sharers) if by_name[name].orthogonal else None
         tables.append(Table(by_name[name], device, members, hparams, looks, spread, orthogonalize))
     return hparams, tables

@@ -24,7 +24,7 @@ from ..engine.graphs import refuse_capture
 from ..engine.masters import Kind, MasterWeights
 from ..engine.masters import check_param as check_master
 from ..engine.orthogonal import MOMENTS
-from ..engine.scaling import Scaler
+from ..engine.scaling import Scaler, Shared
 from ..engine.state_formats import ANCHOR, AnchorWatch, StateDtype, Storage, check_betas, check_state_dtype
 from ..engine.table import Rule
 from ..engine.validation import check_param, may_get_grad
@@ -101,6 +101,7 @@ class FusedOptimizer(Mastered):
     """
 
     rule: ClassVar[Rule]
+    _sharers = Shared(None, "distributed_group")  # of the work of an orthogonal rule
     _uncompiled_step: ClassVar[Any] = None  # step() with torch.compile disabled: a graph breaks here
     _step_supports_amp_scaling = True  # GradScaler hands grad_scale and found_inf to step()
 
@@ -294,7 +295,7 @@ class FusedOptimizer(Mastered):
         validate(type(self).__name__, rule, groups, self._all_names(), self.state)
         storage = Storage(self._state_dtype, self._rounding == "dithered")
         built = build_states(rule, groups, self.state, self._steps, storage, self._ema, masters)
-        hparams, made = build_tables(rule, built, groups, self._scaler, self._ema)
+        hparams, made = build_tables(rule, built, groups, self._scaler, self._ema, self._sharers.value)
         tables = [choose(self._backend, table) for table in made]
 
         # Nothing may fail from here to the detector, which fails only if another thread interferes.

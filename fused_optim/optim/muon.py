@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ..engine.orthogonal import Settings
+from ..engine.scaling import Shared
 from ..engine.table import Rule
 from ..engine.validation import may_get_grad
 from .adam import ADAM
 from .checks import check_adam_like
 from .decay import Decoupled
 from .options import Decayed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 AdjustLr = Literal["original", "match_rms_adamw"]
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Keller Jordan's: the steepest polynomial at 0 that stays bounded
@@ -83,6 +87,10 @@ class FusedMuon(Decoupled):
         normuon_beta2: decay rate of these averages.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: the defaults of groups with use_muon=False.
         maximize: ascend.
+        distributed_group: processes with the same plain params and gradients, as in DistributedDataParallel. Each
+            orthogonalizes its share of the matrices, and one all-gather for each shape hands out the results. None:
+            every process orthogonalizes all. DTensors need no group: the matrices of one shape are dealt out to the
+            processes that hold their shards, with two exchanges for each shape.
         ours: options of decoupled decay, see fused_optim.decay.Decoupled: decay="torch", lr_reference=None,
             decay_period=None; and of every class, see FusedOptimizer: backend="auto", state_dtype=None,
             master_weights=None, rounding="nearest", max_grad_norm=None, norm_type=2.0, skip_nonfinite=False,
@@ -120,6 +128,7 @@ class FusedMuon(Decoupled):
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float = 1e-2,
         maximize: bool = False,
+        distributed_group: ProcessGroup | None = None,
         **ours: Unpack[Decayed],
     ) -> None:
         check_adam_like(adamw_lr, adamw_betas, adamw_weight_decay, adamw_eps)
@@ -142,7 +151,13 @@ class FusedMuon(Decoupled):
         }
         check_options(options)
         self._adamw = {"lr": adamw_lr, "eps": adamw_eps, "weight_decay": adamw_weight_decay}
+        self._sharers = Shared(distributed_group, "distributed_group")
         super().__init__(params, options, **ours)
+
+    @property
+    def distributed_group(self) -> ProcessGroup | None:
+        """The processes that share the work. It cannot be set."""
+        return self._sharers.value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. A group with use_muon=False gets the options that it lacks from adamw_lr and so on."""
@@ -162,7 +177,7 @@ class FusedMuon(Decoupled):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_adamw": self._adamw}
+        return {**super().__getstate__(), "_adamw": self._adamw, "_sharers": self._sharers}
 
 
 def check_options(group: dict[str, Any]) -> None:
