@@ -11,6 +11,7 @@ from .optim.lion import FusedLion
 from .optim.muon import FusedMuon
 from .optim.nadam import FusedNAdam
 from .optim.qhadam import FusedQHAdam, FusedQHAdamW
+from .optim.release import GradientRelease, release_gradients
 from .optim.sgd import FusedSGD, FusedSGDW
 from .recipes.clip import clip_grad_norm_
 
@@ -28,5 +29,7 @@ __all__ = [
     "FusedQHAdamW",
     "FusedSGD",
     "FusedSGDW",
+    "GradientRelease",
     "clip_grad_norm_",
+    "release_gradients",
 ]

@@ -30,6 +30,11 @@ def members_of(groups: ParamGroups) -> Iterator[tuple[Tensor, int, dict[str, Any
     return ((param, index, group) for index, group in enumerate(groups) for param in group["params"])
 
 
+def names_of(groups: ParamGroups) -> list[str | None]:
+    """The names of the params; None for each param that was given without a name."""
+    return [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]
+
+
 def validate(optimizer: str, rule: Rule, groups: ParamGroups, names: Sequence[str | None], state: States) -> None:
     """Raises RuntimeError, TypeError or ValueError for a param, gradient or hyperparameter that a step cannot use.
 
@@ -165,18 +170,27 @@ def _count_of(rule: Rule, state: dict[str, Any], count: Tensor | None, begun: bo
     return (1.0 if state else 0.0) if count is None else count
 
 
-def build_tables(
-    rule: Rule, built: Built, groups: ParamGroups, scaler: Scaler, ema: WeightAverage | None, sharers: Any = None
-) -> tuple[HostHparams, list[Table]]:
-    """The hyperparameters of all groups, and a table for each device. If something is summed over whole tensors,
-    tensors that are summed over different processes are in different tables, and so are tensors of different rules.
-
-    sharers: the process group that shares the work of an orthogonal rule, or None.
-    """
+def make_hparams(rule: Rule, groups: ParamGroups, scaler: Scaler, ema: WeightAverage | None) -> HostHparams:
+    """The hyperparameters of all groups. A change detector fills in the options of the groups."""
     max_norm = scaler.bound_without_key(groups)
     hparams = HostHparams(len(groups), clip_eps=rule.clip_eps, first_decay=rule.first_decay, max_norm=max_norm)
     if ema is not None:
         hparams.column("ema_decay").fill_(ema.current)
+    return hparams
+
+
+def build_tables(
+    built: Built,
+    groups: ParamGroups,
+    scaler: Scaler,
+    hparams: HostHparams,
+    sharers: Any = None,
+) -> list[Table]:
+    """A table for each rule and device. If something is summed over whole tensors, tensors that are summed over
+    different processes are in different tables.
+
+    hparams: of all groups. sharers: the process group that shares the work of an orthogonal rule, or None.
+    """
     looks = scaler.looks_at(groups)
     by_place: dict[tuple[str, torch.device, bool, Groups], list[Row]] = {}
     for row, its_rule in zip(built.rows, built.rules, strict=True):
@@ -188,4 +202,4 @@ def build_tables(
     for (name, device, _, spread), members in by_place.items():
         orthogonalize = Orthogonalizer(members, groups, sharers) if by_name[name].orthogonal else None
         tables.append(Table(by_name[name], device, members, hparams, looks, spread, orthogonalize))
-    return hparams, tables
+    return tables

@@ -110,7 +110,7 @@ class FusedLAMB(FusedOptimizer):
         nothing. They are overwritten by the next step, and 1 before the first."""
         return {
             row.param: bound.table.trust[number]
-            for bound in self._tables
+            for bound in self._all_tables()
             if bound.table.trust is not None
             for number, row in enumerate(bound.table.rows_list)
         }
