@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from fused_optim import FusedAdamW, FusedMuon, groups
+from fused_optim.backends import trial
+from fused_optim.optim.release import release_gradients
 
 __all__ = ["one_thread"]  # a fixture
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -379,3 +381,36 @@ def test_the_groups_train_a_model() -> None:
         p.grad = torch.randn_like(p)
     optimizer.step()
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@on_every_target
+def test_a_trial_has_the_signatures_of_the_steps(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where states are dithered and workspaces are not."""
+    trials = []
+    made = trial._table_of
+    monkeypatch.setattr(trial, "_table_of", lambda *args: trials.append(made(*args)) or trials[-1])
+    monkeypatch.setattr(trial, "is_tried", lambda backend, device: True)
+    monkeypatch.setattr(trial, "_passed", set())
+    optimizer = build(target, make(target), state_dtype="compact", ema_decay=0.5)
+    steps(optimizer, 1)
+    found = {table.rule.name: table.dtype_signatures for table in trials}
+    assert found == {bound.table.rule.name: bound.table.dtype_signatures for bound in optimizer._tables}
+    assert found.keys() == {"muon", "adam"}
+
+
+@on_every_target
+def test_gradient_release(target: Target) -> None:
+    """backward() steps matrices and other params bucket by bucket."""
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 8)).to(target.device)
+    other = copy.deepcopy(model)
+    for net in (model, other):
+        optimizer = FusedMuon(groups.muon(net), lr=0.02, adamw_lr=0.01, backend=target.backend)
+        if net is model:
+            release_gradients(net, optimizer, bucket_bytes=700)
+        for step in range(2):
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step)).to(target.device)
+            net(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=1e-3)
