@@ -66,7 +66,7 @@ constexpr int kGroupMaximize = 7;
 constexpr int kGroupLrReference = 8;  // decoupled decay is lr / lr_reference * weight_decay / sqrt(decay_period)
 constexpr int kGroupDecayPeriod = 9;
 constexpr int kGroupFirstDecay = 10;  // the first step of a param that has decoupled decay
-constexpr int kGroupProximal = 11;  // whether decoupled decay divides by 1 + decay after the update
+constexpr int kGroupNoProx = 11;  // 0: decoupled decay divides by 1 + decay after the update
 constexpr int kGroupMaxNorm = 12;  // of all gradients; 0: not clipped, not in the norm; < 0: neither, but NaN and inf still show
 constexpr int kGroupClipEps = 13;  // added to the norm
 constexpr int kGroupTrustLow = 14;  // bounds of the trust ratio
@@ -128,7 +128,7 @@ struct GroupHparams {
   double lr_reference;  // decoupled decay is lr / lr_reference * weight_decay / sqrt(decay_period)
   double decay_period;
   double first_decay;  // the first step of a param that has decoupled decay
-  double proximal;  // whether decoupled decay divides by 1 + decay after the update
+  double no_prox;  // 0: decoupled decay divides by 1 + decay after the update
   double max_norm;  // of all gradients; 0: not clipped, not in the norm; < 0: neither, but NaN and inf still show
   double clip_eps;  // added to the norm
   double trust_low;  // bounds of the trust ratio
@@ -142,7 +142,7 @@ struct GroupHparams {
 };
 
 FUSED_HD GroupHparams read_group_hparams(const double* in) {
-  return {in[kGroupLr], in[kGroupBeta1], in[kGroupBeta2], in[kGroupBeta3], in[kGroupEps], in[kGroupWeightDecay], in[kGroupDecoupled], in[kGroupMaximize], in[kGroupLrReference], in[kGroupDecayPeriod], in[kGroupFirstDecay], in[kGroupProximal], in[kGroupMaxNorm], in[kGroupClipEps], in[kGroupTrustLow], in[kGroupTrustHigh], in[kGroupTrustAlways], in[kGroupEmaDecay], in[kGroupOptionA], in[kGroupOptionB], in[kGroupOptionC], in[kGroupOptionD]};
+  return {in[kGroupLr], in[kGroupBeta1], in[kGroupBeta2], in[kGroupBeta3], in[kGroupEps], in[kGroupWeightDecay], in[kGroupDecoupled], in[kGroupMaximize], in[kGroupLrReference], in[kGroupDecayPeriod], in[kGroupFirstDecay], in[kGroupNoProx], in[kGroupMaxNorm], in[kGroupClipEps], in[kGroupTrustLow], in[kGroupTrustHigh], in[kGroupTrustAlways], in[kGroupEmaDecay], in[kGroupOptionA], in[kGroupOptionB], in[kGroupOptionC], in[kGroupOptionD]};
 }
 
 // `tensor_scalars`, float64 [tensors, ...]: the numbers that a rule reads. Prepare writes them at each step. Walkers round each number once, to the dtype of their arithmetic.
@@ -245,7 +245,7 @@ constexpr LayoutEntry kLayout[] = {
     {"GROUP_LR_REFERENCE", kGroupLrReference},
     {"GROUP_DECAY_PERIOD", kGroupDecayPeriod},
     {"GROUP_FIRST_DECAY", kGroupFirstDecay},
-    {"GROUP_PROXIMAL", kGroupProximal},
+    {"GROUP_NO_PROX", kGroupNoProx},
     {"GROUP_MAX_NORM", kGroupMaxNorm},
     {"GROUP_CLIP_EPS", kGroupClipEps},
     {"GROUP_TRUST_LOW", kGroupTrustLow},

@@ -97,14 +97,17 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   *step_count += 1.0f;
   const double step = *step_count;
 
-  if (memo.beta1 != group.beta1 || memo.beta2 != group.beta2 || memo.step != step) {
-    memo = {group.beta1, group.beta2, step, bias_correction(group.beta1, step), bias_correction(group.beta2, step)};
+  if (memo.beta1 != group.beta1 || memo.beta2 != group.beta2 || memo.beta3 != group.beta3 || memo.step != step) {
+    memo = {group.beta1, group.beta2, group.beta3, step};
+    memo.correction1 = bias_correction(group.beta1, step);
+    memo.correction2 = bias_correction(group.beta2, step);
+    memo.correction3 = bias_correction(group.beta3, step);
   }
   double scale = t.grad_scale ? 1.0 / *t.grad_scale : 1.0;
   if (t.squares) scale *= clip_coefficient(hparams, *t.squares, scale);
   const bool decoupled = group.decoupled != 0.0;
   double decay = decoupled && step >= group.first_decay ? decoupled_decay(group, scales_decay<Rule>()) : 0.0;
-  if (group.proximal != 0.0) {  // (param - update) / (1 + decay)
+  if (group.no_prox == 0.0) {  // (param - update) / (1 + decay)
     decay /= 1.0 + decay;
     group.lr *= 1.0 - decay;
   }

@@ -5,6 +5,9 @@ three launches."""
 from .engine import machine as machine  # first: it refuses a torch that is too old
 from .optim.adagrad import FusedAdagrad
 from .optim.adam import FusedAdam, FusedAdamW
+from .optim.adan import FusedAdan
+from .optim.ademamix import FusedAdEMAMix
+from .optim.adopt import FusedADOPT
 from .optim.base import FusedOptimizer
 from .optim.lamb import FusedLAMB
 from .optim.lion import FusedLion
@@ -13,13 +16,17 @@ from .optim.nadam import FusedNAdam
 from .optim.qhadam import FusedQHAdam, FusedQHAdamW
 from .optim.release import GradientRelease, release_gradients
 from .optim.sgd import FusedSGD, FusedSGDW
+from .optim.stableadamw import FusedStableAdamW
 from .recipes.clip import clip_grad_norm_
 
 __version__ = "0.1.0"
 __all__ = [
+    "FusedADOPT",
+    "FusedAdEMAMix",
     "FusedAdagrad",
     "FusedAdam",
     "FusedAdamW",
+    "FusedAdan",
     "FusedLAMB",
     "FusedLion",
     "FusedMuon",
@@ -29,6 +36,7 @@ __all__ = [
     "FusedQHAdamW",
     "FusedSGD",
     "FusedSGDW",
+    "FusedStableAdamW",
     "GradientRelease",
     "clip_grad_norm_",
     "release_gradients",

@@ -29,6 +29,9 @@ from fused_optim import (
     FusedAdagrad,
     FusedAdam,
     FusedAdamW,
+    FusedAdan,
+    FusedAdEMAMix,
+    FusedADOPT,
     FusedLAMB,
     FusedLion,
     FusedNAdam,
@@ -36,6 +39,7 @@ from fused_optim import (
     FusedQHAdamW,
     FusedSGD,
     FusedSGDW,
+    FusedStableAdamW,
     backends,
 )
 from fused_optim.backends import native
@@ -95,8 +99,11 @@ class Case:
         return self.ours.rule.eager
 
     def known(self, **kwargs: Any) -> dict[str, Any]:
-        """Those options that the class has."""
-        return {key: value for key, value in kwargs.items() if key in self.options}
+        """Those options that the class has. A class with three betas gets the second one twice."""
+        found = {key: value for key, value in kwargs.items() if key in self.options}
+        if "betas" in found:
+            found["betas"] = (*found["betas"], found["betas"][1])[: len(self.group["betas"])]
+        return found
 
 
 Adam, AdamW, SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
@@ -195,6 +202,16 @@ CASES = [
         oracle.nadam,
         {"lr": 0.01, "weight_decay": 0.1, "momentum_decay": 0.02, "decoupled_weight_decay": True},
     ),
+    Case(
+        "ademamix",
+        FusedAdEMAMix,
+        None,
+        oracle.ademamix,
+        {"lr": 0.01, "weight_decay": 0.1, "alpha_warmup": 3, "beta3_warmup": 50},
+    ),
+    Case("adopt", FusedADOPT, None, oracle.adopt, {"lr": 0.01, "weight_decay": 0.1, "decouple": True}),
+    Case("adan", FusedAdan, None, oracle.adan, {"lr": 0.01, "weight_decay": 0.1}),
+    Case("stableadamw", FusedStableAdamW, None, oracle.stableadamw, {"lr": 0.01, "weight_decay": 0.1}),
 ]
 BY_NAME = {case.name: case for case in CASES}
 ADAMW, AMSGRAD = BY_NAME["adamw"], BY_NAME["adamw-amsgrad"]  # the latter has every state

@@ -215,6 +215,139 @@ def nadam(
     return mean / ((new["exp_avg_sq"] / (1 - beta2 ** step.item())).sqrt() + eps), new
 
 
+@with_decay
+def ademamix(
+    grad: Tensor,
+    state: State,
+    *,
+    betas: tuple[float, float, float],
+    eps: float,
+    alpha: float,
+    alpha_warmup: float | None,
+    beta3_warmup: float | None,
+    **_: Any,
+) -> tuple[Tensor, State]:
+    """AdEMAMix (arXiv:2409.03137, algorithm 1), with the schedules of the authors' code."""
+    beta1, beta2, beta3 = betas
+    zeros, step = torch.zeros_like(grad), next_step(state)
+    t = step.item()
+    if alpha_warmup is not None:
+        alpha = alpha * min(t / alpha_warmup, 1)
+    if beta3_warmup is not None and t < beta3_warmup:
+        start, end = (math.log(0.5) / math.log(beta + 1e-8) - 1 for beta in (beta1, beta3))  # half-lives
+        beta3 = 0.5 ** (1 / (start + (end - start) * t / beta3_warmup + 1))
+    new = {
+        "step": step,
+        "exp_avg_fast": beta1 * state.get("exp_avg_fast", zeros) + (1 - beta1) * grad,
+        "exp_avg_slow": beta3 * state.get("exp_avg_slow", zeros) + (1 - beta3) * grad,
+        "exp_avg_sq": beta2 * state.get("exp_avg_sq", zeros) + (1 - beta2) * grad**2,
+    }
+    mean = new["exp_avg_fast"] / correction(beta1, step) + alpha * new["exp_avg_slow"]
+    return mean / ((new["exp_avg_sq"] / correction(beta2, step)).sqrt() + eps), new
+
+
+def adopt(
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    *,
+    lr: float | Tensor,
+    betas: Pair,
+    eps: float,
+    clip_power: tuple[float, float],
+    weight_decay: float,
+    decouple: bool,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Tensor, State]:
+    """ADOPT (arXiv:2411.02853, algorithm 2), with the choices of its authors' code for weight decay."""
+    rate, beta1, beta2 = scalar(lr), scalar(betas[0]), scalar(betas[1])
+    zeros, step = torch.zeros_like(param), next_step(state)
+    if maximize:
+        grad = -grad
+    if not decouple:
+        grad = grad + weight_decay * param
+    if step == 1:
+        return param, {"step": step, "exp_avg": zeros, "exp_avg_sq": grad**2}
+    bound = clip_power[0] * (step.item() - 1) ** clip_power[1]
+    normed = (grad / state["exp_avg_sq"].sqrt().clamp(min=eps)).clamp(-bound, bound)
+    exp_avg = beta1 * state["exp_avg"] + (1 - beta1) * normed
+    new = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": beta2 * state["exp_avg_sq"] + (1 - beta2) * grad**2}
+    if rate == 0:
+        return param, new
+    return param * (1 - rate * weight_decay * decouple) - rate * exp_avg, new
+
+
+def adan(
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float, float],
+    eps: float,
+    weight_decay: float,
+    no_prox: bool,
+    maximize: bool,
+    lr_reference: float | None = None,
+    decay_period: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, State]:
+    """Adan (arXiv:2208.06677, algorithm 1). Here a beta is the share that an average keeps."""
+    rate, (beta1, beta2, beta3) = scalar(lr), betas
+    zeros, step = torch.zeros_like(param), next_step(state)
+    if maximize:
+        grad = -grad
+    change = zeros if step == 1 else grad + state["neg_pre_grad"]
+    new = {
+        "step": step,
+        "exp_avg": beta1 * state.get("exp_avg", zeros) + (1 - beta1) * grad,
+        "exp_avg_diff": beta2 * state.get("exp_avg_diff", zeros) + (1 - beta2) * change,
+        "neg_pre_grad": -grad,
+        "exp_avg_sq": beta3 * state.get("exp_avg_sq", zeros) + (1 - beta3) * (grad + beta2 * change) ** 2,
+    }
+    mean = new["exp_avg"] / correction(beta1, step) + beta2 * new["exp_avg_diff"] / correction(beta2, step)
+    update = mean / ((new["exp_avg_sq"] / correction(beta3, step)).sqrt() + eps)
+    if rate == 0:
+        return param, new
+    decay = 1 - shrinkage(rate, weight_decay, lr_reference, decay_period)
+    return (param * (1 - decay) - rate * update if no_prox else (param - rate * update) / (1 + decay)), new
+
+
+def stableadamw(
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    *,
+    lr: float | Tensor,
+    betas: Pair,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    stored: torch.dtype,
+    lr_reference: float | None = None,
+    decay_period: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, State]:
+    """StableAdamW (arXiv:2304.13013, algorithm 2). The update is made of the averages as they are stored."""
+    rate, beta1, beta2 = scalar(lr), scalar(betas[0]), scalar(betas[1])
+    zeros, step = torch.zeros_like(param), next_step(state)
+    if maximize:
+        grad = -grad
+    rest1, rest2 = ((1 - beta) / correction(beta, step) for beta in (beta1, beta2))  # 1 - debiased beta
+    new = {
+        "step": step,
+        "exp_avg": (1 - rest1) * state.get("exp_avg", zeros) + rest1 * grad,
+        "exp_avg_sq": (1 - rest2) * state.get("exp_avg_sq", zeros) + rest2 * grad**2,
+    }
+    mean, square = (new[name].to(stored).to(torch.float64) for name in ("exp_avg", "exp_avg_sq"))
+    rms = (grad / square.sqrt().clamp(min=eps)).square().mean().sqrt().item() if grad.numel() else 0.0
+    if rate == 0:
+        return param, new
+    decay = 1 - shrinkage(rate, weight_decay, lr_reference, decay_period)
+    return param - (decay * param + rate * mean / (square.sqrt() + eps)) / max(1.0, rms), new
+
+
 def lamb(
     param: Tensor,
     grad: Tensor,

@@ -137,12 +137,17 @@ def prep_kernel(
     count = tl.load(counter, mask=go, other=0.0) + 1.0
     tl.store(counter, count, mask=go)
     step = count.to(tl.float64)
-    at = BiasCorrections(step, bias_correction(group.beta1, step), bias_correction(group.beta2, step))
+    at = BiasCorrections(
+        step,
+        bias_correction(group.beta1, step),
+        bias_correction(group.beta2, step),
+        bias_correction(group.beta3, step),
+    )
     scale = 1.0 / tl.load(grad_scale).to(tl.float64)
     if squares is not None:
         scale *= clip_coefficient(group, tl.load(squares), scale)
     decay = tl.where(decoupled & (step >= group.first_decay), decoupled_decay(group, SCALES_DECAY), 0.0)
-    proximal = group.proximal != 0.0  # (param - update) / (1 + decay)
+    proximal = group.no_prox == 0.0  # (param - update) / (1 + decay)
     decay = tl.where(proximal, decay / (1.0 + decay), decay)
     group = with_lr(group, tl.where(proximal, group.lr * (1.0 - decay), group.lr))
     signature = tl.load(fields + column(ROWS, "dtype_signature"), mask=go, other=0)

@@ -334,9 +334,10 @@ def step_kernel(
 ) -> None:
     """One program per entry of chunk_table.
 
-    RULE, SECOND: functions of the rule, or None. SIGNATURES: the streams that PASS walks, for every dtype signature of the table, by its number in chunk_table. EMA:
-    whether the last stream is the average of the weights. Arguments that PASS does not use are None: grads in
-    `apply_update`, partials except in `update_moments`, trust except in `apply_update`."""
+    RULE, SECOND: functions of the rule, or None. SIGNATURES: the streams that PASS walks, for every dtype signature of
+    the table, by its number in chunk_table. EMA: whether the last stream is the average of the weights. Arguments that
+    PASS does not use are None: grads in `apply_update`, partials except in `update_moments`, trust except in
+    `apply_update`."""
     entry = tl.load(chunk_table + tl.program_id(0))
     for i in tl.static_range(len(SIGNATURES)):
         if signature_number(entry) == i:

@@ -51,14 +51,15 @@ def scalars_of(table: Table, row: Row, grad_scale: float = 1.0, norm: float | No
     norm: the norm of all gradients that are clipped, after the division by grad_scale.
     """
     group, step = table.hparams.of(row.group_index), float(row.step)
-    at = BiasCorrections(step, bias_correction(group.beta1, step), bias_correction(group.beta2, step))
+    betas = group.beta1, group.beta2, group.beta3
+    at = BiasCorrections(step, *(bias_correction(beta, step) for beta in betas))
     factor = quotient(1.0, grad_scale)
     if norm is not None and group.max_norm > 0:
         bound = quotient(group.max_norm, norm + group.clip_eps)
         factor *= 1.0 if bound >= 1 else bound
     decays = group.decoupled and step >= group.first_decay
     decay = decoupled_decay(group, RULES[table.rule.name].scales_decay) if decays else 0.0
-    if group.proximal:  # (param - update) / (1 + decay)
+    if not group.no_prox:  # (param - update) / (1 + decay)
         decay /= 1 + decay
         group = group._replace(lr=group.lr * (1 - decay))
     scalars, running = RULES[table.rule.name].scalars, [float(scalar) for scalar in row.running]

@@ -56,7 +56,7 @@ class GroupHparams(NamedTuple):
     lr_reference: Any = 1.0  # decoupled decay is lr / lr_reference * weight_decay / sqrt(decay_period)
     decay_period: Any = 1.0
     first_decay: Any = 1.0  # the first step of a param that has decoupled decay
-    proximal: Any = 0.0  # whether decoupled decay divides by 1 + decay after the update
+    no_prox: Any = 1.0  # 0: decoupled decay divides by 1 + decay after the update
     max_norm: Any = 0.0  # of all gradients; 0: not clipped, not in the norm; < 0: neither, but NaN and inf still show
     clip_eps: Any = 0.0  # added to the norm
     trust_low: Any = 0.0  # bounds of the trust ratio

@@ -56,7 +56,7 @@ class Rule:
     """A rule without its arithmetic. Each backend looks up the arithmetic by `name`.
 
     states: names in `optimizer.state[param]`, in the order of the rule's arguments.
-    options: the options of its groups besides REQUIRED and OPTIONAL.
+    options: the options of its groups besides REQUIRED and OPTIONAL. optional: more of them, which may be None.
     switched: states that exist only if a group's option is true, as {state: option}. They come last in `states`.
     squares: states that are sums or averages of squares. They are never negative.
     starts: the option that holds the start value of a state, as {state: option}. Other states start from 0. The maximum
@@ -74,6 +74,7 @@ class Rule:
     decides: options without a column from which tables are built.
     clip_eps: added to the norm in the clipping coefficient.
     first_decay: the first step of a param that has decoupled decay.
+    bounded: whether the root of exp_avg_sq bounds exp_avg, which anchored8 needs.
     """
 
     name: str
@@ -92,6 +93,8 @@ class Rule:
     decides: tuple[str, ...] = ()
     clip_eps: float = 1e-6
     first_decay: int = 1
+    bounded: bool = True
+    optional: tuple[Option, ...] = ()
 
     def of(self, group: Mapping[str, Any]) -> Rule:
         """The rule that steps the params of a group."""
@@ -119,8 +122,9 @@ class Rule:
         """Of each option: its name, its first column, its number of columns, whether it is optional, and whether tables
         are rebuilt when its value changes from or to 0."""
         switches = {*self.switched.values(), "max_grad_norm"}
-        own = {first for _, first, _ in self.options}  # under another name
+        own = {first for _, first, _ in self.options + self.optional}  # under another name
         options = [(*option, False) for option in REQUIRED + self.options]
+        options += [(*option, True) for option in self.optional]
         options += [(*option, True) for option in OPTIONAL if option[1] not in own]
         return [
             (key, column(GroupHparams, first), count, optional, key in switches)
