@@ -148,6 +148,54 @@ def adagrad(grad: Tensor, state: State, *, lr_decay: float, eps: float, **hyper:
     return grad / (total.sqrt() + eps) / (1 + (step.item() - 1) * lr_decay), {"step": step, "sum": total}
 
 
+def newton_schulz(update: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
+    """Muon's iteration (Jordan et al., https://kellerjordan.github.io/posts/muon) on the singular values themselves:
+    each step applies the polynomial to all of them."""
+    left, values, right = torch.linalg.svd(update / max(update.norm().item(), eps), full_matrices=False)
+    a, b, c = coefficients
+    for _ in range(steps):
+        values = a * values + b * values**3 + c * values**5
+    return left @ torch.diag(values) @ right
+
+
+def muon(
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    momentum: float,
+    nesterov: bool,
+    ns_coefficients: Sequence[float],
+    ns_steps: int,
+    eps: float,
+    adjust_lr_fn: str | None,
+    normuon: bool,
+    normuon_beta2: float,
+    maximize: bool,
+    **hyper: Any,
+) -> tuple[Tensor, State]:
+    """Muon as torch.optim.Muon documents it, with the averages that the code has; NorMuon (arXiv:2510.05491). A tensor
+    of more dimensions is a matrix of its first one and all others."""
+    rate = scalar(lr)
+    grad = -grad if maximize else grad
+    buffer = momentum * state.get("momentum_buffer", torch.zeros_like(grad)) + (1 - momentum) * grad
+    new = {"momentum_buffer": buffer}
+    update = (momentum * buffer + (1 - momentum) * grad if nesterov else buffer).flatten(1)
+    rows, columns = update.shape
+    update = newton_schulz(update, ns_coefficients, ns_steps, eps)
+    if normuon:
+        old = state.get("second_momentum_buffer", torch.zeros(rows, 1, dtype=torch.float64))
+        moments = normuon_beta2 * old + (1 - normuon_beta2) * update.square().mean(1, keepdim=True)
+        new["second_momentum_buffer"] = moments
+        normalized = update / (moments.sqrt() + 1e-8)
+        update = normalized * (update.norm() / normalized.norm())
+    scale = 0.2 * math.sqrt(max(rows, columns)) if adjust_lr_fn else math.sqrt(max(1, rows / columns))
+    decay = shrinkage(rate, weight_decay, hyper.get("lr_reference"), hyper.get("decay_period"))
+    return decay * param - rate * scale * update.view_as(param), new
+
+
 @with_decay
 def nadam(
     grad: Tensor, state: State, *, betas: Pair, eps: float, momentum_decay: float, **_: Any

@@ -146,6 +146,7 @@ SMALL |= {
     for rule in RULES
     for clips in (False, True)
 }
+LIBRARY = ("prep nadam", "prep ademamix", "prep adopt")  # call exp or log
 HOPPER = GPUTarget("cuda", 90, 32)
 NVIDIA = (GPUTarget("cuda", 80, 32), HOPPER, GPUTarget("cuda", 100, 32))
 INSTINCT = GPUTarget("hip", "gfx942", 64)
@@ -283,7 +284,7 @@ def check_resources(target: GPUTarget, name: str) -> dict[str, int]:
     few = few and max(map(len, walk.streams)) <= 5
     most = WIDE_REGISTERS if any(len(kind) > 5 and kind[0] == F64 for kind in walk.streams) else MOST_REGISTERS
     if all(max(ITEMSIZE[code] for code in kind) == 2 for kind in walk.streams):
-        most = NARROW_REGISTERS
+        most = NARROW_REGISTERS if max(map(len, walk.streams)) <= 6 else MOST_REGISTERS
     assert not AS_READ or usage["REG"] <= (FEW_REGISTERS if few else most)
     return usage
 
@@ -326,6 +327,10 @@ def test_small_kernels(name: str) -> None:
         assert usage["STACK"] == usage["LOCAL"] == 0
         assert (kernel.metadata.shared == 0) == (name not in ("row sums", "total"))
         roots_and_quotients = set() if name in ("row sums", "total") else {"div.rn.f64", "sqrt.rn.f64"}
-        assert set(re.findall(r"\b(?:div|sqrt|rcp)\.\S+", ptx)) == roots_and_quotients
-        assert not re.search(r"\bfma\.", ptx)  # csrc/prep.h on the CPU fuses nothing either
+        found = set(re.findall(r"\b(?:div|sqrt|rcp)\.\S+", ptx))
+        if name.startswith(LIBRARY):  # exp and log are functions of their own, which fuse, and log refines a reciprocal
+            assert found - {"rcp.approx.ftz.f64"} == roots_and_quotients
+        else:
+            assert found == roots_and_quotients
+            assert not re.search(r"\bfma\.", ptx)  # csrc/prep.h on the CPU fuses nothing either
     assert ".private_segment_fixed_size: 0" in compiled(INSTINCT, name).asm["amdgcn"]

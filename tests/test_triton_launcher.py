@@ -59,11 +59,11 @@ class Handle:
 
 
 LAUNCHED = {
-    "adam": {"prep": prep_variant(None, False, False), "step": step_variant("adam", F32_KINDS, False)},
+    "adam": {"prep": prep_variant(None, False, False, 0), "step": step_variant("adam", F32_KINDS, False)},
     "lamb": {
         "squares": squares_variant(F32_KINDS),
         "total": TOTAL,
-        "prep": prep_variant(RULES["lamb"].scalars, True, True),
+        "prep": prep_variant(RULES["lamb"].scalars, True, True, 0),
         "step": step_variant("lamb", F32_KINDS, False),
         "row sums": ROW_SUMS,
         "trust": trust_variant(RULES["lamb"].ratio),

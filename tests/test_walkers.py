@@ -34,7 +34,7 @@ def test_walker_against_double_precision(walker: str, tmp_path: Path) -> None:
     said = run([driver, "0", "5"])
     line = r"^(\w+): \d+ comparisons, (\d+) of them with a finite number, dtypes of params: (\d+)"
     found = re.findall(line, said, re.MULTILINE)
-    assert {name for name, *_ in found} == {case.ours.rule.name for case in CASES}
+    assert {name for name, *_ in found} == {case.ours.rule.name for case in CASES} | {"muon"}
     for name, compared, dtypes in found:
         assert int(compared) > 200_000 and int(dtypes) == 4, name
 

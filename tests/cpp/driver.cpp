@@ -70,6 +70,8 @@ Parameter make_parameter(Random& random, const Rule& rule, int groups, bool spec
   return p;
 }
 
+bool is_muon(const Rule& rule) { return std::strcmp(rule.name, "muon") == 0; }
+
 Group make_group(Random& random, const Rule& rule) {
   Group g{};
   const bool switches = rule.trust || rule.max_states == 1;  // option b is a switch
@@ -82,7 +84,7 @@ Group make_group(Random& random, const Rule& rule) {
   g.weight_decay = 0.1 * below(random, 3);
   g.decoupled = chance(random, 0.5);
   g.maximize = chance(random, 0.3);
-  g.a = rule.trust ? below(random, 2) : 0.2 * below(random, 6);
+  g.a = rule.trust && !is_muon(rule) ? below(random, 2) : 0.2 * below(random, 6);
   g.b = switches ? below(random, 2) : 0.2 * (1 + below(random, 5));  // not 0: 0 * inf can be NaN or not be computed
   g.c = 10 * below(random, 6);
   g.first_decay = 1 + below(random, 2), g.no_prox = rule.trust || chance(random, 0.5);
@@ -391,8 +393,7 @@ class Run {
       const Bounded rate = Bounded::constant(static_cast<long double>(g.lr) * trust_[r]);
       for (int64_t i = 0; i < p.numel && !skipped; ++i) {
         const Bounded param = Bounded::exact(before[r][0][i]);
-        const Bounded update = oracle.unscaled(param, stored_states(p, i));
-        compare("updated param", row(r), i, p.tensors[0], param - rate * update);
+        compare("updated param", row(r), i, p.tensors[0], oracle.second_walk(param, stored_states(p, i), rate));
         if (p.averaged) check_average(row(r), i, before[r].back()[i]);
       }
       for (size_t i = 0; i < p.tensors.size(); ++i) {

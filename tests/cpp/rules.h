@@ -16,7 +16,7 @@ struct Group {
   double lr, beta1, beta2, beta3, eps, weight_decay;
   bool decoupled, maximize;
   // sgd: dampening, nesterov; qhadam: the two nus; lamb: grad_averaging, bias_correction; nadam: its decay; ademamix:
-  // alpha, alpha_warmup, beta3_warmup; adopt: factor and exponent of the bound
+  // alpha, alpha_warmup, beta3_warmup; adopt: factor and exponent of the bound; muon: momentum, nesterov
   double a, b, c;
   double lr_reference, decay_period, first_decay;
   bool no_prox;
@@ -69,6 +69,7 @@ class Oracle {
     if (is("lion")) return lion(grad, state);
     if (is("adagrad")) return adagrad(grad, state);
     if (is("nadam")) return nadam(grad, state);
+    if (is("muon")) return muon(grad, state);
     if (is("ademamix")) return ademamix(grad, state);
     if (is("adopt")) return adopt(grad, state);
     if (is("adan")) return adan(grad, state);
@@ -88,16 +89,23 @@ class Oracle {
     return update + Bounded::constant(decay_without_lr()) * param;
   }
 
+  // The param after the second walk. rate: lr times the ratio.
+  Bounded second_walk(const Bounded& param, const std::vector<Bounded>& state, const Bounded& rate) const {
+    return is("muon") ? moved(param, rate * state[1]) : param - rate * unscaled(param, state);
+  }
+
   // The two numbers whose squares are summed. grad: as it is before L2.
   std::vector<Bounded> measured(const Bounded& param, const Bounded& raw_grad,
                                 const std::vector<Bounded>& state) const {
     if (is("lamb")) return {param, unscaled(param, state)};
+    if (is("muon")) return {Bounded::exact(0), state[1]};
     Bounded grad = raw_grad;
     if (!group_.decoupled && group_.weight_decay != 0) grad = grad + Bounded::constant(group_.weight_decay) * param;
     return {Bounded::exact(1), grad / larger(square_root(state[1]), eps_)};
   }
 
   double ratio(double first, double second) const {
+    if (is("muon")) return 1;
     if (is("stableadamw")) return second <= first ? 1 : std::sqrt(first / second);
     if (group_.weight_decay == 0 && !group_.trust_always) return 1;
     const double param = std::sqrt(first), update = std::sqrt(second);
@@ -152,6 +160,13 @@ class Oracle {
     return lr_ * mean / (square_root(rest_b_ * grad * grad + b_ * (state[1] / correction2_)) + eps_);
   }
 
+  // The second state is a workspace, which nothing orthogonalizes here.
+  Bounded muon(const Bounded& grad, std::vector<Bounded>& state) const {
+    state[0] = kept(state[0], a_) + rest_a_ * grad;
+    state[1] = group_.b != 0 ? kept(state[0], a_) + rest_a_ * grad : state[0];
+    return Bounded::exact(0);
+  }
+
   Bounded adagrad(const Bounded& grad, std::vector<Bounded>& state) const {
     state[0] = state[0] + grad * grad;
     return lr_ / Bounded::constant(1 + (step_ - 1) * static_cast<long double>(group_.a)) * grad /
@@ -190,7 +205,7 @@ class Oracle {
   Bounded adopt(const Bounded& grad, std::vector<Bounded>& state) const {
     const bool first = step_ == 1;
     const Bounded bound = Bounded::constant(first ? 0 : group_.a * std::pow(step_ - 1.0L, group_.b));
-    const Bounded normed = grad / (first ? Bounded::exact(1) : larger(square_root(state[1]), eps_));
+    const Bounded normed = grad / larger(square_root(state[1]), first ? Bounded::exact(1) : eps_);
     const Bounded clipped = larger(-larger(-normed, -bound), -bound);
     state[0] = kept(state[0], beta1_) + rest1_ * clipped;
     state[1] = beta2_ * state[1] + (first ? grad * grad : rest2_ * grad * grad);
