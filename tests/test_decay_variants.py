@@ -46,7 +46,7 @@ def build(case: Case, params: Any, target: Target, convention: str = "torch", **
     return case.ours(params, backend=target.backend, **options)
 
 
-@pytest.mark.arithmetic
+@pytest.mark.shared
 @on_every_target
 @for_every_decoupled
 @for_every_convention

@@ -70,6 +70,7 @@ def test_grad_scaler_like_torch(case: Case, target: Target, unscale: bool) -> No
     assert updates(pair[0], params) == [3.0] * len(params)
 
 
+@pytest.mark.shared
 @on_every_target
 @for_every_class
 @pytest.mark.parametrize("grad_scale", [65536.0, 3.0])
@@ -84,6 +85,7 @@ def test_raw_grad_scale(case: Case, target: Target, grad_scale: float, found_inf
         checked_step(optimizer, case.rule, 6.0, grad_scale=grad_scale)
 
 
+@pytest.mark.shared
 @on_every_target
 @for_every_rule
 @pytest.mark.parametrize(("found_inf", "grad_scale"), [(1.0, None), (1.0, 8.0), (2.0, 8.0)])

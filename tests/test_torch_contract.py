@@ -200,6 +200,7 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.shared
 @pytest.mark.slow
 @pytest.mark.host
 @on_every_target
@@ -235,6 +236,7 @@ def test_schedulers(case: Case, target: Target, name: str, tensor_lr: bool) -> N
         assert_like_torch(*optimizers)
 
 
+@pytest.mark.shared
 @on_every_target
 @for_every_rule
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
