@@ -40,6 +40,14 @@ FUSED_HD double decoupled_decay(const GroupHparams& group, bool trust) {
   return group.lr / group.lr_reference * group.weight_decay / ::sqrt(group.decay_period);
 }
 
+// The share of its decay that a tensor keeps under corrected decay, arXiv:2506.02285: lr over the largest lr so far.
+FUSED_HD double corrected_share(double lr, int64_t largest_address) {
+  float* stored = reinterpret_cast<float*>(largest_address);
+  const double largest = largest_lr(lr, *stored);
+  *stored = static_cast<float>(largest);
+  return largest > 0.0 ? lr / largest : 1.0;
+}
+
 template <class Rule, class = void>
 struct HasScalars : std::false_type {};
 template <class Rule>
@@ -96,6 +104,9 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   double scale = t.grad_scale ? 1.0 / *t.grad_scale : 1.0;
   if (t.squares) scale *= clip_coefficient(hparams, *t.squares, scale);
   const bool decoupled = group.decoupled != 0.0;
+  double decay = decoupled ? decoupled_decay(group, t.trust != nullptr) : 0.0;
+  if (const int64_t largest = t.rows[row * kRowWidth + kRowRunning0 + RunningCount<Rule>::value])
+    decay *= corrected_share(group.lr, largest);
   // The first update copies the new param into its average, unless the average has had updates before.
   const bool copies = step == 1.0 && !(t.rows[row * kRowWidth + kRowDtypeSignature] & kEmaBegun);
   out[kScalarLr] = group.lr;
@@ -109,7 +120,7 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   out[kScalarDenomScale] = 1.0 / ::sqrt(memo.correction2);
   out[kScalarGradFactor] = group.maximize != 0.0 ? -scale : scale;
   out[kScalarL2] = decoupled ? 0.0 : group.weight_decay;
-  out[kScalarDecay] = decoupled ? decoupled_decay(group, t.trust != nullptr) : 0.0;
+  out[kScalarDecay] = decay;
   out[kScalarEmaWeight] = copies ? 1.0 : 1.0 - group.ema_decay;
   if constexpr (HasScalars<Rule>::value) {
     const OwnScalars own = own_scalars<Rule>(group, memo, t.rows + row * kRowWidth);

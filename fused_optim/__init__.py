@@ -10,6 +10,8 @@ from .optim.lamb import FusedLAMB
 from .optim.lion import FusedLion
 from .optim.nadam import FusedNAdam
 from .optim.qhadam import FusedQHAdam, FusedQHAdamW
+from .optim.radam import FusedRAdam
+from .optim.schedule_free import FusedScheduleFreeAdamW, FusedScheduleFreeSGD
 from .optim.sgd import FusedSGD, FusedSGDW
 from .recipes.clip import clip_grad_norm_
 
@@ -24,7 +26,10 @@ __all__ = [
     "FusedOptimizer",
     "FusedQHAdam",
     "FusedQHAdamW",
+    "FusedRAdam",
     "FusedSGD",
     "FusedSGDW",
+    "FusedScheduleFreeAdamW",
+    "FusedScheduleFreeSGD",
     "clip_grad_norm_",
 ]

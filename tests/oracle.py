@@ -54,6 +54,12 @@ def shrinkage(rate: float, weight_decay: float, lr_reference: float | None, deca
     return 1 - schedule * weight_decay / math.sqrt(1 if decay_period is None else decay_period)
 
 
+def larger_lr(rate: float, before: Tensor | None) -> Tensor:
+    """The largest lr so far. It is stored as float32, which rounds it: an lr that rounds to it is as large."""
+    new = torch.tensor(rate, dtype=torch.float64)
+    return new if before is None or new.float() >= before else before
+
+
 def with_decay(update: Rule) -> Rule:
     """A rule of an update, which knows nothing of decay and maximize, with both: L2 goes into the gradient, decoupled
     decay into the param that the update is then taken off."""
@@ -61,6 +67,10 @@ def with_decay(update: Rule) -> Rule:
     @functools.wraps(update)
     def rule(param: Tensor, grad: Tensor, state: State, **hyper: Any) -> tuple[Tensor, State]:
         rate, weight_decay = scalar(hyper["lr"]), scalar(hyper["weight_decay"])
+        kept = {}
+        if hyper.get("corrected_decay"):  # arXiv:2506.02285
+            kept["lr_max"] = larger_lr(rate, state.get("lr_max"))
+            weight_decay *= rate / kept["lr_max"].item() if kept["lr_max"] != 0 else 1
         if hyper["maximize"]:
             grad = -grad
         if weight_decay != 0:
@@ -69,7 +79,7 @@ def with_decay(update: Rule) -> Rule:
             else:
                 grad = grad + weight_decay * param
         change, new = update(grad, state, **hyper)
-        return (param if rate == 0 else param - rate * change), new
+        return (param if rate == 0 else param - rate * change), {**kept, **new}
 
     return rule
 
@@ -160,6 +170,70 @@ def nadam(
     product = new["mu_product"].item()
     mean = after * new["exp_avg"] / (1 - product * after) + (1 - now) * grad / (1 - product)
     return mean / ((new["exp_avg_sq"] / (1 - beta2 ** step.item())).sqrt() + eps), new
+
+
+@with_decay
+def radam(grad: Tensor, state: State, *, betas: Pair, eps: float, **_: Any) -> tuple[Tensor, State]:
+    """RAdam (arXiv:1908.03265, algorithm 2), with torch's bound of 5 and its eps, which is added before the bias
+    correction."""
+    beta1, beta2 = scalar(betas[0]), scalar(betas[1])
+    zeros, step = torch.zeros_like(grad), next_step(state)
+    t = step.item()
+    new = {
+        "step": step,
+        "exp_avg": beta1 * state.get("exp_avg", zeros) + (1 - beta1) * grad,
+        "exp_avg_sq": beta2 * state.get("exp_avg_sq", zeros) + (1 - beta2) * grad**2,
+    }
+    mean = new["exp_avg"] / (1 - beta1**t)
+    limit = 2 / (1 - beta2) - 1
+    length = limit - 2 * t * beta2**t / (1 - beta2**t)
+    if length <= 5:
+        return mean, new
+    rectification = math.sqrt((length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length))
+    return rectification * mean * math.sqrt(1 - beta2**t) / (new["exp_avg_sq"].sqrt() + eps), new
+
+
+def schedule_free(
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    warmup_steps: int,
+    r: float,
+    weight_lr_power: float,
+    maximize: bool,
+    **hyper: Any,
+) -> tuple[Tensor, State]:
+    """Schedule-Free (arXiv:2405.15682, algorithm 1 for AdamW, equations 1 to 3 for SGD) with the average x made of y,
+    which is the param, and z."""
+    adam = "betas" in hyper
+    beta = scalar(hyper["betas"][0] if adam else hyper["momentum"])
+    step = next_step(state)
+    t, y, z = step.item(), param, state.get("z", param)
+    x = (y - (1 - beta) * z) / beta
+    rate = scalar(lr) * (min(1.0, t / warmup_steps) if warmup_steps else 1.0)
+    new = {"step": step, "lr_max": larger_lr(rate, state.get("lr_max"))}
+    weight = t**r * new["lr_max"].item() ** weight_lr_power
+    new["weight_sum"] = state.get("weight_sum", torch.zeros_like(step)) + weight
+    update = -grad if maximize else grad
+    if adam:
+        beta2 = scalar(hyper["betas"][1])
+        new["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", torch.zeros_like(grad)) + (1 - beta2) * grad**2
+        update = update / ((new["exp_avg_sq"] / (1 - beta2**t)).sqrt() + hyper["eps"])
+    new["z"] = z - rate * (update + weight_decay * y)
+    share = weight / new["weight_sum"].item() if new["weight_sum"] != 0 else 0.0
+    x = (1 - share) * x + share * new["z"]
+    return (1 - beta) * new["z"] + beta * x, new
+
+
+def schedule_free_adamw(param: Tensor, grad: Tensor, state: State, **hyper: Any) -> tuple[Tensor, State]:
+    return schedule_free(param, grad, state, **hyper)
+
+
+def schedule_free_sgd(param: Tensor, grad: Tensor, state: State, **hyper: Any) -> tuple[Tensor, State]:
+    return schedule_free(param, grad, state, **hyper)
 
 
 def lamb(

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from fused_optim.engine.layout import GroupHparams
 
-from .rules import BiasCorrections
+from .rules import BiasCorrections, largest_lr
 from .tables import EMA_BEGUN, ROW_WIDTH, ROWS, SCALAR_WIDTH, SCALARS, column, read_group
 
 PREP_TENSORS = tl.constexpr(32)  # tensors per program, which is one warp
@@ -44,6 +44,17 @@ def decoupled_decay(group: GroupHparams, TRUST: tl.constexpr) -> tl.tensor:
         none = group.lr_reference == 0.0
         share = group.lr / tl.where(none, 1.0, group.lr_reference) * group.weight_decay / tl.sqrt(group.decay_period)
         return tl.where(none, 0.0, share)
+
+
+@triton.jit
+def corrected_share(fields: tl.tensor, lr: tl.tensor, mask: tl.tensor, RUNNING: tl.constexpr) -> tl.tensor:
+    """The share of its decay that a tensor keeps under corrected decay, arXiv:2506.02285: lr over the largest lr so
+    far, which is the running scalar after those of the rule. 1 without one."""
+    address = tl.load(fields + column(ROWS, "running0") + RUNNING, mask=mask, other=0)
+    stored, corrects = address.to(tl.pointer_type(tl.float32)), mask & (address != 0)
+    largest = largest_lr(lr, tl.load(stored, mask=corrects, other=0.0).to(tl.float64))
+    tl.store(stored, largest.to(tl.float32), mask=corrects)
+    return tl.where(corrects & (largest > 0.0), lr / tl.where(largest > 0.0, largest, 1.0), 1.0)
 
 
 @triton.jit
@@ -125,7 +136,7 @@ def prep_kernel(
     scale = 1.0 / tl.load(grad_scale).to(tl.float64)
     if squares is not None:
         scale *= clip_coefficient(group, tl.load(squares), scale)
-    decay = decoupled_decay(group, TRUST)
+    decay = decoupled_decay(group, TRUST) * corrected_share(fields, group.lr, go, RUNNING)
     signature = tl.load(fields + column(ROWS, "dtype_signature"), mask=go, other=0)
     copies = (step == 1.0) & (signature & EMA_BEGUN == 0)
 

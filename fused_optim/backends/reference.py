@@ -13,7 +13,7 @@ from ..engine.formats import DITHER_PARAM
 from ..engine.layout import GroupHparams, TensorScalars, column
 from ..engine.table import Row, Table
 from .formats import load, load_param, load_states, real_view, store_param, store_rounded, store_states
-from .reference_rules import RULES, BiasCorrections
+from .reference_rules import RULES, BiasCorrections, largest_lr
 
 SKIP = column(TensorScalars, "skip")
 
@@ -55,6 +55,10 @@ def scalars_of(table: Table, row: Row, grad_scale: float = 1.0, norm: float | No
         factor *= 1.0 if bound >= 1 else bound
     scalars, running = RULES[table.rule.name].scalars, [float(scalar) for scalar in row.running]
     own = () if scalars is None else scalars(group, at, running) if table.rule.running else scalars(group, at)
+    decay = decoupled_decay(group, table.rule.trust) if group.decoupled else 0.0
+    if len(running) > len(table.rule.running):  # corrected decay: the largest lr comes last
+        running[-1] = largest_lr(group.lr, running[-1])
+        decay *= group.lr / running[-1] if running[-1] else 1.0
     for stored, scalar in zip(row.running, running, strict=True):
         stored.fill_(scalar)
     return TensorScalars(
@@ -69,7 +73,7 @@ def scalars_of(table: Table, row: Row, grad_scale: float = 1.0, norm: float | No
         denom_scale=1 / math.sqrt(at.correction2),
         grad_factor=-factor if group.maximize else factor,
         l2=0.0 if group.decoupled else group.weight_decay,
-        decay=decoupled_decay(group, table.rule.trust) if group.decoupled else 0.0,
+        decay=decay,
         ema_weight=1.0 if step == 1 and not row.ema_begun else 1 - group.ema_decay,
         skip=0.0,
         **dict(zip(("own_a", "own_b", "own_c", "own_d"), own, strict=False)),

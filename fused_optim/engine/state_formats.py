@@ -65,9 +65,10 @@ def choices_of(value: StateDtype, rule: Rule) -> dict[str, torch.dtype | Code]:
         return dict(value)
     if value != "compact":
         return dict.fromkeys(rule.states, value)
+    names = [name for name in rule.states if name not in rule.copies]
     if "exp_avg_sq" not in rule.states:
-        return dict.fromkeys(rule.states, torch.bfloat16)
-    return {name: "e8m8" if name in SQUARES else "anchored8" for name in rule.states}
+        return dict.fromkeys(names, torch.bfloat16)
+    return {name: "e8m8" if name in SQUARES else "anchored8" for name in names}
 
 
 def check_betas(value: StateDtype, rule: Rule, betas: Any) -> None:

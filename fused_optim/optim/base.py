@@ -25,7 +25,7 @@ from ..engine.masters import Kind, MasterWeights
 from ..engine.masters import check_param as check_master
 from ..engine.scaling import Scaler
 from ..engine.state_formats import ANCHOR, AnchorWatch, StateDtype, Storage, check_betas, check_state_dtype
-from ..engine.table import Rule
+from ..engine.table import LR_MAX, Rule
 from ..engine.validation import check_param, may_get_grad
 from ..engine.walk import copy_in, walk
 from .masters import Mastered
@@ -376,7 +376,7 @@ class FusedOptimizer(Mastered):
         left_out: dict[Tensor, set[str]] = {}
         begun = {param: step for param, step in self._steps.items() if self.state.get(param)}
         for param in without_update(begun):
-            left_out[param] = {*self.rule.states, *self.rule.running, ANCHOR}
+            left_out[param] = {*self.rule.states, *self.rule.running, LR_MAX, ANCHOR}
         if self._ema is not None:
             self._ema.check_not_swapped("state_dict() cannot be called")
             self._find_not_updated()

@@ -82,6 +82,7 @@ Group make_group(Random& random, const Rule& rule) {
   g.maximize = chance(random, 0.3);
   g.a = rule.trust ? below(random, 2) : 0.2 * below(random, 6);
   g.b = switches ? below(random, 2) : 0.2 * (1 + below(random, 5));  // of an infinite state, 0 takes nothing or NaN
+  g.c = below(random, 3), g.d = 0.1 * below(random, 3);
   g.lr_reference = chance(random, 0.5) ? 1 : 0.05 * below(random, 3);
   g.decay_period = chance(random, 0.5) ? 1 : 1 + below(random, 100);
   g.max_norm = chance(random, 0.7) ? 0.5 * (1 + below(random, 9)) : 0;
@@ -228,8 +229,8 @@ class Run {
       to[kGroupLr] = g.lr_kind ? NAN : g.lr, to[kGroupBeta1] = g.beta1, to[kGroupBeta2] = g.beta2,
       to[kGroupEps] = g.eps;
       to[kGroupWeightDecay] = g.weight_decay, to[kGroupDecoupled] = g.decoupled, to[kGroupMaximize] = g.maximize;
-      to[kGroupOptionA] = g.a, to[kGroupOptionB] = g.b, to[kGroupLrReference] = g.lr_reference,
-      to[kGroupDecayPeriod] = g.decay_period;
+      to[kGroupOptionA] = g.a, to[kGroupOptionB] = g.b, to[kGroupOptionC] = g.c, to[kGroupOptionD] = g.d,
+      to[kGroupLrReference] = g.lr_reference, to[kGroupDecayPeriod] = g.decay_period;
       to[kGroupMaxNorm] = g.max_norm, to[kGroupClipEps] = g.clip_eps;
       to[kGroupTrustLow] = g.trust_low, to[kGroupTrustHigh] = g.trust_high, to[kGroupTrustAlways] = g.trust_always;
       to[kGroupEmaDecay] = g.ema_decay;
