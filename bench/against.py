@@ -56,13 +56,14 @@ def package_at(commit: str) -> Iterator[str]:
 
 def build(tree: Path, out: Path, name: str) -> None:
     # Both packages register pybind11 classes of the same names. A separate ABI tag gives the other its own registry.
-    compiler = f'{os.environ.get("CXX") or shutil.which("g++") or "c++"} -DPYBIND11_BUILD_ABI="_{name}"'
+    # A quotation mark would not pass the shells and build files between here and the compiler.
+    (tree / "csrc" / "abi.h").write_text(f'#define PYBIND11_BUILD_ABI "_{name}"\n')
     command = [sys.executable, "setup.py", "--quiet", "build_ext"]
     run(
         [*command, "--build-temp", str(out / "temp"), "--build-lib", str(out / "lib")],
         tree,
         FUSED_OPTIM_CPP="1",
-        CXX=compiler,
+        CFLAGS=f"{os.environ.get('CFLAGS', '')} -include {tree / 'csrc' / 'abi.h'}",
     )
 
 

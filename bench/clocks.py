@@ -122,7 +122,7 @@ def capture(step: Step) -> torch.cuda.CUDAGraph:
 
 
 PIECES = {"contiguous shares": 0, **{f"pieces of {kib} KiB": kib << 10 for kib in (16, 64, 256, 1024, 4096)}}
-PREFETCHES = (0, 512)  # bytes ahead
+PREFETCHES = (0, 2048)  # bytes ahead
 
 
 def floor_steps(workload: Workload) -> dict[str, Step]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,21 @@ def against_table(results: list[Measured], other: str) -> str:
     return markdown(header, rows) if rows else ""
 
 
+def bandwidth(results: list[Measured]) -> str:
+    """The best bandwidth of the probe in any round, and how much of it the machine gave in the rounds of each case."""
+    best = {measured.config: measured.bytes / (measured.timed[FLOOR].best() or math.inf) / 1e6 for measured in results}
+    top = max(results, key=lambda measured: best[measured.config])
+    shares = []
+    for measured in results:
+        timed = measured.timed[FLOOR]
+        shares.append((timed.best() or math.nan) / (timed.median() or math.nan))
+    return (
+        f"Bandwidth: the probe's best round moved {number(best[top.config])} GB/s ({top.config}). In its median round "
+        f"the probe reached {min(shares):.0%} to {max(shares):.0%} of its best round of the case; the rest went to "
+        "other users of the machine."
+    )
+
+
 def reasons(results: list[Measured], impossible: dict[str, str]) -> str:
     """Which peers were left out of which cases, and why: one line per peer and reason."""
     cases: dict[tuple[str, str], list[str]] = {}
@@ -163,6 +179,7 @@ def document(
         f"`{about['command']}`",
         f"{about['device']}{kernel}, {about['threads']} threads; {', '.join(versions)}; commit {about['commit']}; "
         f"{about['date']}; {rounds} rounds; load average at most {max(m.load for m in results):.1f}.",
+        bandwidth(results),
         METHOD.format(baseline=column_name(results), floor=floors, host=GPU_HOST if gpu else CPU_HOST),
         *filter(None, [BASELINE if column_name(results) == "baseline" else "", notes(results)]),
         f"![Speed of each peer against {column_name(results)}]({picture})",

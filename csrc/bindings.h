@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "rules.h"
 #include "tables.h"
 
 namespace fused_optim {
@@ -18,6 +19,13 @@ inline void add_identity(py::module_& m) {
   py::dict layout;
   for (const LayoutEntry& entry : kLayout) layout[entry.name] = entry.number;
   m.attr("LAYOUT") = layout;
+}
+
+// fused_optim/backends/native.py compares the names with those of the rules in Python.
+inline void add_rules(py::module_& m) {
+  py::list names;
+  AllRules::each([&](auto rule) { names.append(decltype(rule)::type::name); });
+  m.attr("RULES") = py::tuple(names);
 }
 
 template <class T>

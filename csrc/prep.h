@@ -8,13 +8,13 @@
 
 namespace fused_optim {
 
-// base**exponent by squaring. It does not call libm, so every device does the same multiplications. exponent is an
-// integer below 2**31.
-FUSED_HD double power(double base, double exponent) {
-  double result = 1.0;
-  for (unsigned bits = static_cast<unsigned>(exponent); bits != 0; bits >>= 1) {
-    if (bits & 1u) result *= base;
-    base *= base;
+// 1 - beta**step. It is computed from 1 - beta, because a subtraction of beta**step from 1 loses digits when beta is
+// near 1. It does not call libm, so every device does the same operations. step is an integer below 2**31.
+FUSED_HD double bias_correction(double beta, double step) {
+  double result = 0.0, doubled = 1.0 - beta;  // doubled: 1 - beta**1, 1 - beta**2, 1 - beta**4, ...
+  for (unsigned bits = static_cast<unsigned>(step); bits != 0; bits >>= 1) {
+    if (bits & 1u) result += (1.0 - result) * doubled;
+    doubled *= 2.0 - doubled;
   }
   return result;
 }
@@ -99,7 +99,7 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   const double step = *step_count;
 
   if (memo.beta1 != group.beta1 || memo.beta2 != group.beta2 || memo.step != step) {
-    memo = {group.beta1, group.beta2, step, 1.0 - power(group.beta1, step), 1.0 - power(group.beta2, step)};
+    memo = {group.beta1, group.beta2, step, bias_correction(group.beta1, step), bias_correction(group.beta2, step)};
   }
   double scale = t.grad_scale ? 1.0 / *t.grad_scale : 1.0;
   if (t.squares) scale *= clip_coefficient(hparams, *t.squares, scale);

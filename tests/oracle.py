@@ -41,6 +41,11 @@ def scalar(x: Any) -> float:
     return float(x)
 
 
+def correction(beta: float, step: Tensor) -> float:
+    """1 - beta**step, with all digits also if beta is near 1."""
+    return -math.expm1(step.item() * math.log(beta)) if beta else 1.0
+
+
 def next_step(state: State) -> Tensor:
     return state.get("step", torch.zeros((), dtype=torch.float64)) + 1
 
@@ -102,8 +107,8 @@ def adam(grad: Tensor, state: State, *, betas: Pair, eps: float, amsgrad: bool, 
         new["max_exp_avg_sq"] = second_moment
     elif "max_exp_avg_sq" in state:
         new["max_exp_avg_sq"] = state["max_exp_avg_sq"]
-    exp_avg_hat = new["exp_avg"] / (1 - beta1 ** step.item())
-    second_moment_hat = second_moment / (1 - beta2 ** step.item())
+    exp_avg_hat = new["exp_avg"] / correction(beta1, step)
+    second_moment_hat = second_moment / correction(beta2, step)
     return exp_avg_hat / (second_moment_hat.sqrt() + eps), new
 
 
@@ -130,8 +135,8 @@ def qhadam(grad: Tensor, state: State, *, betas: Pair, nus: Pair, eps: float, **
         "exp_avg": beta1 * state.get("exp_avg", zeros) + (1 - beta1) * grad,
         "exp_avg_sq": beta2 * state.get("exp_avg_sq", zeros) + (1 - beta2) * grad**2,
     }
-    mean = nus[0] * new["exp_avg"] / (1 - beta1 ** step.item()) + (1 - nus[0]) * grad
-    square = nus[1] * new["exp_avg_sq"] / (1 - beta2 ** step.item()) + (1 - nus[1]) * grad**2
+    mean = nus[0] * new["exp_avg"] / correction(beta1, step) + (1 - nus[0]) * grad
+    square = nus[1] * new["exp_avg_sq"] / correction(beta2, step) + (1 - nus[1]) * grad**2
     return mean / (square.sqrt() + eps), new
 
 
@@ -277,7 +282,7 @@ def lamb(
     }
     mean, square = (new[name].to(stored).to(torch.float64) for name in ("exp_avg", "exp_avg_sq"))
     if bias_correction:
-        mean, square = mean / (1 - beta1 ** step.item()), square / (1 - beta2 ** step.item())
+        mean, square = mean / correction(beta1, step), square / correction(beta2, step)
     update = mean / (square.sqrt() + eps)
     if adam_w_mode:
         update = update + weight_decay * param

@@ -11,6 +11,8 @@ import types
 import pytest
 from commands import ROOT, run
 
+from fused_optim.backends import native
+from fused_optim.backends.reference_rules import RULES
 from fused_optim.engine import layout, modules
 
 
@@ -45,20 +47,38 @@ def test_a_module_whose_layout_has_no_names_is_refused() -> None:
     assert "another layout of the tables (CHUNK is missing there" in str(modules.why_stale("_poll", old, "1"))
 
 
+def test_a_module_without_a_rule_is_refused() -> None:
+    """Otherwise the first step of the new optimizer would fail."""
+    old = types.ModuleType("_cpu_avx2")
+    old.RULES = tuple(name for name in RULES if name != "lion")  # type: ignore[attr-defined]
+    assert str(native.with_all_rules(old)).startswith("_cpu_avx2 was built without the rule lion; install")
+    old.RULES = tuple(RULES)  # type: ignore[attr-defined]
+    assert native.with_all_rules(old) is old
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(isinstance(modules.cpu(), str), reason="the C++ kernel is not built")
-def test_tests_of_a_stale_build_fail() -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("LAYOUT['CHUNK'] *= 2", r"another layout of the tables \(CHUNK is 4096 there and 8192 here\); install"),
+        ("RULES['new'] = RULES['lion']", "built without the rule new; install"),
+    ],
+    ids=["layout", "rules"],
+)
+def test_tests_of_a_stale_build_fail(change: str, message: str) -> None:
     """Without this check the tests of the backend would be skipped, because a stale backend is not available."""
-    code = """
+    code = f"""
 import pytest
 import sys
-from fused_optim.engine import layout
-layout.LAYOUT["CHUNK"] *= 2
+from fused_optim.backends.reference_rules import RULES
+from fused_optim.engine.layout import LAYOUT
+{change}
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--collect-only", "tests/test_lion.py"]))
 """
     with pytest.raises(AssertionError) as failed:
         run([sys.executable, "-c", code])
-    assert re.search(r"another layout of the tables \(CHUNK is 4096 there and 8192 here\); install", str(failed.value))
+    assert re.search(message, str(failed.value))
 
 
 @pytest.mark.codegen

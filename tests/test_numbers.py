@@ -49,12 +49,12 @@ from torch import Tensor
 
 # Bounds in ulps, in the units of compare.scales, which grants LAMB one more; measured values in brackets (C++ with FMA
 # and plain PyTorch, the 7 cases of Adam).
-# One step from stored numbers to stored numbers: a handful of float32 operations that round once each [2.9]. The store
-# of a 16-bit dtype adds half an ulp of its own, beside which those are nothing [0.50].
+# One step from stored numbers to stored numbers: a handful of operations that round once each [2.9]. The store of a
+# 16-bit dtype adds half an ulp, and the others are small in comparison [0.50].
 ONE_STEP = 3.0
 ONE_STEP_16BIT = 0.6
-# Float64 has no wider arithmetic above it: 1 - beta2**t loses up to three digits in the oracle too [23].
-ONE_STEP_FLOAT64 = 200.0
+# Float64 has no wider arithmetic above it, so the errors of the kernel and of the oracle add up [LAMB 4.7, others < 3].
+ONE_STEP_FLOAT64 = 6.0
 # 100 steps from the same start, each side on its own path: roundings add up like a random walk [params 8.9,
 # exp_avg_sq 10.7].
 HUNDRED_STEPS = 16.0
@@ -273,10 +273,8 @@ def test_unusual_betas(case: Case, target: Target, betas: tuple[float, float], d
     optimizer = build(case, target, params, betas=betas, weight_decay=0.0)
     for step in range(quick(target, 4, 2)):
         set_grads(params, random_grads(params, step))
-        # beta1 = 0.9 with beta2 = 0 lets a step grow to any size beside what is averaged; and 1 - beta2**t loses more
-        # digits the nearer beta2 is to 1.
-        bound = ONE_STEP + 2 if dtype == torch.float32 else ONE_STEP_FLOAT64 * max(1.0, 1e-3 / (1 - betas[1]))
-        checked_step(optimizer, case.rule, bound)
+        # With beta1 = 0.9 and beta2 = 0 a step can be much larger than the average of the gradients.
+        checked_step(optimizer, case.rule, ONE_STEP + 2)
 
 
 @on_every_target

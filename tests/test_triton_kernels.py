@@ -12,6 +12,7 @@ from cases import Case, for_every_rule
 from fused_optim.triton_kernels.rules import RULES as RULES_OF_TRITON
 from triton_tables import BF16, DEVICE, F16, F32, F64, KINDS, RUNS, STATES, Group, Row, Table, rows_of
 
+from fused_optim.backends.reference import bias_correction
 from fused_optim.backends.reference_rules import RULES as RULES_OF_THE_REFERENCE
 from fused_optim.backends.reference_rules import BiasCorrections
 from fused_optim.engine.layout import TensorScalars
@@ -118,14 +119,6 @@ def test_no_gradient_leaves_the_tensor_alone() -> None:
 def test_prep_is_exact(rule: str) -> None:
     """Every scalar is bitwise equal: float64 on the device rounds like Python's float."""
 
-    def power(base: float, exponent: int) -> float:
-        result = 1.0
-        while exponent:
-            result *= base if exponent & 1 else 1.0
-            base *= base
-            exponent >>= 1
-        return result
-
     one_cycle = Group(lr=0.3, beta1=0.95, beta2=0.9999, weight_decay=0.1, decoupled=True, option_a=0.3, option_b=0.999)
     clipped = Group(maximize=True, weight_decay=0.2, max_norm=0.01, option_a=0.0, option_b=0.0)
     normalized = Group(
@@ -148,7 +141,7 @@ def test_prep_is_exact(rule: str) -> None:
             scale *= group.max_norm / (math.sqrt(table.squares.item()) * scale + group.clip_eps)
         decay = group.lr / group.lr_reference * group.weight_decay / math.sqrt(group.decay_period)
         decay = group.weight_decay if RULES_OF_TRITON[rule].direction else decay
-        correction1, correction2 = 1.0 - power(group.beta1, step), 1.0 - power(group.beta2, step)
+        correction1, correction2 = bias_correction(group.beta1, step), bias_correction(group.beta2, step)
         expected = TensorScalars(
             lr=group.lr,
             eps=group.eps,

@@ -13,13 +13,16 @@ PREP_TENSORS = tl.constexpr(32)  # tensors per program, which is one warp
 
 
 @triton.jit
-def power(base: tl.tensor, exponent: tl.tensor) -> tl.tensor:
-    """base**exponent by squaring. exponent: integers below 2**31."""
-    bits = exponent.to(tl.int32)
-    result = tl.full(base.shape, 1.0, base.dtype)
+def bias_correction(beta: tl.tensor, step: tl.tensor) -> tl.tensor:
+    """1 - beta**step, computed from 1 - beta: a subtraction of beta**step from 1 loses digits when beta is near 1.
+    step: integers below 2**31."""
+    bits = step.to(tl.int32)
+    result = tl.zeros(beta.shape, beta.dtype)
+    doubled = 1.0 - beta  # 1 - beta**1, 1 - beta**2, 1 - beta**4, ...
     for _ in range(31):
-        result = tl.where(bits & 1 != 0, result * base, result)
-        base = base * base
+        # The `where` between product and sum keeps the compiler from fusing them, so the bits are those of csrc/prep.h.
+        result += tl.where(bits & 1 != 0, (1.0 - result) * doubled, 0.0)
+        doubled *= 2.0 - doubled
         bits = bits >> 1
     return result
 
@@ -132,7 +135,7 @@ def prep_kernel(
     count = tl.load(counter, mask=go, other=0.0) + 1.0
     tl.store(counter, count, mask=go)
     step = count.to(tl.float64)
-    at = BiasCorrections(step, 1.0 - power(group.beta1, step), 1.0 - power(group.beta2, step))
+    at = BiasCorrections(step, bias_correction(group.beta1, step), bias_correction(group.beta2, step))
     scale = 1.0 / tl.load(grad_scale).to(tl.float64)
     if squares is not None:
         scale *= clip_coefficient(group, tl.load(squares), scale)

@@ -60,6 +60,7 @@ class BandwidthProbe {
 
 PYBIND11_MODULE(FUSED_MODULE, m) {
   add_identity(m);
+  add_rules(m);
   add_arrays(m);
 
   m.def("step", [](const std::string& rule, const Arrays& arrays, int64_t grad_scale, int64_t found_inf,

@@ -6,6 +6,7 @@
 #include "../convert.h"
 #include "../tables.h"
 #include "packed.h"
+#include "prefetch.h"
 
 #ifdef __F16C__
 #include <immintrin.h>
@@ -17,8 +18,6 @@
 
 namespace fused_optim::FUSED_ISA {
 namespace {
-
-constexpr int kPrefetchBytes = 512;  // prefetch distance
 
 struct BFloat16 {
   uint16_t bits;
@@ -103,10 +102,7 @@ struct Stream {
   char* at(int64_t element) const { return data + element * bytes; }
 
   void prefetch(int64_t element, int count) const {
-    const char* ahead = at(element) + kPrefetchBytes;
-    const int size = count * bytes;
-#pragma GCC unroll 8
-    for (int byte = 0; byte < size; byte += 64) __builtin_prefetch(ahead + byte);
+    prefetch_ahead(at(element), count * bytes);
     if (format == kSplit16 || format == kSplit8) prefetch_low(element, count);
   }
 
@@ -138,8 +134,7 @@ struct Stream {
 
   void prefetch_low(int64_t element, int count) const {
     const int width = format == kSplit16 ? 2 : 1;
-    const char* ahead = reinterpret_cast<const char*>(row_[kRowParamLow]) + element * width + kPrefetchBytes;
-    for (int byte = 0; byte < count * width; byte += 64) __builtin_prefetch(ahead + byte);
+    prefetch_ahead(reinterpret_cast<const char*>(row_[kRowParamLow]) + element * width, count * width);
   }
 
   const int64_t* row_;

@@ -2,6 +2,7 @@
 // over them are vectorised. `square` is exp_avg_sq as it is stored, which anchored8 needs.
 #pragma once
 #include "../formats.h"
+#include "prefetch.h"
 
 #ifndef FUSED_ISA
 #define FUSED_ISA baseline
@@ -17,6 +18,7 @@ struct DitheredCodes {
 
   FUSED_HD float load(int i) const { return bits_float(static_cast<uint32_t>(code[i]) << 16); }
   FUSED_HD void store(int i, float x) const { code[i] = encode_bf16(x, at[i]); }
+  FUSED_HD void prefetch(int i, int count) const { prefetch_ahead(code + i, count); }
 };
 
 struct Split16Codes {
@@ -28,6 +30,10 @@ struct Split16Codes {
   FUSED_HD void store(int i, float x) const {
     upper[i] = upper_half(x);
     lower[i] = lower_half(x);
+  }
+  FUSED_HD void prefetch(int i, int count) const {
+    prefetch_ahead(upper + i, count);
+    prefetch_ahead(lower + i, count);
   }
 };
 
@@ -42,6 +48,10 @@ struct Split8Codes {
     upper[i] = upper_half(x);
     lower[i] = lower_quarter(x, at[i]);
   }
+  FUSED_HD void prefetch(int i, int count) const {
+    prefetch_ahead(upper + i, count);
+    prefetch_ahead(lower + i, count);
+  }
 };
 
 struct E8m8Codes {
@@ -51,6 +61,7 @@ struct E8m8Codes {
 
   FUSED_HD float load(int i) const { return decode_e8m8(code[i]); }
   FUSED_HD void store(int i, float x) const { code[i] = encode_e8m8(x, at[i]); }
+  FUSED_HD void prefetch(int i, int count) const { prefetch_ahead(code + i, count); }
 };
 
 struct Anchored8Codes {
@@ -61,6 +72,7 @@ struct Anchored8Codes {
 
   FUSED_HD float load(int i, float square) const { return decode_anchored8(code[i], square, exponent); }
   FUSED_HD void store(int i, float x, float square) const { code[i] = encode_anchored8(x, square, exponent, at[i]); }
+  FUSED_HD void prefetch(int i, int count) const { prefetch_ahead(code + i, count); }
 };
 
 // Calls f with the codes of a stream of a row, starting at an element. data: the address of that element.
@@ -116,6 +128,10 @@ struct CompactStates {
     exp_avg_sq.code[i] = code;
     exp_avg.store(i, value[0], decode_e8m8(code));
   }
+  FUSED_HD void prefetch(int i, int count) const {
+    exp_avg.prefetch(i, count);
+    exp_avg_sq.prefetch(i, count);
+  }
 };
 
 template <int S>
@@ -127,6 +143,9 @@ struct FloatStates {
   }
   FUSED_HD void store(int i, const float (&value)[S > 0 ? S : 1]) const {
     for (int s = 0; s < S; ++s) state[s][i] = value[s];
+  }
+  FUSED_HD void prefetch(int i, int count) const {
+    for (int s = 0; s < S; ++s) prefetch_ahead(state[s] + i, count);
   }
 };
 

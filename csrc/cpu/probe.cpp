@@ -6,7 +6,7 @@
 namespace fused_optim::FUSED_ISA {
 namespace {
 
-constexpr int64_t kBlock = 1024;  // bytes of each stream between two prefetches, as in a step
+constexpr int64_t kBlock = 256;  // bytes of each stream between two prefetches, as in a step
 
 // `zero` is 0. The compiler must not know this, or it would remove the writes.
 template <int W, int R>

@@ -8,7 +8,28 @@
 namespace fused_optim::FUSED_ISA {
 namespace {
 
-constexpr int kBlockBytes = 1024;  // of the params, between two prefetches; a block of every stream stays in L1
+constexpr int kBlockBytes = 1024;  // of the params; a block of every stream stays in L1
+constexpr int kGroupBytes = 256;   // of the params, between two prefetches
+
+// The loop over the elements of a block: body(i) for every i below `count`, vectorised. P is the type of the param.
+// Each group of elements is preceded by prefetch(i), for the group's own share of lines. All prefetches of a block at
+// once would be more than the processor can have in flight, and it would wait for them before it computes.
+template <class P, class Prefetch, class Body>
+FUSED_HD void for_each(int count, const Prefetch& prefetch, const Body& body) {
+  constexpr int kGroup = kGroupBytes / sizeof(P);
+  int begin = 0;
+  for (; begin + kGroup <= count; begin += kGroup) {
+    prefetch(begin, kGroup);
+#pragma omp simd
+    for (int i = 0; i < kGroup; ++i) body(begin + i);
+  }
+#pragma omp simd
+  for (int i = begin; i < count; ++i) body(i);
+}
+
+constexpr auto kNoPrefetch = [](int, int) {};
+
+#define FUSED_INLINE __attribute__((always_inline))
 
 // The streams of one row: param, grad, states.
 template <int S>
@@ -55,13 +76,13 @@ enum class Pass { kUpdate, kUpdateMoments, kApplyUpdate };
 
 // The loop over elements that the compiler vectorises. P, G and A are the storage types of param, grad and states.
 // kSmallBetas: whether betas may be below 0.5.
-template <Pass pass, class Rule, class T, int S, bool kSmallBetas, class P, class G, class A>
-void update_block(const TensorScalars<T>& scalars, P* param, const G* grad, A* const* states, int count) {
+template <Pass pass, class Rule, class T, int S, bool kSmallBetas, class P, class G, class A, class Prefetch>
+void update_block(const TensorScalars<T>& scalars, P* param, const G* grad, A* const* states, int count,
+                  const Prefetch& prefetch) {
   const TensorScalars<T> h = kSmallBetas ? scalars : without_small_betas(scalars);
   A* state[S > 0 ? S : 1];
   for (int s = 0; s < S; ++s) state[s] = states[s];
-#pragma omp simd
-  for (int i = 0; i < count; ++i) {
+  for_each<P>(count, prefetch, [=](int i) FUSED_INLINE {
     T value[S > 0 ? S : 1];
     for (int s = 0; s < S; ++s) value[s] = widen(state[s][i]);
     const T p = widen(param[i]);
@@ -72,7 +93,7 @@ void update_block(const TensorScalars<T>& scalars, P* param, const G* grad, A* c
     if constexpr (pass != Pass::kApplyUpdate) {
       for (int s = 0; s < S; ++s) narrow(value[s], state[s][i]);
     }
-  }
+  });
 }
 
 // Reads the states as they are stored: `apply_update` computes its updates from these. A float16 state may have become
@@ -103,14 +124,14 @@ FUSED_HD uint32_t join(float even, float odd) {
   return (round_to_upper_half(even) >> 16) | (round_to_upper_half(odd) & 0xffff0000u);
 }
 
-template <class Rule, int S>
+template <class Rule, int S, class Prefetch>
 void update_pairs(const TensorScalars<float>& scalars, Pair* param, const Pair* grad, BFloat16* const* states,
-                  int count) {
+                  int count, const Prefetch& prefetch) {
   const TensorScalars<float> h = without_small_betas(scalars);
   Pair* state[S > 0 ? S : 1];
   for (int s = 0; s < S; ++s) state[s] = reinterpret_cast<Pair*>(states[s]);
-#pragma omp simd
-  for (int i = 0; i < count; ++i) {
+  const auto elements = [&](int i, int pairs) FUSED_INLINE { prefetch(2 * i, 2 * pairs); };
+  for_each<Pair>(count, elements, [=](int i) FUSED_INLINE {
     float evens[S > 0 ? S : 1], odds[S > 0 ? S : 1];
     for (int s = 0; s < S; ++s) {
       evens[s] = even(state[s][i]);
@@ -119,26 +140,29 @@ void update_pairs(const TensorScalars<float>& scalars, Pair* param, const Pair* 
     const float first = apply<Rule, float, S>(h, even(param[i]), even(grad[i]), evens);
     param[i] = join(first, apply<Rule, float, S>(h, odd(param[i]), odd(grad[i]), odds));
     for (int s = 0; s < S; ++s) state[s][i] = join(evens[s], odds[s]);
-  }
+  });
 }
 
 // All streams in bfloat16: in pairs. If the count is odd, the last element is done alone.
-template <Pass pass, class Rule, class T, int S, bool kSmallBetas, std::enable_if_t<pass == Pass::kUpdate, int> = 0>
-void update_block(const TensorScalars<T>& h, BFloat16* param, const BFloat16* grad, BFloat16* const* states,
-                  int count) {
-  update_pairs<Rule, S>(h, reinterpret_cast<Pair*>(param), reinterpret_cast<const Pair*>(grad), states, count / 2);
+template <Pass pass, class Rule, class T, int S, bool kSmallBetas, class Prefetch,
+          std::enable_if_t<pass == Pass::kUpdate, int> = 0>
+void update_block(const TensorScalars<T>& h, BFloat16* param, const BFloat16* grad, BFloat16* const* states, int count,
+                  const Prefetch& prefetch) {
+  update_pairs<Rule, S>(h, reinterpret_cast<Pair*>(param), reinterpret_cast<const Pair*>(grad), states, count / 2,
+                        prefetch);
   if (count % 2 == 0) return;
   BFloat16* last[S > 0 ? S : 1];
   for (int s = 0; s < S; ++s) last[s] = states[s] + count - 1;
   update_block<pass, Rule, T, S, kSmallBetas, BFloat16, BFloat16, BFloat16>(h, param + count - 1, grad + count - 1,
-                                                                            last, 1);
+                                                                            last, 1, kNoPrefetch);
 }
 
 template <class T, class P, class E>
 void follow_block(const TensorScalars<T>& scalars, const P* param, E* average, int count) {
   const TensorScalars<T> h = scalars;
-#pragma omp simd
-  for (int i = 0; i < count; ++i) narrow(averaged<T>(h, widen(average[i]), widen(param[i])), average[i]);
+  for_each<P>(
+      count, [=](int i, int group) FUSED_INLINE { prefetch_ahead(average + i, group); },
+      [=](int i) FUSED_INLINE { narrow(averaged<T>(h, widen(average[i]), widen(param[i])), average[i]); });
 }
 
 // The averages are updated from the params as they are stored, which are still in the cache.
@@ -157,14 +181,17 @@ void update_direct(const TensorScalars<T>& h, const Row<S>& row, int64_t begin, 
   constexpr int kBlock = kBlockBytes / sizeof(P);
   for (int64_t element = begin; element < end; element += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - element));
-    row.prefetch(element, count);
-    if constexpr (kAverages) row.ema().prefetch(element, count);
     A* states[S > 0 ? S : 1];
     for (int s = 0; s < S; ++s) states[s] = reinterpret_cast<A*>(row.state(s).at(element));
     auto* param = reinterpret_cast<P*>(row.param.at(element));
+    const auto* grad = reinterpret_cast<const G*>(row.grad.at(element));
+    const auto prefetch = [&](int i, int group) FUSED_INLINE {
+      prefetch_ahead(param + i, group);
+      if (pass != Pass::kApplyUpdate) prefetch_ahead(grad + i, group);
+      for (int s = 0; s < S; ++s) prefetch_ahead(states[s] + i, group);
+    };
     constexpr bool kSmallBetas = sizeof(T) == 8;
-    update_block<pass, Rule, T, S, kSmallBetas>(h, param, reinterpret_cast<const G*>(row.grad.at(element)), states,
-                                                count);
+    update_block<pass, Rule, T, S, kSmallBetas>(h, param, grad, states, count, prefetch);
     if constexpr (pass == Pass::kUpdateMoments)
       measure_block<Rule, T, S>(h, param, states, count, sums + 2 * ((element - begin) / kChunk));
     if constexpr (kAverages) average_block(h, param, row.ema(), element, count);
@@ -178,13 +205,17 @@ void update_codes(const TensorScalars<float>& scalars, const P& param_codes, con
   const TensorScalars<float> h = without_small_betas(scalars);
   const P param = param_codes;
   const States states = state_codes;
-#pragma omp simd
-  for (int i = 0; i < count; ++i) {
+  const auto prefetch = [=](int i, int group) FUSED_INLINE {
+    param.prefetch(i, group);
+    prefetch_ahead(grad + i, group);
+    states.prefetch(i, group);
+  };
+  for_each<BFloat16>(count, prefetch, [=](int i) FUSED_INLINE {
     float value[S > 0 ? S : 1];
     states.load(i, value);
     param.store(i, apply<Rule, float, S>(h, param.load(i), widen(grad[i]), value));
     states.store(i, value);
-  }
+  });
 }
 
 // The usual packed formats, without copies: master weights with float32 or compact states, and compact states alone.
@@ -203,7 +234,6 @@ bool update_packed(const TensorScalars<float>& h, const Row<S>& row, int64_t beg
   constexpr int kBlock = kBlockBytes / sizeof(BFloat16);
   for (int64_t element = begin; element < end; element += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - element));
-    row.prefetch(element, count);
     const auto* grad = reinterpret_cast<const BFloat16*>(row.grad.at(element));
     row.param.visit_packed(element, [&](auto codes) {
       using P = decltype(codes);
@@ -230,11 +260,11 @@ void update_copied(const TensorScalars<float>& h, const Row<S>& row, int64_t beg
   for (int s = 0; s < S; ++s) states[s] = state[s];
   for (int64_t element = begin; element < end; element += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - element));
-    row.prefetch(element, count);
     row.param.load(element, count, param);
     if (pass != Pass::kApplyUpdate) row.grad.load(element, count, grad);
     row.load_states(element, count, states);
-    update_block<pass, Rule, float, S, true>(h, param, grad, states, count);
+    const auto prefetch = [&](int i, int group) { row.prefetch(element + i, group); };
+    update_block<pass, Rule, float, S, true>(h, param, grad, states, count, prefetch);
     if (pass != Pass::kUpdateMoments) row.param.store(element, count, param);
     if (pass != Pass::kApplyUpdate) row.store_states(element, count, states);
     if constexpr (pass == Pass::kUpdateMoments) {
@@ -244,7 +274,7 @@ void update_copied(const TensorScalars<float>& h, const Row<S>& row, int64_t beg
     if constexpr (kAverages) {
       row.param.load(element, count, param);
       row.ema().load(element, count, grad);
-      follow_block(h, param, grad, count);
+      follow_block<float>(h, param, grad, count);
       row.ema().store(element, count, grad);
     }
   }

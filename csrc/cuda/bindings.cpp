@@ -23,6 +23,7 @@ int without_gil(F&& launch) {
 
 PYBIND11_MODULE(_cuda, m) {
   add_identity(m);
+  add_rules(m);
   add_arrays(m);
 
   m.def("step", [](const std::string& rule, const Arrays& arrays, int64_t grad_scale, int64_t found_inf,

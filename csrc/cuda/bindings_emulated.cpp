@@ -6,6 +6,7 @@ namespace fused_optim {
 
 PYBIND11_MODULE(_cuda_emulated, m) {
   add_identity(m);
+  add_rules(m);
   add_arrays(m);
 
   m.def("step", [](const std::string& rule, const Arrays& arrays, int64_t grad_scale, int64_t found_inf,

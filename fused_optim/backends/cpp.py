@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from ..engine import modules
 from ..engine.backend import Backend, Scaling
 from ..engine.table import Table
-from .native import address_of, arrays_of
+from .native import address_of, arrays_of, with_all_rules
+
+
+@functools.cache
+def kernels() -> ModuleType | str:
+    return with_all_rules(modules.cpu())
 
 
 class Cpp(Backend):
@@ -16,12 +24,12 @@ class Cpp(Backend):
 
     def __init__(self, table: Table) -> None:
         super().__init__(table)
-        self._module = modules.built(modules.cpu())
+        self._module = modules.built(kernels())
         self._arrays = arrays_of(self._module, table, table.arrays)
 
     @staticmethod
     def why_not(device: torch.device | None) -> str | None:
-        module = modules.cpu()
+        module = kernels()
         if isinstance(module, str):
             return module
         if device is not None and device.type != "cpu":

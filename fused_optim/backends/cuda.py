@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,11 +14,16 @@ from ..engine import machine, modules
 from ..engine.backend import Scaling
 from ..engine.table import Table
 from .device_tables import OnDevice
-from .native import address_of, arrays_of
+from .native import address_of, arrays_of, with_all_rules
 
 
 def emulated() -> bool:
     return os.environ.get("FUSED_OPTIM_CUDA_EMULATE") == "1"
+
+
+@functools.cache
+def kernels(name: str) -> ModuleType | str:
+    return with_all_rules(modules.load(name))
 
 
 class Cuda(OnDevice):
@@ -25,12 +32,12 @@ class Cuda(OnDevice):
 
     def __init__(self, table: Table) -> None:
         super().__init__(table)
-        self._module = modules.built(modules.load("_cuda_emulated" if table.device.type == "cpu" else "_cuda"))
+        self._module = modules.built(kernels("_cuda_emulated" if table.device.type == "cpu" else "_cuda"))
         self._arrays: Any = None
 
     @staticmethod
     def why_not(device: torch.device | None) -> str | None:
-        module = modules.load("_cuda_emulated" if emulated() else "_cuda")
+        module = kernels("_cuda_emulated" if emulated() else "_cuda")
         if isinstance(module, str):
             return module
         if emulated():

@@ -25,12 +25,13 @@ def quotient(x: float, y: float) -> float:
     return x / y if y else math.inf
 
 
-def power(base: float, exponent: float) -> float:
-    """base**exponent as csrc/prep.h computes it. Overflows to inf, while Python's ** raises an error."""
-    result, bits = 1.0, int(exponent)
+def bias_correction(beta: float, step: float) -> float:
+    """1 - beta**step as csrc/prep.h computes it, without a loss of digits when beta is near 1."""
+    result, doubled, bits = 0.0, 1 - beta, int(step)
     while bits:
-        result *= base if bits & 1 else 1.0
-        base *= base
+        if bits & 1:
+            result += (1 - result) * doubled
+        doubled *= 2 - doubled
         bits >>= 1
     return result
 
@@ -48,7 +49,7 @@ def scalars_of(table: Table, row: Row, grad_scale: float = 1.0, norm: float | No
     norm: the norm of all gradients that are clipped, after the division by grad_scale.
     """
     group, step = table.hparams.of(row.group_index), float(row.step)
-    at = BiasCorrections(step, 1 - power(group.beta1, step), 1 - power(group.beta2, step))
+    at = BiasCorrections(step, bias_correction(group.beta1, step), bias_correction(group.beta2, step))
     factor = quotient(1.0, grad_scale)
     if norm is not None and group.max_norm > 0:
         bound = quotient(group.max_norm, norm + group.clip_eps)

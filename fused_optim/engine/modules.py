@@ -87,8 +87,7 @@ def why_stale(name: str, module: ModuleType, version: str) -> str | None:
 
 
 def stale() -> dict[str, str]:
-    """The modules that are built but cannot be used with these Python files, and the reasons. The tests fail if there
-    is one, because otherwise they would skip it."""
+    """The modules that are built from another version or layout than that of these Python files, and the reasons."""
     reasons = {name: load(name) for name in NAMES if importlib.util.find_spec(f"fused_optim.{name}") is not None}
     return {name: reason for name, reason in reasons.items() if isinstance(reason, str)}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .dtensor import check_spread, local
+from .dtensor import check_spread, is_sharded, local
 from .table import DTYPE_CODES, NARROW, real_dtype
 
 SUPPORTED = "float32, bfloat16, float16, float64, complex64 or complex128"
@@ -81,8 +81,14 @@ def check_grad(optimizer: str, param: Tensor, grad: Tensor, name: str | None) ->
             f"{who} must be {param.dtype} like the param (or float32, bfloat16 or float16 if the param is one of "
             f"these), but is {grad.dtype}; convert it"
         )
-    if not is_wrapper(local(grad)):
+    shard = local(grad)
+    if not is_wrapper(shard):
         check_memory(grad, who)
+    elif not (is_sharded(grad) and hasattr(shard, "wait")):  # the result of an asynchronous collective
+        raise RuntimeError(
+            f"{who} must be a plain tensor or a DTensor of plain tensors, but is a {type(shard).__name__}, which "
+            "overrides torch's operations; assign the tensor inside it to param.grad"
+        )
 
 
 def check_hyperparameter(key: str, value: Any, count: int) -> Sequence[Any]:

@@ -99,9 +99,9 @@ class Oracle {
  private:
   bool is(const char* rule) const { return std::strcmp(rule_, rule) == 0; }
 
-  // beta**step comes from squarings in double precision, and its error stays when 1 is near.
+  // 1 - beta**step. Long double has enough digits for the subtraction.
   static Bounded correction(double beta, int step) {
-    return Bounded::rounded(1 - std::pow(static_cast<long double>(beta), step), 0x1p-47L);
+    return Bounded::constant(1 - std::pow(static_cast<long double>(beta), step));
   }
 
   // What stays of an average. With large betas the walkers subtract from it, so an infinite one becomes NaN.
