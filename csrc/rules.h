@@ -47,6 +47,11 @@ struct BiasCorrections {
 // The larger of lr and the largest lr before, which is stored as float32. A constant lr stays the largest.
 FUSED_HD double largest_lr(double lr, double before) { return static_cast<float>(lr) >= before ? lr : before; }
 
+// base**exponent for base >= 0. nvcc makes a call of ::pow, and inlines these.
+FUSED_HD double positive_power(double base, double exponent) {
+  return exponent == 0.0 ? 1.0 : ::exp(exponent * ::log(base));
+}
+
 // GCC vectorises these builtins. Without FMA hardware they would be one library call per element, so the product is
 // rounded separately instead.
 template <class T>
@@ -324,7 +329,7 @@ struct ScheduleFree {
   FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at, double (&running)[2]) {
     const double lr = at.step < group.option_a ? group.lr * (at.step / group.option_a) : group.lr;
     running[1] = largest_lr(lr, running[1]);
-    const double weight = ::pow(at.step, group.option_b) * ::pow(running[1], group.option_c);
+    const double weight = positive_power(at.step, group.option_b) * positive_power(running[1], group.option_c);
     running[0] += weight;
     const double share = running[0] > 0.0 ? weight / running[0] : 0.0;
     return {share, lr, lr * (1.0 - group.beta1 * (1.0 - share)), group.option_d};

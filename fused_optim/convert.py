@@ -5,4 +5,5 @@ from .interop.convert import bitsandbytes as bitsandbytes
 from .interop.convert import deepspeed as deepspeed
 from .interop.convert import dequantized as dequantized
 from .interop.convert import optimi as optimi
+from .interop.convert import to_schedulefree as to_schedulefree
 from .interop.convert import to_torch as to_torch

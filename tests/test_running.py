@@ -31,7 +31,7 @@ for_every_running = every(RUNNING)
 
 def running_of(optimizer: Any, case: Case) -> list[dict[str, float]]:
     names = case.ours.rule.running
-    return [{name: state[name].item() for name in names if name in state} for state in states(optimizer)]
+    return [{name: float(state[name]) for name in names if name in state} for state in states(optimizer)]
 
 
 @on_every_target

@@ -280,8 +280,8 @@ def to_schedulefree(state_dict: dict[str, Any]) -> dict[str, Any]:
         states = [saved["state"][index] for index in group["params"] if index in saved["state"]]
         if len({float(state["step"]) for state in states}) > 1:
             warnings.warn(
-                "the params of a group have had different numbers of updates, and schedulefree counts per group: all of "
-                "them get the largest number",
+                "the params of a group have had different numbers of updates, and schedulefree counts per group: all "
+                "of them get the largest number",
                 stacklevel=2,
             )
         most = max(states, key=lambda state: float(state["step"]), default={"step": 0, "weight_sum": 0, "lr_max": -1})

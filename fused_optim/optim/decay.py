@@ -28,10 +28,10 @@ class Decoupled(FusedOptimizer):
     - "normalized": $d = \eta \lambda / \sqrt{T}$, where $T$ is decay_period. The best decay does not depend on the
       length of the training either.
 
-    With corrected_decay $d = lr^2 / lr_{\max} \cdot \lambda$, with $lr_{\max}$ the largest lr so far. This is the decay of
-    AdamC, which keeps the ratio of gradient to weight in layers before a normalization from growing while lr falls.
-    Two things are different there: AdamC takes the peak of the whole schedule for $lr_{\max}$, which is the same once a
-    warm-up is over, and it corrects only the layers before a normalization. Give these a param group with
+    With corrected_decay $d = lr^2 / lr_{\max} \cdot \lambda$, with $lr_{\max}$ the largest lr so far. This is the decay
+    of AdamC, which keeps the ratio of gradient to weight in layers before a normalization from growing while lr falls.
+    AdamC differs in two things. It takes the peak of the whole schedule for $lr_{\max}$, which is the same once a
+    warm-up is over. And it corrects only the layers before a normalization: give these a param group with
     corrected_decay=True to do so. The largest lr is a running value of each param, the state "lr_max".
 
     Args:
@@ -91,8 +91,8 @@ class Decoupled(FusedOptimizer):
             group.setdefault("corrected_decay", True)
         if group.get("corrected_decay") and self._decay != "torch":
             raise ValueError(
-                f'corrected_decay=True multiplies lr * weight_decay by lr over the largest lr, and decay="{self._decay}" '
-                'replaces lr by its own multiple; leave corrected_decay out, or pass decay="torch"'
+                f'corrected_decay=True corrects a decay of lr * weight_decay, but decay="{self._decay}" has another '
+                'measure, lr / lr_reference; leave corrected_decay out, or pass decay="torch"'
             )
         if self._decay == "torch":
             return

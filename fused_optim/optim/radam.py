@@ -19,7 +19,8 @@ class FusedRAdam(FusedOptimizer, torch.optim.RAdam):
     r"""RAdam in one pass over memory, in place of torch.optim.RAdam: same arguments, groups, states, errors and
     checkpoints.
 
-    With $g$ the gradient, plus $\lambda p$ where weight_decay $\lambda$ is an L2 penalty, and $t$ the number of updates:
+    With $g$ the gradient, plus $\lambda p$ where weight_decay $\lambda$ is an L2 penalty, and $t$ the number of
+    updates:
 
     $$ m = \beta_1 m + (1-\beta_1) g, \quad v = \beta_2 v + (1-\beta_2) g^2, \quad
        \rho_\infty = \frac{2}{1-\beta_2} - 1, \quad \rho_t = \rho_\infty - \frac{2 t \beta_2^t}{1-\beta_2^t} $$

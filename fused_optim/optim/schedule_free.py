@@ -93,8 +93,8 @@ class ScheduleFree(FusedOptimizer):
         """
         if not self.train_mode:
             raise RuntimeError(
-                f"step() of {type(self).__name__} needs train mode, but the optimizer is in eval mode, in which the "
-                "params hold the average; call optimizer.train() before training, and optimizer.eval() before evaluation"
+                f"step() of {type(self).__name__} needs train mode, but the optimizer is in eval mode, in which its "
+                "params hold the average; call optimizer.train() first"
             )
         return super().step(closure, grad_scale)
 
@@ -225,7 +225,13 @@ class FusedScheduleFreeAdamW(ScheduleFree):
         **ours: Unpack[Common],
     ) -> None:
         check_adam_like(lr, betas, weight_decay, eps)
-        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "warmup_steps": warmup_steps}
+        options: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "warmup_steps": warmup_steps,
+        }
         options |= {"r": r, "weight_lr_power": weight_lr_power, "foreach": foreach, "train_mode": True}
         super().__init__(params, {**options, "maximize": maximize, "capturable": capturable}, **ours)
 
@@ -274,6 +280,11 @@ class FusedScheduleFreeSGD(ScheduleFree):
         **ours: Unpack[Common],
     ) -> None:
         check_adam_like(lr, (0.0, 0.0), weight_decay)
-        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "warmup_steps": warmup_steps}
+        options: dict[str, Any] = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "warmup_steps": warmup_steps,
+        }
         options |= {"r": r, "weight_lr_power": weight_lr_power, "foreach": foreach, "train_mode": True}
         super().__init__(params, {**options, "maximize": maximize, "capturable": capturable}, **ours)

@@ -15,10 +15,9 @@
 struct Group {
   double lr, beta1, beta2, eps, weight_decay;
   bool decoupled, maximize;
-  double a,
-      b;  // sgd: dampening, nesterov; qhadam: the two nus; lamb: grad_averaging, bias_correction; nadam: its decay;
-          // schedule-free: warmup_steps, r
-  double c, d;  // schedule-free: weight_lr_power, weight_decay
+  // Options. sgd: dampening, nesterov; qhadam: the two nus; lamb: grad_averaging, bias_correction; nadam:
+  // momentum_decay; schedule_free: warmup_steps, r, weight_lr_power, weight_decay.
+  double a, b, c, d;
   double lr_reference, decay_period;
   double max_norm, clip_eps;
   double trust_low, trust_high;

@@ -3,13 +3,14 @@
     mov cvta cvt                     moves; splitting and joining of registers; conversions rounded to nearest even, or
                                      towards zero to integers
     add sub mul mad fma div          float32 and float64 with .rn; integers (no div), with .lo or .wide for products
-    sqrt rcp min max abs neg         roots and reciprocals with .rn; abs also with .ftz, which exp(double) uses
+    sqrt rcp min max abs neg         roots and reciprocals with .rn; what exp(double) and log(double) need besides:
+                                     abs.ftz.f32, and rcp.approx.ftz.f64 for a first approximation
     setp selp                        comparisons, also combined with a predicate
     and or xor not shl shr bfe lop3 prmt
     shfl.sync.bfly                   within a whole warp
 
-Any other instruction raises an error that names it when the kernel is decoded. So an approximate division, a flush of
-subnormal results to zero or an atomic operation cannot pass unnoticed.
+Any other instruction raises an error that names it when the kernel is decoded. So an approximate division in float32, a
+flush of subnormal results to zero or an atomic operation cannot pass unnoticed.
 
 An operation gets all lanes at once, and a mask of the lanes that execute it.
 """
@@ -93,6 +94,7 @@ def decode_mov(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) 
     return split
 
 
+UPPER_HALF = np.uint64(0xFFFFFFFF00000000)
 UNSIGNED_KIND = {1: "b8", 2: "b16", 4: "b32", 8: "b64"}
 
 
@@ -194,6 +196,8 @@ INTEGER: dict[str, Callable[..., Any]] = {
 def decode_arithmetic(name: str) -> Callable[..., Operation | None]:
     def decode(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) -> Operation | None:
         *how, kind = modifiers
+        if how == ["approx", "ftz"] and kind != "f64":
+            return None
         if kind in ("f32", "f64"):
             function = float_function(name, how)
         elif kind in BYTES and kind[0] in "us":
@@ -208,6 +212,8 @@ def decode_arithmetic(name: str) -> Callable[..., Operation | None]:
 
 
 def float_function(name: str, how: list[str]) -> Callable[..., Any] | None:
+    if name == "rcp" and how == ["approx", "ftz"]:
+        return coarse_reciprocal
     if name in ROUNDED:
         return ROUNDED[name] if how == ["rn"] else None
     if name == "fma":
@@ -217,6 +223,12 @@ def float_function(name: str, how: list[str]) -> Callable[..., Any] | None:
     if name == "abs" and how == ["ftz"]:
         return lambda x: np.where(np.abs(x) < np.finfo(x.dtype).tiny, x.dtype.type(0), np.abs(x))
     return EXACT.get(name) if how == [] else None
+
+
+def coarse_reciprocal(x: Any) -> Any:
+    """The reciprocal of float64 numbers in the upper half of its bits; the lower half is 0."""
+    upper = (np.asarray(x, np.float64).view(np.uint64) & UPPER_HALF).view(np.float64)
+    return ((1.0 / upper).view(np.uint64) & UPPER_HALF).view(np.float64)
 
 
 def fused(x: Any, y: Any, z: Any) -> Array:

@@ -102,6 +102,11 @@ def fused(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         ("neg.f32 %d, %a;", [X], -X),
         ("add.rn.f64 %d, %a, 0d3FF8000000000000;", [X.double()], X.double() + 1.5),
         ("rcp.rn.f64 %d, %b;", [X.double(), Y.double()], 1 / Y.double()),
+        (
+            "rcp.approx.ftz.f64 %d, %a;",
+            [torch.tensor([2.0, 3.0, -0.75, 2.0**-52 + 1], dtype=torch.float64)],
+            torch.tensor([0.5, 0.33333325386047363, -1.3333330154418945, 1.0], dtype=torch.float64),
+        ),
         ("add.s32 %d, %a, -5;", [K], K - 5),
         ("sub.s32 %d, %a, %b;", [K, J], K - J),
         ("mul.lo.s32 %d, %a, %b;", [K, J], K * J),
