@@ -14,12 +14,12 @@ namespace fused_optim {
 constexpr int kChunk = 4096;  // elements of one tensor that one program (GPU) or one loop turn (CPU) handles
 constexpr int kShare = 4096;  // numbers that one GPU block sums for the norm of all gradients
 constexpr int kAlignment = 16;  // bytes of the widest access
-constexpr int kMaxStates = 3;  // of one tensor
+constexpr int kMaxStates = 4;  // of one tensor
 constexpr int kMaxRunning = 3;  // running scalars of one tensor: two of the rule, and the largest lr
 constexpr int64_t kEmpty = 16;  // in `grads`: replaces the address of a gradient without elements, which is null
 constexpr int kSignatureFieldBits = 4;  // of a code in a packed signature
 constexpr int kAbsent = 15;  // the code of a missing stream; it also ends the list of states
-constexpr int64_t kEmaBegun = 268435456;
+constexpr int64_t kEmaBegun = 4294967296;
 constexpr int kEntryUnalignedBits = 1;  // set if a written tensor does not begin at a multiple of ALIGNMENT
 constexpr int kEntrySignatureBits = 7;  // number of the tensor's dtype signature, in the order of Table.dtype_signatures
 constexpr int kEntryRowBits = 24;
@@ -38,7 +38,7 @@ constexpr int kBytesAnchored8 = 1;
 constexpr int kStreamParam = 0;
 constexpr int kStreamGrad = 1;
 constexpr int kStreamState0 = 2;
-constexpr int kStreamEma = 6;
+constexpr int kStreamEma = 7;
 constexpr int kRowNumel = 0;  // elements; a complex tensor has two for each of its own
 constexpr int kRowParam = 1;  // address
 constexpr int kRowParamLow = 2;  // address of the lower halves of the param, if its format has them
@@ -47,33 +47,37 @@ constexpr int kRowDtypeSignature = 4;  // formats of the tensor's streams and it
 constexpr int kRowState0 = 5;  // addresses of the states, in the order of the rule
 constexpr int kRowState1 = 6;
 constexpr int kRowState2 = 7;
-constexpr int kRowEma = 8;  // address of the moving average of the weights
-constexpr int kRowFirstElement = 9;  // index of the tensor's first element in the whole param
-constexpr int kRowAnchor = 10;  // exponent of the anchors of a state in ANCHORED8
-constexpr int kRowRunning0 = 11;  // addresses of the running scalars, float32: those of the rule in its order, then the largest lr
-constexpr int kRowRunning1 = 12;
-constexpr int kRowRunning2 = 13;
-constexpr int kRowWidth = 14;
+constexpr int kRowState3 = 8;
+constexpr int kRowEma = 9;  // address of the moving average of the weights
+constexpr int kRowFirstElement = 10;  // index of the tensor's first element in the whole param
+constexpr int kRowAnchor = 11;  // exponent of the anchors of a state in ANCHORED8
+constexpr int kRowRunning0 = 12;  // addresses of the running scalars, float32: those of the rule in its order, then the largest lr
+constexpr int kRowRunning1 = 13;
+constexpr int kRowRunning2 = 14;
+constexpr int kRowWidth = 15;
 constexpr int kGroupLr = 0;
 constexpr int kGroupBeta1 = 1;
 constexpr int kGroupBeta2 = 2;
-constexpr int kGroupEps = 3;
-constexpr int kGroupWeightDecay = 4;
-constexpr int kGroupDecoupled = 5;  // whether weight decay is decoupled from the gradient
-constexpr int kGroupMaximize = 6;
-constexpr int kGroupLrReference = 7;  // decoupled decay is lr / lr_reference * weight_decay / sqrt(decay_period)
-constexpr int kGroupDecayPeriod = 8;
-constexpr int kGroupMaxNorm = 9;  // of all gradients; 0: not clipped, not in the norm; < 0: neither, but NaN and inf still show
-constexpr int kGroupClipEps = 10;  // added to the norm
-constexpr int kGroupTrustLow = 11;  // bounds of the trust ratio
-constexpr int kGroupTrustHigh = 12;
-constexpr int kGroupTrustAlways = 13;  // whether the trust ratio is also used without weight decay
-constexpr int kGroupEmaDecay = 14;  // share that a moving average of the weights keeps at each step
-constexpr int kGroupOptionA = 15;  // the rule's own options
-constexpr int kGroupOptionB = 16;
-constexpr int kGroupOptionC = 17;
-constexpr int kGroupOptionD = 18;
-constexpr int kGroupWidth = 19;
+constexpr int kGroupBeta3 = 3;  // of rules with three averages
+constexpr int kGroupEps = 4;
+constexpr int kGroupWeightDecay = 5;
+constexpr int kGroupDecoupled = 6;  // whether weight decay is decoupled from the gradient
+constexpr int kGroupMaximize = 7;
+constexpr int kGroupLrReference = 8;  // decoupled decay is lr / lr_reference * weight_decay / sqrt(decay_period)
+constexpr int kGroupDecayPeriod = 9;
+constexpr int kGroupFirstDecay = 10;  // the first step of a param that has decoupled decay
+constexpr int kGroupNoProx = 11;  // 0: decoupled decay divides by 1 + decay after the update
+constexpr int kGroupMaxNorm = 12;  // of all gradients; 0: not clipped, not in the norm; < 0: neither, but NaN and inf still show
+constexpr int kGroupClipEps = 13;  // added to the norm
+constexpr int kGroupTrustLow = 14;  // bounds of the trust ratio
+constexpr int kGroupTrustHigh = 15;
+constexpr int kGroupTrustAlways = 16;  // whether the trust ratio is also used without weight decay
+constexpr int kGroupEmaDecay = 17;  // share that a moving average of the weights keeps at each step
+constexpr int kGroupOptionA = 18;  // the rule's own options
+constexpr int kGroupOptionB = 19;
+constexpr int kGroupOptionC = 20;
+constexpr int kGroupOptionD = 21;
+constexpr int kGroupWidth = 22;
 constexpr int kScalarLr = 0;
 constexpr int kScalarEps = 1;
 constexpr int kScalarWeight1 = 2;  // 1 - beta1
@@ -92,7 +96,9 @@ constexpr int kScalarOwnA = 14;  // results of the rule's function `scalars`
 constexpr int kScalarOwnB = 15;
 constexpr int kScalarOwnC = 16;
 constexpr int kScalarOwnD = 17;
-constexpr int kScalarWidth = 18;
+constexpr int kScalarOwnE = 18;
+constexpr int kScalarOwnF = 19;
+constexpr int kScalarWidth = 20;
 constexpr int kArrayChunkTable = 0;  // int64 [chunks]: see `chunk_entry`; ordered by tensor, then by chunk
 constexpr int kArrayRows = 1;  // int64 [tensors, RowFields]
 constexpr int kArrayGrads = 2;  // int64 [tensors]: address of the gradient; 0: no gradient, and no update
@@ -114,12 +120,15 @@ struct GroupHparams {
   double lr;
   double beta1;
   double beta2;
+  double beta3;  // of rules with three averages
   double eps;
   double weight_decay;
   double decoupled;  // whether weight decay is decoupled from the gradient
   double maximize;
   double lr_reference;  // decoupled decay is lr / lr_reference * weight_decay / sqrt(decay_period)
   double decay_period;
+  double first_decay;  // the first step of a param that has decoupled decay
+  double no_prox;  // 0: decoupled decay divides by 1 + decay after the update
   double max_norm;  // of all gradients; 0: not clipped, not in the norm; < 0: neither, but NaN and inf still show
   double clip_eps;  // added to the norm
   double trust_low;  // bounds of the trust ratio
@@ -133,7 +142,7 @@ struct GroupHparams {
 };
 
 FUSED_HD GroupHparams read_group_hparams(const double* in) {
-  return {in[kGroupLr], in[kGroupBeta1], in[kGroupBeta2], in[kGroupEps], in[kGroupWeightDecay], in[kGroupDecoupled], in[kGroupMaximize], in[kGroupLrReference], in[kGroupDecayPeriod], in[kGroupMaxNorm], in[kGroupClipEps], in[kGroupTrustLow], in[kGroupTrustHigh], in[kGroupTrustAlways], in[kGroupEmaDecay], in[kGroupOptionA], in[kGroupOptionB], in[kGroupOptionC], in[kGroupOptionD]};
+  return {in[kGroupLr], in[kGroupBeta1], in[kGroupBeta2], in[kGroupBeta3], in[kGroupEps], in[kGroupWeightDecay], in[kGroupDecoupled], in[kGroupMaximize], in[kGroupLrReference], in[kGroupDecayPeriod], in[kGroupFirstDecay], in[kGroupNoProx], in[kGroupMaxNorm], in[kGroupClipEps], in[kGroupTrustLow], in[kGroupTrustHigh], in[kGroupTrustAlways], in[kGroupEmaDecay], in[kGroupOptionA], in[kGroupOptionB], in[kGroupOptionC], in[kGroupOptionD]};
 }
 
 // `tensor_scalars`, float64 [tensors, ...]: the numbers that a rule reads. Prepare writes them at each step. Walkers round each number once, to the dtype of their arithmetic.
@@ -157,11 +166,13 @@ struct TensorScalars {
   T own_b;
   T own_c;
   T own_d;
+  T own_e;
+  T own_f;
 };
 
 template <class T>
 FUSED_HD TensorScalars<T> read_tensor_scalars(const double* in) {
-  return {T(in[kScalarLr]), T(in[kScalarEps]), T(in[kScalarWeight1]), T(in[kScalarWeight2]), T(in[kScalarSmallBeta1]), T(in[kScalarSmallBeta2]), T(in[kScalarStepSize]), T(in[kScalarDebias]), T(in[kScalarDenomScale]), T(in[kScalarGradFactor]), T(in[kScalarL2]), T(in[kScalarDecay]), T(in[kScalarEmaWeight]), T(in[kScalarSkip]), T(in[kScalarOwnA]), T(in[kScalarOwnB]), T(in[kScalarOwnC]), T(in[kScalarOwnD])};
+  return {T(in[kScalarLr]), T(in[kScalarEps]), T(in[kScalarWeight1]), T(in[kScalarWeight2]), T(in[kScalarSmallBeta1]), T(in[kScalarSmallBeta2]), T(in[kScalarStepSize]), T(in[kScalarDebias]), T(in[kScalarDenomScale]), T(in[kScalarGradFactor]), T(in[kScalarL2]), T(in[kScalarDecay]), T(in[kScalarEmaWeight]), T(in[kScalarSkip]), T(in[kScalarOwnA]), T(in[kScalarOwnB]), T(in[kScalarOwnC]), T(in[kScalarOwnD]), T(in[kScalarOwnE]), T(in[kScalarOwnF])};
 }
 
 // The whole layout by name, which every module shows to Python.
@@ -215,6 +226,7 @@ constexpr LayoutEntry kLayout[] = {
     {"ROW_STATE0", kRowState0},
     {"ROW_STATE1", kRowState1},
     {"ROW_STATE2", kRowState2},
+    {"ROW_STATE3", kRowState3},
     {"ROW_EMA", kRowEma},
     {"ROW_FIRST_ELEMENT", kRowFirstElement},
     {"ROW_ANCHOR", kRowAnchor},
@@ -225,12 +237,15 @@ constexpr LayoutEntry kLayout[] = {
     {"GROUP_LR", kGroupLr},
     {"GROUP_BETA1", kGroupBeta1},
     {"GROUP_BETA2", kGroupBeta2},
+    {"GROUP_BETA3", kGroupBeta3},
     {"GROUP_EPS", kGroupEps},
     {"GROUP_WEIGHT_DECAY", kGroupWeightDecay},
     {"GROUP_DECOUPLED", kGroupDecoupled},
     {"GROUP_MAXIMIZE", kGroupMaximize},
     {"GROUP_LR_REFERENCE", kGroupLrReference},
     {"GROUP_DECAY_PERIOD", kGroupDecayPeriod},
+    {"GROUP_FIRST_DECAY", kGroupFirstDecay},
+    {"GROUP_NO_PROX", kGroupNoProx},
     {"GROUP_MAX_NORM", kGroupMaxNorm},
     {"GROUP_CLIP_EPS", kGroupClipEps},
     {"GROUP_TRUST_LOW", kGroupTrustLow},
@@ -260,6 +275,8 @@ constexpr LayoutEntry kLayout[] = {
     {"SCALAR_OWN_B", kScalarOwnB},
     {"SCALAR_OWN_C", kScalarOwnC},
     {"SCALAR_OWN_D", kScalarOwnD},
+    {"SCALAR_OWN_E", kScalarOwnE},
+    {"SCALAR_OWN_F", kScalarOwnF},
     {"SCALAR_WIDTH", kScalarWidth},
     {"ARRAY_CHUNK_TABLE", kArrayChunkTable},
     {"ARRAY_ROWS", kArrayRows},

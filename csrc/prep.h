@@ -32,11 +32,11 @@ FUSED_HD double clip_coefficient(const double* hparams, double squares, double s
   return coefficient >= 1.0 ? 1.0 : coefficient;
 }
 
-// The fraction of a param that decoupled decay subtracts in a step. With a trust ratio it is weight_decay alone. The
-// second walk multiplies it by the ratio and lr.
-FUSED_HD double decoupled_decay(const GroupHparams& group, bool trust) {
-  if (trust) return group.weight_decay;
+// The fraction of a param that decoupled decay subtracts in a step. `scaled`: without lr, because the second walk
+// multiplies it by lr and the ratio.
+FUSED_HD double decoupled_decay(const GroupHparams& group, bool scaled) {
   if (group.lr_reference == 0.0) return 0.0;
+  if (scaled) return group.weight_decay / group.lr_reference / ::sqrt(group.decay_period);
   return group.lr / group.lr_reference * group.weight_decay / ::sqrt(group.decay_period);
 }
 
@@ -58,6 +58,13 @@ template <class Rule, class = void>
 struct HasBetas : std::true_type {};
 template <class Rule>
 struct HasBetas<Rule, std::void_t<decltype(Rule::has_betas)>> : std::bool_constant<Rule::has_betas> {};
+
+// Whether the ratio of a rule multiplies decoupled decay.
+template <class Rule>
+constexpr bool scales_decay() {
+  if constexpr (Rule::trust) return Rule::scales_decay;
+  return false;
+}
 
 // The number of a rule's running scalars. A rule states it only if it has some.
 template <class Rule, class = void>
@@ -98,15 +105,22 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   *step_count += 1.0f;
   const double step = *step_count;
 
-  if (memo.beta1 != group.beta1 || memo.beta2 != group.beta2 || memo.step != step) {
-    memo = {group.beta1, group.beta2, step, bias_correction(group.beta1, step), bias_correction(group.beta2, step)};
+  if (memo.beta1 != group.beta1 || memo.beta2 != group.beta2 || memo.beta3 != group.beta3 || memo.step != step) {
+    memo = {group.beta1, group.beta2, group.beta3, step};
+    memo.correction1 = bias_correction(group.beta1, step);
+    memo.correction2 = bias_correction(group.beta2, step);
+    memo.correction3 = bias_correction(group.beta3, step);
   }
   double scale = t.grad_scale ? 1.0 / *t.grad_scale : 1.0;
   if (t.squares) scale *= clip_coefficient(hparams, *t.squares, scale);
   const bool decoupled = group.decoupled != 0.0;
-  double decay = decoupled ? decoupled_decay(group, t.trust != nullptr) : 0.0;
+  double decay = decoupled && step >= group.first_decay ? decoupled_decay(group, scales_decay<Rule>()) : 0.0;
   if (const int64_t largest = t.rows[row * kRowWidth + kRowRunning0 + RunningCount<Rule>::value])
     decay *= corrected_share(group.lr, largest);
+  if (group.no_prox == 0.0) {  // (param - update) / (1 + decay)
+    decay /= 1.0 + decay;
+    group.lr *= 1.0 - decay;
+  }
   // The first update copies the new param into its average, unless the average has had updates before.
   const bool copies = step == 1.0 && !(t.rows[row * kRowWidth + kRowDtypeSignature] & kEmaBegun);
   out[kScalarLr] = group.lr;
@@ -128,6 +142,8 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
     out[kScalarOwnB] = own.b;
     out[kScalarOwnC] = own.c;
     out[kScalarOwnD] = own.d;
+    out[kScalarOwnE] = own.e;
+    out[kScalarOwnF] = own.f;
   }
 }
 
@@ -160,10 +176,12 @@ FUSED_HD T apply(const TensorScalars<T>& h, T param, T grad, T (&state)[S > 0 ? 
   return param - fma(h.decay, finite(param), update);
 }
 
-// The update of a rule with a trust ratio, from the new states. It includes decay, but not the ratio and lr.
+// The new param of a rule with a ratio, from the new states. h.lr includes the ratio.
 template <class Rule, class T, int S>
-FUSED_HD T trusted_update(const TensorScalars<T>& h, T param, const T (&state)[S]) {
-  return fma(h.decay, finite(param), Rule::template direction<T, S>(h, state));
+FUSED_HD T apply_direction(const TensorScalars<T>& h, T param, const T (&state)[S]) {
+  const T direction = Rule::template direction<T, S>(h, state);
+  if constexpr (scales_decay<Rule>()) return param - h.lr * fma(h.decay, finite(param), direction);
+  else return param - fma(h.decay, finite(param), h.lr * direction);
 }
 
 // The average of the weights after a step. `param` is the value as stored, after rounding. With weight 1 the old
@@ -173,14 +191,11 @@ FUSED_HD T averaged(const TensorScalars<T>& h, T average, T param) {
   return h.ema_weight == T(1) ? param : lerp(average, param, h.ema_weight);
 }
 
-// The trust ratio of a tensor. `sums` must be complete.
-FUSED_HD double trust_ratio(const Tables& t, int64_t row) {
+// The ratio of a tensor. `sums` must be complete.
+template <class Rule>
+FUSED_HD double ratio_of(const Tables& t, int64_t row) {
   const GroupHparams group = read_group_hparams(t.group_hparams + int64_t{t.group_index[row]} * kGroupWidth);
-  if (group.weight_decay == 0.0 && group.trust_always == 0.0) return 1.0;
-  const double param = ::sqrt(t.sums[2 * row]), update = ::sqrt(t.sums[2 * row + 1]);
-  const double ratio = param != 0.0 && update != 0.0 ? param / update : 1.0;
-  const double least = ratio < group.trust_low ? group.trust_low : ratio;
-  return least > group.trust_high ? group.trust_high : least;
+  return Rule::ratio(group, t.sums[2 * row], t.sums[2 * row + 1]);
 }
 
 }  // namespace fused_optim

@@ -3,9 +3,11 @@
 // element. It changes the states and returns the update that the walker subtracts from the param. T is float, or double
 // for float64 tensors.
 //
-// A rule with `trust` is walked twice, because the update of each tensor is scaled by the ratio of two norms. The first
-// walk calls `update_moments`, which changes the states. `direction` computes the update from the states alone, before
-// lr and decay.
+// A rule with `trust` is walked twice, because the update of each tensor is multiplied by a ratio that depends on the
+// whole tensor. The first walk calls `update_moments`, which changes the states, and sums the squares of the two
+// numbers that `measure` makes of each element. `ratio` makes the ratio of both sums. In the second walk `direction`
+// computes the update from the states alone, before lr and decay. `scales_decay`: whether the ratio multiplies
+// decoupled decay, too.
 //
 // A rule declares its minimum and maximum number of states, and how many of its states can be negative. Those come
 // first. A rule can have a function `scalars`, which computes the rule's own scalars from the options of the tensor's
@@ -34,14 +36,20 @@ FUSED_HD float bits_float(uint32_t bits) {
 }
 
 // A rule's own scalars. Its function `scalars` computes them in double precision, once per tensor and step. The rule
-// reads them as own_a to own_d.
+// reads them as own_a to own_f.
 struct OwnScalars {
-  double a = 0.0, b = 0.0, c = 0.0, d = 0.0;
+  double a = 0.0, b = 0.0, c = 0.0, d = 0.0, e = 0.0, f = 0.0;
 };
 
-// The step of a tensor, counted from 1, and 1 - beta**step of both betas.
+// Two numbers of an element, whose squares are summed over its tensor.
+template <class T>
+struct Measured {
+  T first, second;
+};
+
+// The step of a tensor, counted from 1, and 1 - beta**step of the betas.
 struct BiasCorrections {
-  double beta1, beta2, step, correction1, correction2;
+  double beta1, beta2, beta3, step, correction1, correction2, correction3;
 };
 
 // The larger of lr and the largest lr before, which is stored as float32. A constant lr stays the largest.
@@ -212,7 +220,7 @@ struct QHAdam {
 // LAMB, arXiv:1904.00962, as in NVIDIA Apex. Options: grad_averaging, bias_correction.
 struct Lamb {
   static constexpr const char* name = "lamb";
-  static constexpr bool trust = true;
+  static constexpr bool trust = true, scales_decay = true;
   static constexpr int signed_states = 1, min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
 
   // The weight of the gradient in exp_avg; debias and denom_scale, or 1 without bias correction.
@@ -231,6 +239,20 @@ struct Lamb {
   template <class T, int S>
   FUSED_HD static T direction(const TensorScalars<T>& h, const T (&state)[S]) {
     return h.own_b * (state[0] / fma(square_root(state[1]), h.own_c, h.eps));
+  }
+
+  // The param, and the update with decay.
+  template <class T, int S>
+  FUSED_HD static Measured<T> measure(const TensorScalars<T>& h, T param, T /*grad*/, const T (&state)[S]) {
+    return {param, fma(h.decay, finite(param), direction<T, S>(h, state))};
+  }
+
+  FUSED_HD static double ratio(const GroupHparams& group, double params, double updates) {
+    if (group.weight_decay == 0.0 && group.trust_always == 0.0) return 1.0;
+    const double param = ::sqrt(params), update = ::sqrt(updates);
+    const double ratio = param != 0.0 && update != 0.0 ? param / update : 1.0;
+    const double least = ratio < group.trust_low ? group.trust_low : ratio;
+    return least > group.trust_high ? group.trust_high : least;
   }
 };
 
@@ -367,6 +389,115 @@ struct ScheduleFreeSgd : ScheduleFree {
   }
 };
 
+// AdEMAMix, arXiv:2409.03137, as in Apple's ml-ademamix. Options: alpha, alpha_warmup, beta3_warmup.
+struct AdEMAMix {
+  static constexpr const char* name = "ademamix";
+  static constexpr bool trust = false;
+  static constexpr int signed_states = 2, min_states = 3, max_states = 3;  // exp_avg_fast, exp_avg_slow, exp_avg_sq
+
+  // 1 - beta3; beta3 if it is small; alpha. In the warm-up the half-life of the slow average grows linearly.
+  FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
+    const double alpha = group.option_a * (at.step < group.option_b ? at.step / group.option_b : 1.0);
+    double beta3 = group.beta3;
+    if (at.step < group.option_c) {
+      const double done = at.step / group.option_c;
+      beta3 = ::exp(1.0 / ((1.0 - done) / ::log(group.beta1 + 1e-8) + done / ::log(group.beta3 + 1e-8)));
+    }
+    return {1.0 - beta3, beta3 < 0.5 ? beta3 : 0.0, alpha};
+  }
+
+  template <class T, int S>
+  FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
+    const T fast = state[0] = move_average(state[0], grad, h.weight1, h.small_beta1);
+    const T slow = state[1] = move_average(state[1], grad, h.own_a, h.own_b);
+    const T exp_avg_sq = state[2] = move_average_square(state[2], grad, h.weight2, h.small_beta2);
+    return h.lr * (fma(h.own_c, slow, h.debias * fast) / fma(square_root(exp_avg_sq), h.denom_scale, h.eps));
+  }
+};
+
+// ADOPT, arXiv:2411.02853. The first step only sets exp_avg_sq. Options: factor and exponent of the clipping bound.
+struct Adopt {
+  static constexpr const char* name = "adopt";
+  static constexpr bool trust = false;
+  static constexpr int signed_states = 1, min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
+
+  // The weight of the square; the bound of the normalised gradient; the least divisor. With the bound 0 nothing moves.
+  FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
+    if (at.step == 1.0) return {1.0, 0.0, 1.0};
+    return {1.0 - group.beta2, group.option_a * ::exp(group.option_b * ::log(at.step - 1.0)), group.eps};
+  }
+
+  template <class T, int S>
+  FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
+    const T normed = grad / maximum(square_root(state[1]), h.own_c);
+    const T clipped = normed > h.own_b ? h.own_b : normed < -h.own_b ? -h.own_b : normed;
+    state[0] = move_average(state[0], clipped, h.weight1, h.small_beta1);
+    state[1] = fma(h.own_a * grad, grad, keep(state[1], bounded(state[1]), h.weight2, h.small_beta2));
+    return h.lr * state[0];
+  }
+};
+
+// Adan, arXiv:2208.06677, as in sail-sg/Adan.
+struct Adan {
+  static constexpr const char* name = "adan";
+  static constexpr bool trust = false;
+  // exp_avg, exp_avg_diff, neg_pre_grad, exp_avg_sq
+  static constexpr int signed_states = 3, min_states = 4, max_states = 4;
+
+  // The rate of exp_avg_diff; 0 in the first step, which has no difference; the bias correction of the root of
+  // exp_avg_sq; 1 - beta3; beta3 if it is small.
+  FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
+    return {group.lr * group.beta2 / at.correction2, at.step == 1.0 ? 0.0 : 1.0, 1.0 / ::sqrt(at.correction3),
+            1.0 - group.beta3, group.beta3 < 0.5 ? group.beta3 : 0.0};
+  }
+
+  template <class T, int S>
+  FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
+    const T change = h.own_b * (grad + state[2]);
+    const T exp_avg = state[0] = move_average(state[0], grad, h.weight1, h.small_beta1);
+    const T exp_avg_diff = state[1] = move_average(state[1], change, h.weight2, h.small_beta2);
+    state[2] = -grad;
+    const T ahead = grad + keep(change, change, h.weight2, h.small_beta2);
+    const T exp_avg_sq = state[3] = move_average_square(state[3], ahead, h.own_d, h.own_e);
+    return fma(h.own_a, exp_avg_diff, h.step_size * exp_avg) / fma(square_root(exp_avg_sq), h.own_c, h.eps);
+  }
+};
+
+// StableAdamW, arXiv:2304.13013, algorithm 2.
+struct StableAdamW {
+  static constexpr const char* name = "stableadamw";
+  static constexpr bool trust = true, scales_decay = true;
+  static constexpr int signed_states = 1, min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
+
+  // 1 - beta of the debiased betas, beta (1 - beta**(step - 1)) / (1 - beta**step); the betas themselves if small.
+  FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
+    const double weight1 = (1.0 - group.beta1) / at.correction1, weight2 = (1.0 - group.beta2) / at.correction2;
+    return {weight1, weight2, weight1 > 0.5 ? 1.0 - weight1 : 0.0, weight2 > 0.5 ? 1.0 - weight2 : 0.0};
+  }
+
+  template <class T, int S>
+  FUSED_HD static void update_moments(const TensorScalars<T>& h, T grad, T (&state)[S]) {
+    state[0] = move_average(state[0], grad, h.own_a, h.own_c);
+    state[1] = move_average_square(state[1], grad, h.own_b, h.own_d);
+  }
+
+  template <class T, int S>
+  FUSED_HD static T direction(const TensorScalars<T>& h, const T (&state)[S]) {
+    return state[0] / (square_root(state[1]) + h.eps);
+  }
+
+  // 1, which counts the elements, and the gradient over the root of exp_avg_sq.
+  template <class T, int S>
+  FUSED_HD static Measured<T> measure(const TensorScalars<T>& h, T /*param*/, T grad, const T (&state)[S]) {
+    return {T(1), grad / maximum(square_root(state[1]), h.eps)};
+  }
+
+  FUSED_HD static double ratio(const GroupHparams&, double count, double squares) {
+    const double rms = count > 0.0 ? ::sqrt(squares / count) : 0.0;
+    return rms <= 1.0 ? 1.0 : 1.0 / rms;
+  }
+};
+
 template <class T>
 struct Tag {
   using type = T;
@@ -386,6 +517,7 @@ struct RuleList {
 };
 
 // All rules. Kernels, modules and tests iterate over this list.
-using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion, Adagrad, NAdam, RAdam, ScheduleFreeAdamW, ScheduleFreeSgd>;
+using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion, Adagrad, NAdam, RAdam, ScheduleFreeAdamW, ScheduleFreeSgd,
+                          AdEMAMix, Adopt, Adan, StableAdamW>;
 
 }  // namespace fused_optim

@@ -5,21 +5,29 @@ three launches."""
 from .engine import machine as machine  # first: it refuses a torch that is too old
 from .optim.adagrad import FusedAdagrad
 from .optim.adam import FusedAdam, FusedAdamW
+from .optim.adan import FusedAdan
+from .optim.ademamix import FusedAdEMAMix
+from .optim.adopt import FusedADOPT
 from .optim.base import FusedOptimizer
 from .optim.lamb import FusedLAMB
 from .optim.lion import FusedLion
 from .optim.nadam import FusedNAdam
 from .optim.qhadam import FusedQHAdam, FusedQHAdamW
 from .optim.radam import FusedRAdam
+from .optim.release import GradientRelease, release_gradients
 from .optim.schedule_free import FusedScheduleFreeAdamW, FusedScheduleFreeSGD
 from .optim.sgd import FusedSGD, FusedSGDW
+from .optim.stableadamw import FusedStableAdamW
 from .recipes.clip import clip_grad_norm_
 
 __version__ = "0.1.0"
 __all__ = [
+    "FusedADOPT",
+    "FusedAdEMAMix",
     "FusedAdagrad",
     "FusedAdam",
     "FusedAdamW",
+    "FusedAdan",
     "FusedLAMB",
     "FusedLion",
     "FusedNAdam",
@@ -31,5 +39,8 @@ __all__ = [
     "FusedSGDW",
     "FusedScheduleFreeAdamW",
     "FusedScheduleFreeSGD",
+    "FusedStableAdamW",
+    "GradientRelease",
     "clip_grad_norm_",
+    "release_gradients",
 ]

@@ -8,7 +8,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -17,6 +17,8 @@ from .backends import trial
 from .cost import state_dicts, step_cost
 from .cost.shapes import MODELS
 from .engine import machine, modules
+from .engine.masters import Kind
+from .optim.options import Rounding
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -137,7 +139,15 @@ def parser() -> argparse.ArgumentParser:
     names = ", ".join(step_cost.OPTIMIZERS)
     made.add_argument("--optimizer", choices=step_cost.OPTIMIZERS, default="adamw", metavar="NAME", help=names)
     made.add_argument("--dtype", choices=DTYPES, help="of params and gradients; default: float32, or that of the files")
-    made.add_argument("--state-dtype", choices=DTYPES, help="of states; default: that of the params")
+    made.add_argument(
+        "--state-dtype",
+        choices=(*DTYPES, "compact"),
+        help="of states; default: that of the params, float32 with master weights; compact: packed in 1 and 2 bytes",
+    )
+    made.add_argument(
+        "--master-weights", choices=get_args(Kind), help="of bfloat16 params, in 2 bytes (exact) or 1 byte (24bit) more"
+    )
+    made.add_argument("--rounding", choices=get_args(Rounding), help="of bfloat16 tensors; default: nearest")
     made.add_argument(
         "--groups",
         choices=step_cost.GROUPS,
@@ -171,7 +181,8 @@ def class_options(options: argparse.Namespace) -> dict[str, Any]:
     if options.ema:
         given["ema_decay"] = 0.999
     if options.state_dtype:
-        given["state_dtype"] = DTYPES[options.state_dtype]
+        given["state_dtype"] = DTYPES.get(options.state_dtype, options.state_dtype)
+    given |= {key: getattr(options, key) for key in ("master_weights", "rounding") if getattr(options, key)}
     return given
 
 
@@ -190,7 +201,10 @@ def print_model(options: argparse.Namespace) -> None:
     dtypes = " and ".join(sorted({str(param.dtype).removeprefix("torch.") for param in params.values()}))
     said = {
         dtypes: True,
-        f"states in {options.state_dtype}": options.state_dtype,
+        f"{options.master_weights} master weights": any(row.low is not None for row in step_cost.rows_of(optimizer)),
+        "compact states": options.state_dtype == "compact",
+        f"states in {options.state_dtype}": options.state_dtype in DTYPES,
+        "dithered rounding": options.rounding == "dithered",
         "amsgrad": options.amsgrad,
         f"momentum {options.momentum}": options.momentum,
         "gradients clipped": cost.clips,
@@ -208,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.model or options.state_dict:
         try:
             print_model(options)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             made.error(str(error))
     elif options != made.parse_args([]):
         made.error("these options describe a step of a model, so one of --model and --state-dict must be given")

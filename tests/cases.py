@@ -29,6 +29,9 @@ from fused_optim import (
     FusedAdagrad,
     FusedAdam,
     FusedAdamW,
+    FusedAdan,
+    FusedAdEMAMix,
+    FusedADOPT,
     FusedLAMB,
     FusedLion,
     FusedNAdam,
@@ -39,6 +42,7 @@ from fused_optim import (
     FusedScheduleFreeSGD,
     FusedSGD,
     FusedSGDW,
+    FusedStableAdamW,
     backends,
 )
 from fused_optim.backends import native
@@ -98,8 +102,11 @@ class Case:
         return self.ours.rule.eager
 
     def known(self, **kwargs: Any) -> dict[str, Any]:
-        """Those options that the class has."""
-        return {key: value for key, value in kwargs.items() if key in self.options}
+        """Those options that the class has. A class with three betas gets the second one twice."""
+        found = {key: value for key, value in kwargs.items() if key in self.options}
+        if "betas" in found:
+            found["betas"] = (*found["betas"], found["betas"][1])[: len(self.group["betas"])]
+        return found
 
 
 Adam, AdamW, SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
@@ -213,6 +220,16 @@ CASES = [
         oracle.schedule_free_sgd,
         {"lr": 0.01, "weight_decay": 0.1, "maximize": True},
     ),
+    Case(
+        "ademamix",
+        FusedAdEMAMix,
+        None,
+        oracle.ademamix,
+        {"lr": 0.01, "weight_decay": 0.1, "alpha_warmup": 3, "beta3_warmup": 50},
+    ),
+    Case("adopt", FusedADOPT, None, oracle.adopt, {"lr": 0.01, "weight_decay": 0.1, "decouple": True}),
+    Case("adan", FusedAdan, None, oracle.adan, {"lr": 0.01, "weight_decay": 0.1}),
+    Case("stableadamw", FusedStableAdamW, None, oracle.stableadamw, {"lr": 0.01, "weight_decay": 0.1}),
 ]
 BY_NAME = {case.name: case for case in CASES}
 ADAMW, AMSGRAD = BY_NAME["adamw"], BY_NAME["adamw-amsgrad"]  # the latter has every state

@@ -109,9 +109,10 @@ def scales(
     for old, new, start, total, hyper in zip(before, after, absolute, summed, hypers, strict=True):
         param = torch.maximum(larger(old.param, new.param), (start.param - total.param).abs())
         param = param.clamp(min=float(hyper["lr"])) if "eps" in hyper else param
-        result.append(
-            oracle.Slot(param, {key: larger(old.state.get(key), value) for key, value in total.state.items()})
-        )
+        magnitudes = {key: larger(old.state.get(key), value) for key, value in total.state.items()}
+        for key in COPIES & magnitudes.keys():  # the first step makes them of the param
+            magnitudes[key] = torch.maximum(larger(magnitudes[key], new.state[key]), param)
+        result.append(oracle.Slot(param, magnitudes))
     if rule in (oracle.lion, oracle.lamb):
         doubtful_elements = 0
         for slot, moved, hyper in zip(result, swayed(rule, before, grads, hypers), hypers, strict=True):
@@ -130,6 +131,7 @@ def scales(
     return result
 
 
+COPIES = {state for case in CASES for state in case.ours.rule.copies}  # states that are moved as params are
 NORM_ULPS = 2.0**26  # of float64, in the norm of float32 gradients
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from cases import AMSGRAD, SLOW, Target
 
+from fused_optim.optim import plans
+
 MARKERS = {
     "slow": "takes seconds: builds a package, starts processes, trains, or goes over many examples",
     "distributed": "starts several processes that work together",
@@ -21,6 +23,7 @@ MARKERS = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    plans.told.add(plans.SLOW_AVERAGES)  # it would be given in whichever test comes first
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
 

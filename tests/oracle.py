@@ -65,6 +65,15 @@ def larger_lr(rate: float, before: Tensor | None) -> Tensor:
     return new if before is None or new.float() >= before else before
 
 
+def with_correction(state: State, hyper: dict[str, Any]) -> tuple[dict[str, Any], State]:
+    """The options with the decay of this step where it is corrected (arXiv:2506.02285), and the state this needs."""
+    if not hyper.get("corrected_decay"):
+        return hyper, {}
+    largest = larger_lr(scalar(hyper["lr"]), state.get("lr_max"))
+    share = scalar(hyper["lr"]) / largest.item() if largest != 0 else 1.0
+    return {**hyper, "weight_decay": hyper["weight_decay"] * share}, {"lr_max": largest}
+
+
 def with_decay(update: Rule) -> Rule:
     """A rule of an update, which knows nothing of decay and maximize, with both: L2 goes into the gradient, decoupled
     decay into the param that the update is then taken off."""
@@ -72,10 +81,6 @@ def with_decay(update: Rule) -> Rule:
     @functools.wraps(update)
     def rule(param: Tensor, grad: Tensor, state: State, **hyper: Any) -> tuple[Tensor, State]:
         rate, weight_decay = scalar(hyper["lr"]), scalar(hyper["weight_decay"])
-        kept = {}
-        if hyper.get("corrected_decay"):  # arXiv:2506.02285
-            kept["lr_max"] = larger_lr(rate, state.get("lr_max"))
-            weight_decay *= rate / kept["lr_max"].item() if kept["lr_max"] != 0 else 1
         if hyper["maximize"]:
             grad = -grad
         if weight_decay != 0:
@@ -84,7 +89,7 @@ def with_decay(update: Rule) -> Rule:
             else:
                 grad = grad + weight_decay * param
         change, new = update(grad, state, **hyper)
-        return (param if rate == 0 else param - rate * change), {**kept, **new}
+        return (param if rate == 0 else param - rate * change), new
 
     return rule
 
@@ -174,7 +179,7 @@ def nadam(
     }
     product = new["mu_product"].item()
     mean = after * new["exp_avg"] / (1 - product * after) + (1 - now) * grad / (1 - product)
-    return mean / ((new["exp_avg_sq"] / (1 - beta2 ** step.item())).sqrt() + eps), new
+    return mean / ((new["exp_avg_sq"] / correction(beta2, step)).sqrt() + eps), new
 
 
 @with_decay
@@ -183,19 +188,18 @@ def radam(grad: Tensor, state: State, *, betas: Pair, eps: float, **_: Any) -> t
     correction."""
     beta1, beta2 = scalar(betas[0]), scalar(betas[1])
     zeros, step = torch.zeros_like(grad), next_step(state)
-    t = step.item()
     new = {
         "step": step,
         "exp_avg": beta1 * state.get("exp_avg", zeros) + (1 - beta1) * grad,
         "exp_avg_sq": beta2 * state.get("exp_avg_sq", zeros) + (1 - beta2) * grad**2,
     }
-    mean = new["exp_avg"] / (1 - beta1**t)
+    mean = new["exp_avg"] / correction(beta1, step)
     limit = 2 / (1 - beta2) - 1
-    length = limit - 2 * t * beta2**t / (1 - beta2**t)
+    length = limit - 2 * step.item() * beta2 ** step.item() / correction(beta2, step)
     if length <= 5:
         return mean, new
     rectification = math.sqrt((length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length))
-    return rectification * mean * math.sqrt(1 - beta2**t) / (new["exp_avg_sq"].sqrt() + eps), new
+    return rectification * mean * math.sqrt(correction(beta2, step)) / (new["exp_avg_sq"].sqrt() + eps), new
 
 
 def schedule_free(
@@ -226,7 +230,7 @@ def schedule_free(
     if adam:
         beta2 = scalar(hyper["betas"][1])
         new["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", torch.zeros_like(grad)) + (1 - beta2) * grad**2
-        update = update / ((new["exp_avg_sq"] / (1 - beta2**t)).sqrt() + hyper["eps"])
+        update = update / ((new["exp_avg_sq"] / correction(beta2, step)).sqrt() + hyper["eps"])
     new["z"] = z - rate * (update + weight_decay * y)
     share = weight / new["weight_sum"].item() if new["weight_sum"] != 0 else 0.0
     x = (1 - share) * x + share * new["z"]
@@ -239,6 +243,139 @@ def schedule_free_adamw(param: Tensor, grad: Tensor, state: State, **hyper: Any)
 
 def schedule_free_sgd(param: Tensor, grad: Tensor, state: State, **hyper: Any) -> tuple[Tensor, State]:
     return schedule_free(param, grad, state, **hyper)
+
+
+@with_decay
+def ademamix(
+    grad: Tensor,
+    state: State,
+    *,
+    betas: tuple[float, float, float],
+    eps: float,
+    alpha: float,
+    alpha_warmup: float | None,
+    beta3_warmup: float | None,
+    **_: Any,
+) -> tuple[Tensor, State]:
+    """AdEMAMix (arXiv:2409.03137, algorithm 1), with the schedules of the authors' code."""
+    beta1, beta2, beta3 = betas
+    zeros, step = torch.zeros_like(grad), next_step(state)
+    t = step.item()
+    if alpha_warmup is not None:
+        alpha = alpha * min(t / alpha_warmup, 1)
+    if beta3_warmup is not None and t < beta3_warmup:
+        start, end = (math.log(0.5) / math.log(beta + 1e-8) - 1 for beta in (beta1, beta3))  # half-lives
+        beta3 = 0.5 ** (1 / (start + (end - start) * t / beta3_warmup + 1))
+    new = {
+        "step": step,
+        "exp_avg_fast": beta1 * state.get("exp_avg_fast", zeros) + (1 - beta1) * grad,
+        "exp_avg_slow": beta3 * state.get("exp_avg_slow", zeros) + (1 - beta3) * grad,
+        "exp_avg_sq": beta2 * state.get("exp_avg_sq", zeros) + (1 - beta2) * grad**2,
+    }
+    mean = new["exp_avg_fast"] / correction(beta1, step) + alpha * new["exp_avg_slow"]
+    return mean / ((new["exp_avg_sq"] / correction(beta2, step)).sqrt() + eps), new
+
+
+def adopt(
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    *,
+    lr: float | Tensor,
+    betas: Pair,
+    eps: float,
+    clip_power: tuple[float, float],
+    weight_decay: float,
+    decouple: bool,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Tensor, State]:
+    """ADOPT (arXiv:2411.02853, algorithm 2), with the choices of its authors' code for weight decay."""
+    rate, beta1, beta2 = scalar(lr), scalar(betas[0]), scalar(betas[1])
+    zeros, step = torch.zeros_like(param), next_step(state)
+    if maximize:
+        grad = -grad
+    if not decouple:
+        grad = grad + weight_decay * param
+    if step == 1:
+        return param, {"step": step, "exp_avg": zeros, "exp_avg_sq": grad**2}
+    bound = clip_power[0] * (step.item() - 1) ** clip_power[1]
+    normed = (grad / state["exp_avg_sq"].sqrt().clamp(min=eps)).clamp(-bound, bound)
+    exp_avg = beta1 * state["exp_avg"] + (1 - beta1) * normed
+    new = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": beta2 * state["exp_avg_sq"] + (1 - beta2) * grad**2}
+    if rate == 0:
+        return param, new
+    return param * (1 - rate * weight_decay * decouple) - rate * exp_avg, new
+
+
+def adan(
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float, float],
+    eps: float,
+    weight_decay: float,
+    no_prox: bool,
+    maximize: bool,
+    lr_reference: float | None = None,
+    decay_period: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, State]:
+    """Adan (arXiv:2208.06677, algorithm 1). Here a beta is the share that an average keeps."""
+    rate, (beta1, beta2, beta3) = scalar(lr), betas
+    zeros, step = torch.zeros_like(param), next_step(state)
+    if maximize:
+        grad = -grad
+    change = zeros if step == 1 else grad + state["neg_pre_grad"]
+    new = {
+        "step": step,
+        "exp_avg": beta1 * state.get("exp_avg", zeros) + (1 - beta1) * grad,
+        "exp_avg_diff": beta2 * state.get("exp_avg_diff", zeros) + (1 - beta2) * change,
+        "neg_pre_grad": -grad,
+        "exp_avg_sq": beta3 * state.get("exp_avg_sq", zeros) + (1 - beta3) * (grad + beta2 * change) ** 2,
+    }
+    mean = new["exp_avg"] / correction(beta1, step) + beta2 * new["exp_avg_diff"] / correction(beta2, step)
+    update = mean / ((new["exp_avg_sq"] / correction(beta3, step)).sqrt() + eps)
+    if rate == 0:
+        return param, new
+    decay = 1 - shrinkage(rate, weight_decay, lr_reference, decay_period)
+    return (param * (1 - decay) - rate * update if no_prox else (param - rate * update) / (1 + decay)), new
+
+
+def stableadamw(
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    *,
+    lr: float | Tensor,
+    betas: Pair,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    stored: torch.dtype,
+    lr_reference: float | None = None,
+    decay_period: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, State]:
+    """StableAdamW (arXiv:2304.13013, algorithm 2). The update is made of the averages as they are stored."""
+    rate, beta1, beta2 = scalar(lr), scalar(betas[0]), scalar(betas[1])
+    zeros, step = torch.zeros_like(param), next_step(state)
+    if maximize:
+        grad = -grad
+    rest1, rest2 = ((1 - beta) / correction(beta, step) for beta in (beta1, beta2))  # 1 - debiased beta
+    new = {
+        "step": step,
+        "exp_avg": (1 - rest1) * state.get("exp_avg", zeros) + rest1 * grad,
+        "exp_avg_sq": (1 - rest2) * state.get("exp_avg_sq", zeros) + rest2 * grad**2,
+    }
+    mean, square = (new[name].to(stored).to(torch.float64) for name in ("exp_avg", "exp_avg_sq"))
+    rms = (grad / square.sqrt().clamp(min=eps)).square().mean().sqrt().item() if grad.numel() else 0.0
+    if rate == 0:
+        return param, new
+    decay = 1 - shrinkage(rate, weight_decay, lr_reference, decay_period)
+    return param - (decay * param + rate * mean / (square.sqrt() + eps)) / max(1.0, rms), new
 
 
 def lamb(
@@ -329,6 +466,7 @@ def step(
         if grad is None:
             result.append(Slot(slot.param, dict(slot.state), slot.stored))
         else:
-            new = rule(slot.param, grad, slot.state, **hyper, **shared, stored=slot.stored)
-            result.append(Slot(*new, slot.stored))
+            options, kept = with_correction(slot.state, hyper)
+            param, state = rule(slot.param, grad, slot.state, **options, **shared, stored=slot.stored)
+            result.append(Slot(param, state | kept, slot.stored))
     return result

@@ -80,8 +80,14 @@ def test_kernels_need_no_stack(arch: str, tmp_path: Path) -> None:
     log = run([NVCC, *FLAGS, f"-arch={arch}", "-Xptxas", "-v", *output, "csrc/cuda/step.cu"])
     assert "warning" not in log, log
     entries = {entry.split("'")[1]: entry for entry in re.split(r"Compiling entry function", log)[1:]}
-    shared = {"trust_kernel": 0, **SHARED}
+    shared = dict(SHARED)
     shared |= {f"prep_kernelINS_{len(rule)}{rule}E": 0 for rule in listed_rules()}
+    twice = {
+        re.search(r"NS_(\d+[A-Za-z]+)E", kernel.symbol)[1]
+        for kernel in streaming_kernels()
+        if "PassE2E" in kernel.symbol
+    }
+    shared |= {f"trust_kernelINS_{rule}E": 0 for rule in twice}
     shared |= {kernel.symbol: kernel.shared for kernel in streaming_kernels()}
     shared |= {
         f"{kernel.symbol.removesuffix(PLAIN)}{PACKED}": kernel.shared

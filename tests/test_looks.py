@@ -18,7 +18,7 @@ from test_changes import test_params_in_reused_memory as check_params_in_reused_
 
 from fused_optim import FusedAdamW, FusedSGD
 from fused_optim.engine import changes, modules
-from fused_optim.optim import base as optimizer_module
+from fused_optim.optim import plans as optimizer_module
 
 REFERENCE = Target("reference", "cpu")
 

@@ -270,7 +270,7 @@ def test_eps_zero(case: Case, target: Target) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_unusual_betas(case: Case, target: Target, betas: tuple[float, float], dtype: torch.dtype) -> None:
     params = make_params(dtype=dtype, device=target.device)
-    optimizer = build(case, target, params, betas=betas, weight_decay=0.0)
+    optimizer = build(case, target, params, weight_decay=0.0, **case.known(betas=betas))
     for step in range(quick(target, 4, 2)):
         set_grads(params, random_grads(params, step))
         # With beta1 = 0.9 and beta2 = 0 a step can be much larger than the average of the gradients.

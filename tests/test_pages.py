@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 pytestmark = pytest.mark.slow
 # Sections that run in other tests, which have the trainers' models and the converters' checkpoints.
 ELSEWHERE = {
-    "docs/migration.md": ["torch", "Apex", "DeepSpeed", "optimi", "bitsandbytes"],
+    "docs/migration.md": ["torch", "Apex", "DeepSpeed", "optimi", "bitsandbytes", "FlashOptim"],
     "docs/trainers.md": ["Hugging Face", "Accelerate", "Lightning", "timm", "A loop"],
 }
 DISTRIBUTED = "docs/distributed.md"

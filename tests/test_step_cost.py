@@ -79,6 +79,8 @@ def test_decay_groups_as_no_decay_makes_them() -> None:
 
 HALF = {"dtype": torch.bfloat16}
 MIXED = {**HALF, "state_dtype": torch.float32}
+EXACT = {**HALF, "master_weights": "exact"}
+PACKED = {**EXACT, "state_dtype": "compact"}
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,15 @@ MIXED = {**HALF, "state_dtype": torch.float32}
         ("adamw", MIXED, 22, 8),
         ("adamw", {**MIXED, "ema_decay": 0.99}, 30, 12),
         ("adamw", {**MIXED, "ema_decay": 0.99, "ema_dtype": torch.bfloat16}, 26, 10),
+        ("adamw", EXACT, 26, 10),
+        ("adamw", PACKED, 16, 5),
+        ("adamw", {**PACKED, "amsgrad": True}, 20, 7),
+        ("adamw", {**PACKED, "master_weights": "24bit"}, 14, 4),
+        ("adamw", {**PACKED, "master_weights": None, "rounding": "dithered"}, 12, 3),
+        ("adamw", {**HALF, "state_dtype": {"exp_avg_sq": "e8m8"}}, 14, 4),
+        ("adamw", {**PACKED, "dtype": torch.float32}, 18, 3),
+        ("lion", PACKED, 14, 4),
+        ("lamb", {**PACKED, "max_grad_norm": None}, 23, 5),
         ("adamw", {"max_grad_norm": 1.0}, 32, 8),
         ("adamw", {"ema_decay": 0.99}, 36, 12),
         ("adamw", {**HALF, "max_grad_norm": 1.0}, 16, 4),
@@ -118,7 +129,9 @@ def test_bytes_per_element(optimizer: str, options: dict[str, Any], moved: int, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", step_cost.GROUPS)
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, MIXED], ids=["plain", "clipped", "mixed"])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_grad_norm": 1.0}, MIXED, PACKED], ids=["plain", "clipped", "mixed", "packed"]
+)
 @pytest.mark.parametrize("name", step_cost.OPTIMIZERS)
 def test_memory_is_what_a_real_step_leaves(name: str, options: dict[str, Any], groups: str) -> None:
     shapes = {"a.weight": (3, 5), "a.bias": (3,), "empty": (0, 2), "b.weight": (130, 101)}

@@ -218,6 +218,18 @@ def test_report_with_every_option(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert found["GPU, torch for CUDA 13"] == ["4", "has none"]
 
 
+def test_report_of_packed_states(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--dtype bfloat16 --master-weights exact --state-dtype compact --rounding dithered --gbps 100"
+    assert cli.main(["--model", "gpt2-124m", *options.split()]) == 0
+    found = cells(capsys)
+    assert (
+        "A step of FusedAdamW on gpt2-124m: bfloat16, exact master weights, compact states, dithered rounding" in found
+    )
+    assert (found["params"][1], found["grads"][1], found["states"][1]) == ("2", "2", "5")
+    assert found["moved per step"] == ["1.991 GB", "16"]
+    assert found["GPU, torch for CUDA 13"] == ["2", "has none"]
+
+
 def test_report_measures_every_device(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     plain = step_cost.bandwidth
     monkeypatch.setattr(step_cost, "bandwidth", lambda device: plain(device, seconds=0.0, size=1 << 16))
@@ -246,6 +258,8 @@ def test_report_where_memory_is_short(capsys: pytest.CaptureFixture[str], monkey
         ("--model resnet50 --momentum 0.9", "--momentum is an option of sgd, sgdw, but the optimizer is adamw"),
         ("--model resnet50 --optimizer sgd --momentum -1", "Invalid momentum value: -1.0"),
         ("--model resnet50 --gbps 0", "--gbps"),
+        ("--model resnet50 --dtype float16 --master-weights exact", "is for bfloat16 params, but got one of"),
+        ("--model resnet50 --master-weights half", "exact, 24bit"),
         ("--model resnet50 --state-dict a.pt", "not allowed with"),
     ],
 )

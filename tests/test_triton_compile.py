@@ -21,7 +21,6 @@ from fused_optim.triton_kernels.launch import (
     ROW_SUMS,
     RULES,
     TOTAL,
-    TRUST,
     Signatures,
     Variant,
     apply_update_variant,
@@ -29,6 +28,7 @@ from fused_optim.triton_kernels.launch import (
     scale_variant,
     squares_variant,
     step_variant,
+    trust_variant,
 )
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel, make_backend
@@ -144,11 +144,10 @@ def walks() -> dict[str, Walk]:
 
 WALKS = walks() | averaging_walks()
 ELSEWHERE = [name for name in WALKS if not name.startswith("adam")] + [f"adam {name}" for name in REPRESENTATIVE]
-SMALL = {"row sums": ROW_SUMS, "total": TOTAL, "trust": TRUST}
+SMALL = {"row sums": ROW_SUMS, "total": TOTAL}
+SMALL |= {f"trust {name}": trust_variant(rule.ratio) for name, rule in RULES.items() if rule.ratio is not None}
 SMALL |= {
-    f"prep {rule} {clips}": prep_variant(
-        RULES[rule].scalars, clips, RULES[rule].direction is not None, RULES[rule].running
-    )
+    f"prep {rule} {clips}": prep_variant(RULES[rule].scalars, clips, RULES[rule].scales_decay, RULES[rule].running)
     for rule in RULES
     for clips in (False, True)
 }
@@ -362,7 +361,7 @@ LAUNCHED = {
         "prep": prep_variant(RULES["lamb"].scalars, True, True),
         "step": step_variant("lamb", F32_KINDS, False),
         "row sums": ROW_SUMS,
-        "trust": TRUST,
+        "trust": trust_variant(RULES["lamb"].ratio),
         "apply update": apply_update_variant("lamb", F32_KINDS, False),
         "scale": scale_variant(F32_KINDS),
     },

@@ -140,7 +140,8 @@ def test_prep_is_exact(rule: str) -> None:
         if group.max_norm:
             scale *= group.max_norm / (math.sqrt(table.squares.item()) * scale + group.clip_eps)
         decay = group.lr / group.lr_reference * group.weight_decay / math.sqrt(group.decay_period)
-        decay = group.weight_decay if RULES_OF_TRITON[rule].direction else decay
+        if RULES_OF_TRITON[rule].scales_decay:
+            decay = group.weight_decay / group.lr_reference / math.sqrt(group.decay_period)
         correction1, correction2 = bias_correction(group.beta1, step), bias_correction(group.beta2, step)
         expected = TensorScalars(
             lr=group.lr,
@@ -159,7 +160,7 @@ def test_prep_is_exact(rule: str) -> None:
             skip=0.0,
         )
         scalars = RULES_OF_THE_REFERENCE[rule].scalars
-        at = BiasCorrections(step, correction1, correction2)
+        at = BiasCorrections(step, correction1, correction2, bias_correction(group.beta3, step))
         own = scalars(group.hparams(), at) if scalars else ()
         common = len(TensorScalars._fields) - len(TensorScalars._field_defaults)
         assert table.tensor_scalars[number].tolist()[: common + len(own)] == [*expected[:common], *own]

@@ -107,21 +107,22 @@ class Variant:
 
 
 @cache
-def prep_variant(scalars: triton.JITFunction | None, clips: bool, trust: bool, running: int = 0) -> Variant:
-    """scalars: the rule's function `scalars`, or None. running: the number of its running scalars."""
+def prep_variant(scalars: triton.JITFunction | None, clips: bool, scales_decay: bool, running: int = 0) -> Variant:
+    """scalars, scales_decay, running: the rule's, see rules.py."""
     absent = () if clips else ("squares",)
-    return Variant(prep_kernel, PREP_TENSORS.value, *absent, OWN_SCALARS=scalars, TRUST=trust, RUNNING=running)
+    constants = {"OWN_SCALARS": scalars, "SCALES_DECAY": scales_decay, "RUNNING": running}
+    return Variant(prep_kernel, PREP_TENSORS.value, *absent, **constants)
 
 
 @cache
 def step_variant(rule: str, signatures: Signatures, ema: bool) -> Variant:
     """The whole step. For a rule with a trust ratio it is the first walk."""
-    update, direction = RULES[rule].update, RULES[rule].direction
-    walk, absent = (step.update, ("partials", "trust")) if direction is None else (step.update_moments, ("trust",))
-    if ema and direction is not None:  # the second walk updates the averages
+    measure = RULES[rule].measure
+    walk, absent = (step.update, ("partials", "trust")) if measure is None else (step.update_moments, ("trust",))
+    if ema and measure is not None:  # the second walk updates the averages
         return step_variant(rule, tuple(signature[:-1] for signature in signatures), False)
     packed = tuple(map(pack_signature, signatures))
-    constants = {"PASS": walk, "RULE": update, "DIRECTION": direction, "SIGNATURES": packed, "EMA": ema}
+    constants = {"PASS": walk, "RULE": RULES[rule].update, "SECOND": measure, "SIGNATURES": packed, "EMA": ema}
     return Variant(step.step_kernel, THREADS.value, *absent, **constants)
 
 
@@ -129,8 +130,8 @@ def step_variant(rule: str, signatures: Signatures, ema: bool) -> Variant:
 def apply_update_variant(rule: str, signatures: Signatures, ema: bool) -> Variant:
     """The second walk of a rule with a trust ratio. It reads no gradient."""
     packed = tuple(pack_signature((param, *states)) for param, _, *states in signatures)
-    rules = {"RULE": None, "DIRECTION": RULES[rule].direction}
-    constants = {"PASS": step.apply_update, **rules, "SIGNATURES": packed, "EMA": ema}
+    walk = step.apply_update if RULES[rule].scales_decay else step.apply_update_beside_decay
+    constants = {"PASS": walk, "RULE": None, "SECOND": RULES[rule].direction, "SIGNATURES": packed, "EMA": ema}
     return Variant(step.step_kernel, THREADS.value, "grads", "partials", **constants)
 
 
@@ -148,9 +149,14 @@ def scale_variant(signatures: Signatures) -> Variant:
     return Variant(scale_kernel, THREADS.value, SIGNATURES=of_gradients(signatures))
 
 
+@cache
+def trust_variant(ratio: triton.JITFunction) -> Variant:
+    """ratio: the rule's."""
+    return Variant(trust_kernel, PREP_TENSORS.value, RATIO=ratio)
+
+
 ROW_SUMS = Variant(row_sums_kernel, THREADS.value)
 TOTAL = Variant(total_kernel, TOTAL_THREADS.value)
-TRUST = Variant(trust_kernel, PREP_TENSORS.value)
 
 
 def launch(
@@ -176,7 +182,8 @@ def launch(
     scale = one if grad_scale is None else _float32_on(device, grad_scale)
     found = zero if found_inf is None else _float32_on(device, found_inf)
     programs = -(-tensors // PREP_TENSORS.value)
-    prep = prep_variant(RULES[rule].scalars, squares is not None, x.trust is not None, RULES[rule].running)
+    arithmetic = RULES[rule]
+    prep = prep_variant(arithmetic.scalars, squares is not None, arithmetic.scales_decay, arithmetic.running)
     hparams = x.lr, x.group_hparams, x.group_index
     prep.start(device, programs, x.rows, x.grads, *hparams, x.tensor_scalars, scale, found, squares, tensors)
     partials = None if x.trust is None else x.partials  # without a trust ratio only clipping uses them
@@ -198,7 +205,7 @@ def launch_apply_update(
     tensors, chunks, device = x.grads.numel(), x.chunk_table.numel(), x.grads.device
     if x.trust is None or tensors == 0:
         return
-    TRUST.start(
+    trust_variant(RULES[rule].ratio).start(
         device,
         -(-tensors // PREP_TENSORS.value),
         x.group_hparams,

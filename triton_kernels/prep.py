@@ -7,7 +7,7 @@ import triton.language as tl
 from fused_optim.engine.layout import GroupHparams
 
 from .rules import BiasCorrections, largest_lr
-from .tables import EMA_BEGUN, ROW_WIDTH, ROWS, SCALAR_WIDTH, SCALARS, column, read_group
+from .tables import EMA_BEGUN, GROUP_WIDTH, GROUPS, ROW_WIDTH, ROWS, SCALAR_WIDTH, SCALARS, column, read_group
 
 PREP_TENSORS = tl.constexpr(32)  # tensors per program, which is one warp
 
@@ -38,15 +38,28 @@ def clip_coefficient(group: GroupHparams, squares: tl.tensor, scale: tl.tensor) 
 
 
 @triton.jit
-def decoupled_decay(group: GroupHparams, TRUST: tl.constexpr) -> tl.tensor:
-    """The fraction of a param that decoupled decay subtracts in a step. With a trust ratio it is weight_decay alone.
-    The second walk multiplies it by the ratio and lr."""
-    if TRUST:
-        return group.weight_decay
+def decoupled_decay(group: GroupHparams, SCALED: tl.constexpr) -> tl.tensor:
+    """The fraction of a param that decoupled decay subtracts in a step. SCALED: without lr, because the second walk
+    multiplies it by lr and the ratio."""
+    none = group.lr_reference == 0.0
+    reference = tl.where(none, 1.0, group.lr_reference)
+    if SCALED:
+        share = group.weight_decay / reference / tl.sqrt(group.decay_period)
     else:
-        none = group.lr_reference == 0.0
-        share = group.lr / tl.where(none, 1.0, group.lr_reference) * group.weight_decay / tl.sqrt(group.decay_period)
-        return tl.where(none, 0.0, share)
+        share = group.lr / reference * group.weight_decay / tl.sqrt(group.decay_period)
+    return tl.where(none, 0.0, share)
+
+
+@triton.jit
+def with_lr(group: GroupHparams, lr: tl.tensor) -> GroupHparams:
+    """The same hyperparameters with another lr."""
+    columns: tl.tuple = ()
+    for i in tl.static_range(GROUP_WIDTH):
+        if i == column(GROUPS, "lr"):
+            columns += (lr,)
+        else:
+            columns += (group[i],)
+    return GroupHparams(*columns)
 
 
 @triton.jit
@@ -112,12 +125,12 @@ def prep_kernel(
     squares: tl.tensor | None,
     tensors: tl.tensor,
     OWN_SCALARS: tl.constexpr,
-    TRUST: tl.constexpr,
+    SCALES_DECAY: tl.constexpr,
     RUNNING: tl.constexpr,
 ) -> None:
     """`prepare` of csrc/prep.h for 32 tensors per program: increments their step counts and writes their scalars.
-    OWN_SCALARS: the rule's function `scalars`, or None. TRUST: whether the rule has a trust ratio. RUNNING: the number
-    of the rule's running scalars."""
+    OWN_SCALARS: the rule's function `scalars`, or None. SCALES_DECAY: whether the rule's ratio multiplies decay.
+    RUNNING: the number of the rule's running scalars."""
     row = tl.program_id(0) * PREP_TENSORS + tl.arange(0, PREP_TENSORS)
     inside = row < tensors
     grad = tl.load(grads + row, mask=inside, other=0)
@@ -135,11 +148,20 @@ def prep_kernel(
     count = tl.load(counter, mask=go, other=0.0) + 1.0
     tl.store(counter, count, mask=go)
     step = count.to(tl.float64)
-    at = BiasCorrections(step, bias_correction(group.beta1, step), bias_correction(group.beta2, step))
+    at = BiasCorrections(
+        step,
+        bias_correction(group.beta1, step),
+        bias_correction(group.beta2, step),
+        bias_correction(group.beta3, step),
+    )
     scale = 1.0 / tl.load(grad_scale).to(tl.float64)
     if squares is not None:
         scale *= clip_coefficient(group, tl.load(squares), scale)
-    decay = decoupled_decay(group, TRUST) * corrected_share(fields, group.lr, go, RUNNING)
+    decay = tl.where(decoupled & (step >= group.first_decay), decoupled_decay(group, SCALES_DECAY), 0.0)
+    decay *= corrected_share(fields, group.lr, go, RUNNING)
+    proximal = group.no_prox == 0.0  # (param - update) / (1 + decay)
+    decay = tl.where(proximal, decay / (1.0 + decay), decay)
+    group = with_lr(group, tl.where(proximal, group.lr * (1.0 - decay), group.lr))
     signature = tl.load(fields + column(ROWS, "dtype_signature"), mask=go, other=0)
     copies = (step == 1.0) & (signature & EMA_BEGUN == 0)
 
@@ -154,7 +176,7 @@ def prep_kernel(
     tl.store(out + column(SCALARS, "denom_scale"), 1.0 / tl.sqrt(at.correction2), mask=go)
     tl.store(out + column(SCALARS, "grad_factor"), tl.where(group.maximize != 0.0, -scale, scale), mask=go)
     tl.store(out + column(SCALARS, "l2"), tl.where(decoupled, 0.0, group.weight_decay), mask=go)
-    tl.store(out + column(SCALARS, "decay"), tl.where(decoupled, decay, 0.0), mask=go)
+    tl.store(out + column(SCALARS, "decay"), decay, mask=go)
     tl.store(out + column(SCALARS, "ema_weight"), tl.where(copies, 1.0, 1.0 - group.ema_decay), mask=go)
     if OWN_SCALARS is not None:
         own = own_scalars(fields, group, at, go, OWN_SCALARS, RUNNING)
@@ -173,19 +195,16 @@ def trust_kernel(
     sums: tl.tensor,
     trust: tl.tensor,
     tensors: tl.tensor,
+    RATIO: tl.constexpr,
 ) -> None:
-    """`trust_ratio` of csrc/prep.h for 32 tensors per program. The ratio of a skipped tensor does not change."""
+    """The ratios of 32 tensors per program. The ratio of a skipped tensor does not change. RATIO: the rule's function
+    `ratio`."""
     row = tl.program_id(0) * PREP_TENSORS + tl.arange(0, PREP_TENSORS)
     inside = row < tensors
     skips = tensor_scalars + row.to(tl.int64) * SCALAR_WIDTH + column(SCALARS, "skip")
     go = inside & (tl.load(skips, mask=inside, other=1.0) == 0.0)
     group = read_group(group_hparams, None, tl.load(group_index + row, mask=go, other=0), go)
 
-    param = tl.sqrt(tl.load(sums + 2 * row, mask=go, other=1.0))
-    update = tl.sqrt(tl.load(sums + 2 * row + 1, mask=go, other=1.0))
-    ratio = param / tl.where(update == 0.0, 1.0, update)
-    ratio = tl.where((param == 0.0) | (update == 0.0), 1.0, ratio)
-    ratio = tl.where(ratio < group.trust_low, group.trust_low, ratio)
-    ratio = tl.where(ratio > group.trust_high, group.trust_high, ratio)
-    always = (group.weight_decay == 0.0) & (group.trust_always == 0.0)
-    tl.store(trust + row, tl.where(always, 1.0, ratio), mask=go)
+    first = tl.load(sums + 2 * row, mask=go, other=1.0)
+    second = tl.load(sums + 2 * row + 1, mask=go, other=1.0)
+    tl.store(trust + row, RATIO(group, first, second), mask=go)

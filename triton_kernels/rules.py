@@ -3,11 +3,12 @@
 A rule gets the scalars `h` of the tensor, the param, the gradient and a tuple of states. It returns the update that the
 walker subtracts from the param, and the new states. All values have one dtype: float32, or float64 for float64 tensors.
 
-A rule with a `direction` is walked twice, because the update of each tensor is scaled by the ratio of two norms. Its
-`update` gets no param and returns the new states alone. `direction` computes the update from the new states, before lr
-and decay.
+A rule with a `direction` is walked twice, because the update of each tensor is multiplied by a ratio that depends on
+the whole tensor. Its `update` gets no param and returns the new states alone. `measure` makes two numbers of each
+element, whose squares are summed over the tensor, and `ratio` makes the ratio of both sums. `direction` computes the
+update from the new states, before lr and decay. `scales_decay`: whether the ratio multiplies decoupled decay, too.
 
-A rule can have a function `scalars`, which computes the rule's own scalars (own_a to own_d) from the options of the
+A rule can have a function `scalars`, which computes the rule's own scalars (own_a to own_f) from the options of the
 tensor's group, once per tensor and step, in float64. Of a rule with `running` scalars it also gets these, numbers of
 the tensor that carry over from step to step, and returns them after its own.
 """
@@ -21,11 +22,12 @@ from fused_optim.engine.layout import GroupHparams, TensorScalars
 
 
 class BiasCorrections(NamedTuple):
-    """The steps of tensors, counted from 1, and 1 - beta**step for both betas, in float64."""
+    """The steps of tensors, counted from 1, and 1 - beta**step for the betas, in float64."""
 
     step: tl.tensor
     correction1: tl.tensor
     correction2: tl.tensor
+    correction3: tl.tensor
 
 
 @triton.constexpr_function
@@ -191,6 +193,22 @@ def lamb_direction(h: TensorScalars, states: tl.tuple) -> tl.tensor:
 
 
 @triton.jit
+def lamb_measure(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """The param, and the update with decay."""
+    return param, tl.fma(h.decay, finite(param), lamb_direction(h, states))
+
+
+@triton.jit
+def lamb_ratio(group: GroupHparams, params: tl.tensor, updates: tl.tensor) -> tl.tensor:
+    param, update = tl.sqrt(params), tl.sqrt(updates)
+    ratio = param / tl.where(update == 0.0, 1.0, update)
+    ratio = tl.where((param == 0.0) | (update == 0.0), 1.0, ratio)
+    ratio = tl.where(ratio < group.trust_low, group.trust_low, ratio)
+    ratio = tl.where(ratio > group.trust_high, group.trust_high, ratio)
+    return tl.where((group.weight_decay == 0.0) & (group.trust_always == 0.0), 1.0, ratio)
+
+
+@triton.jit
 def lion(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
     """Lion, arXiv:2302.06675. States: exp_avg."""
     mixed = move_average(states[0], grad, h.weight1, h.small_beta1)
@@ -305,10 +323,116 @@ def schedule_free_sgd(h: TensorScalars, param: tl.tensor, grad: tl.tensor, state
     return change, (z,)
 
 
+@triton.jit
+def ademamix_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
+    """1 - beta3; beta3 if it is small; alpha. In the warm-up the half-life of the slow average grows linearly."""
+    alpha = group.option_a * (at.step / tl.maximum(at.step, group.option_b))
+    done = at.step / tl.maximum(at.step, group.option_c)
+    growing = tl.exp(1.0 / ((1.0 - done) / tl.log(group.beta1 + 1e-8) + done / tl.log(group.beta3 + 1e-8)))
+    beta3 = tl.where(at.step < group.option_c, growing, group.beta3)
+    return 1.0 - beta3, tl.where(beta3 < 0.5, beta3, 0.0), alpha
+
+
+@triton.jit
+def ademamix(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """AdEMAMix, arXiv:2409.03137, as in Apple's ml-ademamix. Options: alpha, alpha_warmup, beta3_warmup. States:
+    exp_avg_fast, exp_avg_slow, exp_avg_sq."""
+    fast = move_average(states[0], grad, h.weight1, h.small_beta1)
+    slow = move_average(states[1], grad, h.own_a, h.own_b)
+    exp_avg_sq = move_average_square(states[2], grad, h.weight2, h.small_beta2)
+    mean = tl.fma(h.own_c, slow, h.debias * fast)
+    return h.lr * divide(mean, tl.fma(square_root(exp_avg_sq), h.denom_scale, h.eps)), (fast, slow, exp_avg_sq)
+
+
+@triton.jit
+def adopt_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
+    """The weight of the square; the bound of the normalised gradient; the least divisor. With the bound 0 nothing
+    moves."""
+    first = at.step == 1.0
+    bound = group.option_a * tl.exp(group.option_b * tl.log(tl.where(first, 1.0, at.step - 1.0)))
+    return (
+        tl.where(first, 1.0, 1.0 - group.beta2),
+        tl.where(first, 0.0, bound),
+        tl.where(first, 1.0, group.eps),
+    )
+
+
+@triton.jit
+def adopt(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """ADOPT, arXiv:2411.02853. The first step only sets exp_avg_sq. Options: factor and exponent of the clipping bound.
+    States: exp_avg, exp_avg_sq."""
+    normed = divide(grad, maximum(square_root(states[1]), h.own_c))
+    clipped = tl.where(normed > h.own_b, h.own_b, tl.where(normed < -h.own_b, -h.own_b, normed))
+    exp_avg = move_average(states[0], clipped, h.weight1, h.small_beta1)
+    kept = keep(states[1], minimum(states[1], largest(grad.dtype)), h.weight2, h.small_beta2)
+    return h.lr * exp_avg, (exp_avg, tl.fma(h.own_a * grad, grad, kept))
+
+
+@triton.jit
+def adan_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
+    """The rate of exp_avg_diff; 0 in the first step, which has no difference; the bias correction of the root of
+    exp_avg_sq; 1 - beta3; beta3 if it is small."""
+    return (
+        group.lr * group.beta2 / at.correction2,
+        tl.where(at.step == 1.0, 0.0, 1.0),
+        1.0 / tl.sqrt(at.correction3),
+        1.0 - group.beta3,
+        tl.where(group.beta3 < 0.5, group.beta3, 0.0),
+    )
+
+
+@triton.jit
+def adan(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """Adan, arXiv:2208.06677, as in sail-sg/Adan. States: exp_avg, exp_avg_diff, neg_pre_grad, exp_avg_sq."""
+    change = h.own_b * (grad + states[2])
+    exp_avg = move_average(states[0], grad, h.weight1, h.small_beta1)
+    exp_avg_diff = move_average(states[1], change, h.weight2, h.small_beta2)
+    ahead = grad + keep(change, change, h.weight2, h.small_beta2)
+    exp_avg_sq = move_average_square(states[3], ahead, h.own_d, h.own_e)
+    mean = tl.fma(h.own_a, exp_avg_diff, h.step_size * exp_avg)
+    update = divide(mean, tl.fma(square_root(exp_avg_sq), h.own_c, h.eps))
+    return update, (exp_avg, exp_avg_diff, -grad, exp_avg_sq)
+
+
+@triton.jit
+def stableadamw_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
+    """1 - beta of the debiased betas, beta (1 - beta**(step - 1)) / (1 - beta**step); the betas themselves if small."""
+    weight1, weight2 = (1.0 - group.beta1) / at.correction1, (1.0 - group.beta2) / at.correction2
+    small1, small2 = tl.where(weight1 > 0.5, 1.0 - weight1, 0.0), tl.where(weight2 > 0.5, 1.0 - weight2, 0.0)
+    return weight1, weight2, small1, small2
+
+
+@triton.jit
+def stableadamw_moments(h: TensorScalars, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """StableAdamW, arXiv:2304.13013, algorithm 2. States: exp_avg, exp_avg_sq."""
+    exp_avg = move_average(states[0], grad, h.own_a, h.own_c)
+    return exp_avg, move_average_square(states[1], grad, h.own_b, h.own_d)
+
+
+@triton.jit
+def stableadamw_direction(h: TensorScalars, states: tl.tuple) -> tl.tensor:
+    return divide(states[0], square_root(states[1]) + h.eps)
+
+
+@triton.jit
+def stableadamw_measure(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """1, which counts the elements, and the gradient over the root of exp_avg_sq."""
+    return tl.full(grad.shape, 1.0, grad.dtype), divide(grad, maximum(square_root(states[1]), h.eps))
+
+
+@triton.jit
+def stableadamw_ratio(group: GroupHparams, count: tl.tensor, squares: tl.tensor) -> tl.tensor:
+    rms = tl.sqrt(squares / tl.where(count == 0.0, 1.0, count))
+    return tl.where(rms <= 1.0, 1.0, 1.0 / rms)
+
+
 class Rule(NamedTuple):
     update: triton.JITFunction
     scalars: triton.JITFunction | None = None
     direction: triton.JITFunction | None = None
+    measure: triton.JITFunction | None = None
+    ratio: triton.JITFunction | None = None
+    scales_decay: bool = False
     running: int = 0
 
 
@@ -316,11 +440,22 @@ RULES = {
     "adam": Rule(adam),
     "sgd": Rule(sgd, sgd_scalars),
     "qhadam": Rule(qhadam, qhadam_scalars),
-    "lamb": Rule(lamb_moments, lamb_scalars, lamb_direction),
+    "lamb": Rule(lamb_moments, lamb_scalars, lamb_direction, lamb_measure, lamb_ratio, scales_decay=True),
     "lion": Rule(lion),
     "adagrad": Rule(adagrad, adagrad_scalars),
     "nadam": Rule(nadam, nadam_scalars, running=1),
     "radam": Rule(radam, radam_scalars),
     "schedule_free_adamw": Rule(schedule_free_adamw, schedule_free_scalars, running=2),
     "schedule_free_sgd": Rule(schedule_free_sgd, schedule_free_scalars, running=2),
+    "ademamix": Rule(ademamix, ademamix_scalars),
+    "adopt": Rule(adopt, adopt_scalars),
+    "adan": Rule(adan, adan_scalars),
+    "stableadamw": Rule(
+        stableadamw_moments,
+        stableadamw_scalars,
+        stableadamw_direction,
+        stableadamw_measure,
+        stableadamw_ratio,
+        scales_decay=True,
+    ),
 }

@@ -100,7 +100,7 @@ def update(
     packing: tl.tuple,
     mask: tl.tensor | None,
     RULE: tl.constexpr,
-    DIRECTION: tl.constexpr,
+    SECOND: tl.constexpr,
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
@@ -123,17 +123,17 @@ def update_moments(
     packing: tl.tuple,
     mask: tl.tensor | None,
     RULE: tl.constexpr,
-    DIRECTION: tl.constexpr,
+    SECOND: tl.constexpr,
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
-    """The first walk of a rule with a trust ratio. Updates the states and sums the squares of param and update.
-    Streams: param, grad, states."""
+    """The first walk of a rule with a ratio. Updates the states. SECOND: the rule's function `measure`. Streams: param,
+    grad, states."""
     param = values[0]
-    states = RULE(h, gradient(h, param, values[1]), values[2:])
-    # `apply_update` computes its update from the stored states, so the norm is taken of that update.
-    states = store_states(pointers, 2, states, packing, mask, SIGNATURE)
-    return param, tl.fma(h.decay, finite(param), DIRECTION(h, states))
+    grad = gradient(h, param, values[1])
+    states = RULE(h, grad, values[2:])
+    # `apply_update` computes its update from the stored states, so these are measured.
+    return SECOND(h, param, grad, store_states(pointers, 2, states, packing, mask, SIGNATURE))
 
 
 @triton.jit
@@ -144,14 +144,36 @@ def apply_update(
     packing: tl.tuple,
     mask: tl.tensor | None,
     RULE: tl.constexpr,
-    DIRECTION: tl.constexpr,
+    SECOND: tl.constexpr,
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
-    """The second walk. Updates the param. Streams: param, states; with EMA the average of the weights."""
+    """The second walk. Updates the param. The ratio multiplies decay, too. SECOND: the rule's function `direction`.
+    Streams: param, states; with EMA the average of the weights."""
     param = values[0]
-    change = tl.fma(h.decay, finite(param), DIRECTION(h, values[1 : len(values) - EMA]))
+    change = tl.fma(h.decay, finite(param), SECOND(h, values[1 : len(values) - EMA]))
     param = store(pointers, 0, param - h.lr * change, packing, mask, SIGNATURE)
+    if EMA:
+        follow(h, pointers, values[len(values) - 1], param, packing, mask, SIGNATURE)
+    return ()
+
+
+@triton.jit
+def apply_update_beside_decay(
+    h: TensorScalars,
+    pointers: tl.tuple,
+    values: tl.tuple,
+    packing: tl.tuple,
+    mask: tl.tensor | None,
+    RULE: tl.constexpr,
+    SECOND: tl.constexpr,
+    SIGNATURE: tl.constexpr,
+    EMA: tl.constexpr,
+) -> tl.tuple:
+    """The same where the ratio does not multiply decay."""
+    param = values[0]
+    change = tl.fma(h.decay, finite(param), h.lr * SECOND(h, values[1 : len(values) - EMA]))
+    param = store(pointers, 0, param - change, packing, mask, SIGNATURE)
     if EMA:
         follow(h, pointers, values[len(values) - 1], param, packing, mask, SIGNATURE)
     return ()
@@ -166,13 +188,13 @@ def walk_block(
     sums: tl.tuple,
     PASS: tl.constexpr,
     RULE: tl.constexpr,
-    DIRECTION: tl.constexpr,
+    SECOND: tl.constexpr,
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
     """Applies a pass to one block of elements. Returns the sums, with those of the block added."""
     values = load(pointers, packing, mask, SIGNATURE)
-    measured = PASS(h, pointers, values, packing, mask, RULE, DIRECTION, SIGNATURE, EMA)
+    measured = PASS(h, pointers, values, packing, mask, RULE, SECOND, SIGNATURE, EMA)
     grown: tl.tuple = ()
     for i in tl.static_range(len(measured)):
         grown += (sums[i] + sum_squares(measured[i], mask),)
@@ -197,7 +219,7 @@ def walk(
     sums: tl.tuple,
     PASS: tl.constexpr,
     RULE: tl.constexpr,
-    DIRECTION: tl.constexpr,
+    SECOND: tl.constexpr,
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> tl.tuple:
@@ -217,12 +239,12 @@ def walk(
     for i in range(blocks):
         at = i * BLOCK + tl.arange(0, BLOCK)
         here, packed = [pointer + at for pointer in pointers], at_elements(packing, at)
-        sums = walk_block(usual, here, packed, None, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA)
+        sums = walk_block(usual, here, packed, None, sums, PASS, RULE, SECOND, SIGNATURE, EMA)
     for i in range(blocks * BLOCK, vectored, BLOCK):
         at = i + tl.arange(0, BLOCK)
         mask = at < vectored
         here, packed = [pointer + at for pointer in pointers], at_elements(packing, at)
-        sums = walk_block(usual, here, packed, mask, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA)
+        sums = walk_block(usual, here, packed, mask, sums, PASS, RULE, SECOND, SIGNATURE, EMA)
     # Sums must not depend on alignment: each element belongs to the same thread in both loops.
     TAIL: tl.constexpr = BLOCK if len(sums) > 0 else THREADS
     start = vectored // TAIL * TAIL if len(sums) > 0 else vectored
@@ -230,7 +252,7 @@ def walk(
         at = i + tl.arange(0, TAIL)
         mask = (at >= vectored) & (at < count)
         here, packed = [pointer + at for pointer in pointers], at_elements(packing, at)
-        sums = walk_block(h, here, packed, mask, sums, PASS, RULE, DIRECTION, SIGNATURE, EMA)
+        sums = walk_block(h, here, packed, mask, sums, PASS, RULE, SECOND, SIGNATURE, EMA)
     return sums
 
 
@@ -264,7 +286,7 @@ def step_chunk(
     trust: tl.tensor | None,
     PASS: tl.constexpr,
     RULE: tl.constexpr,
-    DIRECTION: tl.constexpr,
+    SECOND: tl.constexpr,
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
 ) -> None:
@@ -289,10 +311,10 @@ def step_chunk(
     count = tl.where(h.skip == 0.0, tl.minimum(tl.load(fields + column(ROWS, "numel")) - first, CHUNK), 0).to(tl.int32)
     packing = read_packing(fields, first, SIGNATURE)
     if partials is None:
-        walk(h, pointers, packing, count, aligned, (), PASS, RULE, DIRECTION, SIGNATURE, EMA)
+        walk(h, pointers, packing, count, aligned, (), PASS, RULE, SECOND, SIGNATURE, EMA)
     else:
         none = tl.zeros((THREADS,), tl.float64)
-        sums = walk(h, pointers, packing, count, aligned, (none, none), PASS, RULE, DIRECTION, SIGNATURE, EMA)
+        sums = walk(h, pointers, packing, count, aligned, (none, none), PASS, RULE, SECOND, SIGNATURE, EMA)
         store_sums(partials, sums)
 
 
@@ -306,16 +328,17 @@ def step_kernel(
     trust: tl.tensor | None,
     PASS: tl.constexpr,
     RULE: tl.constexpr,
-    DIRECTION: tl.constexpr,
+    SECOND: tl.constexpr,
     SIGNATURES: tl.constexpr,
     EMA: tl.constexpr,
 ) -> None:
     """One program per entry of chunk_table.
 
-    SIGNATURES: the streams that PASS walks, for every dtype signature of the table, by its number in chunk_table. EMA:
-    whether the last stream is the average of the weights. Arguments that PASS does not use are None: grads in
-    `apply_update`, partials except in `update_moments`, trust except in `apply_update`."""
+    RULE, SECOND: functions of the rule, or None. SIGNATURES: the streams that PASS walks, for every dtype signature of
+    the table, by its number in chunk_table. EMA: whether the last stream is the average of the weights. Arguments that
+    PASS does not use are None: grads in `apply_update`, partials except in `update_moments`, trust except in
+    `apply_update`."""
     entry = tl.load(chunk_table + tl.program_id(0))
     for i in tl.static_range(len(SIGNATURES)):
         if signature_number(entry) == i:
-            step_chunk(entry, rows, grads, tensor_scalars, partials, trust, PASS, RULE, DIRECTION, SIGNATURES[i], EMA)
+            step_chunk(entry, rows, grads, tensor_scalars, partials, trust, PASS, RULE, SECOND, SIGNATURES[i], EMA)

@@ -33,6 +33,7 @@ void add_squares(const G* x, double (&part)[kLanes]) {
   float sum[kLanes] = {};
 #pragma GCC unroll 8
   for (int i = 0; i < kLanes * kRun; i += kLanes) {
+    prefetch_ahead(x + i, kLanes);
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) sum[lane] = fma(widen(x[i + lane]), widen(x[i + lane]), sum[lane]);
   }
@@ -44,6 +45,7 @@ void add_squares(const BFloat16* x, double (&part)[kLanes]) {
   float sum[kLanes] = {};
 #pragma GCC unroll 8
   for (int i = 0; i < kLanes * kRun / 2; i += kLanes) {
+    prefetch_ahead(pairs + i, kLanes);
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) {
       const Pair pair = pairs[i + lane];

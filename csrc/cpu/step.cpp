@@ -89,7 +89,7 @@ void update_block(const TensorScalars<T>& scalars, P* param, const G* grad, A* c
     if constexpr (pass == Pass::kUpdate) narrow(apply<Rule, T, S>(h, p, widen(grad[i]), value), param[i]);
     else if constexpr (pass == Pass::kUpdateMoments)
       Rule::template update_moments<T, S>(h, gradient(h, p, T(widen(grad[i]))), value);
-    else narrow(p - h.lr * trusted_update<Rule, T, S>(h, p, value), param[i]);
+    else narrow(apply_direction<Rule, T, S>(h, p, value), param[i]);
     if constexpr (pass != Pass::kApplyUpdate) {
       for (int s = 0; s < S; ++s) narrow(value[s], state[s][i]);
     }
@@ -98,24 +98,25 @@ void update_block(const TensorScalars<T>& scalars, P* param, const G* grad, A* c
 
 // Reads the states as they are stored: `apply_update` computes its updates from these. A float16 state may have become
 // 0. Not inlined: float32 params and masters must be summed by the same instructions, in the same order.
-template <class Rule, class T, int S, class P, class A>
-__attribute__((noinline)) void measure_block(const TensorScalars<T>& scalars, const P* param, A* const* states,
-                                             int count, double* sums) {
+template <class Rule, class T, int S, class P, class G, class A>
+__attribute__((noinline)) void measure_block(const TensorScalars<T>& scalars, const P* param, const G* grad,
+                                             A* const* states, int count, double* sums) {
   const TensorScalars<T> h = scalars;
   const A* state[S];
   for (int s = 0; s < S; ++s) state[s] = states[s];
-  double param_sum = 0.0, update_sum = 0.0;
-#pragma omp simd reduction(+ : param_sum, update_sum)
+  double first_sum = 0.0, second_sum = 0.0;
+#pragma omp simd reduction(+ : first_sum, second_sum)
   for (int i = 0; i < count; ++i) {
     T value[S];
     for (int s = 0; s < S; ++s) value[s] = widen(state[s][i]);
     const T p = widen(param[i]);
-    const double wide = p, update = trusted_update<Rule, T, S>(h, p, value);
-    param_sum += wide * wide;
-    update_sum += update * update;
+    const Measured<T> measured = Rule::template measure<T, S>(h, p, gradient(h, p, T(widen(grad[i]))), value);
+    const double first = measured.first, second = measured.second;
+    first_sum += first * first;
+    second_sum += second * second;
   }
-  sums[0] += param_sum;
-  sums[1] += update_sum;
+  sums[0] += first_sum;
+  sums[1] += second_sum;
 }
 
 // Two float32 numbers as a pair.
@@ -175,7 +176,7 @@ void average_block(const TensorScalars<T>& h, const P* param, const Stream& ema,
   else visit_format(ema.format, follow);
 }
 
-// The usual dtypes, without copies. kUpdateMoments adds the squares of params and of updates of each chunk to `sums`.
+// The usual dtypes, without copies. kUpdateMoments adds the squares of what the rule measures to `sums`, by chunk.
 template <Pass pass, class Rule, bool kAverages, class T, int S, class P, class G, class A>
 void update_direct(const TensorScalars<T>& h, const Row<S>& row, int64_t begin, int64_t end, double* sums) {
   constexpr int kBlock = kBlockBytes / sizeof(P);
@@ -193,7 +194,7 @@ void update_direct(const TensorScalars<T>& h, const Row<S>& row, int64_t begin, 
     constexpr bool kSmallBetas = sizeof(T) == 8;
     update_block<pass, Rule, T, S, kSmallBetas>(h, param, grad, states, count, prefetch);
     if constexpr (pass == Pass::kUpdateMoments)
-      measure_block<Rule, T, S>(h, param, states, count, sums + 2 * ((element - begin) / kChunk));
+      measure_block<Rule, T, S>(h, param, grad, states, count, sums + 2 * ((element - begin) / kChunk));
     if constexpr (kAverages) average_block(h, param, row.ema(), element, count);
   }
 }
@@ -269,7 +270,7 @@ void update_copied(const TensorScalars<float>& h, const Row<S>& row, int64_t beg
     if (pass != Pass::kApplyUpdate) row.store_states(element, count, states);
     if constexpr (pass == Pass::kUpdateMoments) {
       row.load_states(element, count, states);
-      measure_block<Rule, float, S>(h, param, states, count, sums + 2 * ((element - begin) / kChunk));
+      measure_block<Rule, float, S>(h, param, grad, states, count, sums + 2 * ((element - begin) / kChunk));
     }
     if constexpr (kAverages) {
       row.param.load(element, count, param);
@@ -347,13 +348,13 @@ void step_all(const Tables& t, int threads) {
       update<pass, Rule, kAverages>);
   if constexpr (Rule::trust) {
     for (int64_t row = 0; row < t.tensors; ++row) {
-      double param = 0.0, update = 0.0;
+      double first = 0.0, second = 0.0;
       for (int64_t i = t.row_offsets[row]; i < t.row_offsets[row + 1]; ++i) {
-        param += t.partials[2 * i];
-        update += t.partials[2 * i + 1];
+        first += t.partials[2 * i];
+        second += t.partials[2 * i + 1];
       }
-      t.sums[2 * row] = param;
-      t.sums[2 * row + 1] = update;
+      t.sums[2 * row] = first;
+      t.sums[2 * row + 1] = second;
     }
   }
 }
@@ -364,7 +365,7 @@ void apply_update_all(const Tables& t, int threads) {
   walk_rows(
       t, threads, Order::kBackward,
       [&](int64_t row, BiasCorrections&) {
-        if (t.tensor_scalars[row * kScalarWidth + kScalarSkip] == 0.0) t.trust[row] = trust_ratio(t, row);
+        if (t.tensor_scalars[row * kScalarWidth + kScalarSkip] == 0.0) t.trust[row] = ratio_of<Rule>(t, row);
       },
       update<Pass::kApplyUpdate, Rule, kAverages>);
 }

@@ -32,12 +32,11 @@ constexpr bool sums_up(Pass pass) { return pass == Pass::kUpdateMoments || pass 
 
 // Sums over elements. No initializers, because shared memory holds them, too.
 struct Sums {
-  double values;   // squares of the params; of the gradients in kSquares
-  double updates;  // squares of the updates before lr
+  double first, second;  // squares of the two numbers that the rule measures; `first`: of the gradients in kSquares
 
   FUSED_HD Sums& operator+=(const Sums& other) {
-    values += other.values;
-    updates += other.updates;
+    first += other.first;
+    second += other.second;
     return *this;
   }
 };
@@ -77,7 +76,7 @@ FUSED_HD void update_element(const TensorScalars<T>& h, T& param, T grad, T (&st
   if constexpr (pass == Pass::kUpdate) param = apply<Rule, T, S>(h, param, grad, state);
   else if constexpr (pass == Pass::kUpdateMoments)
     Rule::template update_moments<T, S>(h, gradient(h, param, grad), state);
-  else if constexpr (pass == Pass::kApplyUpdate) param = param - h.lr * trusted_update<Rule, T, S>(h, param, state);
+  else if constexpr (pass == Pass::kApplyUpdate) param = apply_direction<Rule, T, S>(h, param, state);
 }
 
 // sum + x * x. The square of a float is exact in double, so fma gives the same result with one instruction less.
@@ -92,10 +91,11 @@ FUSED_HD double plus_square(double sum, T x) {
 template <Pass pass, class Rule, class T, int S>
 FUSED_HD void measure_element(const TensorScalars<T>& h, T param, T grad, const T (&state)[S > 0 ? S : 1], Sums& sums) {
   if constexpr (pass == Pass::kUpdateMoments) {
-    sums.values = plus_square(sums.values, param);
-    sums.updates = plus_square(sums.updates, trusted_update<Rule, T, S>(h, param, state));
+    const Measured<T> measured = Rule::template measure<T, S>(h, param, gradient(h, param, grad), state);
+    sums.first = plus_square(sums.first, measured.first);
+    sums.second = plus_square(sums.second, measured.second);
   } else if constexpr (pass == Pass::kSquares) {
-    sums.values = plus_square(sums.values, grad);
+    sums.first = plus_square(sums.first, grad);
   }
 }
 
@@ -250,10 +250,11 @@ __global__ void prep_kernel(Tables t) {
   });
 }
 
+template <class Rule>
 __global__ void trust_kernel(Tables t) {
   each_thread<kRowThreads>([&](int thread) {
     const int64_t row = int64_t{blockIdx.x} * kRowThreads + thread;
-    if (row < t.tensors && !skipped(t, row)) t.trust[row] = trust_ratio(t, row);
+    if (row < t.tensors && !skipped(t, row)) t.trust[row] = ratio_of<Rule>(t, row);
   });
 }
 
@@ -293,8 +294,8 @@ __global__ void __launch_bounds__(kThreads, kPacked ? 4 - 2 * kAverages : 5) ste
     __shared__ Sums part[kThreads];
     each_thread<kThreads>([&](int thread) { part[thread] = share(thread); });
     add_up(part, [&](const Sums& sums) {
-      t.partials[2 * int64_t{blockIdx.x}] = sums.values;
-      t.partials[2 * int64_t{blockIdx.x} + 1] = sums.updates;
+      t.partials[2 * int64_t{blockIdx.x}] = sums.first;
+      t.partials[2 * int64_t{blockIdx.x} + 1] = sums.second;
     });
   } else {
     each_thread<kThreads>(share);
@@ -312,8 +313,8 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(Tables t) {
     part[thread] = sums;
   });
   add_up(part, [&](const Sums& sums) {
-    t.sums[2 * row] = sums.values;
-    t.sums[2 * row + 1] = sums.updates;
+    t.sums[2 * row] = sums.first;
+    t.sums[2 * row + 1] = sums.second;
   });
 }
 
@@ -331,7 +332,7 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(Tables t) {
       sums = update_chunk<Pass::kSquares, void, false, double, 0>(t, row, chunk, is_unaligned(entry), thread);
     else if (looks)
       sums = update_chunk<Pass::kSquares, void, false, float, 0>(t, row, chunk, is_unaligned(entry), thread);
-    part[thread] = sums.values;
+    part[thread] = sums.first;
   });
   add_up(part, [&](double sum) { t.partials[blockIdx.x] = sum * counted; });
 }
@@ -376,7 +377,7 @@ void launch_step(const Tables& t, Launch&& launch) {
 template <class Rule, class Launch>
 void launch_apply_update(const Tables& t, Launch&& launch) {
   if constexpr (Rule::trust) {
-    launch(trust_kernel, row_blocks(t), kRowThreads, t);
+    launch(trust_kernel<Rule>, row_blocks(t), kRowThreads, t);
     launch(
         t.ema ? step_kernel_of<Pass::kApplyUpdate, Rule, true>(t) : step_kernel_of<Pass::kApplyUpdate, Rule, false>(t),
         t.chunks, kThreads, t);

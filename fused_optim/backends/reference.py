@@ -13,7 +13,7 @@ from ..engine.formats import DITHER_PARAM
 from ..engine.layout import GroupHparams, TensorScalars, column
 from ..engine.table import Row, Table
 from .formats import load, load_param, load_states, real_view, store_param, store_rounded, store_states
-from .reference_rules import RULES, BiasCorrections, largest_lr
+from .reference_rules import RULES, BiasCorrections, largest_lr, with_decay
 
 SKIP = column(TensorScalars, "skip")
 
@@ -36,11 +36,13 @@ def bias_correction(beta: float, step: float) -> float:
     return result
 
 
-def decoupled_decay(group: GroupHparams, trust: bool) -> float:
-    if trust:
-        return group.weight_decay
-    reference = group.lr_reference
-    return group.lr / reference * group.weight_decay / math.sqrt(group.decay_period) if reference else 0.0
+def decoupled_decay(group: GroupHparams, scaled: bool) -> float:
+    """The fraction of a param that a step subtracts. scaled: without lr."""
+    if not group.lr_reference:
+        return 0.0
+    if scaled:
+        return group.weight_decay / group.lr_reference / math.sqrt(group.decay_period)
+    return group.lr / group.lr_reference * group.weight_decay / math.sqrt(group.decay_period)
 
 
 def scalars_of(table: Table, row: Row, grad_scale: float = 1.0, norm: float | None = None) -> TensorScalars:
@@ -49,17 +51,22 @@ def scalars_of(table: Table, row: Row, grad_scale: float = 1.0, norm: float | No
     norm: the norm of all gradients that are clipped, after the division by grad_scale.
     """
     group, step = table.hparams.of(row.group_index), float(row.step)
-    at = BiasCorrections(step, bias_correction(group.beta1, step), bias_correction(group.beta2, step))
+    betas = group.beta1, group.beta2, group.beta3
+    at = BiasCorrections(step, *(bias_correction(beta, step) for beta in betas))
     factor = quotient(1.0, grad_scale)
     if norm is not None and group.max_norm > 0:
         bound = quotient(group.max_norm, norm + group.clip_eps)
         factor *= 1.0 if bound >= 1 else bound
     scalars, running = RULES[table.rule.name].scalars, [float(scalar) for scalar in row.running]
-    own = () if scalars is None else scalars(group, at, running) if table.rule.running else scalars(group, at)
-    decay = decoupled_decay(group, table.rule.trust) if group.decoupled else 0.0
+    decays = group.decoupled and step >= group.first_decay
+    decay = decoupled_decay(group, RULES[table.rule.name].scales_decay) if decays else 0.0
     if len(running) > len(table.rule.running):  # corrected decay: the largest lr comes last
         running[-1] = largest_lr(group.lr, running[-1])
         decay *= group.lr / running[-1] if running[-1] else 1.0
+    if not group.no_prox:  # (param - update) / (1 + decay)
+        decay /= 1 + decay
+        group = group._replace(lr=group.lr * (1 - decay))
+    own = () if scalars is None else scalars(group, at, running) if table.rule.running else scalars(group, at)
     for stored, scalar in zip(row.running, running, strict=True):
         stored.fill_(scalar)
     return TensorScalars(
@@ -77,7 +84,7 @@ def scalars_of(table: Table, row: Row, grad_scale: float = 1.0, norm: float | No
         decay=decay,
         ema_weight=1.0 if step == 1 and not row.ema_begun else 1 - group.ema_decay,
         skip=0.0,
-        **dict(zip(("own_a", "own_b", "own_c", "own_d"), own, strict=False)),
+        **{f"own_{name}": number for name, number in zip("abcdef", own, strict=False)},
     )
 
 
@@ -95,14 +102,16 @@ def step_row(table: Table, row: Row, number: int, grad_scale: float, norm: float
     param, grad = load_param(row), load(grad) * h.grad_factor
     if h.l2:
         grad = grad + h.l2 * param
-    update, states = RULES[table.rule.name].update(h, param, grad, load_states(row))
+    rule = RULES[table.rule.name]
+    update, states = rule.update(h, param, grad, load_states(row))
     store_states(row, states)
-    if table.sums is not None:
-        # Norms, because torch's sums depend on the number of threads.
-        norms = [param.double().norm(), trusted_update(table, row, h).double().norm()]
-        table.sums[number] = torch.stack(norms).square()
+    if rule.measure is not None and table.sums is not None:
+        # Of the states as they are stored: a float16 state may have become 0. Norms, because torch's sums depend on the
+        # number of threads.
+        measured = rule.measure(h, param, grad, load_states(row))
+        table.sums[number] = torch.stack([x.double().norm() for x in measured]).square()
     else:
-        write(row, h, param - with_decay(row, h, update))
+        write(row, h, param - with_decay(h, param, update))
 
 
 def write(row: Row, h: TensorScalars, param: Tensor) -> None:
@@ -112,28 +121,6 @@ def write(row: Row, h: TensorScalars, param: Tensor) -> None:
         old, new = load(row.ema), load_param(row)
         average = new if h.ema_weight == 1 else old - h.ema_weight * old + h.ema_weight * new
         store_rounded(row, row.ema, average, "ema", DITHER_PARAM)
-
-
-def with_decay(row: Row, h: TensorScalars, update: Tensor) -> Tensor:
-    """The update including decoupled decay. Infinite params are not decayed."""
-    if not h.decay:
-        return update
-    param = load_param(row)
-    return update + torch.where(param.isinf(), 0.0, h.decay * param)
-
-
-def trusted_update(table: Table, row: Row, h: TensorScalars) -> Tensor:
-    """The update from the states as they are stored. A float16 state may have become 0."""
-    direction = RULES[table.rule.name].direction
-    assert direction is not None
-    return with_decay(row, h, direction(h, load_states(row)))
-
-
-def trust_ratio(group: GroupHparams, param: float, update: float) -> float:
-    if not group.weight_decay and not group.trust_always:
-        return 1.0
-    ratio = param / update if param and update else 1.0
-    return min(max(ratio, group.trust_low), group.trust_high)
 
 
 class Reference(Backend):
@@ -169,16 +156,20 @@ class Reference(Backend):
 
     @torch.no_grad()
     def apply_update(self) -> None:
-        table = self.table
+        table, rule = self.table, RULES[self.table.rule.name]
         if table.trust is None or table.sums is None or table.is_meta:
             return
+        assert rule.ratio is not None and rule.direction is not None
         for number, row in enumerate(table.rows_list):
             if table.tensor_scalars[number, SKIP]:
                 continue
-            h, group = TensorScalars(*table.tensor_scalars[number].tolist()), table.hparams.of(row.group_index)
-            ratio = trust_ratio(group, *table.sums[number].sqrt().tolist())
-            table.trust[number] = ratio
-            write(row, h, load_param(row) - h.lr * ratio * trusted_update(table, row, h))
+            h, param = TensorScalars(*table.tensor_scalars[number].tolist()), load_param(row)
+            table.trust[number] = rule.ratio(table.hparams.of(row.group_index), *table.sums[number].tolist())
+            rate, direction = h.lr * float(table.trust[number]), rule.direction(h, load_states(row))
+            if rule.scales_decay:
+                write(row, h, param - rate * with_decay(h, param, direction))
+            else:
+                write(row, h, param - with_decay(h, param, rate * direction))
 
     @torch.no_grad()
     def scale_grads(self, squares: Tensor) -> None:

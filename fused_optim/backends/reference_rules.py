@@ -2,7 +2,7 @@
 
 A rule gets the scalars `h` of the tensor, the param, the gradient and the states, and returns the update that is
 subtracted from the param, and the new states. A rule may have `scalars`, which makes scalars of its own (own_a to
-own_d) from the options of the tensor's group, once per tensor and step. Of a rule with running scalars it also gets
+own_f) from the options of the tensor's group, once per tensor and step. Of a rule with running scalars it also gets
 these, as a list that it changes.
 """
 
@@ -19,11 +19,12 @@ from ..engine.layout import GroupHparams, TensorScalars
 
 
 class BiasCorrections(NamedTuple):
-    """The step of a tensor, counted from 1, and 1 - beta**step of both betas."""
+    """The step of a tensor, counted from 1, and 1 - beta**step of the betas."""
 
     step: float
     correction1: float
     correction2: float
+    correction3: float
 
 
 # What a rule makes of param, gradient and states: the update to be subtracted, and the new states.
@@ -31,12 +32,22 @@ Update = tuple[Tensor, list[Tensor]]
 
 
 class Arithmetic(NamedTuple):
-    """A rule: its update; what makes its own scalars, own_a to own_d; with a trust ratio the update from the states
-    alone, before lr and decay."""
+    """A rule: its update, and what makes its own scalars, own_a to own_f. Rules that are walked twice have `direction`,
+    the update from the states alone, before lr and decay; `measure`, two numbers of each element whose squares are
+    summed over the tensor; `ratio`, which makes of both sums what the update is multiplied by; and `scales_decay`,
+    whether it multiplies decoupled decay, too."""
 
     update: Callable[[TensorScalars, Tensor, Tensor, list[Tensor]], Update]
     scalars: Callable[..., tuple[float, ...]] | None = None
     direction: Callable[[TensorScalars, list[Tensor]], Tensor] | None = None
+    measure: Callable[[TensorScalars, Tensor, Tensor, list[Tensor]], tuple[Tensor, Tensor]] | None = None
+    ratio: Callable[[GroupHparams, float, float], float] | None = None
+    scales_decay: bool = False
+
+
+def with_decay(h: TensorScalars, param: Tensor, update: Tensor) -> Tensor:
+    """The update including decoupled decay. Infinite params are not decayed."""
+    return update + torch.where(param.isinf(), 0.0, h.decay * param) if h.decay else update
 
 
 def keep(average: Tensor, weight: float, small_beta: float) -> Tensor:
@@ -108,6 +119,17 @@ def lamb(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) ->
 
 def lamb_direction(h: TensorScalars, states: list[Tensor]) -> Tensor:
     return states[0] * h.own_b / (states[1].sqrt() * h.own_c + h.eps)
+
+
+def lamb_measure(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return param, with_decay(h, param, lamb_direction(h, states))
+
+
+def lamb_ratio(group: GroupHparams, params: float, updates: float) -> float:
+    if not group.weight_decay and not group.trust_always:
+        return 1.0
+    ratio = math.sqrt(params) / math.sqrt(updates) if params and updates else 1.0
+    return min(max(ratio, group.trust_low), group.trust_high)
 
 
 def adagrad_scalars(group: GroupHparams, at: BiasCorrections) -> tuple[float, ...]:
@@ -186,6 +208,89 @@ def schedule_free_sgd(h: TensorScalars, param: Tensor, grad: Tensor, states: lis
     return change, [z]
 
 
+def ademamix_scalars(group: GroupHparams, at: BiasCorrections) -> tuple[float, ...]:
+    """Options: alpha, alpha_warmup, beta3_warmup."""
+    alpha, beta3 = group.option_a * (at.step / group.option_b if at.step < group.option_b else 1.0), group.beta3
+    if at.step < group.option_c:  # the half-life of the slow average grows linearly
+        done = at.step / group.option_c
+        beta3 = math.exp(1 / ((1 - done) / math.log(group.beta1 + 1e-8) + done / math.log(group.beta3 + 1e-8)))
+    return 1 - beta3, beta3 if beta3 < 0.5 else 0.0, alpha
+
+
+def ademamix(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+    """arXiv:2409.03137 as in Apple's ml-ademamix. Own: weight of the gradient in the slow average, its beta if that is
+    small, alpha."""
+    fast, exp_avg_sq = averages(h, grad, [states[0], states[2]])
+    slow = keep(states[1], h.own_a, h.own_b) + h.own_a * grad
+    mean = h.debias * fast + h.own_c * slow
+    return h.lr * (mean / (exp_avg_sq.sqrt() * h.denom_scale + h.eps)), [fast, slow, exp_avg_sq]
+
+
+def adopt_scalars(group: GroupHparams, at: BiasCorrections) -> tuple[float, ...]:
+    """Options: factor and exponent of the clipping bound. The first step only sets exp_avg_sq."""
+    if at.step == 1:
+        return 1.0, 0.0, 1.0
+    return 1 - group.beta2, group.option_a * math.exp(group.option_b * math.log(at.step - 1)), group.eps
+
+
+def adopt(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+    """arXiv:2411.02853. Own: weight of the square, bound of the normalised gradient, least divisor."""
+    clipped = (grad / states[1].sqrt().clamp(min=h.own_c)).clamp(-h.own_b, h.own_b)
+    exp_avg = keep(states[0], h.weight1, h.small_beta1) + h.weight1 * clipped
+    exp_avg_sq = keep(states[1], h.weight2, h.small_beta2) + h.own_a * grad * grad
+    return h.lr * exp_avg, [exp_avg, torch.where(states[1].isinf() & ~grad.isnan(), states[1], exp_avg_sq)]
+
+
+def adan_scalars(group: GroupHparams, at: BiasCorrections) -> tuple[float, ...]:
+    return (
+        group.lr * group.beta2 / at.correction2,
+        0.0 if at.step == 1 else 1.0,
+        1 / math.sqrt(at.correction3),
+        1 - group.beta3,
+        group.beta3 if group.beta3 < 0.5 else 0.0,
+    )
+
+
+def adan(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+    """arXiv:2208.06677 as in sail-sg/Adan. Own: rate of exp_avg_diff, 0 in the first step, bias correction of the root,
+    weight of the square, beta3 if it is small."""
+    change = h.own_b * (grad + states[2])
+    exp_avg = keep(states[0], h.weight1, h.small_beta1) + h.weight1 * grad
+    exp_avg_diff = keep(states[1], h.weight2, h.small_beta2) + h.weight2 * change
+    ahead = grad + keep(change, h.weight2, h.small_beta2)
+    exp_avg_sq = keep(states[3], h.own_d, h.own_e) + h.own_d * ahead * ahead
+    exp_avg_sq = torch.where(states[3].isinf() & ~ahead.isnan(), states[3], exp_avg_sq)
+    update = (h.step_size * exp_avg + h.own_a * exp_avg_diff) / (exp_avg_sq.sqrt() * h.own_c + h.eps)
+    return update, [exp_avg, exp_avg_diff, -grad, exp_avg_sq]
+
+
+def stableadamw_scalars(group: GroupHparams, at: BiasCorrections) -> tuple[float, ...]:
+    """The weights of gradient and square for debiased betas; these betas if they are small."""
+    weights = (1 - group.beta1) / at.correction1, (1 - group.beta2) / at.correction2
+    return *weights, *(1 - weight if weight > 0.5 else 0.0 for weight in weights)
+
+
+def stableadamw(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+    """arXiv:2304.13013, algorithm 2."""
+    debiased = h._replace(weight1=h.own_a, weight2=h.own_b, small_beta1=h.own_c, small_beta2=h.own_d)
+    states = averages(debiased, grad, states)
+    return stableadamw_direction(h, states), states
+
+
+def stableadamw_direction(h: TensorScalars, states: list[Tensor]) -> Tensor:
+    return states[0] / (states[1].sqrt() + h.eps)
+
+
+def stableadamw_measure(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.ones_like(grad), grad / states[1].sqrt().clamp(min=h.eps)
+
+
+def stableadamw_ratio(group: GroupHparams, count: float, squares: float) -> float:
+    """1 over the root mean square, where that is above 1."""
+    rms = math.sqrt(squares / count) if count else 0.0
+    return 1.0 if rms <= 1 else 1 / rms
+
+
 RULES = {
     "adam": Arithmetic(adam),
     "sgd": Arithmetic(sgd, sgd_scalars),
@@ -196,5 +301,16 @@ RULES = {
     "radam": Arithmetic(radam, radam_scalars),
     "schedule_free_adamw": Arithmetic(schedule_free_adamw, schedule_free_scalars),
     "schedule_free_sgd": Arithmetic(schedule_free_sgd, schedule_free_scalars),
-    "lamb": Arithmetic(lamb, lamb_scalars, lamb_direction),
+    "ademamix": Arithmetic(ademamix, ademamix_scalars),
+    "adopt": Arithmetic(adopt, adopt_scalars),
+    "adan": Arithmetic(adan, adan_scalars),
+    "stableadamw": Arithmetic(
+        stableadamw,
+        stableadamw_scalars,
+        stableadamw_direction,
+        stableadamw_measure,
+        stableadamw_ratio,
+        scales_decay=True,
+    ),
+    "lamb": Arithmetic(lamb, lamb_scalars, lamb_direction, lamb_measure, lamb_ratio, scales_decay=True),
 }

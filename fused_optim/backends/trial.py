@@ -117,4 +117,4 @@ def _table_of(
         row.dithered = frozenset(name for name, found in places.items() if dithered in found)
         rows.append(row)
     with torch.device("cpu"):
-        return Table(rule, device, rows, HostHparams(1, rule.clip_eps, 1.0), clips)
+        return Table(rule, device, rows, HostHparams(1, clip_eps=rule.clip_eps, max_norm=1.0), clips)

@@ -119,11 +119,12 @@ TORCH_LAUNCHES = (
 def torch_lists(optimizer: FusedOptimizer) -> list[list[Row]] | None:
     """The lists of tensors that torch's fused step passes to its kernel: one list per group and dtype. None if torch
     has no fused kernel for the step. Of the optimizers here torch has fused kernels for Adam, AdamW and SGD, if params
-    are real and states have their param's dtype."""
+    are real, states have their param's dtype and there are no master weights."""
     fused = any("fused" in inspect.signature(base).parameters for base in _torch_bases(optimizer))
     lists: dict[object, list[Row]] = {}
     for row in rows_of(optimizer):
-        fused &= {state.dtype for state in row.states} <= {row.target.dtype} and not row.target.is_complex()
+        narrow = row.low is None and {state.dtype for state in row.states} <= {row.target.dtype}
+        fused &= narrow and not row.target.is_complex()
         lists.setdefault((row.group_index, row.target.dtype), []).append(row)
     return list(lists.values()) if fused else None
 
@@ -140,8 +141,8 @@ def rows_of(optimizer: FusedOptimizer) -> list[Row]:
 class Cost:
     """The cost of one step on one device.
 
-    params, grads, states, tables: bytes in memory. states includes step counts, running scalars and averages of
-        the weights.
+    params, grads, states, tables: bytes in memory. states includes lower halves of master weights, step counts,
+        running scalars and averages of the weights.
     moved: bytes that a step reads or writes; each operand of each walk counts once.
     clips: whether gradients are read a second time, for their norm.
     launches: kernel launches of a step on a GPU.
@@ -172,11 +173,12 @@ def cost_of(optimizer: FusedOptimizer) -> Cost:
     grads = sum(row.target.numel() * row.grad_dtype.itemsize for row in rows)
     states = sum(state.nbytes for row in rows for state in row.states)
     scalars = sum(scalar.nbytes for row in rows for scalar in (row.step, *row.running))
+    lower = sum(row.low.nbytes for row in rows if row.low is not None)
     average = sum(row.ema.nbytes for row in rows if row.ema is not None)
 
-    moved = grads + 2 * params + 2 * states + 2 * average
+    moved = grads + 2 * params + 2 * lower + 2 * states + 2 * average
     if trust:  # the second walk reads params and states again and recomputes the update
-        moved += params + states
+        moved += params + lower + states
     if clips:
         moved += grads
 
@@ -196,7 +198,7 @@ def cost_of(optimizer: FusedOptimizer) -> Cost:
         groups=len(optimizer.param_groups),
         params=params,
         grads=grads,
-        states=states + scalars + average,
+        states=states + lower + scalars + average,
         tables=sum(_table_bytes(bound.table) for bound in optimizer._tables),
         moved=moved,
         clips=clips,

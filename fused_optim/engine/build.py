@@ -28,6 +28,11 @@ def members_of(groups: ParamGroups) -> Iterator[tuple[Tensor, int, dict[str, Any
     return ((param, index, group) for index, group in enumerate(groups) for param in group["params"])
 
 
+def names_of(groups: ParamGroups) -> list[str | None]:
+    """The names of the params; None for each param that was given without a name."""
+    return [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]
+
+
 def validate(optimizer: str, rule: Rule, groups: ParamGroups, names: Sequence[str | None], state: States) -> None:
     """Raises RuntimeError, TypeError or ValueError for a param, gradient or hyperparameter that a step cannot use.
 
@@ -160,19 +165,28 @@ def _count_of(rule: Rule, state: dict[str, Any], count: Tensor | None, begun: bo
     return (1.0 if state else 0.0) if count is None else count
 
 
-def build_tables(
-    rule: Rule, rows: Sequence[Row], groups: ParamGroups, scaler: Scaler, ema: WeightAverage | None
-) -> tuple[HostHparams, list[Table]]:
-    """The hyperparameters of all groups, and a table for each device. If something is summed over whole tensors,
-    tensors that are summed over different processes are in different tables."""
-    hparams = HostHparams(len(groups), rule.clip_eps, scaler.bound_without_key(groups))
+def make_hparams(rule: Rule, groups: ParamGroups, scaler: Scaler, ema: WeightAverage | None) -> HostHparams:
+    """The hyperparameters of all groups. A change detector fills in the options of the groups."""
+    max_norm = scaler.bound_without_key(groups)
+    hparams = HostHparams(len(groups), clip_eps=rule.clip_eps, first_decay=rule.first_decay, max_norm=max_norm)
     if ema is not None:
         hparams.column("ema_decay").fill_(ema.current)
+    return hparams
+
+
+def build_tables(
+    rule: Rule,
+    rows: Sequence[Row],
+    groups: ParamGroups,
+    scaler: Scaler,
+    hparams: HostHparams,
+) -> list[Table]:
+    """A table for each device. If something is summed over whole tensors, tensors that are summed over different
+    processes are in different tables. hparams: of all groups."""
     looks = scaler.looks_at(groups)
     by_place: dict[tuple[torch.device, bool, Groups], list[Row]] = {}
     for row in rows:
         spread = groups_of(row.param) if looks or rule.trust else ()
         alone = scaler.norm_group is not None and is_sharded(row.param)
         by_place.setdefault((row.shard.device, alone, spread), []).append(row)
-    tables = [Table(rule, device, members, hparams, looks, spread) for (device, _, spread), members in by_place.items()]
-    return hparams, tables
+    return [Table(rule, device, members, hparams, looks, spread) for (device, _, spread), members in by_place.items()]

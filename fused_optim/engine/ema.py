@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import Tables
 from .changes import RAW_CHANGED
 from .dtensor import is_same_memory, like, local
 from .scaling import Shared
 from .states import match_layout, numbers_of, state_dtype_of
-from .table import NARROW, Row
+from .table import NARROW, HostHparams, Row
 
 Decay = float | Callable[[int], float]
 States = MutableMapping[Tensor, dict[str, Any]]
@@ -113,13 +112,13 @@ class WeightAverage:
         if callable(self.decay):
             self.current = check_decay(self.decay(self.steps))
 
-    def advance(self, tables: Tables) -> int:
+    def advance(self, hparams: HostHparams | None) -> int:
         """Counts the step and writes its decay to the hyperparameters that prep reads. Returns what changed, as
         ChangeDetector.poll() does."""
         self.steps += 1
-        if not tables or not callable(self.decay):  # a constant decay was written when the tables were built
+        if hparams is None or not callable(self.decay):  # a constant decay was written when the tables were built
             return 0
-        column = tables[0].table.hparams.column("ema_decay")  # one for all tables
+        column = hparams.column("ema_decay")
         if column[0] == self.current:
             return 0
         column.fill_(self.current)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 CHUNK = 4096  # elements of one tensor that one program (GPU) or one loop turn (CPU) handles
 SHARE = 4096  # numbers that one GPU block sums for the norm of all gradients
 ALIGNMENT = 16  # bytes of the widest access
-MAX_STATES = 3  # of one tensor
+MAX_STATES = 4  # of one tensor
 MAX_RUNNING = 3  # running scalars of one tensor: two of the rule, and the largest lr
 EMPTY = 16  # in `grads`: replaces the address of a gradient without elements, which is null
 
@@ -32,6 +32,7 @@ class RowFields(NamedTuple):
     state0: int = 0  # addresses of the states, in the order of the rule
     state1: int = 0
     state2: int = 0
+    state3: int = 0
     ema: int = 0  # address of the moving average of the weights
     first_element: int = 0  # index of the tensor's first element in the whole param
     anchor: int = 0  # exponent of the anchors of a state in ANCHORED8
@@ -47,12 +48,15 @@ class GroupHparams(NamedTuple):
     lr: Any = 0.0
     beta1: Any = 0.0
     beta2: Any = 0.0
+    beta3: Any = 0.0  # of rules with three averages
     eps: Any = 0.0
     weight_decay: Any = 0.0
     decoupled: Any = 0.0  # whether weight decay is decoupled from the gradient
     maximize: Any = 0.0
     lr_reference: Any = 1.0  # decoupled decay is lr / lr_reference * weight_decay / sqrt(decay_period)
     decay_period: Any = 1.0
+    first_decay: Any = 1.0  # the first step of a param that has decoupled decay
+    no_prox: Any = 1.0  # 0: decoupled decay divides by 1 + decay after the update
     max_norm: Any = 0.0  # of all gradients; 0: not clipped, not in the norm; < 0: neither, but NaN and inf still show
     clip_eps: Any = 0.0  # added to the norm
     trust_low: Any = 0.0  # bounds of the trust ratio
@@ -87,6 +91,8 @@ class TensorScalars(NamedTuple):
     own_b: Any = 0.0
     own_c: Any = 0.0
     own_d: Any = 0.0
+    own_e: Any = 0.0
+    own_f: Any = 0.0
 
 
 class TableArrays(NamedTuple):

@@ -18,6 +18,7 @@ from .dtensor import device_for, is_sharded, largest_over, reduce_over
 from .table import Table
 
 UNSCALED = Scaling()
+SQUARES = "last_grad_squares"  # key in a checkpoint
 
 
 def largest_square(table: Table) -> Tensor:
@@ -89,6 +90,17 @@ class Scaler:
         squares, scale = self._last
         norm = squares.sqrt().reshape(())
         return (norm if scale is None else norm / scale).float()
+
+    @property
+    def last_squares(self) -> Tensor | None:
+        """The square of `norm`: float64 [1]."""
+        if self._last is None:
+            return None
+        squares, scale = self._last
+        return squares.reshape(1) if scale is None else squares.reshape(1) / scale.double().square()
+
+    def set_last_squares(self, squares: Tensor) -> None:
+        self._last = squares.detach().double().reshape(1), None
 
     def set_skipped(self, count: Any) -> None:
         """Sets the count in place, because captured graphs write to its tensor."""
@@ -192,3 +204,68 @@ class Scaler:
             return squares[0]
         both = torch.stack([_moved(square, home) for square in squares])
         return both.sum(0) if self.norm_type == 2 else both.amax(0)
+
+
+class BucketScaler:
+    """The scaling of gradients where params are stepped in buckets, each as soon as it has its gradients.
+
+    The norm of all gradients is not known yet then. A bucket is clipped by the larger of two norms: that of the whole
+    last step, and that of the buckets of this step so far, its own gradients included. With skip_nonfinite a bucket
+    with non-finite gradients is skipped alone and is in no norm. The step counts as skipped then.
+
+    squares: of the buckets of this step so far, float64 [1]. scale: what the gradients of this step are divided by.
+    skips: whether a bucket of this step was skipped, float32 [1].
+    """
+
+    def __init__(self, scaler: Scaler) -> None:
+        self.scaler = scaler
+        self.squares: Tensor | None = None
+        self.scale: Tensor | None = None
+        self.skips: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, tables: Tables, looks: bool, grad_scale: Any) -> list[Scaling]:
+        """One Scaling per table of the bucket. looks, grad_scale: see Scaler."""
+        scaler = self.scaler
+        real = [bound for bound in tables if not bound.table.is_meta]
+        if not real or not (looks or grad_scale is not None):
+            return [UNSCALED] * len(tables)
+        home = real[0].table.device
+        scale = None if grad_scale is None else scaler._product([grad_scale], home)
+        found_inf = bound = None
+        if looks:
+            own = scaler._squares(real, home)
+            before = torch.zeros_like(own) if self.squares is None else _moved(self.squares, home)
+            seen = scaler._together([before, own], home)
+            if scaler.skip_nonfinite:
+                bad = ~scaler._is_finite(own, scale, real)
+                seen, found_inf = torch.where(bad, before, seen), bad.float()
+                self.skips = found_inf if self.skips is None else _moved(self.skips, home).maximum(found_inf)
+            self.squares, self.scale = seen, scale
+            bound = seen.maximum(self._last_squares(scale, home))
+        numbers = (scale, found_inf, bound)
+        return [
+            UNSCALED
+            if table.table.is_meta
+            else Scaling(*(number if number is None else _moved(number, table.table.device) for number in numbers))
+            for table in tables
+        ]
+
+    def _last_squares(self, scale: Tensor | None, home: torch.device) -> Tensor:
+        """Those of the last step, as if its gradients had had the scale of this one. 0 if they were not finite."""
+        squares = self.scaler.last_squares
+        if squares is None:
+            return torch.zeros(1, dtype=torch.float64, device=home)
+        squares = _moved(squares, home)
+        if scale is not None:
+            squares = squares * scale.double().square()
+        return torch.where(squares.isfinite(), squares, 0.0)
+
+    def end(self) -> None:
+        """Ends the step: its norm becomes that of the last step."""
+        if self.squares is not None:
+            self.scaler._last = self.squares, None if self.scale is None else self.scale.clone()
+        if self.skips is not None:
+            self.scaler.skipped = self.scaler.skipped.to(self.skips.device)
+            self.scaler.skipped += (self.skips != 0).reshape(())
+        self.squares = self.scale = self.skips = None

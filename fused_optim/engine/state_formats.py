@@ -50,11 +50,16 @@ def check_state_dtype(value: Any, rule: Rule) -> None:
                 f'"e8m8" stores values that are never negative, {" and ".join(SQUARES)}, but state_dtype gives it to '
                 f"{name!r}; use torch.bfloat16"
             )
-        if choice == "anchored8" and (name != "exp_avg" or "exp_avg_sq" not in rule.states):
+        if choice == "anchored8" and not (name == "exp_avg" and is_anchored(rule)):
             raise ValueError(
                 f'"anchored8" stores exp_avg relative to the root of exp_avg_sq, but state_dtype gives it to {name!r} '
                 f"of an optimizer with the states {', '.join(rule.states)}; use torch.bfloat16"
             )
+
+
+def is_anchored(rule: Rule) -> bool:
+    """Whether anchored8 can store the exp_avg of a rule, relative to the root of exp_avg_sq."""
+    return rule.bounded and {"exp_avg", "exp_avg_sq"} <= {*rule.states}
 
 
 def choices_of(value: StateDtype, rule: Rule) -> dict[str, torch.dtype | Code]:
@@ -66,9 +71,9 @@ def choices_of(value: StateDtype, rule: Rule) -> dict[str, torch.dtype | Code]:
     if value != "compact":
         return dict.fromkeys(rule.states, value)
     names = [name for name in rule.states if name not in rule.copies]
-    if "exp_avg_sq" not in rule.states:
-        return dict.fromkeys(names, torch.bfloat16)
-    return {name: "e8m8" if name in SQUARES else "anchored8" for name in names}
+    compact: dict[str, torch.dtype | Code] = dict.fromkeys(names, torch.bfloat16)
+    compact |= {name: "e8m8" for name in names if name in SQUARES}
+    return compact | ({"exp_avg": "anchored8"} if is_anchored(rule) else {})
 
 
 def check_betas(value: StateDtype, rule: Rule, betas: Any) -> None:

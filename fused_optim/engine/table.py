@@ -60,6 +60,7 @@ class Rule:
 
     states: names in `optimizer.state[param]`, in the order of the rule's arguments.
     options: the options of its groups besides REQUIRED and OPTIONAL. An option of the same name replaces theirs.
+    optional: more of them, which may be None.
     switched: states that exist only if a group's option is true, as {state: option}. They come last in `states`.
     squares: states that are sums or averages of squares. They are never negative.
     copies: states that start as copies of the param, and are stored as weights are.
@@ -72,6 +73,8 @@ class Rule:
         of a param may differ.
     trust: whether each tensor's update is scaled by a ratio of norms, which takes a second walk.
     clip_eps: added to the norm in the clipping coefficient.
+    first_decay: the first step of a param that has decoupled decay.
+    bounded: whether the root of exp_avg_sq bounds exp_avg, which anchored8 needs.
     """
 
     name: str
@@ -86,6 +89,9 @@ class Rule:
     counted: bool = True
     trust: bool = False
     clip_eps: float = 1e-6
+    first_decay: int = 1
+    bounded: bool = True
+    optional: tuple[Option, ...] = ()
 
     def states_of(self, group: Mapping[str, object]) -> list[str]:
         return [name for name in self.states if name not in self.switched or group[self.switched[name]]]
@@ -108,9 +114,10 @@ class Rule:
         """Of each option: its name, its first column, its number of columns, whether it is optional, and whether tables
         are rebuilt when its value changes from or to 0."""
         switches = {*self.switched.values(), "max_grad_norm"}
-        own = {name for key, first, _ in self.options for name in (key, first)}
+        own = {name for key, first, _ in self.options + self.optional for name in (key, first)}
         required = tuple(option for option in REQUIRED if option[0] not in own)
         options = [(*option, False) for option in required + self.options]
+        options += [(*option, True) for option in self.optional]
         options += [(*option, True) for option in OPTIONAL if option[1] not in own]
         return [
             (key, column(GroupHparams, first), count, optional, key in switches)
@@ -201,16 +208,16 @@ def format_of(dtype: torch.dtype, dithered: bool = False) -> Format:
 class HostHparams:
     """The hyperparameters of all groups on the host, in one buffer: one copy brings them to a device.
 
+    defaults: the columns of options that a group lacks, where they are not those of GroupHparams.
     group_hparams: float64 [groups, GroupHparams]. lr: int64 [groups], the address of a device lr tensor (lowest bit
         set: float64, else float32), or 0.
     """
 
-    def __init__(self, groups: int, clip_eps: float, max_norm: float) -> None:
+    def __init__(self, groups: int, **defaults: float) -> None:
         width = len(GroupHparams._fields)
         self.buffer = torch.zeros(groups * (width + 1), dtype=torch.int64)
         self.group_hparams, self.lr = self.split(self.buffer)
-        # Defaults, for options that a group lacks.
-        self.group_hparams[:] = torch.tensor(GroupHparams(clip_eps=clip_eps, max_norm=max_norm), dtype=torch.float64)
+        self.group_hparams[:] = torch.tensor(GroupHparams(**defaults), dtype=torch.float64)
 
     @staticmethod
     def split(buffer: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from ..engine.state_formats import ANCHOR, decoded
 Options = dict[str, Any]
 State = dict[str, Any]
 
-STATES = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer", EMA)
+STATES = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer", EMA, LOW)
 COUNTS = (STEPS, "skipped_steps")  # counts of the whole optimizer that checkpoints of this package can have
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..engine.build import members_of, missing_states
+from ..engine.build import members_of, missing_states, names_of
 from ..engine.checkpoints import without_update
 from ..engine.ema import Averages, WeightAverage
 from ..engine.table import Rule
@@ -22,6 +22,7 @@ class Averaged(Options):
 
     rule: ClassVar[Rule]
     _steps: dict[Tensor, Tensor]
+    _release: Any = None  # a GradientRelease, see release.py
     _guarded: list[Tensor]  # params with lower halves, in the detector's order
 
     @property
@@ -87,7 +88,7 @@ class Averaged(Options):
             RuntimeError: the optimizer keeps no averages, or the call is inside of ema_weights().
             ValueError: the averages are of other params, or state_dict is neither of the two.
         """
-        self._averages().load(self._all_params(), self._all_names(), self.state, state_dict)
+        self._averages().load(self._all_params(), names_of(self.param_groups), self.state, state_dict)
         self._forget()
         if not self.rule.counted:
             return
@@ -112,6 +113,8 @@ class Averaged(Options):
             return
         if self._guarded:
             self._masters.remember_versions(self._guarded, self._detector.versions())
+        if self._release is not None:
+            self._release.remember_versions()
         self._masters.settle(self.state)
 
     def _all_params(self) -> list[Tensor]:
@@ -123,8 +126,3 @@ class Averaged(Options):
                 "this optimizer keeps no average of its weights; make it with an ema_decay, such as ema_decay=0.999"
             )
         return self._ema
-
-    def _all_names(self) -> list[str | None]:
-        """The names of the params; None for each param that was given without a name."""
-        groups = self.param_groups
-        return [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]

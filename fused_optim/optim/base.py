@@ -12,10 +12,9 @@ from torch.compiler import is_dynamo_compiling
 
 from .. import backends
 from ..backends.device_tables import release
-from ..backends.trial import choose
 from ..engine.backend import Backend, Scaling
-from ..engine.build import build_states, build_tables, make_eager_states, members_of, validate
-from ..engine.changes import RAW_CHANGED, REBUILD, detect_changes
+from ..engine.build import make_eager_states
+from ..engine.changes import RAW_CHANGED, REBUILD
 from ..engine.checkpoints import arrived, leaving_out, loading, without_update
 from ..engine.dtensor import local
 from ..engine.ema import EMA, STEPS, Decay, drop_averages, make_average
@@ -23,8 +22,8 @@ from ..engine.forks import reset_threads_after_fork
 from ..engine.graphs import refuse_capture
 from ..engine.masters import Kind, MasterWeights
 from ..engine.masters import check_param as check_master
-from ..engine.scaling import Scaler
-from ..engine.state_formats import ANCHOR, AnchorWatch, StateDtype, Storage, check_betas, check_state_dtype
+from ..engine.scaling import SQUARES, Scaler
+from ..engine.state_formats import ANCHOR, StateDtype, check_betas, check_state_dtype
 from ..engine.table import LR_MAX, Rule
 from ..engine.validation import check_param, may_get_grad
 from ..engine.walk import copy_in, walk
@@ -39,6 +38,7 @@ from .options import (
     check_norm_type,
     check_rounding,
 )
+from .plans import make_plan
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -205,10 +205,11 @@ class FusedOptimizer(Mastered):
             return loss
         if grad_scale is not None:
             check_grad_scale(grad_scale, self._scaler.skip_nonfinite)
+        if self._release is not None:
+            return self._release.end_step(closure, grad_scale)
         if self._on_cuda:
             self._check_capture()
-        if self._ema is not None:
-            self._ema.begin()
+        self._begin()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -238,7 +239,7 @@ class FusedOptimizer(Mastered):
                 self._rebuild()
             changes = 0  # new tables go to their device whole, when they are first used
         if self._ema is not None:
-            changes |= self._ema.advance(self._tables)
+            changes |= self._ema.advance(self._tables[0].table.hparams if self._tables else None)
         for bound in self._tables:
             bound.upload(changes)
             if bound.table.copies:
@@ -246,6 +247,11 @@ class FusedOptimizer(Mastered):
         given = self.__dict__  # GradScaler puts its two tensors here, and takes them away after the step
         scales = (given.get("grad_scale"), grad_scale)
         return self._scaler(self._tables, self._looks, scales, given.get("found_inf"))
+
+    def _begin(self) -> None:
+        """Before everything else in a step. Raises an error if no step can be taken now."""
+        if self._ema is not None:
+            self._ema.begin()
 
     def _check_capture(self) -> None:
         if "capturable" not in self.defaults:  # torch lets such optimizers be captured as they are
@@ -268,6 +274,8 @@ class FusedOptimizer(Mastered):
         if self.__dict__.get("_guarded"):
             self._masters.remember_versions(self._guarded, self._detector.versions())
         self._guarded = []
+        if self._release is not None:
+            self._release.forget()
         self._detector: Any = None
         self._watched_state: object = None
         self._watched_groups: object = None
@@ -275,7 +283,6 @@ class FusedOptimizer(Mastered):
         self._looks = False  # at all gradients, before the step
         self._on_cuda = True
 
-    @torch.no_grad()
     def _rebuild(self) -> None:
         """Builds tables for the present params, gradients, states and groups: validates, builds states, builds tables.
         They are installed only if all of this succeeds.
@@ -289,40 +296,24 @@ class FusedOptimizer(Mastered):
         )
         self._forget()
         self._settle_masters()
-        groups, rule, masters = self.param_groups, self.rule, self._masters
-        validate(type(self).__name__, rule, groups, self._all_names(), self.state)
-        storage = Storage(self._state_dtype, self._rounding == "dithered")
-        built = build_states(rule, groups, self.state, self._steps, storage, self._ema, masters)
-        hparams, made = build_tables(rule, built.rows, groups, self._scaler, self._ema)
-        tables = [choose(self._backend, table) for table in made]
+        plan = make_plan(self, self.param_groups)
+        self._keep_only(self._all_params())
+        self._detector, self._tables, self._guarded = plan.detector, plan.tables, plan.guarded
+        self._looks, self._anchors = self._scaler.looks_at(self.param_groups), plan.anchors
+        # Params on meta cannot be watched: with one of them every step builds new tables.
+        self._watched_state = None if plan.is_meta else self.state
+        self._watched_groups = self.param_groups
+        self._on_cuda = plan.on_cuda
 
-        # Nothing may fail from here to the detector, which fails only if another thread interferes.
-        params = [param for param, *_ in members_of(groups)]
+    def _keep_only(self, params: list[Tensor]) -> None:
+        """Forgets what is known of all other params."""
         if self._ema is not None:
             self._ema.keep_only(params)
-        for row in built.rows:  # the state dicts stay the same objects, which others may hold
-            fresh = built.fresh[row.param]
-            row.state = self.state[row.param] if fresh else self.state.get(row.param, {})
-            row.state.update(fresh)
-            if ANCHOR not in fresh:
-                row.state.pop(ANCHOR, None)
-        if not rule.counted:
-            counted = {**self._steps, **built.steps}
-            self._steps = {param: counted[param] for param in params if param in counted}
-        masters.keep_only(params)
-        guarded = masters.guard(built.rows)
-        shards = [local(param) for param in guarded]
-        detector = detect_changes(groups, self.state, rule, hparams, built.pending, made, shards)
-        if detector.poll() & REBUILD:
-            raise RuntimeError(
-                "params, gradients or states changed while the step was being prepared; was another thread at them?"
-            )
-        self._detector, self._tables, self._looks = detector, tables, self._scaler.looks_at(groups)
-        self._guarded, self._anchors = guarded, AnchorWatch(hparams, built.rows)
-        # Params on meta cannot be watched: with one of them every step builds new tables.
-        self._watched_state = None if any(table.is_meta for table in made) else self.state
-        self._watched_groups = groups
-        self._on_cuda = any(table.device.type == "cuda" for table in made)
+        self._masters.keep_only(params)
+        self._steps = {param: self._steps[param] for param in params if param in self._steps}
+
+    def _all_tables(self) -> list[Backend]:
+        return [*self._tables, *(() if self._release is None else self._release.tables())]
 
     def release_captured(self) -> None:
         """Frees what is kept for CUDA graphs in which steps of this optimizer were captured: tables, pinned buffers,
@@ -332,7 +323,7 @@ class FusedOptimizer(Mastered):
         Raises:
             RuntimeError: a CUDA graph is being captured.
         """
-        release([*self._captured, *self._tables])
+        release([*self._captured, *self._all_tables()])
         self._captured.clear()
 
     # ---- checkpoints
@@ -359,6 +350,8 @@ class FusedOptimizer(Mastered):
         self._masters.loaded(self.state)
         if "skipped_steps" in state_dict:
             self._scaler.set_skipped(state_dict["skipped_steps"])
+        if SQUARES in state_dict:
+            self._scaler.set_last_squares(state_dict[SQUARES])
         if self._ema is None:
             drop_averages(self.state)
         else:
@@ -366,8 +359,9 @@ class FusedOptimizer(Mastered):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict. With an ema_decay each param has the state "ema", the average of its weights, and the
-        dict has "ema_steps", the number of step() calls. With skip_nonfinite it has "skipped_steps". torch's classes
-        load and ignore all three. If every step so far was skipped, states that torch would not have made are left out.
+        dict has "ema_steps", the number of step() calls. With skip_nonfinite it has "skipped_steps", and with gradient
+        release and max_grad_norm "last_grad_squares". torch's classes load and ignore all of these. If every step so
+        far was skipped, states that torch would not have made are left out.
 
         Raises:
             RuntimeError: the call is inside of ema_weights().
@@ -386,6 +380,8 @@ class FusedOptimizer(Mastered):
             saved = super().state_dict()
         if self._scaler.skip_nonfinite:
             saved = {**saved, "skipped_steps": self._scaler.skipped}
+        if self._release is not None:
+            saved = {**saved, **self._release.saved()}
         return saved if self._ema is None else {**saved, STEPS: self._ema.steps}
 
     def __getstate__(self) -> dict[str, Any]:

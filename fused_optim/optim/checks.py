@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 
-def check_adam_like(lr: float | Tensor, betas: Sequence[float], weight_decay: float, eps: float = 0.0) -> None:
+def check_adam_like(
+    lr: float | Tensor, betas: Sequence[float], weight_decay: float, eps: float = 0.0, count: int = 2
+) -> None:
     """Raises ValueError for a hyperparameter out of range."""
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
@@ -17,11 +19,20 @@ def check_adam_like(lr: float | Tensor, betas: Sequence[float], weight_decay: fl
         raise ValueError(f"Invalid learning rate: {lr}")
     if not eps >= 0.0:
         raise ValueError(f"Invalid epsilon value: {eps}")
-    for index in range(2):
-        if not 0.0 <= betas[index] < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {index}: {betas[index]}")
+    if len(betas) != count:
+        raise ValueError(f"betas must be {count} numbers, but got {betas!r}")
+    for index, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
     if not weight_decay >= 0.0:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+
+
+def check_not_negative(**options: float | None) -> None:
+    """Raises ValueError unless every option is None or 0 or more."""
+    for name, value in options.items():
+        if value is not None and not value >= 0.0:
+            raise ValueError(f"{name} must be 0 or more, but got {value}")
 
 
 def check_nus(nus: Sequence[float]) -> None:

@@ -110,19 +110,23 @@ class FusedLAMB(FusedOptimizer):
         nothing. They are overwritten by the next step, and 1 before the first."""
         return {
             row.param: bound.table.trust[number]
-            for bound in self._tables
+            for bound in self._all_tables()
             if bound.table.trust is not None
             for number, row in enumerate(bound.table.rows_list)
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As FusedOptimizer.load_state_dict; takes checkpoints of Apex too, which counts steps by group."""
-        steps = {
-            index: group["step"] for group in state_dict["param_groups"] if "step" in group for index in group["params"]
-        }
-        states = {
-            index: {"step": torch.tensor(float(steps[index])), **state} if index in steps else state
-            for index, state in state_dict["state"].items()
-        }
-        groups = [{k: v for k, v in group.items() if k != "step"} for group in state_dict["param_groups"]]
-        super().load_state_dict({**state_dict, "state": states, "param_groups": groups})
+        super().load_state_dict(with_steps_of_groups(state_dict))
+
+
+def with_steps_of_groups(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint whose groups count steps, with the count in each param's state."""
+    groups = state_dict["param_groups"]
+    steps = {index: group["step"] for group in groups if "step" in group for index in group["params"]}
+    states = {
+        index: {"step": torch.tensor(float(steps[index])), **state} if index in steps else state
+        for index, state in state_dict["state"].items()
+    }
+    groups = [{key: value for key, value in group.items() if key != "step"} for group in groups]
+    return {**state_dict, "state": states, "param_groups": groups}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class ScheduleFree(FusedOptimizer):
     warmup_steps updates, $\gamma_{\max}$ the largest $\gamma$ so far, and $p$ weight_lr_power.
 
     $x$ is not stored. The params hold $y$ in train mode, and $x$ in eval mode. An optimizer starts in train mode.
-    Evaluate the model, or save its weights, in eval mode:
+    In eval mode step() raises a RuntimeError. Evaluate the model, or save its weights, in eval mode:
 
         optimizer.eval()
         evaluate(model)
@@ -85,18 +85,14 @@ class ScheduleFree(FusedOptimizer):
             self._forget()
             self._masters.remember(covered)
 
-    def step(self, closure: Callable[[], Any] | None = None, grad_scale: float | Tensor | None = None) -> Any:
-        """As FusedOptimizer.step.
-
-        Raises:
-            RuntimeError: the optimizer is in eval mode. Nothing has been changed then.
-        """
+    def _begin(self) -> None:
+        """Raises RuntimeError in eval mode."""
         if not self.train_mode:
             raise RuntimeError(
                 f"step() of {type(self).__name__} needs train mode, but the optimizer is in eval mode, in which its "
                 "params hold the average; call optimizer.train() first"
             )
-        return super().step(closure, grad_scale)
+        super()._begin()
 
     # ---- groups and checkpoints
 

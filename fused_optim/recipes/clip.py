@@ -119,7 +119,7 @@ class Gradients:
         self.max_norm = max_norm
         with torch.device("cpu"):
             rows = [self._row(grad) for grad in grads]
-            self.table = Table(NO_RULE, device, rows, HostHparams(1, EPS, max_norm), clips=True)
+            self.table = Table(NO_RULE, device, rows, HostHparams(1, clip_eps=EPS, max_norm=max_norm), clips=True)
         self.bound = choose(backend, self.table, steps=False)
         if self.bound.reads_tensors:
             for row, grad in zip(rows, grads, strict=True):

@@ -76,13 +76,15 @@ Group make_group(Random& random, const Rule& rule) {
   const auto small = [&] { return std::pow(10.0, -1.0 - below(random, 7)); };
   g.beta1 = chance(random, 0.2) ? small() : 0.8 + 0.01 * below(random, 19);
   g.beta2 = chance(random, 0.2) ? small() : 0.9 + 0.001 * below(random, 99);
+  g.beta3 = chance(random, 0.2) ? small() : 0.9 + 0.001 * below(random, 99);
   g.eps = 1e-8;
   g.weight_decay = 0.1 * below(random, 3);
   g.decoupled = chance(random, 0.5);
   g.maximize = chance(random, 0.3);
   g.a = rule.trust ? below(random, 2) : 0.2 * below(random, 6);
   g.b = switches ? below(random, 2) : 0.2 * (1 + below(random, 5));  // of an infinite state, 0 takes nothing or NaN
-  g.c = below(random, 3), g.d = 0.1 * below(random, 3);
+  g.c = 10 * below(random, 6), g.d = 0.1 * below(random, 3);
+  g.first_decay = 1 + below(random, 2), g.no_prox = rule.trust || chance(random, 0.5);
   g.lr_reference = chance(random, 0.5) ? 1 : 0.05 * below(random, 3);
   g.decay_period = chance(random, 0.5) ? 1 : 1 + below(random, 100);
   g.max_norm = chance(random, 0.7) ? 0.5 * (1 + below(random, 9)) : 0;
@@ -229,8 +231,10 @@ class Run {
       to[kGroupLr] = g.lr_kind ? NAN : g.lr, to[kGroupBeta1] = g.beta1, to[kGroupBeta2] = g.beta2,
       to[kGroupEps] = g.eps;
       to[kGroupWeightDecay] = g.weight_decay, to[kGroupDecoupled] = g.decoupled, to[kGroupMaximize] = g.maximize;
-      to[kGroupOptionA] = g.a, to[kGroupOptionB] = g.b, to[kGroupOptionC] = g.c, to[kGroupOptionD] = g.d,
-      to[kGroupLrReference] = g.lr_reference, to[kGroupDecayPeriod] = g.decay_period;
+      to[kGroupBeta3] = g.beta3, to[kGroupOptionC] = g.c, to[kGroupOptionD] = g.d, to[kGroupFirstDecay] = g.first_decay,
+      to[kGroupNoProx] = g.no_prox;
+      to[kGroupOptionA] = g.a, to[kGroupOptionB] = g.b, to[kGroupLrReference] = g.lr_reference,
+      to[kGroupDecayPeriod] = g.decay_period;
       to[kGroupMaxNorm] = g.max_norm, to[kGroupClipEps] = g.clip_eps;
       to[kGroupTrustLow] = g.trust_low, to[kGroupTrustHigh] = g.trust_high, to[kGroupTrustAlways] = g.trust_always;
       to[kGroupEmaDecay] = g.ema_decay;
@@ -330,7 +334,7 @@ class Run {
       check(close(p.running[i], wanted, 0x1p-23 * wanted), "running scalar", r, row(i), p.running[i], wanted);
     }
     const Bounded factor = Bounded::constant(grad_factor(g));
-    long double param_sum = 0, update_sum = 0, slack = 0;
+    long double sum[2] = {}, slack[2] = {};
     for (int64_t i = 0; i < p.numel; ++i) {
       const Bounded param = Bounded::exact(before[0][i]);
       std::vector<Bounded> state;
@@ -338,19 +342,20 @@ class Run {
       const Bounded update = oracle.update(param, factor * Bounded::exact(before[1][i]), state);
       for (size_t s = 0; s < state.size(); ++s) compare("state", r, i, p.tensors[2 + s], state[s]);
       if (rule_.trust) {
-        const Bounded stored = oracle.lamb(param, stored_states(p, i));
-        param_sum += param.value * param.value, update_sum += stored.value * stored.value;
-        slack += (2 * std::abs(stored.value) + stored.error) * stored.error;
+        const auto measured = oracle.measured(param, factor * Bounded::exact(before[1][i]), stored_states(p, i));
+        for (int k = 0; k < 2; ++k) {
+          sum[k] += measured[k].value * measured[k].value;
+          slack[k] += (2 * std::abs(measured[k].value) + measured[k].error) * measured[k].error;
+        }
       } else {
-        compare("param", r, i, p.tensors[0], param - oracle.decay(param) - update);
+        compare("param", r, i, p.tensors[0], oracle.moved(param, update));
         if (p.averaged) check_average(r, i, before.back()[i]);
       }
     }
     if (!rule_.trust) return;
-    check(close(sums_[2 * r], param_sum, 1e-13L * param_sum), "sum of param", r, 0, sums_[2 * r],
-          static_cast<double>(param_sum));
-    check(close(sums_[2 * r + 1], update_sum, 1e-13L * update_sum + slack), "sum of update", r, 0, sums_[2 * r + 1],
-          static_cast<double>(update_sum));
+    for (int k = 0; k < 2; ++k)
+      check(close(sums_[2 * r + k], sum[k], 1e-13L * sum[k] + slack[k]), "sum", r, k, sums_[2 * r + k],
+            static_cast<double>(sum[k]));
   }
 
   // The average of a param that has been stored already.
@@ -362,14 +367,6 @@ class Run {
     compare("average", r, i, p.tensors.back(), copied || weight.value == 1 ? param : old + weight * (param - old));
   }
 
-  double expected_trust(int64_t r) const {
-    const Group& g = groups_[params_[r].group];
-    if (g.weight_decay == 0 && !g.trust_always) return 1;
-    const double param = std::sqrt(sums_[2 * r]), update = std::sqrt(sums_[2 * r + 1]);
-    const double ratio = param == 0 || update == 0 ? 1 : param / update;
-    return std::isnan(ratio) ? ratio : std::min(std::max(ratio, g.trust_low), g.trust_high);
-  }
-
   void check_apply_update(Tables t, bool overflow, const std::vector<double>& trust) {
     const std::vector<Values> before = values();
     const std::vector<int64_t> nowhere(grads_.size(), 1);  // gradients may be gone by now
@@ -379,15 +376,15 @@ class Run {
       Parameter& p = params_[r];
       const Group& g = groups_[p.group];
       const bool skipped = overflow || !p.has_grad;
-      const double wanted = skipped ? trust[r] : expected_trust(row(r));
+      const Oracle oracle(rule_.name, g, static_cast<int>(p.step), {});
+      const double wanted = skipped ? trust[r] : oracle.ratio(sums_[2 * r], sums_[2 * r + 1]);
       const double slack = std::isfinite(wanted) ? 1e-15 * wanted : 0;
       check(close(trust_[r], wanted, slack), "trust ratio", row(r), 0, trust_[r], wanted);
       set_unit(p);
-      const Oracle oracle(rule_.name, g, static_cast<int>(p.step), {});
       const Bounded rate = Bounded::constant(static_cast<long double>(g.lr) * trust_[r]);
       for (int64_t i = 0; i < p.numel && !skipped; ++i) {
         const Bounded param = Bounded::exact(before[r][0][i]);
-        const Bounded update = oracle.lamb(param, stored_states(p, i));
+        const Bounded update = oracle.unscaled(param, stored_states(p, i));
         compare("updated param", row(r), i, p.tensors[0], param - rate * update);
         if (p.averaged) check_average(row(r), i, before[r].back()[i]);
       }

@@ -13,12 +13,14 @@
 }
 
 struct Group {
-  double lr, beta1, beta2, eps, weight_decay;
+  double lr, beta1, beta2, beta3, eps, weight_decay;
   bool decoupled, maximize;
-  // Options. sgd: dampening, nesterov; qhadam: the two nus; lamb: grad_averaging, bias_correction; nadam:
-  // momentum_decay; schedule_free: warmup_steps, r, weight_lr_power, weight_decay.
+  // sgd: dampening, nesterov; qhadam: the two nus; lamb: grad_averaging, bias_correction; nadam: its decay; ademamix:
+  // alpha, alpha_warmup, beta3_warmup; adopt: factor and exponent of the bound; schedule_free: warmup_steps, r,
+  // weight_lr_power, weight_decay
   double a, b, c, d;
-  double lr_reference, decay_period;
+  double lr_reference, decay_period, first_decay;
+  bool no_prox;
   double max_norm, clip_eps;
   double trust_low, trust_high;
   bool trust_always;
@@ -38,8 +40,10 @@ class Oracle {
         lr_(Bounded::constant(g.lr)),
         beta1_(Bounded::constant(g.beta1)),
         beta2_(Bounded::constant(g.beta2)),
+        beta3_(Bounded::constant(g.beta3)),
         rest1_(Bounded::constant(1 - static_cast<long double>(g.beta1))),
         rest2_(Bounded::constant(1 - static_cast<long double>(g.beta2))),
+        rest3_(Bounded::constant(1 - static_cast<long double>(g.beta3))),
         a_(Bounded::constant(g.a)),
         b_(Bounded::constant(g.b)),
         rest_a_(Bounded::constant(1 - static_cast<long double>(g.a))),
@@ -47,6 +51,7 @@ class Oracle {
         eps_(Bounded::constant(g.eps)),
         correction1_(correction(g.beta1, step)),
         correction2_(correction(g.beta2, step)),
+        correction3_(correction(g.beta3, step)),
         running_(running.begin(), running.end()) {
     if (is_schedule_free()) {
       if (static_cast<float>(warm_lr()) >= running_[1]) running_[1] = warm_lr();
@@ -59,8 +64,8 @@ class Oracle {
   // The running scalars after the update.
   const std::vector<long double>& running() const { return running_; }
 
-  // Advances the states and gives what comes off the param. Of lamb, which makes its update of them once they are
-  // stored, it gives nothing yet.
+  // Advances the states and gives what comes off the param. Of lamb and stableadamw, which make their updates of them
+  // once they are stored, it gives nothing yet.
   Bounded update(const Bounded& param, const Bounded& raw_grad, std::vector<Bounded>& state) const {
     Bounded grad = raw_grad;
     if (!group_.decoupled && group_.weight_decay != 0) grad = grad + Bounded::constant(group_.weight_decay) * param;
@@ -72,33 +77,59 @@ class Oracle {
     if (is("nadam")) return nadam(grad, state);
     if (is("radam")) return radam(grad, state);
     if (is_schedule_free()) return schedule_free(param, raw_grad, state);
+    if (is("ademamix")) return ademamix(grad, state);
+    if (is("adopt")) return adopt(grad, state);
+    if (is("adan")) return adan(grad, state);
+    if (is("stableadamw")) return stableadamw(grad, state);
     if (!is("lamb")) fail("tests/cpp/rules.h has no oracle of the rule", rule_);
     state[0] = kept(state[0], beta1_) + (group_.a != 0 ? rest1_ * grad : grad);
     state[1] = beta2_ * state[1] + rest2_ * grad * grad;
     return Bounded::exact(0);
   }
 
-  // The update of lamb, before lr and trust ratio.
-  Bounded lamb(const Bounded& param, const std::vector<Bounded>& state) const {
-    const bool debias = group_.b != 0;
+  // The update of lamb or stableadamw with decay, before lr and ratio.
+  Bounded unscaled(const Bounded& param, const std::vector<Bounded>& state) const {
+    const bool debias = is("lamb") && group_.b != 0;
     const Bounded mean = debias ? state[0] / correction1_ : state[0];
     const Bounded update = mean / (square_root(debias ? state[1] / correction2_ : state[1]) + eps_);
-    if (!group_.decoupled || !std::isfinite(param.value)) return update;
-    return update + Bounded::constant(group_.weight_decay) * param;
+    if (!std::isfinite(param.value)) return update;
+    return update + Bounded::constant(decay_without_lr()) * param;
   }
 
-  // What decoupled decay takes off, but where a trust ratio takes it.
-  Bounded decay(const Bounded& param) const {
-    if (!group_.decoupled || group_.lr_reference == 0) return Bounded::exact(0);
-    const long double period = std::sqrt(static_cast<long double>(group_.decay_period));
-    return Bounded::constant(group_.lr / static_cast<long double>(group_.lr_reference) * group_.weight_decay / period) *
-           param;
+  // The two numbers whose squares are summed. grad: as it is before L2.
+  std::vector<Bounded> measured(const Bounded& param, const Bounded& raw_grad,
+                                const std::vector<Bounded>& state) const {
+    if (is("lamb")) return {param, unscaled(param, state)};
+    Bounded grad = raw_grad;
+    if (!group_.decoupled && group_.weight_decay != 0) grad = grad + Bounded::constant(group_.weight_decay) * param;
+    return {Bounded::exact(1), grad / larger(square_root(state[1]), eps_)};
+  }
+
+  double ratio(double first, double second) const {
+    if (is("stableadamw")) return second <= first ? 1 : std::sqrt(first / second);
+    if (group_.weight_decay == 0 && !group_.trust_always) return 1;
+    const double param = std::sqrt(first), update = std::sqrt(second);
+    const double ratio = param == 0 || update == 0 ? 1 : param / update;
+    return std::isnan(ratio) ? ratio : std::min(std::max(ratio, group_.trust_low), group_.trust_high);
+  }
+
+  // The param after an update with decay, where no ratio multiplies them.
+  Bounded moved(const Bounded& param, const Bounded& update) const {
+    const long double decay = group_.lr * decay_without_lr();
+    if (group_.no_prox) return param - Bounded::constant(decay) * param - update;
+    return param - Bounded::constant(decay / (1 + decay)) * param - Bounded::constant(1 / (1 + decay)) * update;
   }
 
  private:
   bool is(const char* rule) const { return std::strcmp(rule_, rule) == 0; }
 
   // 1 - beta**step. Long double has enough digits for the subtraction.
+  long double decay_without_lr() const {
+    if (!group_.decoupled || group_.lr_reference == 0 || step_ < group_.first_decay) return 0;
+    const long double period = std::sqrt(static_cast<long double>(group_.decay_period));
+    return static_cast<long double>(group_.weight_decay) / group_.lr_reference / period;
+  }
+
   static Bounded correction(double beta, int step) {
     return Bounded::constant(1 - std::pow(static_cast<long double>(beta), step));
   }
@@ -183,6 +214,56 @@ class Oracle {
     return std::isfinite(apart.value) ? change + Bounded::constant(share) * apart : change;
   }
 
+  Bounded ademamix(const Bounded& grad, std::vector<Bounded>& state) const {
+    const long double alpha = group_.a * std::min(step_ / static_cast<long double>(group_.b), 1.0L);
+    long double beta3 = group_.beta3;
+    if (step_ < group_.c) {  // half-lives, as the authors compute them
+      const auto life = [](long double beta) { return std::log(0.5L) / std::log(beta + 1e-8L) - 1; };
+      const long double start = life(group_.beta1), end = life(group_.beta3);
+      beta3 = std::pow(0.5L, 1 / (start + (end - start) * step_ / group_.c + 1));
+    }
+    state[0] = kept(state[0], beta1_) + rest1_ * grad;
+    state[1] = kept(state[1], Bounded::constant(beta3)) + Bounded::constant(1 - beta3) * grad;
+    state[2] = beta2_ * state[2] + rest2_ * grad * grad;
+    const Bounded mean = state[0] / correction1_ + Bounded::constant(alpha) * state[1];
+    return lr_ * mean / (square_root(state[2] / correction2_) + eps_);
+  }
+
+  // The states of the first update are zeros.
+  Bounded adopt(const Bounded& grad, std::vector<Bounded>& state) const {
+    const bool first = step_ == 1;
+    const Bounded bound = Bounded::constant(first ? 0 : group_.a * std::pow(step_ - 1.0L, group_.b));
+    const Bounded normed = grad / (first ? Bounded::exact(1) : larger(square_root(state[1]), eps_));
+    const Bounded clipped = larger(-larger(-normed, -bound), -bound);
+    state[0] = kept(state[0], beta1_) + rest1_ * clipped;
+    state[1] = beta2_ * state[1] + (first ? grad * grad : rest2_ * grad * grad);
+    return lr_ * state[0];
+  }
+
+  Bounded adan(const Bounded& grad, std::vector<Bounded>& state) const {
+    const Bounded change = Bounded::exact(step_ == 1 ? 0 : 1) * (grad + state[2]);
+    const Bounded ahead = grad + beta2_ * change;
+    state[0] = kept(state[0], beta1_) + rest1_ * grad;
+    state[1] = kept(state[1], beta2_) + rest2_ * change;
+    state[2] = -grad;
+    state[3] = beta3_ * state[3] + rest3_ * ahead * ahead;
+    const Bounded mean = state[0] / correction1_ + beta2_ * state[1] / correction2_;
+    return lr_ * mean / (square_root(state[3] / correction3_) + eps_);
+  }
+
+  // beta_hat = beta (1 - beta**(step - 1)) / (1 - beta**step), and 1 - beta_hat = (1 - beta) / (1 - beta**step).
+  Bounded stableadamw(const Bounded& grad, std::vector<Bounded>& state) const {
+    const Bounded weight1 = rest1_ / correction1_, weight2 = rest2_ / correction2_;
+    state[0] = kept(state[0], debiased(group_.beta1)) + weight1 * grad;
+    state[1] = debiased(group_.beta2) * state[1] + weight2 * grad * grad;
+    return Bounded::exact(0);
+  }
+
+  Bounded debiased(double beta) const {
+    const long double wide = beta;
+    return Bounded::rounded(wide * (1 - std::pow(wide, step_ - 1)) / (1 - std::pow(wide, step_)), 0x1p-47L);
+  }
+
   Bounded lion(const Bounded& grad, std::vector<Bounded>& state) const {
     const Bounded mixed = kept(state[0], beta1_) + rest1_ * grad;
     state[0] = kept(state[0], beta2_) + rest2_ * grad;
@@ -192,7 +273,8 @@ class Oracle {
   const char* rule_;
   const Group& group_;
   int step_;
-  Bounded lr_, beta1_, beta2_, rest1_, rest2_, a_, b_, rest_a_, rest_b_, eps_, correction1_, correction2_;
+  Bounded lr_, beta1_, beta2_, beta3_, rest1_, rest2_, rest3_, a_, b_, rest_a_, rest_b_, eps_;
+  Bounded correction1_, correction2_, correction3_;
   std::vector<long double> running_;
   long double weight_ = 0;
 };
