@@ -171,7 +171,8 @@ def larger_scales(a: Sequence[oracle.Slot], b: Sequence[oracle.Slot]) -> list[or
 
 # LAMB's gradients are multiplied by the coefficient that clips them, one rounding more, which squares double; and its
 # update is made of averages as they are stored, which in a 16-bit dtype may be half an ulp to the other side of a tie.
-MORE = {oracle.lamb: 1.0}
+# Schedule-Free AdamW adds decay to a quotient before both z and y are moved by it.
+MORE = {oracle.lamb: 1.0, oracle.schedule_free_adamw: 1.0}
 
 
 def checked_step(

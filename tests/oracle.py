@@ -221,7 +221,7 @@ def schedule_free(
     beta = scalar(hyper["betas"][0] if adam else hyper["momentum"])
     step = next_step(state)
     t, y, z = step.item(), param, state.get("z", param)
-    x = (y - (1 - beta) * z) / beta
+    beta_x = y - (1 - beta) * z
     rate = scalar(lr) * (min(1.0, t / warmup_steps) if warmup_steps else 1.0)
     new = {"step": step, "lr_max": larger_lr(rate, state.get("lr_max"))}
     weight = t**r * new["lr_max"].item() ** weight_lr_power
@@ -233,8 +233,8 @@ def schedule_free(
         update = update / ((new["exp_avg_sq"] / correction(beta2, step)).sqrt() + hyper["eps"])
     new["z"] = z - rate * (update + weight_decay * y)
     share = weight / new["weight_sum"].item() if new["weight_sum"] != 0 else 0.0
-    x = (1 - share) * x + share * new["z"]
-    return (1 - beta) * new["z"] + beta * x, new
+    beta_x = (1 - share) * beta_x + beta * share * new["z"]
+    return (1 - beta) * new["z"] + beta_x, new
 
 
 def schedule_free_adamw(param: Tensor, grad: Tensor, state: State, **hyper: Any) -> tuple[Tensor, State]:

@@ -106,7 +106,6 @@ class ScheduleFree(FusedOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _share_of_z(group, True)
             if not group["warmup_steps"] >= 0:
                 raise ValueError(f"warmup_steps must be 0 or more, but got {group['warmup_steps']}")
         except Exception:
@@ -138,8 +137,8 @@ def _share_of_z(group: Mapping[str, Any], train: bool) -> float:
     """
     momentum = float(group["betas"][0] if "betas" in group else group["momentum"])
     if not 0.0 < momentum < 1.0:
-        name = "betas[0]" if "betas" in group else "Momentum"
-        raise ValueError(f"{name} must be between 0 and 1 exclusive: {momentum}")
+        name = "betas[0]" if "betas" in group else "momentum"
+        raise ValueError(f"{name} must be between 0 and 1 exclusive, or the average cannot be computed: {momentum}")
     return 1.0 - momentum if train else 1.0 - 1.0 / momentum
 
 
@@ -176,7 +175,8 @@ class FusedScheduleFreeAdamW(ScheduleFree):
             shape and memory layout. bfloat16 params need master weights, or state_dtype=torch.float32 and
             rounding="dithered": small steps of z are lost otherwise.
         lr: learning rate; a one-element tensor is read at every step, where it lies.
-        betas: $\beta$, above 0 and below 1, and the decay rate of the average of squares, in [0, 1).
+        betas: $\beta$ and the decay rate of the average of squares, each in [0, 1). With $\beta = 0$ there is no eval
+            mode.
         eps: added to the root, after bias correction.
         weight_decay: $\lambda$.
         warmup_steps: number of updates in which lr grows linearly.
@@ -276,6 +276,8 @@ class FusedScheduleFreeSGD(ScheduleFree):
         **ours: Unpack[Common],
     ) -> None:
         check_adam_like(lr, (0.0, 0.0), weight_decay)
+        if not 0.0 < momentum < 1.0:
+            raise ValueError(f"Momentum must be between 0 and 1 exclusive: {momentum}")
         options: dict[str, Any] = {
             "lr": lr,
             "momentum": momentum,
