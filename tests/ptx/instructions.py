@@ -3,14 +3,14 @@
     mov cvta cvt                     moves; splitting and joining of registers; conversions rounded to nearest even, or
                                      towards zero to integers
     add sub mul mad fma div          float32 and float64 with .rn; integers (no div), with .lo or .wide for products
-    sqrt rcp min max abs neg         roots and reciprocals with .rn; what exp(double) and log(double) need besides:
-                                     abs.ftz.f32, and rcp.approx.ftz.f64 for a first approximation
+    sqrt rcp min max abs neg         roots and reciprocals with .rn; abs also with .ftz, which exp(double) uses, and rcp
+                                     with .approx.ftz.f64, which log(double) refines
     setp selp                        comparisons, also combined with a predicate
     and or xor not shl shr bfe lop3 prmt
     shfl.sync.bfly                   within a whole warp
 
-Any other instruction raises an error that names it when the kernel is decoded. So an approximate division in float32, a
-flush of subnormal results to zero or an atomic operation cannot pass unnoticed.
+Any other instruction raises an error that names it when the kernel is decoded. So an approximate division, a flush of
+subnormal results to zero or an atomic operation cannot pass unnoticed.
 
 An operation gets all lanes at once, and a mask of the lanes that execute it.
 """
@@ -94,7 +94,6 @@ def decode_mov(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) 
     return split
 
 
-UPPER_HALF = np.uint64(0xFFFFFFFF00000000)
 UNSIGNED_KIND = {1: "b8", 2: "b16", 4: "b32", 8: "b64"}
 
 
@@ -196,10 +195,10 @@ INTEGER: dict[str, Callable[..., Any]] = {
 def decode_arithmetic(name: str) -> Callable[..., Operation | None]:
     def decode(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) -> Operation | None:
         *how, kind = modifiers
-        if how == ["approx", "ftz"] and kind != "f64":
-            return None
-        if kind in ("f32", "f64"):
-            function = float_function(name, how)
+        if name == "neg" and kind in ("f16", "bf16"):  # the only arithmetic on these: it is exact
+            function = (np.negative if kind == "f16" else lambda bits: bits ^ 0x8000) if how == [] else None
+        elif kind in ("f32", "f64"):
+            function = float_function(name, how, kind == "f64")
         elif kind in BYTES and kind[0] in "us":
             function = INTEGER.get(name) if how == [] else None
             if name in ("mul", "mad"):
@@ -211,9 +210,9 @@ def decode_arithmetic(name: str) -> Callable[..., Operation | None]:
     return decode
 
 
-def float_function(name: str, how: list[str]) -> Callable[..., Any] | None:
+def float_function(name: str, how: list[str], double: bool) -> Callable[..., Any] | None:
     if name == "rcp" and how == ["approx", "ftz"]:
-        return coarse_reciprocal
+        return gross_reciprocal if double else None
     if name in ROUNDED:
         return ROUNDED[name] if how == ["rn"] else None
     if name == "fma":
@@ -225,10 +224,9 @@ def float_function(name: str, how: list[str]) -> Callable[..., Any] | None:
     return EXACT.get(name) if how == [] else None
 
 
-def coarse_reciprocal(x: Any) -> Any:
-    """The reciprocal of float64 numbers in the upper half of its bits; the lower half is 0."""
-    upper = (np.asarray(x, np.float64).view(np.uint64) & UPPER_HALF).view(np.float64)
-    return ((1.0 / upper).view(np.uint64) & UPPER_HALF).view(np.float64)
+def gross_reciprocal(x: Any) -> Any:
+    """The reciprocal, of which only the upper 32 bits are computed: the lower ones are 0."""
+    return ((1.0 / x).view(np.int64) & ~0xFFFFFFFF).view(np.float64)
 
 
 def fused(x: Any, y: Any, z: Any) -> Array:
