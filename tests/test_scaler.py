@@ -115,9 +115,10 @@ def test_skipped_first_step_leaves_nothing_behind(case: Case, target: Target) ->
     set_grads(params, [torch.full_like(p, math.inf) for p in params])
     set_scaling(skipped, value(4.0, target), value(1.0, target))
     skipped.step()
-    starts = case.ours.rule.starts_of(case.group)
-    for state in skipped.state.values():
-        assert all((x == starts.get(key, 0.0)).all() for key, x in state.items())
+    rule = case.ours.rule
+    starts = {**rule.starts_of(case.group), **rule.running}
+    for p, state in skipped.state.items():
+        assert all((x == (p if key in rule.copies else starts.get(key, 0.0))).all() for key, x in state.items())
     set_scaling(skipped, None, None)
     train([skipped, fresh], 2)
     for p, q in zip(params, parameters(fresh), strict=True):
