@@ -108,7 +108,7 @@ def triton_counts(tree: Path, folder: Path) -> Iterator[Count]:
         return len(INSTRUCTION.findall(machine_code(cubin)))
 
     for clips in (False, True):
-        yield Kernel("triton", "", "prep", "", "clipping" * clips), count(launch.prep_variant(None, clips, False))
+        yield Kernel("triton", "", "prep", "", "clipping" * clips), count(launch.prep_variant(None, clips, False, 0))
     for rule, name, dtypes, kind in kinds(tree):
         walks = {"update_moments": launch.step_variant, "apply_update": launch.apply_update_variant}
         for walk, variant in walks.items() if rule.trust else [("update", launch.step_variant)]:

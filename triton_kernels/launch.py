@@ -62,7 +62,7 @@ def _limit_of(signature: int) -> int:
     if width == 4:
         return 72
     if width == 8:
-        return 80  # six blocks per SM
+        return 80 if streams <= 6 else 96  # six or five blocks per SM
     return 104 if streams > 5 else 96
 
 
@@ -107,7 +107,7 @@ class Variant:
 
 
 @cache
-def prep_variant(scalars: triton.JITFunction | None, clips: bool, scales_decay: bool, running: int = 0) -> Variant:
+def prep_variant(scalars: triton.JITFunction | None, clips: bool, scales_decay: bool, running: int) -> Variant:
     """scalars, scales_decay, running: the rule's, see rules.py."""
     absent = () if clips else ("squares",)
     constants = {"OWN_SCALARS": scalars, "SCALES_DECAY": scales_decay, "RUNNING": running}

@@ -376,8 +376,9 @@ def stableadamw_direction(h: TensorScalars, states: tl.tuple) -> tl.tensor:
 
 @triton.jit
 def stableadamw_measure(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
-    """1, which counts the elements, and the gradient over the root of exp_avg_sq."""
-    return tl.full(grad.shape, 1.0, grad.dtype), divide(grad, maximum(square_root(states[1]), h.eps))
+    """1, or -1 for NaN, whose square counts the elements, and the gradient over the root of exp_avg_sq. A constant 1
+    would have another layout than the gradient, which takes shared memory."""
+    return tl.where(grad == grad, 1.0, -1.0).to(grad.dtype), divide(grad, maximum(square_root(states[1]), h.eps))
 
 
 @triton.jit

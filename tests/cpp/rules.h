@@ -1,4 +1,4 @@
-// The optimizers, straight from their papers, one element at a time and independent of csrc/rules.h.
+// The optimizers as in their papers, one element at a time, independent of csrc/rules.h.
 #pragma once
 #include <cstdio>
 #include <cstdlib>
@@ -28,7 +28,7 @@ struct Group {
   float lr32;
 };
 
-// What an optimizer makes of one element at its update number `step`.
+// Update number `step` of one element.
 class Oracle {
  public:
   // running: the running scalars before the update.
@@ -58,8 +58,8 @@ class Oracle {
   // The running scalars after the update.
   const std::vector<long double>& running() const { return running_; }
 
-  // Advances the states and gives what comes off the param. Of lamb and stableadamw, which make their updates of them
-  // once they are stored, it gives nothing yet.
+  // Updates the states and returns what is subtracted from the param. For lamb and stableadamw it returns 0: `unscaled`
+  // computes their update from the stored states.
   Bounded update(const Bounded& param, const Bounded& raw_grad, std::vector<Bounded>& state) const {
     Bounded grad = raw_grad;
     if (!group_.decoupled && group_.weight_decay != 0) grad = grad + Bounded::constant(group_.weight_decay) * param;
@@ -134,7 +134,7 @@ class Oracle {
     return Bounded::constant(1 - std::pow(static_cast<long double>(beta), step));
   }
 
-  // What stays of an average. With large betas the walkers subtract from it, so an infinite one becomes NaN.
+  // beta * average. With a beta from 0.5 the walkers compute it with a subtraction, so inf becomes NaN.
   static Bounded kept(const Bounded& average, const Bounded& beta) {
     return std::isinf(average.value) && beta.value >= 0.5L ? average - average : beta * average;
   }
@@ -146,7 +146,7 @@ class Oracle {
     return lr_ * (state[0] / correction1_) / (square_root(state.back() / correction2_) + eps_);
   }
 
-  // A new buffer holds zeros, or what is to become a zero.
+  // The first update ignores the old buffer, unless it is inf or NaN.
   Bounded sgd(const Bounded& grad, std::vector<Bounded>& state) const {
     if (state.empty()) return lr_ * grad;
     state[0] = step_ == 1 ? Bounded::exact(0) * state[0] + grad : beta1_ * state[0] + rest_a_ * grad;
@@ -205,7 +205,7 @@ class Oracle {
   Bounded adopt(const Bounded& grad, std::vector<Bounded>& state) const {
     const bool first = step_ == 1;
     const Bounded bound = Bounded::constant(first ? 0 : group_.a * std::pow(step_ - 1.0L, group_.b));
-    const Bounded normed = grad / (first ? Bounded::exact(1) : larger(square_root(state[1]), eps_));
+    const Bounded normed = grad / larger(square_root(state[1]), first ? Bounded::exact(1) : eps_);
     const Bounded clipped = larger(-larger(-normed, -bound), -bound);
     state[0] = kept(state[0], beta1_) + rest1_ * clipped;
     state[1] = beta2_ * state[1] + (first ? grad * grad : rest2_ * grad * grad);

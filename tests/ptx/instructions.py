@@ -3,7 +3,8 @@
     mov cvta cvt                     moves; splitting and joining of registers; conversions rounded to nearest even, or
                                      towards zero to integers
     add sub mul mad fma div          float32 and float64 with .rn; integers (no div), with .lo or .wide for products
-    sqrt rcp min max abs neg         roots and reciprocals with .rn; abs also with .ftz, which exp(double) uses
+    sqrt rcp min max abs neg         roots and reciprocals with .rn; abs also with .ftz, which exp(double) uses, and rcp
+                                     with .approx.ftz.f64, which log(double) refines
     setp selp                        comparisons, also combined with a predicate
     and or xor not shl shr bfe lop3 prmt
     shfl.sync.bfly                   within a whole warp
@@ -194,8 +195,10 @@ INTEGER: dict[str, Callable[..., Any]] = {
 def decode_arithmetic(name: str) -> Callable[..., Operation | None]:
     def decode(kernel: Kernel, operands: tuple[str, ...], modifiers: list[str]) -> Operation | None:
         *how, kind = modifiers
-        if kind in ("f32", "f64"):
-            function = float_function(name, how)
+        if name == "neg" and kind in ("f16", "bf16"):  # the only arithmetic on these: it is exact
+            function = (np.negative if kind == "f16" else lambda bits: bits ^ 0x8000) if how == [] else None
+        elif kind in ("f32", "f64"):
+            function = float_function(name, how, kind == "f64")
         elif kind in BYTES and kind[0] in "us":
             function = INTEGER.get(name) if how == [] else None
             if name in ("mul", "mad"):
@@ -207,7 +210,9 @@ def decode_arithmetic(name: str) -> Callable[..., Operation | None]:
     return decode
 
 
-def float_function(name: str, how: list[str]) -> Callable[..., Any] | None:
+def float_function(name: str, how: list[str], double: bool) -> Callable[..., Any] | None:
+    if name == "rcp" and how == ["approx", "ftz"]:
+        return gross_reciprocal if double else None
     if name in ROUNDED:
         return ROUNDED[name] if how == ["rn"] else None
     if name == "fma":
@@ -217,6 +222,11 @@ def float_function(name: str, how: list[str]) -> Callable[..., Any] | None:
     if name == "abs" and how == ["ftz"]:
         return lambda x: np.where(np.abs(x) < np.finfo(x.dtype).tiny, x.dtype.type(0), np.abs(x))
     return EXACT.get(name) if how == [] else None
+
+
+def gross_reciprocal(x: Any) -> Any:
+    """The reciprocal, of which only the upper 32 bits are computed: the lower ones are 0."""
+    return ((1.0 / x).view(np.int64) & ~0xFFFFFFFF).view(np.float64)
 
 
 def fused(x: Any, y: Any, z: Any) -> Array:
