@@ -237,8 +237,9 @@ def muon_direction(h: TensorScalars, states: tl.tuple) -> tl.tensor:
 
 @triton.jit
 def muon_measure(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
-    """The update, whose norm the orthogonalization needs."""
-    return tl.zeros_like(states[1]), states[1]
+    """The update, whose norm the orthogonalization needs. The first sum is not used. A constant in its place would be
+    summed in a layout of its own, through shared memory."""
+    return states[1], states[1]
 
 
 @triton.jit
