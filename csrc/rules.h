@@ -262,6 +262,39 @@ struct Lion {
   }
 };
 
+// Muon, Jordan et al., 2024, as in torch. The first walk puts the update into the second state, a workspace, and torch
+// orthogonalizes it there. Options: momentum, nesterov.
+struct Muon {
+  static constexpr const char* name = "muon";
+  static constexpr bool trust = true, scales_decay = false;
+  static constexpr bool has_betas = false;
+  static constexpr int signed_states = 2, min_states = 2, max_states = 2;  // momentum_buffer, workspace
+
+  // 1 - momentum; momentum if it is below 0.5, otherwise 0; nesterov.
+  FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections&) {
+    return {1.0 - group.option_a, group.option_a < 0.5 ? group.option_a : 0.0, group.option_b};
+  }
+
+  template <class T, int S>
+  FUSED_HD static void update_moments(const TensorScalars<T>& h, T grad, T (&state)[S]) {
+    state[0] = move_average(state[0], grad, h.own_a, h.own_b);
+    state[1] = h.own_c != T(0) ? move_average(state[0], grad, h.own_a, h.own_b) : state[0];
+  }
+
+  template <class T, int S>
+  FUSED_HD static T direction(const TensorScalars<T>& /*h*/, const T (&state)[S]) {
+    return state[1];
+  }
+
+  // The update, whose norm the orthogonalization needs.
+  template <class T, int S>
+  FUSED_HD static Measured<T> measure(const TensorScalars<T>& /*h*/, T /*param*/, T /*grad*/, const T (&state)[S]) {
+    return {T(0), state[1]};
+  }
+
+  FUSED_HD static double ratio(const GroupHparams&, double, double) { return 1.0; }
+};
+
 // Adagrad, Duchi et al., JMLR 2011, as in torch. Option: lr_decay.
 struct Adagrad {
   static constexpr const char* name = "adagrad";
@@ -436,6 +469,6 @@ struct RuleList {
 };
 
 // All rules. Kernels, modules and tests iterate over this list.
-using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion, Adagrad, NAdam, AdEMAMix, Adopt, Adan, StableAdamW>;
+using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion, Adagrad, NAdam, AdEMAMix, Adopt, Adan, StableAdamW, Muon>;
 
 }  // namespace fused_optim

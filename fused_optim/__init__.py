@@ -11,6 +11,7 @@ from .optim.adopt import FusedADOPT
 from .optim.base import FusedOptimizer
 from .optim.lamb import FusedLAMB
 from .optim.lion import FusedLion
+from .optim.muon import FusedMuon
 from .optim.nadam import FusedNAdam
 from .optim.qhadam import FusedQHAdam, FusedQHAdamW
 from .optim.release import GradientRelease, release_gradients
@@ -28,6 +29,7 @@ __all__ = [
     "FusedAdan",
     "FusedLAMB",
     "FusedLion",
+    "FusedMuon",
     "FusedNAdam",
     "FusedOptimizer",
     "FusedQHAdam",

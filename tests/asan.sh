@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the modules with the address sanitizer into a temporary folder, and runs the tests of memory layouts and of
-# changes between steps with them.
+# changes between steps with them. Of the CPU kernels it builds the instruction set that the tests use here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 repo=$PWD
@@ -8,7 +8,8 @@ PY=${PY:-python3}
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 
-FUSED_OPTIM_DEBUG=1 FUSED_OPTIM_CPP=1 "$PY" setup.py --quiet build_ext --build-temp "$out/tmp" --build-lib "$out/lib" > "$out/log" 2>&1 || { cat "$out/log"; exit 1; }
+isa=$("$PY" -c 'from fused_optim.engine.modules import instruction_sets; print(instruction_sets()[0])')
+FUSED_OPTIM_ISAS=$isa FUSED_OPTIM_DEBUG=1 FUSED_OPTIM_CPP=1 "$PY" setup.py --quiet build_ext --build-temp "$out/tmp" --build-lib "$out/lib" > "$out/log" 2>&1 || { cat "$out/log"; exit 1; }
 cp -r fused_optim/*.py fused_optim/{backends,cost,engine,interop,optim,recipes} "$out/lib/fused_optim/"
 cp -r triton_kernels "$out/lib/fused_optim/triton_kernels"
 

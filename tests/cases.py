@@ -1,13 +1,13 @@
-"""One table of cases, and the ground every property test stands on: targets, tensors, training.
+"""The table of cases, and what most tests share: targets, tensors, training.
 
-A case is one row: our class, torch's if it has one, the oracle's rule and keyword arguments. A new optimizer is one or
-two rows here and one function in oracle.py. A target is a backend together with a device it runs on. Targets come from
-`fused_optim.backends.available()` and the environment, so `make gpu` runs the very same tests on the GPU:
+A case is a row of the table: our class, torch's class if there is one, the oracle's rule and keyword arguments. A new
+optimizer needs one or two rows here and one function in oracle.py. A target is a backend and a device. The targets
+depend on `fused_optim.backends.available()` and on the environment. `make gpu` runs the same tests on a GPU.
 
-    TRITON_INTERPRET=1          adds the Triton kernels on the CPU, in Triton's interpreter (small sizes, few examples)
-    FUSED_OPTIM_CUDA_EMULATE=1  adds the CUDA kernel body, looped over on the CPU
-    FUSED_OPTIM_TEST_BACKENDS   comma-separated names: only these backends. "triton-ptx" and "cuda-ptx" (see tests/ptx)
-                                are there only where they are named
+    TRITON_INTERPRET=1          adds the Triton kernels on the CPU, in Triton's interpreter, with small sizes
+    FUSED_OPTIM_CUDA_EMULATE=1  adds the CUDA kernels, run in a loop on the CPU
+    FUSED_OPTIM_TEST_BACKENDS   selects backends, separated by commas. "triton-ptx" and "cuda-ptx" (see tests/ptx) run
+                                only if they are named here
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Case:
     torch: Any  # class; None where torch has none
     rule: oracle.Rule
     kwargs: dict[str, Any] = field(default_factory=dict)
-    typical: bool = False  # the case that stands for its rule where one is enough; it has every state
+    typical: bool = False  # the case of its rule in tests that need only one; it has every state
 
     def __str__(self) -> str:
         return self.name
@@ -70,7 +70,7 @@ class Case:
 
     @property
     def options(self) -> set[str]:
-        """What the param groups hold."""
+        """The names of the options in its param groups."""
         return set(self.group)
 
     @property
@@ -80,33 +80,45 @@ class Case:
 
     @property
     def momentum(self) -> str | None:
-        """The option that holds its momentum, which schedulers may cycle."""
+        """The option with the momentum, which schedulers can cycle."""
         return next((option for option in ("momentum", "betas") if option in self.options), None)
 
     @property
     def has_betas(self) -> bool:
-        """Whether a pair of betas decays its averages."""
+        """Whether it has averages with decay rates `betas`."""
         return "betas" in self.options
 
     @property
     def divides(self) -> bool:
-        """Whether the gradient is divided by a root, to which eps is added."""
+        """Whether the update is divided by a root plus eps."""
         return "eps" in self.options
 
     @property
     def is_eager(self) -> bool:
-        """Whether states are there before the first step."""
+        """Whether states exist before the first step."""
         return self.ours.rule.eager
 
+    @property
+    def kernel(self) -> tuple[str, int]:
+        """The rule and the number of states, which select the compiled code of a step. The code reads all other options
+        as numbers."""
+        return self.ours.rule.name, len(self.states)
+
+    @property
+    def kind(self) -> tuple[bool, ...]:
+        """The properties of its rule on which host code depends."""
+        rule = self.ours.rule
+        return rule.counted, rule.eager, rule.trust, bool(rule.switched), bool(rule.running)
+
     def known(self, **kwargs: Any) -> dict[str, Any]:
-        """Those options that the class has. A class with three betas gets the second one twice."""
+        """The given options without those that the class lacks. A class with three betas gets the second one twice."""
         found = {key: value for key, value in kwargs.items() if key in self.options}
         if "betas" in found:
             found["betas"] = (*found["betas"], found["betas"][1])[: len(self.group["betas"])]
         return found
 
 
-Adam, AdamW, SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
+Adagrad, Adam, AdamW, SGD = torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
 CASES = [
     Case("adam", FusedAdam, Adam, oracle.adam, {"lr": 0.01}),
     Case("adam-l2", FusedAdam, Adam, oracle.adam, {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.95)}),
@@ -189,12 +201,8 @@ CASES = [
         {"lr": 0.01, "weight_decay": 0.1, "maximize": True, "decay": "paper", "lr_reference": 0.05},
         typical=True,
     ),
-    Case(
-        "adagrad", FusedAdagrad, torch.optim.Adagrad, oracle.adagrad, {"lr_decay": 0.1, "initial_accumulator_value": 1}
-    ),
-    Case(
-        "adagrad-maximize", FusedAdagrad, torch.optim.Adagrad, oracle.adagrad, {"weight_decay": 0.1, "maximize": True}
-    ),
+    Case("adagrad", FusedAdagrad, Adagrad, oracle.adagrad, {"lr_decay": 0.1, "initial_accumulator_value": 1}),
+    Case("adagrad-maximize", FusedAdagrad, Adagrad, oracle.adagrad, {"weight_decay": 0.1, "maximize": True}),
     Case(
         "nadam-decoupled",
         FusedNAdam,
@@ -241,12 +249,12 @@ RUNS_ON |= {name: ["cpu"] for name in ptx.backends.NAMES}
 CHOSEN = os.environ.get("FUSED_OPTIM_TEST_BACKENDS", DEFAULT).split(",")
 if not {*ptx.backends.NAMES}.isdisjoint(CHOSEN):
     ptx.backends.register()
-# Interpreters take tens of milliseconds for each program, or for each launch.
+# The interpreters take tens of milliseconds per program or launch.
 SLOW = {*ptx.backends.NAMES, *["triton"] * INTERPRETED}
 
 
 def targets() -> list[Any]:
-    """Every backend with every device it should run on here; one that cannot run is skipped with its own reason."""
+    """Every chosen backend with each of its devices. A backend that does not work here is skipped with its reason."""
     reasons = backends.available()
     rows = []
     for name in CHOSEN:
@@ -257,16 +265,16 @@ def targets() -> list[Any]:
 
 
 on_every_target = pytest.mark.parametrize("target", targets())
-# Of a rule without a typical case its first one.
+# One case per rule: the typical one, or the first one.
 TYPICAL = {case.rule: case for case in reversed(CASES)} | {case.rule: case for case in CASES if case.typical}
 ONE_EACH = [case for case in CASES if case is TYPICAL[case.rule]]
-RUN = ONE_EACH if INTERPRETED else CASES  # in Triton's interpreter each rule once: minutes instead of half an hour
-CLASSES = list({case.ours: case for case in reversed(RUN)}.values())[::-1]  # the first case of each of our classes
+RUN = ONE_EACH if INTERPRETED else CASES  # all cases would take half an hour in Triton's interpreter
+CLASSES = list({case.ours: case for case in reversed(RUN)}.values())[::-1]  # the first case of each class
 DECOUPLED = [case for case in CLASSES if issubclass(case.ours, Decoupled)]
 
 
 def every(cases: Sequence[Case], *options: str, in_torch: bool = False) -> Any:
-    """A test for each of the cases whose groups hold these options, and, where asked, that torch has too."""
+    """Parametrizes a test with the cases whose groups have these options. in_torch: and whose class torch has."""
     rows = [case for case in cases if case.options.issuperset(options) and (case.torch or not in_torch)]
     return pytest.mark.parametrize("case", rows, ids=str)
 
@@ -276,7 +284,7 @@ for_every_case_of_torch, for_every_class_of_torch = every(RUN, in_torch=True), e
 
 
 def quick(target: Target, usual: int, interpreted: int) -> int:
-    """A number of steps, elements or examples: fewer in Triton's interpreter."""
+    """A number of steps, elements or examples: `usual`, or `interpreted` on slow backends."""
     return interpreted if target.backend in SLOW else usual
 
 
@@ -285,7 +293,7 @@ def build(case: Case, target: Target, params: Any, **kwargs: Any) -> Any:
 
 
 def build_torch(case: Case, params: Any, **kwargs: Any) -> Any:
-    """torch's own for-loop implementation, the contract."""
+    """torch's for-loop implementation, whose behaviour ours must have."""
     return case.torch(params, **{"foreach": False, **case.kwargs, **kwargs})
 
 
@@ -307,7 +315,7 @@ def make_params(
 
 
 def random_grads(params: Sequence[Tensor], seed: int, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Gradients that span six orders of magnitude, as real ones do."""
+    """Random gradients that span six orders of magnitude."""
     generator = torch.Generator().manual_seed(1000 + seed)
     grads = []
     for p in params:
@@ -330,19 +338,20 @@ def parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def hypers(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The group options of every parameter."""
+    """For each parameter its param group."""
     return [group for group in optimizer.param_groups for _ in group["params"]]
 
 
 def copies(params: Sequence[Tensor]) -> list[torch.nn.Parameter]:
-    """The same values and the same strides, in other memory."""
+    """Parameters with the same values and strides in other memory."""
     return [torch.nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in params]
 
 
 def train(
     optimizers: Sequence[Optimizer], steps: int, seed: int = 0, each: Callable[[int], None] | None = None
 ) -> None:
-    """Steps optimizers of equally shaped params side by side with the same random gradients."""
+    """Steps several optimizers, whose params have equal shapes, with the same random gradients. each: called after each
+    step with its number."""
     for step in range(steps):
         grads = random_grads(parameters(optimizers[0]), seed + step)
         for optimizer in optimizers:

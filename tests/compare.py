@@ -1,4 +1,4 @@
-"""Comparison with the oracle in ulps, with torch within rounding, and with each other to the bit."""
+"""Comparisons: with the oracle in ulps, with torch within rounding, and of two optimizers bit for bit."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 
 def states(optimizer: Optimizer) -> list[dict[str, Tensor]]:
-    """The states of every parameter that its rule makes, as a checkpoint has them: without buffers that no update has
-    reached yet. The averages of the weights have a comparison of their own, checked_average."""
+    """The states of every parameter as in a checkpoint: without buffers that no update has reached yet. Averages of the
+    weights are left out; checked_average compares them."""
     params = parameters(optimizer)
     if set(optimizer.state) <= set(params):
         saved = optimizer.state_dict()["state"]
@@ -26,13 +26,13 @@ def states(optimizer: Optimizer) -> list[dict[str, Tensor]]:
 
 
 def updates(optimizer: Any, params: Sequence[Tensor]) -> list[float]:
-    """How many updates each param has had, also where the rule keeps no `step` in its states."""
+    """The number of updates of each param. Rules without a state `step` are counted by the optimizer."""
     found = [optimizer.state.get(p, {}).get("step", optimizer._steps.get(p, 0.0)) for p in params]
     return [0.0 if isinstance(count, Tensor) and count.is_meta else float(count) for count in found]
 
 
 def snapshot(optimizer: Any) -> list[oracle.Slot]:
-    """Params and states as they are stored now, in float64."""
+    """The present params and states in float64."""
     slots = []
     for p, state in zip(parameters(optimizer), states(optimizer), strict=True):
         narrow = p.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -68,7 +68,7 @@ def errors(
     sizes: Sequence[oracle.Slot],
     dtypes: Sequence[dict[str, torch.dtype]],
 ) -> dict[str, float]:
-    """The largest error in ulps of params and of every state; `sizes` as `scales` returns them."""
+    """The largest error in ulps of the params and of each state. sizes: the result of `scales`."""
     worst = {"param": 0.0}
     for slot, truth, scale, dtype in zip(got, want, sizes, dtypes, strict=True):
         assert slot.state.keys() == truth.state.keys()
@@ -89,14 +89,15 @@ def scales(
     grads: Sequence[Tensor | None],
     hypers: Sequence[dict[str, Any]],
 ) -> list[oracle.Slot]:
-    """The magnitudes that errors are measured by; numbers that cancel cannot be known better than these.
+    """The magnitudes by which errors are measured. Results of a cancellation cannot be more exact than these.
 
-    States: what the rule makes of absolute values, where nothing cancels, or the state before where that was larger.
-    Params: the largest of before, after and the step that absolute values make; at least lr where the rule divides by a
-    root, which cancels too. LAMB rounds gradients when it clips them, which shows where L2 cancels them; and what it
-    clips in float64 is as exact as the norm, of which the CPU adds up squares of narrower gradients in float32. Where a
-    rounding would turn the sign around that Lion takes, anything goes: of all elements of a step one in a hundred at
-    most, so none of a lone scalar.
+    States: the rule applied to absolute values, so that nothing cancels, or the old state if it is larger.
+    Params: the largest of the old param, the new param and the step that absolute values give. At least lr if the rule
+        divides by a root, because that cancels, too.
+    LAMB: it rounds the clipped gradients, which matters where L2 cancels them. Clipped float64 gradients are as exact
+        as the norm, and the CPU sums squares of narrower gradients in float32.
+    Lion: where rounding can change the sign, any result is accepted. These are at most one in a hundred of all elements
+        of a step, so none in a step of a single scalar.
     """
 
     def larger(x: Tensor | None, y: Tensor) -> Tensor:
@@ -143,8 +144,8 @@ NUDGE = 2.0**-19  # of a gradient, many times its roundings
 def swayed(
     rule: oracle.Rule, before: Sequence[oracle.Slot], grads: Sequence[Tensor | None], hypers: Sequence[dict[str, Any]]
 ) -> list[Tensor]:
-    """How far each param ends from where it would with a slightly other gradient. Neighbours are nudged up and down in
-    turn, which leaves norms as they are."""
+    """The difference of each new param between steps with slightly smaller and slightly larger gradients. Adjacent
+    elements are changed in opposite directions, which keeps the norms."""
 
     def nudge(grad: Tensor | None, size: float) -> Tensor | None:
         if grad is None:
@@ -167,15 +168,15 @@ def larger_scales(a: Sequence[oracle.Slot], b: Sequence[oracle.Slot]) -> list[or
     ]
 
 
-# LAMB's gradients are multiplied by the coefficient that clips them, one rounding more, which squares double; and its
-# update is made of averages as they are stored, which in a 16-bit dtype may be half an ulp to the other side of a tie.
+# LAMB multiplies gradients by the clipping coefficient. This is one more rounding, and a square doubles its error. LAMB
+# computes the update from the stored averages, which in a 16-bit dtype can be rounded to the other side of a tie.
 MORE = {oracle.lamb: 1.0}
 
 
 def checked_step(
     optimizer: Optimizer, rule: oracle.Rule, bound: float, grad_scale: float = 1.0, found_inf: float = 0.0
 ) -> dict[str, float]:
-    """Steps once and compares with the oracle, which starts from the very numbers that were stored before."""
+    """Steps once and compares with the oracle's step from the same stored numbers. bound: in ulps."""
     before = snapshot(optimizer)
     grads = [p.grad for p in parameters(optimizer)]
     want = oracle.step(rule, before, grads, hypers(optimizer), grad_scale, found_inf)
@@ -187,8 +188,8 @@ def checked_step(
 
 
 def checked_average(optimizer: Any, step: Callable[[], Any], weight: float | None) -> None:
-    """Steps once. The averages of the weights must move by `weight` (None: not at all) towards the params as they are
-    stored, within two roundings of the arithmetic and that of the store."""
+    """Steps once. The averages of the weights must move by `weight` towards the stored params, or not at all if it is
+    None. Two roundings of the arithmetic and one of the store are allowed."""
     before = {p: oracle.as_real(average) for p, average in optimizer.ema.items()}
     step()
     for p in parameters(optimizer):
@@ -211,7 +212,7 @@ def checked_averages(optimizer: Any, weights: Sequence[float | None]) -> None:
 
 
 def assert_equal(ours: Any, theirs: Any) -> None:
-    """Bit for bit, NaN equal to NaN; states are compared with their dtypes."""
+    """Asserts equal bits and dtypes. NaN is equal to NaN."""
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
@@ -219,10 +220,8 @@ SQUARES = {state for case in CASES for state in case.ours.rule.squares}
 
 
 def assert_like_torch(ours: Optimizer, theirs: Optimizer, rtol: float = 1e-5, atol: float = 1e-6) -> None:
-    """Params and states within rounding; the same states, the same step counts.
-
-    Squares do not cancel: next to no absolute error is granted to them.
-    """
+    """Asserts the same states, and params and states equal within rounding. States of squares do not cancel, so their
+    absolute error must be a million times smaller."""
     for p, q in zip(parameters(ours), parameters(theirs), strict=True):
         torch.testing.assert_close(p.detach().cpu(), q.detach().cpu(), rtol=rtol, atol=atol, equal_nan=True)
     for mine, torchs in zip(states(ours), states(theirs), strict=True):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cases import AMSGRAD, SLOW, Target
+from cases import AMSGRAD, LAMB, SLOW, Case, Target
 
 from fused_optim.optim import plans
 
@@ -17,6 +17,7 @@ MARKERS = {
     "codegen": "compiles kernels, and reads the code or runs it without torch",
     "backend": "depends on the backend: given to every test that takes a target",
     "host": "its subject is host code, the same for every rule: in interpreters one case is enough",
+    "arithmetic": "its subject is the arithmetic of the rules: every rule on every backend",
     "once": "takes a target, but is not repeated for one more backend",
     "compiled": "of the tests that depend on the backend, those that `make test` runs on the compiled GPU kernels",
 }
@@ -35,9 +36,42 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("backend")
     with_amsgrad = {function(item) for item in items if arguments(item).get("case") is AMSGRAD}
     needless = [item for item in items if is_needless(item) and function(item) in with_amsgrad]
+    needless += repetitions(items)
     config.hook.pytest_deselected(items=needless)
     dropped = set(needless)
     items[:] = [item for item in items if item not in dropped]
+
+
+def of_rules(item: pytest.Item) -> bool:
+    """Whether the test is about the arithmetic of the rules. Other tests are about code that all rules share."""
+    return any(item.get_closest_marker(name) for name in ("compiled", "arithmetic"))
+
+
+def repetitions(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Tests that run the same code as another test with other numbers, on all backends but "cpp" and Triton's.
+
+    The emulated CUDA kernels compute with the sources of "cpp" (csrc/prep.h, csrc/rules.h), and the PTX interpreter is
+    slow: tests of the rules take one case for each kernel. Plain PyTorch has its own arithmetic and takes all cases.
+    Other tests take one case for each kind of rule. "cpp" takes all cases in all tests.
+    """
+    groups: dict[Any, list[pytest.Item]] = {}
+    for item in items:
+        found = dict(arguments(item))
+        target, case = found.pop("target", None), found.pop("case", None)
+        if not (isinstance(target, Target) and isinstance(case, Case)):
+            continue
+        if target.backend in ("cpp", "triton") or target.device != "cpu":
+            continue
+        if of_rules(item) and target.backend == "reference":
+            continue
+        code = case.kernel if of_rules(item) else case.kind
+        others = tuple((name, repr(value)) for name, value in found.items())
+        groups.setdefault((function(item), target, code, others), []).append(item)
+    repeated = []
+    for same in groups.values():
+        kept = next((item for item in same if arguments(item)["case"].typical), same[0])
+        repeated += [item for item in same if item is not kept]
+    return repeated
 
 
 def arguments(item: pytest.Item) -> dict[str, Any]:
@@ -49,9 +83,13 @@ def function(item: pytest.Item) -> str:
 
 
 def is_needless(item: pytest.Item) -> bool:
-    """Whether the test can be dropped: a test of host code, on a slow backend, with another case than AMSGRAD. AMSGRAD
-    has every state, so it is enough. The caller keeps the test if its function has no case AMSGRAD."""
+    """Whether the test can be dropped: on a slow backend a test whose subject is not the arithmetic of the rules, with
+    another case than AMSGRAD and LAMB. AMSGRAD has every state, and LAMB has both walks. Tests of host code need
+    AMSGRAD alone. The caller keeps the test if its function has no case AMSGRAD."""
     found = arguments(item)
     target, case = found.get("target"), found.get("case", AMSGRAD)
-    slow = isinstance(target, Target) and target.backend in SLOW
-    return slow and case is not AMSGRAD and item.get_closest_marker("host") is not None
+    if not (isinstance(target, Target) and target.backend in SLOW):
+        return False
+    if item.get_closest_marker("host") is not None:
+        return case is not AMSGRAD
+    return not of_rules(item) and case not in (AMSGRAD, LAMB)

@@ -1,8 +1,8 @@
-"""The truth the tests compare with: each optimizer in float64, plain PyTorch, straight from its paper.
+"""The reference that the tests compare with: each optimizer in float64 and plain PyTorch, written from its paper.
 
-Nothing here is derived from the implementation, and nothing of it is imported. Complex tensors are pairs of reals.
-One function per optimizer works on one tensor; `step` applies it to a list. An optimizer's param_groups can be handed
-in as they are: a rule picks the hyperparameters it knows and ignores the rest.
+Nothing is derived or imported from the implementation. Complex tensors are pairs of reals. Each optimizer is a function
+of one tensor; `step` applies it to a list of tensors. It accepts the param_groups of an optimizer: a rule reads the
+options that it knows and ignores the others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Hypers = Sequence[dict[str, Any]]
 
 @dataclass
 class Slot:
-    """One tensor and its optimizer state, all float64; `stored` is the real dtype that the states are kept in."""
+    """One tensor and its states, in float64. stored: the real dtype in which the optimizer stores the states."""
 
     param: Tensor
     state: State = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Slot:
 
 
 def as_real(x: Tensor) -> Tensor:
-    """A float64 copy of x; complex x of shape [...] becomes [..., 2]."""
+    """A float64 copy. A complex tensor of shape [...] becomes [..., 2]."""
     x = x.detach()
     return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).to(torch.float64).cpu().clone()
 
@@ -42,7 +42,7 @@ def scalar(x: Any) -> float:
 
 
 def correction(beta: float, step: Tensor) -> float:
-    """1 - beta**step, with all digits also if beta is near 1."""
+    """1 - beta**step, without a loss of digits if beta is near 1."""
     return -math.expm1(step.item() * math.log(beta)) if beta else 1.0
 
 
@@ -51,8 +51,9 @@ def next_step(state: State) -> Tensor:
 
 
 def shrinkage(rate: float, weight_decay: float, lr_reference: float | None, decay_period: float | None) -> float:
-    """Decoupled decay. Without a reference torch's, by lr times weight_decay; with one the paper's (arXiv:1711.05101,
-    algorithm 2: eta_t is the schedule alone), which a period of so many updates normalizes (its appendix B.1)."""
+    """The factor of decoupled decay. Without lr_reference it is torch's, 1 - lr * weight_decay. With lr_reference it is
+    the paper's (arXiv:1711.05101, algorithm 2: eta_t is the schedule alone). decay_period normalizes it (appendix B.1).
+    """
     if lr_reference is None:
         return 1 - rate * weight_decay
     schedule = rate / lr_reference if lr_reference != 0 else 0.0
@@ -60,8 +61,8 @@ def shrinkage(rate: float, weight_decay: float, lr_reference: float | None, deca
 
 
 def with_decay(update: Rule) -> Rule:
-    """A rule of an update, which knows nothing of decay and maximize, with both: L2 goes into the gradient, decoupled
-    decay into the param that the update is then taken off."""
+    """Adds weight decay, lr and maximize to an update. L2 is added to the gradient. Decoupled decay shrinks the param
+    before the update is subtracted."""
 
     @functools.wraps(update)
     def rule(param: Tensor, grad: Tensor, state: State, **hyper: Any) -> tuple[Tensor, State]:
@@ -147,6 +148,54 @@ def adagrad(grad: Tensor, state: State, *, lr_decay: float, eps: float, **hyper:
     return grad / (total.sqrt() + eps) / (1 + (step.item() - 1) * lr_decay), {"step": step, "sum": total}
 
 
+def newton_schulz(update: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
+    """Muon's iteration (Jordan et al., https://kellerjordan.github.io/posts/muon) on the singular values themselves:
+    each step applies the polynomial to all of them."""
+    left, values, right = torch.linalg.svd(update / max(update.norm().item(), eps), full_matrices=False)
+    a, b, c = coefficients
+    for _ in range(steps):
+        values = a * values + b * values**3 + c * values**5
+    return left @ torch.diag(values) @ right
+
+
+def muon(
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    momentum: float,
+    nesterov: bool,
+    ns_coefficients: Sequence[float],
+    ns_steps: int,
+    eps: float,
+    adjust_lr_fn: str | None,
+    normuon: bool,
+    normuon_beta2: float,
+    maximize: bool,
+    **hyper: Any,
+) -> tuple[Tensor, State]:
+    """Muon as torch.optim.Muon documents it, with the averages that the code has; NorMuon (arXiv:2510.05491). A tensor
+    of more dimensions is a matrix of its first one and all others."""
+    rate = scalar(lr)
+    grad = -grad if maximize else grad
+    buffer = momentum * state.get("momentum_buffer", torch.zeros_like(grad)) + (1 - momentum) * grad
+    new = {"momentum_buffer": buffer}
+    update = (momentum * buffer + (1 - momentum) * grad if nesterov else buffer).flatten(1)
+    rows, columns = update.shape
+    update = newton_schulz(update, ns_coefficients, ns_steps, eps)
+    if normuon:
+        old = state.get("second_momentum_buffer", torch.zeros(rows, 1, dtype=torch.float64))
+        moments = normuon_beta2 * old + (1 - normuon_beta2) * update.square().mean(1, keepdim=True)
+        new["second_momentum_buffer"] = moments
+        normalized = update / (moments.sqrt() + 1e-8)
+        update = normalized * (update.norm() / normalized.norm())
+    scale = 0.2 * math.sqrt(max(rows, columns)) if adjust_lr_fn else math.sqrt(max(1, rows / columns))
+    decay = shrinkage(rate, weight_decay, hyper.get("lr_reference"), hyper.get("decay_period"))
+    return decay * param - rate * scale * update.view_as(param), new
+
+
 @with_decay
 def nadam(
     grad: Tensor, state: State, *, betas: Pair, eps: float, momentum_decay: float, **_: Any
@@ -164,7 +213,7 @@ def nadam(
     }
     product = new["mu_product"].item()
     mean = after * new["exp_avg"] / (1 - product * after) + (1 - now) * grad / (1 - product)
-    return mean / ((new["exp_avg_sq"] / (1 - beta2 ** step.item())).sqrt() + eps), new
+    return mean / ((new["exp_avg_sq"] / correction(beta2, step)).sqrt() + eps), new
 
 
 @with_decay
@@ -322,8 +371,8 @@ def lamb(
 ) -> tuple[Tensor, State]:
     """LAMB (arXiv:1904.00962) with the choices of NVIDIA Apex's FusedLAMB.
 
-    The trust ratio is of whole tensors, so the step walks over them twice, and the update that is applied is made of
-    the averages as they are stored.
+    The trust ratio is a ratio of norms of whole tensors, so the step has two passes. The update is computed from the
+    averages as they are stored.
     """
     rate, beta1, beta2 = scalar(lr), scalar(betas[0]), scalar(betas[1])
     zeros = torch.zeros_like(param)
@@ -357,12 +406,12 @@ def lamb(
 
 
 def grad_norm(grads: Sequence[Tensor | None], hypers: Hypers) -> dict[str, float]:
-    """The norm of all gradients of the groups that are clipped, taken together."""
+    """The norm of all gradients whose groups are clipped."""
     clipped = [g for g, hyper in zip(grads, hypers, strict=True) if g is not None and hyper["max_grad_norm"]]
     return {"grad_norm": math.sqrt(sum(g.square().sum().item() for g in clipped))}
 
 
-# What a rule must know of all gradients of a step, as further keyword arguments.
+# Further keyword arguments of a rule, computed from all gradients of a step.
 OF_ALL: dict[Rule, Callable[[Sequence[Tensor | None], Hypers], dict[str, Any]]] = {lamb: grad_norm}
 
 
@@ -374,10 +423,10 @@ def step(
     grad_scale: float = 1.0,
     found_inf: float = 0.0,
 ) -> list[Slot]:
-    """One optimizer step over a list of tensors, each with the hyperparameters of its own group.
+    """One optimizer step over a list of tensors. hypers: the options of each tensor's group.
 
-    A tensor without a gradient keeps its param, its state and its step count, and so do all when found_inf is not 0.
-    Gradients are divided by grad_scale.
+    Gradients are divided by grad_scale. A tensor without a gradient does not change, and neither does its step count.
+    If found_inf is not 0, no tensor changes.
     """
     if found_inf != 0:
         return [Slot(slot.param, dict(slot.state), slot.stored) for slot in slots]

@@ -71,14 +71,19 @@ PLAIN, PACKED = "Lb0E", "Lb1E"  # the last template argument of step_kernel, as 
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_kernels_need_no_stack(arch: str, tmp_path: Path) -> None:
-    """Compiles without torch's headers. No spills, no stack frame, shared memory only for sums. The registers allow
-    five blocks of 128 threads per multiprocessor, four with packed formats, two
-    with an average besides."""
+def test_kernels(arch: str, tmp_path: Path) -> None:
+    """One compilation, without torch's headers, gives the assembler's report and the PTX."""
     assert NVCC is not None
-    output = ["-cubin", "-o", str(tmp_path / "step.cubin")]
+    output = ["-cubin", "-o", str(tmp_path / "step.cubin"), "--keep", "--keep-dir", str(tmp_path)]
     log = run([NVCC, *FLAGS, f"-arch={arch}", "-Xptxas", "-v", *output, "csrc/cuda/step.cu"])
     assert "warning" not in log, log
+    check_resources(arch, log)
+    check_accesses((tmp_path / "step.ptx").read_text())
+
+
+def check_resources(arch: str, log: str) -> None:
+    """No spills, no stack frame, shared memory only for sums. The registers allow five blocks of 128 threads per
+    multiprocessor, four with packed formats, two with an average besides."""
     entries = {entry.split("'")[1]: entry for entry in re.split(r"Compiling entry function", log)[1:]}
     shared = dict(SHARED)
     shared |= {f"prep_kernelINS_{len(rule)}{rule}E": 0 for rule in listed_rules()}
@@ -109,15 +114,10 @@ def test_kernels_need_no_stack(arch: str, tmp_path: Path) -> None:
         assert int(registers.group(1)) <= 65536 // threads // 8 * 8, entry
 
 
-@needs_nvcc
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_stream_has_wide_accesses(arch: str, tmp_path: Path) -> None:
+def check_accesses(ptx: str) -> None:
     """Kernels access every stream in units of 16 bytes, and access no stream that they do not need. With more than four
     streams of several dtypes, 2-byte dtypes are accessed in units of 8 bytes."""
-    assert NVCC is not None
-    ptx = tmp_path / "step.ptx"
-    run([NVCC, *FLAGS, f"-arch={arch}", "-ptx", "-o", str(ptx), "csrc/cuda/step.cu"])
-    entries = {part.split("(")[0].strip(): part for part in ptx.read_text().split(".entry")[1:]}
+    entries = {part.split("(")[0].strip(): part for part in ptx.split(".entry")[1:]}
     for kernel in streaming_kernels():
         (text,) = (text for symbol, text in entries.items() if kernel.symbol in symbol)
         found = Counter(match.groups() for match in ACCESS.finditer(text))

@@ -46,6 +46,7 @@ def build(case: Case, params: Any, target: Target, convention: str = "torch", **
     return case.ours(params, backend=target.backend, **options)
 
 
+@pytest.mark.arithmetic
 @on_every_target
 @for_every_decoupled
 @for_every_convention

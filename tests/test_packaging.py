@@ -344,7 +344,9 @@ def built(tmp_path: Path) -> dict[str, str]:
     return there | missing
 
 
-def test_one_changed_file_compiles_one_file(tmp_path: Path) -> None:
+def test_incremental_builds(tmp_path: Path) -> None:
+    """One changed file compiles one file. A module that does not compile leaves the others, and its file from an
+    earlier build is removed. With FUSED_OPTIM_CPP=1 the failure stops the installation."""
     assert shutil.which("ninja"), "the tests require ninja"
     first = build(tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
@@ -352,15 +354,12 @@ def test_one_changed_file_compiles_one_file(tmp_path: Path) -> None:
     assert {name for name, reason in found.items() if not reason} >= {"_poll", "_cpu_baseline", "_cuda_emulated"}
     assert "FUSED_OPTIM_CUDA=1" in found["_cuda"] or torch.version.cuda
     assert "no work to do" in (again := build(tmp_path).stdout) and " -c " not in again
-    (tmp_path / "source/csrc/poll/bindings.cpp").write_text(TINY.format(name="_poll") + "int more;\n")
+    bindings = tmp_path / "source/csrc/poll/bindings.cpp"
+    bindings.write_text(TINY.format(name="_poll") + "int more;\n")
     compiled = re.findall(r" -c (\S+\.cpp) ", build(tmp_path).stdout)
     assert [Path(path).name for path in compiled] == ["bindings.cpp"]
 
-
-def test_a_module_that_does_not_compile_leaves_the_others(tmp_path: Path) -> None:
-    """The module of an earlier build is removed. With FUSED_OPTIM_CPP=1 the failure stops the installation."""
-    assert build(tmp_path).returncode == 0
-    (tmp_path / "source/csrc/poll/bindings.cpp").write_text("#error this does not compile\n")
+    bindings.write_text("#error this does not compile\n")
     done = build(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "installing without fused_optim._poll: its build failed (Error compiling objects" in done.stderr

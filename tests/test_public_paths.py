@@ -14,7 +14,7 @@ PATHS = {
     "convert": ["apex", "bitsandbytes", "deepspeed", "optimi"],
     "decay": ["Decay", "Decoupled", "decoupled"],
     "decoupled": ["Decoupled"],
-    "groups": ["depths", "layerwise", "named_group", "no_decay", "per_group", "split"],
+    "groups": ["depths", "layerwise", "muon", "named_group", "no_decay", "per_group", "split"],
     "integrations": ["register_timm"],
     "lr_finder": ["RangeTest", "lr_range_test"],
     "schedules": ["OneCycle", "WarmRestarts", "adamwr", "cosine_restarts", "normalized_decay", "one_cycle", "sgdwr"],

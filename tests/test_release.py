@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import math
+import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -410,6 +411,7 @@ def test_copies_do_not_release() -> None:
     net, ours, *_ = pair(ADAMW, REFERENCE)
     loss(net, 0).backward()
     ours.step()
+    pickle.loads(pickle.dumps((net, ours)))
     other, copied = copy.deepcopy((net, ours))
     loss(other, 1).backward()
     assert other.first.weight.grad is not None

@@ -3,7 +3,9 @@ tensors."""
 
 from __future__ import annotations
 
-import time
+import sys
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,6 +32,8 @@ from cases import (
     train,
 )
 from compare import assert_equal, assert_like_torch, checked_step, states, updates
+
+from fused_optim.engine import modules
 
 
 @on_every_target
@@ -225,22 +229,42 @@ def test_thousands_of_tensors(case: Case, target: Target) -> None:
         checked_step(optimizer, case.rule, 3.0)
 
 
-@pytest.mark.slow
+def calls_of(function: Callable[[], object]) -> Counter[str]:
+    """How often each function is called, functions of C included."""
+    calls: Counter[str] = Counter()
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        if event == "call":
+            calls[frame.f_code.co_name] += 1
+        elif event == "c_call":
+            calls[argument.__qualname__] += 1
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.once
 @on_every_target
-def test_twenty_thousand_tensors(target: Target) -> None:
-    """A steady step must take less than a millisecond per hundred tensors, which is the time of torch's for-loop."""
-    if target.backend != "cpp":
-        pytest.skip("the time bound is for the C++ backend")
-    values = torch.randn(20_000, 8)
-    params = [torch.nn.Parameter(row) for row in values]
-    for p in params:
-        p.grad = torch.ones_like(p)
-    optimizer = build(ADAMW, target, params)
-    optimizer.step()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
+def test_the_calls_of_a_step_do_not_depend_on_the_number_of_tensors(target: Target) -> None:
+    """A steady step takes the same Python calls for 3 tensors and for 20,000, and builds no tables."""
+    if target.backend == "reference":
+        pytest.skip("the reference backend is a loop in Python over the tensors")
+    if isinstance(reason := modules.poll(), str):
+        pytest.skip(f"the change detector in Python goes over the tensors: {reason}")
+    calls = []
+    for count in (3, 20_000 if target.backend == "cpp" else 300):
+        params = make_params([(8,)] * count, device=target.device)
+        optimizer = build(ADAMW, target, params)
+        for p in params:
+            p.grad = torch.ones_like(p)
         optimizer.step()
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.2
-    assert all(optimizer.state[p]["step"] == 6 for p in params[::997])
+        optimizer.step()
+        detector = optimizer._detector
+        calls.append(calls_of(optimizer.step))
+        assert optimizer._detector is detector
+        assert all(optimizer.state[p]["step"] == 3 for p in params[:: max(1, count // 20)])
+    assert calls[0] == calls[1] and calls[0].total() < 500

@@ -5,18 +5,14 @@ import os
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import pytest
-import torch
 import triton
 from cases import CASES
-from fused_optim.triton_kernels import launch as launching
 from fused_optim.triton_kernels.launch import (
     ROW_SUMS,
     RULES,
@@ -31,10 +27,9 @@ from fused_optim.triton_kernels.launch import (
     trust_variant,
 )
 from triton.backends.compiler import GPUTarget
-from triton.compiler import CompiledKernel, make_backend
-from triton.runtime.jit import compute_cache_key, create_function_from_signature
+from triton.compiler import CompiledKernel
 
-from fused_optim.engine.layout import FORMAT_BYTES, Format, TableArrays
+from fused_optim.engine.layout import FORMAT_BYTES, Format
 
 pytestmark = pytest.mark.codegen
 __test__ = os.environ.get("TRITON_INTERPRET") != "1"  # With TRITON_INTERPRET=1 Triton compiles nothing.
@@ -212,7 +207,17 @@ def vector_accesses(walk: Walk) -> Counter:
 
 
 @every_build
-def test_every_stream_moves_in_full_vectors(target: GPUTarget, name: str) -> None:
+def test_compiled_code(target: GPUTarget, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One test for all properties of a kernel, so that one process compiles it."""
+    check_accesses(target, name)
+    usage = check_resources(target, name)
+    check_arithmetic(target, name)
+    with capsys.disabled():
+        print(f"\n    sm_{target.arch} {name}: {usage['REG']} registers", end="")
+
+
+def check_accesses(target: GPUTarget, name: str) -> None:
+    """Every stream is accessed in full vectors."""
     ptx = compiled(target, name).asm["ptx"]
     found, needed = Counter(re.findall(r"\b(?:ld|st)\.global\.v\d\.b\d+", ptx)), vector_accesses(WALKS[name])
     assert found == needed if AS_READ else found >= needed
@@ -260,13 +265,10 @@ def test_packed_formats_move_in_vectors_and_registers(name: str) -> None:
         assert usage["REG"] <= (128 if len(kind) > 4 or kind[0] == SPLIT8 else MOST_REGISTERS)
 
 
-@every_build
-def test_nothing_but_registers(target: GPUTarget, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def check_resources(target: GPUTarget, name: str) -> dict[str, int]:
     """No spills. Shared memory is used only by kernels that sum: to combine the warps' sums, after all loops."""
     walk, kernel = WALKS[name], compiled(target, name)
     ptx, usage = kernel.asm["ptx"], resources(kernel)
-    with capsys.disabled():
-        print(f"\n    sm_{target.arch} {name}: {usage['REG']} registers", end="")
     assert usage["STACK"] == usage["LOCAL"] == 0 and ".local" not in ptx
     shared = kernel.metadata.shared
     assert shared == (32 if walk.sums else 0) if AS_READ else bool(shared) == bool(walk.sums)  # a float64 per warp
@@ -284,10 +286,10 @@ def test_nothing_but_registers(target: GPUTarget, name: str, capsys: pytest.Capt
     if all(max(ITEMSIZE[code] for code in kind) == 2 for kind in walk.streams):
         most = NARROW_REGISTERS if max(map(len, walk.streams)) <= 6 else MOST_REGISTERS
     assert not AS_READ or usage["REG"] <= (FEW_REGISTERS if few else most)
+    return usage
 
 
-@every_build
-def test_arithmetic_is_accurate(target: GPUTarget, name: str) -> None:
+def check_arithmetic(target: GPUTarget, name: str) -> None:
     """Division and square root are correctly rounded, nothing is flushed to zero, and no product is fused that the rule
     does not fuse: `.rn` on an addition prevents the assembler from fusing it."""
     walk, ptx = WALKS[name], compiled(target, name).asm["ptx"]
@@ -332,125 +334,3 @@ def test_small_kernels(name: str) -> None:
             assert found == roots_and_quotients
             assert not re.search(r"\bfma\.", ptx)  # csrc/prep.h on the CPU fuses nothing either
     assert ".private_segment_fixed_size: 0" in compiled(INSTINCT, name).asm["amdgcn"]
-
-
-class Stand:
-    """Replaces a kernel and the handle that its first launch returns. Records the grids and arguments of launches."""
-
-    def __init__(self) -> None:
-        self.first: list[tuple[tuple[int, ...], tuple[Any, ...]]] = []
-        self.later: list[tuple[tuple[int, ...], tuple[Any, ...]]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def run(*args: Any, **options: Any) -> Any:
-            self.first.append((grid, args))
-            return Handle(self)
-
-        return run
-
-
-@dataclass
-class Handle:
-    stand: Stand
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args: self.stand.later.append((grid, args))
-
-
-F32_KINDS = (KINDS["f32"],)
-LAUNCHED = {
-    "adam": {"prep": prep_variant(None, False, False, 0), "step": step_variant("adam", F32_KINDS, False)},
-    "lamb": {
-        "squares": squares_variant(F32_KINDS),
-        "total": TOTAL,
-        "prep": prep_variant(RULES["lamb"].scalars, True, True, 0),
-        "step": step_variant("lamb", F32_KINDS, False),
-        "row sums": ROW_SUMS,
-        "trust": trust_variant(RULES["lamb"].ratio),
-        "apply update": apply_update_variant("lamb", F32_KINDS, False),
-        "scale": scale_variant(F32_KINDS),
-    },
-}
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Variant, Any]]:
-    """The kernels of all launched variants. In the variants each kernel is replaced by a Stand."""
-    variants = [variant for variants in LAUNCHED.values() for variant in variants.values()]
-    real = {variant: variant.kernel for variant in variants}
-    for variant in variants:
-        monkeypatch.setattr(variant, "kernel", Stand())
-        monkeypatch.setattr(variant, "handles", {})
-    monkeypatch.setattr(launching, "_target", lambda: HOPPER)
-    yield real
-
-
-def take_step(rule: str, tensors: int = 40, offset: int = 0, values: float = 0.0, chunks: int | None = None) -> None:
-    """A step with `tensors` tensors. The tables start `offset` elements after an aligned address."""
-
-    def array(dtype: torch.dtype, size: int = tensors) -> torch.Tensor:
-        return torch.full((size + offset,), values, dtype=torch.float64).to(dtype)[offset:]
-
-    i64, f64 = torch.int64, torch.float64
-    arrays = TableArrays(
-        chunk_table=array(i64, tensors if chunks is None else chunks),
-        rows=array(i64),
-        grads=array(i64),
-        lr=array(i64),
-        group_hparams=array(f64),
-        group_index=array(torch.int32),
-        tensor_scalars=array(f64),
-    )
-    squares = None
-    if rule == "lamb":
-        arrays = arrays._replace(row_offsets=array(i64), partials=array(f64), sums=array(f64), trust=array(f64))
-        squares = array(f64, 1)
-        launching.launch_squares(F32_KINDS, arrays, squares)
-        launching.launch_scale(F32_KINDS, arrays, squares)
-    launching.launch(rule, F32_KINDS, arrays, None, array(torch.float32, 1), squares)
-    launching.launch_apply_update(rule, F32_KINDS, arrays)
-
-
-@pytest.mark.parametrize("rule", LAUNCHED)
-def test_later_launches_go_through_the_handle(kernels: dict[Variant, Any], rule: str) -> None:
-    for _ in range(3):
-        take_step(rule)
-    take_step(rule, chunks=0)
-    for name, variant in LAUNCHED[rule].items():
-        over_chunks = name in ("squares", "scale", "step", "apply update")
-        stand = variant.kernel
-        assert (len(stand.first), len(stand.later)) == (1, 2 if over_chunks else 3), name
-        grid, args = stand.first[0]
-        assert grid == ({"prep": 2, "trust": 2, "total": 1}.get(name, 40), 1, 1)
-        for other, others in stand.later:
-            assert other == grid and [type(arg) for arg in others] == [type(arg) for arg in args]
-    others = LAUNCHED["lamb" if rule == "adam" else "adam"].values()
-    assert not any(variant.kernel.first for variant in others)
-
-
-@pytest.mark.parametrize("rule", LAUNCHED)
-def test_one_specialisation_whatever_the_values(kernels: dict[Variant, Any], rule: str) -> None:
-    """1cycle changes lr and betas at every step, and models grow and shrink. None of this may cause a recompilation,
-    and the kernel must be the one that these tests compile."""
-    for tensors, offset, values in itertools.product((1, 16, 17, 1000), (0, 1), (0.0, 1.0, 16.0)):
-        take_step(rule, tensors, offset, values)
-    for name, variant in LAUNCHED[rule].items():
-        kernel = kernels[variant]
-        binder = create_function_from_signature(kernel.signature, kernel.params, make_backend(HOPPER))
-        keys = set()
-        for _, args in variant.kernel.first + variant.kernel.later:
-            _, specialization, options = binder(*args, **variant.options(HOPPER))
-            keys.add(compute_cache_key({}, specialization, options))
-            types = [entry[0] for entry in specialization]
-        assert len(keys) == 1, name
-        constants = {*variant.constants, *variant.absent}
-        expected = ["constexpr" if key in constants else launching.TYPES[key] for key in kernel.arg_names]
-        assert types == expected, name
-
-
-def test_kinds_have_kernels_of_their_own() -> None:
-    assert step_variant("adam", (KINDS["bf16"],), False) is not step_variant("adam", F32_KINDS, False)
-    assert step_variant("qhadam", F32_KINDS, False) is not step_variant("adam", F32_KINDS, False)
-    assert step_variant("adam", F32_KINDS, False) is step_variant("adam", F32_KINDS, False)
-    # The first walk of a rule with a trust ratio does not access averages.
-    assert step_variant("lamb", (KINDS["f32 amsgrad"],), True) is step_variant("lamb", F32_KINDS, False)

@@ -14,7 +14,7 @@ for version in "$@"; do
   echo "== Triton $version"
   export PYTHONPATH="$out/$version" TRITON_CACHE_DIR="$out/$version/cache"
   "$PY" -c "import triton; assert triton.__version__ == '$version', triton.__version__"
-  "$PY" -m pytest -q -n "${JOBS:-2}" -p no:cacheprovider tests/test_triton_compile.py || failed+=" $version"
+  "$PY" -m pytest -q -n "${JOBS:-2}" -p no:cacheprovider tests/test_triton_compile.py tests/test_triton_launcher.py || failed+=" $version"
   unset PYTHONPATH
   rm -rf "${out:?}/$version"
 done

@@ -216,6 +216,37 @@ def lion(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) 
 
 
 @triton.jit
+def muon_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
+    """1 - momentum; momentum if it is below 0.5, otherwise 0; nesterov."""
+    momentum = group.option_a
+    return 1.0 - momentum, tl.where(momentum < 0.5, momentum, 0.0), group.option_b
+
+
+@triton.jit
+def muon_moments(h: TensorScalars, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """Muon, Jordan et al., 2024, as in torch. The first walk puts the update into the second state, a workspace, and
+    torch orthogonalizes it there. Options: momentum, nesterov. States: momentum_buffer, workspace."""
+    buffer = move_average(states[0], grad, h.own_a, h.own_b)
+    return buffer, tl.where(h.own_c != 0.0, move_average(buffer, grad, h.own_a, h.own_b), buffer)
+
+
+@triton.jit
+def muon_direction(h: TensorScalars, states: tl.tuple) -> tl.tensor:
+    return states[1]
+
+
+@triton.jit
+def muon_measure(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """The update, whose norm the orthogonalization needs."""
+    return tl.zeros_like(states[1]), states[1]
+
+
+@triton.jit
+def muon_ratio(group: GroupHparams, first: tl.tensor, second: tl.tensor) -> tl.tensor:
+    return tl.full(first.shape, 1.0, first.dtype)
+
+
+@triton.jit
 def adagrad_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
     """The decayed lr."""
     return (group.lr / (1.0 + (at.step - 1.0) * group.option_a),)
@@ -373,6 +404,7 @@ RULES = {
     "lamb": Rule(lamb_moments, lamb_scalars, lamb_direction, lamb_measure, lamb_ratio, scales_decay=True),
     "lion": Rule(lion),
     "adagrad": Rule(adagrad, adagrad_scalars),
+    "muon": Rule(muon_moments, muon_scalars, direction=muon_direction, measure=muon_measure, ratio=muon_ratio),
     "nadam": Rule(nadam, nadam_scalars, running=1),
     "ademamix": Rule(ademamix, ademamix_scalars),
     "adopt": Rule(adopt, adopt_scalars),

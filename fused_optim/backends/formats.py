@@ -58,7 +58,7 @@ def store_states(row: Row, values: list[Tensor]) -> None:
             square = load_states(row)[1]
             state.copy_(formats.encode_anchored8(value, square, row.anchor, at(row, dither)))
         else:
-            store_rounded(row, state, value, "states", dither)
+            store_rounded(row, state, value, "workspace" if state is row.workspace else "states", dither)
 
 
 def store_rounded(row: Row, tensor: Tensor, values: Tensor, name: str, dither: formats.Dither) -> None:

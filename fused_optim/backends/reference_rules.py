@@ -132,6 +132,31 @@ def lamb_ratio(group: GroupHparams, params: float, updates: float) -> float:
     return min(max(ratio, group.trust_low), group.trust_high)
 
 
+def muon_scalars(group: GroupHparams, at: BiasCorrections) -> tuple[float, ...]:
+    """Options: momentum, nesterov."""
+    return 1 - group.option_a, group.option_a if group.option_a < 0.5 else 0.0, group.option_b
+
+
+def muon(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+    """Jordan et al., 2024, as in torch.optim.Muon. The second state is a workspace: the update, which is orthogonalized
+    there. Own: the weight of the gradient, a small momentum, nesterov."""
+    buffer = keep(states[0], h.own_a, h.own_b) + h.own_a * grad
+    update = keep(buffer, h.own_a, h.own_b) + h.own_a * grad if h.own_c else buffer
+    return update, [buffer, update]
+
+
+def muon_direction(h: TensorScalars, states: list[Tensor]) -> Tensor:
+    return states[1]
+
+
+def muon_measure(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(param), states[1]
+
+
+def muon_ratio(group: GroupHparams, first: float, second: float) -> float:
+    return 1.0
+
+
 def adagrad_scalars(group: GroupHparams, at: BiasCorrections) -> tuple[float, ...]:
     return (group.lr / (1 + (at.step - 1) * group.option_a),)
 
@@ -246,6 +271,7 @@ RULES = {
     "qhadam": Arithmetic(qhadam, qhadam_scalars),
     "lion": Arithmetic(lion),
     "adagrad": Arithmetic(adagrad, adagrad_scalars),
+    "muon": Arithmetic(muon, muon_scalars, direction=muon_direction, measure=muon_measure, ratio=muon_ratio),
     "nadam": Arithmetic(nadam, nadam_scalars),
     "ademamix": Arithmetic(ademamix, ademamix_scalars),
     "adopt": Arithmetic(adopt, adopt_scalars),

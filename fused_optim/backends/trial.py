@@ -113,7 +113,10 @@ def _table_of(
         row = Row(param, param, param, others, step, {}, dtypes[grad_code], 0, average)
         if param_code in low_dtypes:
             row.low = torch.zeros(1, dtype=low_dtypes[param_code], device=device)
-        places = {"param": [param_code], "states": codes[: len(others)], "ema": codes[len(others) :]}
+        states = len(others) - rule.orthogonal
+        if rule.orthogonal:
+            row.workspace = others[-1]
+        places = {"param": [param_code], "states": codes[:states], "ema": codes[len(others) :]}
         row.dithered = frozenset(name for name, found in places.items() if dithered in found)
         rows.append(row)
     with torch.device("cpu"):

@@ -25,10 +25,11 @@ from ..optim.base import FusedOptimizer
 from .bandwidth_probe import bandwidth_probe
 from .shapes import Shapes
 
+# Not FusedMuon: most of its step are matrix products, and it steps matrices alone.
 OPTIMIZERS: dict[str, Callable[..., FusedOptimizer]] = {
     name.removeprefix("Fused").lower(): getattr(fused_optim, name)
     for name in fused_optim.__all__
-    if name.startswith("Fused") and name != "FusedOptimizer"
+    if name.startswith("Fused") and name not in ("FusedOptimizer", "FusedMuon")
 }
 GROUPS = "one", "decay", "each"
 MEASURED_BYTES = 128 << 20  # bytes of each buffer of the bandwidth measurement: larger than the caches

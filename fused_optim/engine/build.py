@@ -13,6 +13,8 @@ from torch import Tensor
 from .dtensor import Groups, first_element_of, groups_of, is_sharded
 from .ema import EMA, WeightAverage
 from .masters import LOW, MasterWeights
+from .orthogonal import Settings, row_moments
+from .orthogonal_spread import Orthogonalizer
 from .scaling import Scaler
 from .state_formats import ANCHOR, CODE_DTYPES, StateDtype, Storage, choices_of, convert, exponent_for, takes_codes
 from .states import make_row, make_states, match_layout, match_running, match_scalar
@@ -47,6 +49,8 @@ def validate(optimizer: str, rule: Rule, groups: ParamGroups, names: Sequence[st
         for key, _, count, optional, _ in rule.columns:
             if not optional or group.get(key) is not None:
                 check_hyperparameter(key, group[key], count)
+        if rule.of(group).orthogonal:
+            Settings.of(group)
 
 
 @dataclass
@@ -54,17 +58,19 @@ class Built:
     """The result of `build_states`.
 
     rows: one for each param that is stepped. pending: params without a gradient so far and without states.
-    fresh: the states of each param with a row, in the order of `optimizer.state`. steps: their counts of updates.
+    fresh: the states of each param with a row, in the order of `optimizer.state`. steps: the counts of updates of those
+        whose states have no `step`. rules: the rule of each row.
     """
 
     rows: list[Row] = field(default_factory=list)
     pending: list[Tensor] = field(default_factory=list)
     fresh: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
     steps: dict[Tensor, Tensor] = field(default_factory=dict)
+    rules: list[Rule] = field(default_factory=list)
 
 
 def build_states(
-    rule: Rule,
+    rules: Rule,
     groups: ParamGroups,
     state: States,
     counts: Mapping[Tensor, Tensor],
@@ -78,7 +84,7 @@ def build_states(
     """
     built = Built()
     for param, index, group in members_of(groups):
-        kept = state.get(param, {})
+        kept, rule = state.get(param, {}), rules.of(group)
         old = {key: value for key, value in kept.items() if key != LOW}
         if param.grad is None and not old and param not in counts:
             built.pending.append(param)
@@ -97,6 +103,8 @@ def build_states(
         row = make_row(param, fresh, wanted, step, index)
         row.running = [*running.values()]
         row.first_element, row.anchor = first_element_of(param), fresh.get(ANCHOR, 0)
+        if rule.orthogonal:
+            fresh |= row_moments(param, group, kept)
         if storage.dithered:
             row.dithered = frozenset(("param", "states", "ema"))
         elif state_dtype == "compact":
@@ -105,7 +113,9 @@ def build_states(
         if ema is not None:
             fresh[EMA] = ema.join(row, old, counts.get(param) if made else None)
         built.rows.append(row)
-        built.steps[param] = step
+        built.rules.append(rule)
+        if not rule.counted:
+            built.steps[param] = step
         built.fresh[param] = {**({"step": step} if rule.counted else {}), **running, **fresh}
     return built
 
@@ -139,6 +149,7 @@ def missing_states(
 
     state_dtype: of the optimizer; a group may have its own.
     """
+    rule = rule.of(group)
     wanted = rule.states_of(group)
     choices: dict[str, Any] = choices_of(group.get("state_dtype", state_dtype), rule)
     dtypes = dict.fromkeys(wanted, torch.float32) if masters.covers(param) else {}
@@ -169,18 +180,26 @@ def make_hparams(rule: Rule, groups: ParamGroups, scaler: Scaler, ema: WeightAve
 
 
 def build_tables(
-    rule: Rule,
-    rows: Sequence[Row],
+    built: Built,
     groups: ParamGroups,
     scaler: Scaler,
     hparams: HostHparams,
+    sharers: Any = None,
 ) -> list[Table]:
-    """A table for each device. If something is summed over whole tensors, tensors that are summed over different
-    processes are in different tables. hparams: of all groups."""
+    """A table for each rule and device. If something is summed over whole tensors, tensors that are summed over
+    different processes are in different tables.
+
+    hparams: of all groups. sharers: the process group that shares the work of an orthogonal rule, or None.
+    """
     looks = scaler.looks_at(groups)
-    by_place: dict[tuple[torch.device, bool, Groups], list[Row]] = {}
-    for row in rows:
-        spread = groups_of(row.param) if looks or rule.trust else ()
+    by_place: dict[tuple[str, torch.device, bool, Groups], list[Row]] = {}
+    for row, its_rule in zip(built.rows, built.rules, strict=True):
+        spread = groups_of(row.param) if looks or its_rule.trust else ()
         alone = scaler.norm_group is not None and is_sharded(row.param)
-        by_place.setdefault((row.shard.device, alone, spread), []).append(row)
-    return [Table(rule, device, members, hparams, looks, spread) for (device, _, spread), members in by_place.items()]
+        by_place.setdefault((its_rule.name, row.shard.device, alone, spread), []).append(row)
+    by_name = {its_rule.name: its_rule for its_rule in built.rules}
+    tables = []
+    for (name, device, _, spread), members in by_place.items():
+        orthogonalize = Orthogonalizer(members, groups, sharers) if by_name[name].orthogonal else None
+        tables.append(Table(by_name[name], device, members, hparams, looks, spread, orthogonalize))
+    return tables

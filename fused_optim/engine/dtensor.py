@@ -34,8 +34,11 @@ def is_same_memory(tensor: Any, earlier: Tensor) -> bool:
     return places[0] == places[1]
 
 
-def like(param: Tensor, shard: Tensor) -> Tensor:
-    """`shard` as a DTensor with the mesh and placements of param. If param is a plain tensor, `shard` itself."""
+def like(param: Tensor, shard: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """`shard` as a DTensor with the mesh and placements of param. If param is a plain tensor, `shard` itself.
+
+    shape: of the whole tensor, which is then contiguous; None: shape and strides of param.
+    """
     if not is_sharded(param):
         return shard
     from torch.distributed.tensor import DTensor
@@ -46,8 +49,8 @@ def like(param: Tensor, shard: Tensor) -> Tensor:
             param.device_mesh,  # type: ignore[attr-defined]
             param.placements,  # type: ignore[attr-defined]
             run_check=False,
-            shape=param.shape,
-            stride=param.stride(),
+            shape=param.shape if shape is None else torch.Size(shape),
+            stride=param.stride() if shape is None else torch.empty(shape, device="meta").stride(),
         )
 
 

@@ -39,9 +39,10 @@ def check_state_dtype(value: Any, rule: Rule) -> None:
             raise ValueError(f"state_dtype must be {CHOICES}, but got {value!r}")
         return
     for name, choice in value.items():
-        if name not in rule.states:
+        if name not in rule.all_states:
             raise ValueError(
-                f"state_dtype names the state {name!r}, but the states of this optimizer are {', '.join(rule.states)}"
+                f"state_dtype names the state {name!r}, but the states of this optimizer are "
+                f"{', '.join(rule.all_states)}"
             )
         if choice not in (*NARROW, *CODE_DTYPES):
             raise ValueError(f"state_dtype[{name!r}] must be a dtype of {CHOICES}, but got {choice!r}")
@@ -50,10 +51,11 @@ def check_state_dtype(value: Any, rule: Rule) -> None:
                 f'"e8m8" stores values that are never negative, {" and ".join(SQUARES)}, but state_dtype gives it to '
                 f"{name!r}; use torch.bfloat16"
             )
-        if choice == "anchored8" and not (name == "exp_avg" and is_anchored(rule)):
+        anchored = any(is_anchored(each) for each in (rule, rule.otherwise) if each is not None)
+        if choice == "anchored8" and not (name == "exp_avg" and anchored):
             raise ValueError(
                 f'"anchored8" stores exp_avg relative to the root of exp_avg_sq, but state_dtype gives it to {name!r} '
-                f"of an optimizer with the states {', '.join(rule.states)}; use torch.bfloat16"
+                f"of an optimizer with the states {', '.join(rule.all_states)}; use torch.bfloat16"
             )
 
 

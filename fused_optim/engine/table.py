@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,11 @@ class Rule:
     counted: whether `step` is one of the states. If not, the optimizer keeps the count itself, because the first update
         of a param may differ.
     trust: whether each tensor's update is scaled by a ratio of norms, which takes a second walk.
+    orthogonal: whether updates are matrices that are orthogonalized between two walks. The rule's last state is then a
+        workspace, which is not in `optimizer.state`.
+    chosen_by, otherwise: groups in which the option `chosen_by` is false are stepped by the rule `otherwise`. The
+        options of this rule are those of all groups.
+    decides: options without a column from which tables are built.
     clip_eps: added to the norm in the clipping coefficient.
     first_decay: the first step of a param that has decoupled decay.
     bounded: whether the root of exp_avg_sq bounds exp_avg, which anchored8 needs.
@@ -82,10 +87,23 @@ class Rule:
     eager: bool = False
     counted: bool = True
     trust: bool = False
+    orthogonal: bool = False
+    chosen_by: str | None = None
+    otherwise: Rule | None = None
+    decides: tuple[str, ...] = ()
     clip_eps: float = 1e-6
     first_decay: int = 1
     bounded: bool = True
     optional: tuple[Option, ...] = ()
+
+    def of(self, group: Mapping[str, Any]) -> Rule:
+        """The rule that steps the params of a group."""
+        return self if self.otherwise is None or group[str(self.chosen_by)] else self.otherwise
+
+    @property
+    def all_states(self) -> tuple[str, ...]:
+        """The states of all groups."""
+        return self.states if self.otherwise is None else self.states + self.otherwise.states
 
     def states_of(self, group: Mapping[str, object]) -> list[str]:
         return [name for name in self.states if name not in self.switched or group[self.switched[name]]]
@@ -97,7 +115,7 @@ class Rule:
     def deciding(self) -> list[str]:
         """The options that have no column and decide which states exist."""
         with_column = {key for key, *_ in self.columns}
-        return [key for key in self.switched.values() if key not in with_column]
+        return [key for key in (*self.switched.values(), *self.decides) if key not in with_column]
 
     @property
     def columns(self) -> list[tuple[str, int, int, bool, bool]]:
@@ -120,11 +138,13 @@ class Row:
 
     shard: the param; of a DTensor the shard on this process.
     target: the tensor that the kernel updates: the shard, or a dense copy of it if it has holes or is a conjugate view.
+    states: the rule's states; of an orthogonal rule also the workspace, last.
     ema: the average of the weights. All rows of an optimizer have one, or none.
     ema_begun: whether the average is older than the table. If not, the first update copies the param into it.
     low: the lower halves of the master weights.
     first_element: index of the shard's first element in the whole param.
     anchor: the exponent of an exp_avg in anchored8, see engine/formats.py.
+    workspace: the last state, if the rule is orthogonal.
     dithered: which bfloat16 tensors are rounded with dithering: "param", "states", "ema".
     running: the running scalars, in the order of their columns.
     """
@@ -142,6 +162,7 @@ class Row:
     low: Tensor | None = None
     first_element: int = 0
     anchor: int = 0
+    workspace: Tensor | None = None
     dithered: frozenset[str] = frozenset()
     running: list[Tensor] = field(default_factory=list)
 
@@ -156,7 +177,8 @@ class Row:
         param = format_of(self.target.dtype, "param" in self.dithered)
         if self.low is not None:
             param = LOW_FORMATS[self.low.dtype]
-        states = [format_of(state.dtype, "states" in self.dithered) for state in self.states]
+        dithered = "states" in self.dithered
+        states = [format_of(state.dtype, dithered and state is not self.workspace) for state in self.states]
         average = [] if self.ema is None else [format_of(self.ema.dtype, "ema" in self.dithered)]
         return tuple(map(int, (param, format_of(self.grad_dtype), *states, *average)))
 
@@ -239,6 +261,7 @@ class Table:
 
     clips: whether the norm of all gradients is computed. process_groups: every tensor is spread over their members.
     dtype_signatures: by their numbers in chunk_table.
+    orthogonalize: what an orthogonal rule does between its walks.
     row_offsets, sums, trust: None unless the rule has a trust ratio. partials: None unless the rule has one or the norm
         of all gradients is computed. squares: [1], for that norm.
     """
@@ -251,12 +274,14 @@ class Table:
         hparams: HostHparams,
         clips: bool,
         process_groups: tuple[Any, ...] = (),
+        orthogonalize: Callable[[Table], None] | None = None,
     ) -> None:
         self.rule = rule
         self.device = device
         self.rows_list = rows
         self.clips = clips
         self.process_groups = process_groups
+        self.orthogonalize = orthogonalize
         self.hparams = hparams
         self.copies = [row for row in rows if row.target is not row.shard]
         self.ema = any(row.ema is not None for row in rows)

@@ -1,4 +1,4 @@
-"""Walks over every table of an optimizer: once, or twice if the rule has a trust ratio."""
+"""Walks over every table of an optimizer: once, or twice if the rule of the table has a trust ratio."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .table import Table
 
 
 def walk(tables: Tables, scalings: Sequence[Scaling]) -> None:
-    """Steps every table. All tables have one rule.
+    """Steps every table.
 
     Raises:
         RuntimeError: a walk failed. The message says what was changed.
@@ -28,13 +28,16 @@ def walk(tables: Tables, scalings: Sequence[Scaling]) -> None:
                 if bound.table.copies:
                     copy_out(bound.table)
                 fates[number] = "updated"
-        if any(bound.table.rule.trust for bound in tables):
-            sum_over_processes([bound.table for bound in tables])
-            for number, bound in enumerate(tables):
-                bound.apply_update()
-                if bound.table.copies:
-                    copy_out(bound.table)
-                fates[number] = "updated"
+        again = [number for number, bound in enumerate(tables) if bound.table.rule.trust]
+        sum_over_processes([tables[number].table for number in again])
+        for number in again:
+            bound = tables[number]
+            if bound.table.orthogonalize is not None and not bound.table.is_meta:
+                bound.table.orthogonalize(bound.table)
+            bound.apply_update()
+            if bound.table.copies:
+                copy_out(bound.table)
+            fates[number] = "updated"
     except BaseException as error:
         places = [bound.table.device for bound in tables]
         found = "; ".join(f"{place}: {fate}" for place, fate in zip(places, fates, strict=True))

@@ -35,6 +35,8 @@ def register_timm(registry: Any = None) -> list[str]:
     for kind in vars(fused_optim).values():
         if not (isinstance(kind, type) and issubclass(kind, FusedOptimizer) and kind is not FusedOptimizer):
             continue
+        if kind.rule.orthogonal:  # timm's factory does not split a model into matrices and other params
+            continue
         options = {key for key, *_ in kind.rule.columns}
         names.append(f"fused-optim-{kind.__name__.removeprefix('Fused').lower()}")
         registry.register(

@@ -19,20 +19,20 @@ class FusedAdagrad(FusedOptimizer, torch.optim.Adagrad):
     r"""Adagrad in one pass over memory, in place of torch.optim.Adagrad: same arguments, groups, states, errors and
     checkpoints.
 
-    With $g$ the gradient, plus $\lambda p$ where weight_decay $\lambda$ is not 0, and $t$ the number of updates:
+    With $g$ the gradient, plus $\lambda p$ if weight_decay $\lambda$ is not 0, and $t$ the number of updates:
 
     $$ s = s + g^2, \quad p = p - \frac{lr}{1 + (t-1) \cdot lr\_decay} \frac{g}{\sqrt{s} + \epsilon} $$
 
-    As in torch, the states are there before the first step. Unlike torch's, a param group's own
-    initial_accumulator_value holds for its params, and groups that are added later get their states, too.
+    As in torch, the states exist before the first step. Unlike in torch, a param group can have its own
+    initial_accumulator_value, and params of groups that are added later get states.
 
     Args:
         params: tensors, (name, tensor) pairs, or dicts of groups; float32, bfloat16, float16, float64 or complex, any
             shape and memory layout.
-        lr: learning rate; a one-element tensor is read at every step, where it lies.
+        lr: learning rate; a one-element tensor is read at every step, on its device.
         lr_decay: the learning rate is divided by 1 + (t - 1) * lr_decay.
         weight_decay: L2 penalty.
-        initial_accumulator_value: what the sums $s$ start from.
+        initial_accumulator_value: start value of the sums $s$.
         eps: added to the root.
         maximize: ascend.
         foreach, fused: accepted and without effect.

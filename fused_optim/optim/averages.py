@@ -90,13 +90,11 @@ class Averaged(Options):
         """
         self._averages().load(self._all_params(), names_of(self.param_groups), self.state, state_dict)
         self._forget()
-        if not self.rule.counted:
-            return
         for param, _, group in members_of(self.param_groups):  # torch's classes require all states of a param, or none
-            values = self.state.get(param)
-            if values and "step" not in values:
+            rule, values = self.rule.of(group), self.state.get(param)
+            if rule.counted and values and "step" not in values:
                 made = missing_states(self.rule, group, param, values, self._state_dtype, self._masters)
-                running = {name: torch.tensor(start) for name, start in self.rule.running.items()}
+                running = {name: torch.tensor(start) for name, start in rule.running.items()}
                 self.state[param] = {"step": torch.zeros(()), **running, **made, **values}
 
     def _find_not_updated(self) -> None:

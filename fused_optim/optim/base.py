@@ -22,6 +22,7 @@ from ..engine.forks import reset_threads_after_fork
 from ..engine.graphs import refuse_capture
 from ..engine.masters import Kind, MasterWeights
 from ..engine.masters import check_param as check_master
+from ..engine.orthogonal import MOMENTS
 from ..engine.scaling import SQUARES, Scaler
 from ..engine.state_formats import ANCHOR, StateDtype, check_betas, check_state_dtype
 from ..engine.table import Rule
@@ -153,7 +154,7 @@ class FusedOptimizer(Mastered):
             check_max_grad_norm(group.get("max_grad_norm"))
             stored = group.get("state_dtype", self._state_dtype)
             check_state_dtype(stored, self.rule)
-            check_betas(stored, self.rule, group.get("betas"))
+            check_betas(stored, self.rule.of(group), group.get("betas"))
             for param in group["params"]:
                 if may_get_grad(param):
                     check_param(param)
@@ -366,7 +367,7 @@ class FusedOptimizer(Mastered):
         left_out: dict[Tensor, set[str]] = {}
         begun = {param: step for param, step in self._steps.items() if self.state.get(param)}
         for param in without_update(begun):
-            left_out[param] = {*self.rule.states, *self.rule.running, ANCHOR}
+            left_out[param] = {*self.rule.states, *self.rule.running, ANCHOR, MOMENTS}
         if self._ema is not None:
             self._ema.check_not_swapped("state_dict() cannot be called")
             self._find_not_updated()

@@ -19,7 +19,7 @@ from ..backends import BackendName
 from ..engine.dtensor import local
 from ..engine.ema import Decay, WeightAverage, check_dtype, drop_averages
 from ..engine.masters import Kind, MasterWeights
-from ..engine.scaling import Scaler
+from ..engine.scaling import Scaler, Shared
 from ..engine.state_formats import StateDtype, check_betas, check_state_dtype
 from ..engine.table import Rule
 from ..engine.validation import may_get_grad
@@ -187,6 +187,7 @@ class Options(Optimizer):
     _max_grad_norm: float | None
     _scaler: Scaler
     _ema: WeightAverage | None
+    _sharers = Shared(None, "distributed_group")  # the processes that share the work of an orthogonal rule
 
     def _forget(self) -> None:
         raise NotImplementedError
@@ -215,7 +216,7 @@ class Options(Optimizer):
     def state_dtype(self, value: StateDtype) -> None:
         check_state_dtype(value, self.rule)
         for group in self.param_groups:
-            check_betas(group.get("state_dtype", value), self.rule, group.get("betas"))
+            check_betas(group.get("state_dtype", value), self.rule.of(group), group.get("betas"))
         self._state_dtype = value
         self._forget()
 

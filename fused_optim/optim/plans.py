@@ -4,7 +4,6 @@ release each bucket of params has one."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +12,11 @@ from torch import Tensor
 
 from ..backends.trial import choose
 from ..engine.backend import Backend
-from ..engine.build import ParamGroups, build_states, build_tables, make_hparams, names_of, validate
+from ..engine.build import Built, ParamGroups, build_states, build_tables, make_hparams, names_of, validate
 from ..engine.changes import REBUILD, detect_changes
 from ..engine.dtensor import local
 from ..engine.state_formats import ANCHOR, AnchorWatch, Storage
-from ..engine.table import HostHparams, Row, Rule
+from ..engine.table import HostHparams
 from .masters import Mastered
 
 SLOW_BETA2 = 0.99  # from here on an average of squares in bfloat16 is off by several percent
@@ -65,7 +64,7 @@ def make_plan(optimizer: Mastered, groups: ParamGroups, shared: HostHparams | No
     storage = Storage(optimizer._state_dtype, optimizer._rounding == "dithered")
     built = build_states(rule, groups, state, optimizer._steps, storage, ema, masters)
     hparams = make_hparams(rule, groups, optimizer._scaler, ema) if shared is None else shared
-    made = build_tables(rule, built.rows, groups, optimizer._scaler, hparams)
+    made = build_tables(built, groups, optimizer._scaler, hparams, optimizer._sharers.value)
     tables = [choose(optimizer._backend, table) for table in made]
 
     # Nothing may fail from here to the detector, which fails only if another thread interferes.
@@ -86,17 +85,19 @@ def make_plan(optimizer: Mastered, groups: ParamGroups, shared: HostHparams | No
         raise RuntimeError(
             "params, gradients or states changed while the step was being prepared; was another thread at them?"
         )
-    tell_of_slow_averages(rule, built.rows, groups)
+    tell_of_slow_averages(built, groups)
     return Plan(tables, detector, guarded, AnchorWatch(hparams, built.rows))
 
 
-def tell_of_slow_averages(rule: Rule, rows: Sequence[Row], groups: ParamGroups) -> None:
+def tell_of_slow_averages(built: Built, groups: ParamGroups) -> None:
     """Warns, once per process, of an exp_avg_sq in bfloat16 that is rounded to nearest and has a beta2 near 1."""
-    if "exp_avg_sq" not in rule.states or SLOW_AVERAGES in told:
+    if SLOW_AVERAGES in told:
         return
-    place = rule.states.index("exp_avg_sq")
-    for row in rows:
-        beta2, square = float(groups[row.group_index]["betas"][1]), row.states[place]
+    for row, rule in zip(built.rows, built.rules, strict=True):
+        if "exp_avg_sq" not in rule.states:
+            continue
+        beta2 = float(groups[row.group_index]["betas"][1])
+        square = row.states[rule.states.index("exp_avg_sq")]
         if beta2 < SLOW_BETA2 or square.dtype != torch.bfloat16 or "states" in row.dithered or square.is_meta:
             continue
         told.add(SLOW_AVERAGES)

@@ -282,6 +282,7 @@ class GradientRelease:
             self._hparams = make_hparams(rule, groups, optimizer._scaler, optimizer._ema)
             self._looks = optimizer._scaler.looks_at(groups)
             self._watch_groups(optimizer)
+        optimizer._on_cuda = any(local(param).device.type == "cuda" for param in optimizer._all_params())
 
     def _watch_groups(self, optimizer: FusedOptimizer) -> None:
         assert self._hparams is not None

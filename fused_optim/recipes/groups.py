@@ -1,4 +1,4 @@
-"""Param groups: no decay on biases, norms and embeddings; a learning rate per layer.
+"""Param groups: no decay on biases, norms and embeddings; a learning rate per layer; matrices for Muon.
 
 Each helper takes a model, or splits groups that another helper made. Any torch optimizer takes the result:
 
@@ -9,7 +9,7 @@ Each helper takes a model, or splits groups that another helper made. Any torch 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -24,6 +24,7 @@ NORMS: tuple[type[nn.Module], ...] = (
     nn.RMSNorm,
 )
 EMBEDDINGS: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag)
+HEADS = ("head", "lm_head", "classifier", "fc", "embed_out", "output_projection", "score", "qa_outputs")
 
 
 def named_group(model: nn.Module, **options: Any) -> Group:
@@ -109,6 +110,72 @@ def no_decay(
         if param in exempt or (also is not None and also(name, param)):
             return "no_decay", {"weight_decay": 0.0}
         return "decay", {"weight_decay": weight_decay}
+
+    return split([named_group(model)] if groups is None else groups, label)
+
+
+def output_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that make the output of a model: what its method get_output_embeddings() returns (models of
+    transformers have it); else all Linear modules at or in a module with a name in HEADS; else the last Linear module.
+    """
+    given = getattr(model, "get_output_embeddings", None)
+    found = given() if callable(given) else None
+    if isinstance(found, nn.Module):
+        return [found]
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    named: list[nn.Module] = [module for name, module in linear if not {*name.split(".")}.isdisjoint(HEADS)]
+    return named or [module for _, module in linear[-1:]]
+
+
+def muon(
+    model: nn.Module,
+    *,
+    muon: Mapping[str, Any] | None = None,
+    adamw: Mapping[str, Any] | None = None,
+    flatten: bool = False,
+    heads: Sequence[nn.Module] | None = None,
+    modules: tuple[type[nn.Module], ...] = (),
+    also: Callable[[str, Parameter], bool] | None = None,
+    groups: Sequence[Group] | None = None,
+) -> list[Group]:
+    """Two groups for FusedMuon: "muon", with use_muon=True, holds the matrices; "adamw", with use_muon=False, all other
+    params.
+
+    A matrix is a param of two dimensions. These are stepped by AdamW nevertheless: the params of Embedding and
+    EmbeddingBag; params with "embed" in their own name (pos_embed); the params of the output layers. A tied param is
+    stepped by AdamW if any module that holds it is one of these. It has its first name.
+
+    Args:
+        model: the module. The groups hold its trainable params in their order, each once.
+        muon, adamw: options of the groups, such as lr, weight_decay and, for AdamW, betas.
+        flatten: give the weights of convolutions to Muon, too, as matrices of the output channels and all other
+            dimensions.
+        heads: the output layers; None: see `output_layers`.
+        modules: more types of modules whose own params AdamW steps.
+        also: function of name and param that returns True for more params that AdamW steps.
+        groups: groups to split, in place of the params of the model.
+
+    Returns:
+        Groups with "params" as (name, param) pairs, "name", "use_muon" and the given options.
+
+    Source: Jordan et al., https://kellerjordan.github.io/posts/muon
+    """
+    heads = output_layers(model) if heads is None else heads
+    kinds = EMBEDDINGS + modules
+    others, convolutions = set(), set()
+    for module in model.modules():
+        for name, param in module.named_parameters(recurse=False):
+            if isinstance(module, kinds) or "embed" in name:
+                others.add(param)
+            if isinstance(module, nn.modules.conv._ConvNd):
+                convolutions.add(param)
+    others |= {param for head in heads for param in head.parameters()}
+
+    def label(name: str, param: Parameter, _: Group) -> tuple[str, Group]:
+        is_matrix = param.ndim == 2 or (flatten and param.ndim > 2 and param in convolutions)
+        if not is_matrix or param in others or (also is not None and also(name, param)):
+            return "adamw", {"use_muon": False, **(adamw or {})}
+        return "muon", {"use_muon": True, **({"flatten": True} if flatten else {}), **(muon or {})}
 
     return split([named_group(model)] if groups is None else groups, label)
 

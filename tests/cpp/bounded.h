@@ -1,6 +1,5 @@
-// A number, and how far a result may be from it that was computed in the walker's arithmetic: running error analysis
-// (Higham, Accuracy and Stability of Numerical Algorithms, section 3.3). So every rule has its tolerance, whatever its
-// operations, element by element.
+// A number with a bound on the error of a result computed in the walker's arithmetic: running error analysis (Higham,
+// Accuracy and Stability of Numerical Algorithms, section 3.3). Each element of each rule gets its own tolerance.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -8,10 +7,10 @@
 struct Bounded {
   long double value, error;
 
-  // Of one operation of the walker, twice over: it may order and fuse them as it likes.
+  // Twice the rounding error of one operation, because the walker can order and fuse operations differently.
   static inline thread_local long double unit = 0x1p-23L;
 
-  // A hyperparameter, which the walker prepares in double precision and rounds once.
+  // A hyperparameter. The walker computes it in double precision and rounds it once.
   static Bounded constant(long double x) { return rounded(x, 0x1p-48L * std::abs(x)); }
   static Bounded exact(long double x) { return {x, 0}; }
   static Bounded rounded(long double value, long double error) {
@@ -44,13 +43,13 @@ inline Bounded square_root(const Bounded& a) {
                           value > 0 ? std::min(a.error / (value + least), std::sqrt(a.error)) : std::sqrt(a.error));
 }
 
-// NaN where either is.
+// The maximum; NaN if either is NaN.
 inline Bounded larger(const Bounded& a, const Bounded& b) {
   const Bounded& most = std::isnan(a.value) || a.value > b.value ? a : b;
   return {most.value, std::max(a.error, b.error)};
 }
 
-// 0 of NaN, as torch.sign.
+// The sign of NaN is 0, as in torch.sign.
 inline Bounded sign(const Bounded& a) {
   if (std::isnan(a.value)) return {0, 0};
   if (std::abs(a.value) <= a.error) return {0, 1};

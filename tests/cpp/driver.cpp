@@ -1,11 +1,12 @@
-// Drives a walker through hand-made tables of every rule and compares it with plain loops in extended precision. It
-// knows nothing of the walker but walk.h: link it with one walk_*.cpp and that walker's source.
+// Runs a walker on random tables of every rule and compares it with plain loops in extended precision. It uses the
+// interface in walk.h alone: link it with one walk_*.cpp and the source of that walker.
 // Arguments: first seed, number of seeds.
 //
-// Between inf and NaN the order of operations decides, and every order is right: where the truth is not finite, a
-// result must not be finite either. That proves little, so what counts is comparisons with finite numbers, and of every
-// rule three quarters of all must be such.
+// Whether a result is inf or NaN can depend on the order of operations. So if the expected number is not finite, the
+// result only must not be finite. This proves little: for every rule three quarters of the comparisons must have a
+// finite expected number.
 #include <map>
+#include <set>
 
 #include "../../csrc/prep.h"
 #include "rules.h"
@@ -29,7 +30,7 @@ std::vector<Rule> all_rules() {
   return rules;
 }
 
-// One parameter: its tensors (param, grad, states, and with `averaged` the average of its weights), and its step count.
+// A parameter. tensors: param, gradient, states and, if `averaged`, the average of the weights. step: its step count.
 struct Parameter {
   int64_t numel;
   int group;
@@ -42,7 +43,7 @@ struct Parameter {
   size_t first_after_states() const { return tensors.size() - averaged; }
 };
 
-using Values = std::vector<std::vector<double>>;  // of each tensor of a parameter
+using Values = std::vector<std::vector<double>>;  // the values of each tensor of a parameter
 
 Parameter make_parameter(Random& random, const Rule& rule, int groups, bool special, bool averaged) {
   static const int64_t telling[] = {0, 1, 7, 8, 9, 511, 512, 513, 1023, 1024, 1025, 4095, 4096, 4097, 8192};
@@ -62,16 +63,18 @@ Parameter make_parameter(Random& random, const Rule& rule, int groups, bool spec
   for (int i = 0; i < streams; ++i)
     p.tensors.emplace_back(random, mixed ? static_cast<Format>(below(random, 3)) : usual, numel,
                            i >= 2 + rule.signed_states, special && i > 0);
-  if (averaged)  // of whatever dtype the arithmetic allows
+  if (averaged)  // any dtype that the arithmetic allows
     p.tensors.emplace_back(random,
                            usual == kFloat64 || chance(random, 0.5) ? usual : static_cast<Format>(below(random, 3)),
                            numel, false, special);
   return p;
 }
 
+bool is_muon(const Rule& rule) { return std::strcmp(rule.name, "muon") == 0; }
+
 Group make_group(Random& random, const Rule& rule) {
   Group g{};
-  const bool switches = rule.trust || rule.max_states == 1;  // b, at least, is a switch
+  const bool switches = rule.trust || rule.max_states == 1;  // option b is a switch
   g.lr = 1e-2 * (1 + below(random, 9));
   const auto small = [&] { return std::pow(10.0, -1.0 - below(random, 7)); };
   g.beta1 = chance(random, 0.2) ? small() : 0.8 + 0.01 * below(random, 19);
@@ -81,8 +84,8 @@ Group make_group(Random& random, const Rule& rule) {
   g.weight_decay = 0.1 * below(random, 3);
   g.decoupled = chance(random, 0.5);
   g.maximize = chance(random, 0.3);
-  g.a = rule.trust ? below(random, 2) : 0.2 * below(random, 6);
-  g.b = switches ? below(random, 2) : 0.2 * (1 + below(random, 5));  // of an infinite state, 0 takes nothing or NaN
+  g.a = rule.trust && !is_muon(rule) ? below(random, 2) : 0.2 * below(random, 6);
+  g.b = switches ? below(random, 2) : 0.2 * (1 + below(random, 5));  // not 0: 0 * inf can be NaN or not be computed
   g.c = 10 * below(random, 6);
   g.first_decay = 1 + below(random, 2), g.no_prox = rule.trust || chance(random, 0.5);
   g.lr_reference = chance(random, 0.5) ? 1 : 0.05 * below(random, 3);
@@ -99,10 +102,10 @@ Group make_group(Random& random, const Rule& rule) {
   return g;
 }
 
-// Comparisons of the rule at work, and how many of them had a finite number to agree with.
+// The comparisons of the present rule, and how many of them had a finite expected number.
 int64_t compared = 0, finite_ones = 0;
 
-// `got` is what lies in the tensor; `expected` was rounded to its dtype.
+// Compares element i of the tensor with the expected number, rounded to the dtype of the tensor.
 void compare(const char* what, int64_t row, int64_t i, const Tensor& tensor, const Bounded& expected) {
   const long double got = tensor[i], wanted = expected.value;
   const Precision p = precision(tensor.dtype());
@@ -119,17 +122,23 @@ bool close(double got, long double wanted, long double slack) {
   return std::isfinite(wanted) ? std::abs(got - wanted) <= slack : !std::isfinite(got);
 }
 
-// Parameters, their table as the walker takes it, and what one step of them must do.
+// Random parameters, their table for the walker, and the checks of a step.
 class Run {
  public:
   Run(const Rule& rule, uint64_t seed)
       : rule_(rule), random_(seed), clipped_(chance(random_, 0.5)), averaged_(chance(random_, 0.5)) {
-    // One infinite norm takes everything with it, so that little is left to compare.
+    // One infinite norm makes all results infinite or NaN, which leaves little to compare.
     const bool special = chance(random_, rule.trust || clipped_ ? 0.1 : 1.0);
     for (int64_t i = 1 + below(random_, 5); i > 0; --i) groups_.push_back(make_group(random_, rule));
     for (int64_t i = 1 + below(random_, 10); i > 0; --i)
       params_.push_back(make_parameter(random_, rule, static_cast<int>(groups_.size()), special, averaged_));
     make_table();
+  }
+
+  // Adds the formats of the params that steps update.
+  void add_formats_to(std::set<Format>& formats) const {
+    for (const Parameter& p : params_)
+      if (p.has_grad && p.numel > 0) formats.insert(p.tensors[0].dtype());
   }
 
   // Number of updates compared.
@@ -223,7 +232,7 @@ class Run {
     }
     row_offsets_.push_back(row(chunk_table_.size()));
     if (!rule_.trust && any_order)
-      std::shuffle(chunk_table_.begin(), chunk_table_.end(), random_);  // nobody asks for row_offsets then
+      std::shuffle(chunk_table_.begin(), chunk_table_.end(), random_);  // row_offsets is not read then
     partials_.resize(2 * chunk_table_.size());
     for (size_t i = 0; i < groups_.size(); ++i) {
       Group& g = groups_[i];
@@ -243,7 +252,7 @@ class Run {
     }
   }
 
-  // What a rule does not need is not there.
+  // Arrays that the rule does not need are null.
   Tables tables() {
     Tables t{};
     t.chunk_table = chunk_table_.data(), t.rows = rows_.data(), t.grads = grads_.data(), t.lr = lr_.data(),
@@ -271,7 +280,7 @@ class Run {
     check(std::memcmp(&again, &squares_, sizeof again) == 0, "squares at the second time", 0, 0, again, squares_);
   }
 
-  // Gradients alone: nothing else may be looked at.
+  // The rows with invalid addresses of everything but gradients, which nothing may read.
   std::vector<int64_t> rows_without_addresses() const {
     std::vector<int64_t> rows = rows_;
     for (size_t r = 0; r < params_.size(); ++r) {
@@ -303,7 +312,7 @@ class Run {
     }
   }
 
-  // By what the gradients of a group are multiplied.
+  // The factor of the gradients of a group.
   long double grad_factor(const Group& g) const {
     long double scale = 1 / static_cast<long double>(scale_);
     if (clipped_ && g.max_norm != 0) {
@@ -315,7 +324,7 @@ class Run {
   }
 
   static void set_unit(const Parameter& p) {
-    Bounded::unit = p.tensors[0].dtype() == kFloat64 ? 0x1p-52L : 0x1p-23L;  // of one operation, twice over
+    Bounded::unit = p.tensors[0].dtype() == kFloat64 ? 0x1p-52L : 0x1p-23L;  // twice the error of one operation
   }
 
   static std::vector<Bounded> stored_states(const Parameter& p, int64_t i) {
@@ -358,7 +367,7 @@ class Run {
             static_cast<double>(sum[k]));
   }
 
-  // The average of a param that has been stored already.
+  // Checks the average of a param that is stored already.
   void check_average(int64_t r, int64_t i, double before) const {
     const Parameter& p = params_[r];
     const bool copied = p.step == 1 && !p.begun;
@@ -369,7 +378,7 @@ class Run {
 
   void check_apply_update(Tables t, bool overflow, const std::vector<double>& trust) {
     const std::vector<Values> before = values();
-    const std::vector<int64_t> nowhere(grads_.size(), 1);  // gradients may be gone by now
+    const std::vector<int64_t> nowhere(grads_.size(), 1);  // invalid: gradients can be freed before this pass
     t.grads = nowhere.data();
     check(walk_apply_update(rule_.name, t) == 0, "walk_apply_update", 0, 0, 1, 0);
     for (size_t r = 0; r < params_.size(); ++r) {
@@ -384,8 +393,7 @@ class Run {
       const Bounded rate = Bounded::constant(static_cast<long double>(g.lr) * trust_[r]);
       for (int64_t i = 0; i < p.numel && !skipped; ++i) {
         const Bounded param = Bounded::exact(before[r][0][i]);
-        const Bounded update = oracle.unscaled(param, stored_states(p, i));
-        compare("updated param", row(r), i, p.tensors[0], param - rate * update);
+        compare("updated param", row(r), i, p.tensors[0], oracle.second_walk(param, stored_states(p, i), rate));
         if (p.averaged) check_average(row(r), i, before[r].back()[i]);
       }
       for (size_t i = 0; i < p.tensors.size(); ++i) {
@@ -424,12 +432,14 @@ int main(int argc, char** argv) {
   const std::vector<Rule> rules = all_rules();
   for (const Rule& rule : rules) {
     compared = finite_ones = 0;
+    std::set<Format> formats;
     for (uint64_t seed = first; seed < first + seeds; ++seed) {
       Run run(rule, seed * rules.size() + number);
       for (int step = 0; step < 3; ++step) run.step();
+      run.add_formats_to(formats);
     }
-    std::printf("%s: %ld comparisons, %ld of them with a finite number\n", rule.name, long(compared),
-                long(finite_ones));
+    std::printf("%s: %ld comparisons, %ld of them with a finite number, dtypes of params: %ld\n", rule.name,
+                long(compared), long(finite_ones), long(formats.size()));
     if (static_cast<double>(finite_ones) < 0.75 * static_cast<double>(compared))
       fail("too few finite numbers of", rule.name);
     checked += finite_ones;

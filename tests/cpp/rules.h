@@ -1,4 +1,4 @@
-// The optimizers, straight from their papers, one element at a time and independent of csrc/rules.h.
+// The optimizers as in their papers, one element at a time, independent of csrc/rules.h.
 #pragma once
 #include <cstdio>
 #include <cstdlib>
@@ -16,7 +16,7 @@ struct Group {
   double lr, beta1, beta2, beta3, eps, weight_decay;
   bool decoupled, maximize;
   // sgd: dampening, nesterov; qhadam: the two nus; lamb: grad_averaging, bias_correction; nadam: its decay; ademamix:
-  // alpha, alpha_warmup, beta3_warmup; adopt: factor and exponent of the bound
+  // alpha, alpha_warmup, beta3_warmup; adopt: factor and exponent of the bound; muon: momentum, nesterov
   double a, b, c;
   double lr_reference, decay_period, first_decay;
   bool no_prox;
@@ -28,7 +28,7 @@ struct Group {
   float lr32;
 };
 
-// What an optimizer makes of one element at its update number `step`.
+// Update number `step` of one element.
 class Oracle {
  public:
   // running: the running scalars before the update.
@@ -58,8 +58,8 @@ class Oracle {
   // The running scalars after the update.
   const std::vector<long double>& running() const { return running_; }
 
-  // Advances the states and gives what comes off the param. Of lamb and stableadamw, which make their updates of them
-  // once they are stored, it gives nothing yet.
+  // Updates the states and returns what is subtracted from the param. For lamb and stableadamw it returns 0: `unscaled`
+  // computes their update from the stored states.
   Bounded update(const Bounded& param, const Bounded& raw_grad, std::vector<Bounded>& state) const {
     Bounded grad = raw_grad;
     if (!group_.decoupled && group_.weight_decay != 0) grad = grad + Bounded::constant(group_.weight_decay) * param;
@@ -69,6 +69,7 @@ class Oracle {
     if (is("lion")) return lion(grad, state);
     if (is("adagrad")) return adagrad(grad, state);
     if (is("nadam")) return nadam(grad, state);
+    if (is("muon")) return muon(grad, state);
     if (is("ademamix")) return ademamix(grad, state);
     if (is("adopt")) return adopt(grad, state);
     if (is("adan")) return adan(grad, state);
@@ -88,16 +89,23 @@ class Oracle {
     return update + Bounded::constant(decay_without_lr()) * param;
   }
 
+  // The param after the second walk. rate: lr times the ratio.
+  Bounded second_walk(const Bounded& param, const std::vector<Bounded>& state, const Bounded& rate) const {
+    return is("muon") ? moved(param, rate * state[1]) : param - rate * unscaled(param, state);
+  }
+
   // The two numbers whose squares are summed. grad: as it is before L2.
   std::vector<Bounded> measured(const Bounded& param, const Bounded& raw_grad,
                                 const std::vector<Bounded>& state) const {
     if (is("lamb")) return {param, unscaled(param, state)};
+    if (is("muon")) return {Bounded::exact(0), state[1]};
     Bounded grad = raw_grad;
     if (!group_.decoupled && group_.weight_decay != 0) grad = grad + Bounded::constant(group_.weight_decay) * param;
     return {Bounded::exact(1), grad / larger(square_root(state[1]), eps_)};
   }
 
   double ratio(double first, double second) const {
+    if (is("muon")) return 1;
     if (is("stableadamw")) return second <= first ? 1 : std::sqrt(first / second);
     if (group_.weight_decay == 0 && !group_.trust_always) return 1;
     const double param = std::sqrt(first), update = std::sqrt(second);
@@ -126,7 +134,7 @@ class Oracle {
     return Bounded::constant(1 - std::pow(static_cast<long double>(beta), step));
   }
 
-  // What stays of an average. With large betas the walkers subtract from it, so an infinite one becomes NaN.
+  // beta * average. With a beta from 0.5 the walkers compute it with a subtraction, so inf becomes NaN.
   static Bounded kept(const Bounded& average, const Bounded& beta) {
     return std::isinf(average.value) && beta.value >= 0.5L ? average - average : beta * average;
   }
@@ -138,7 +146,7 @@ class Oracle {
     return lr_ * (state[0] / correction1_) / (square_root(state.back() / correction2_) + eps_);
   }
 
-  // A new buffer holds zeros, or what is to become a zero.
+  // The first update ignores the old buffer, unless it is inf or NaN.
   Bounded sgd(const Bounded& grad, std::vector<Bounded>& state) const {
     if (state.empty()) return lr_ * grad;
     state[0] = step_ == 1 ? Bounded::exact(0) * state[0] + grad : beta1_ * state[0] + rest_a_ * grad;
@@ -150,6 +158,13 @@ class Oracle {
     state[1] = beta2_ * state[1] + rest2_ * grad * grad;
     const Bounded mean = rest_a_ * grad + a_ * (state[0] / correction1_);
     return lr_ * mean / (square_root(rest_b_ * grad * grad + b_ * (state[1] / correction2_)) + eps_);
+  }
+
+  // The second state is a workspace, which nothing orthogonalizes here.
+  Bounded muon(const Bounded& grad, std::vector<Bounded>& state) const {
+    state[0] = kept(state[0], a_) + rest_a_ * grad;
+    state[1] = group_.b != 0 ? kept(state[0], a_) + rest_a_ * grad : state[0];
+    return Bounded::exact(0);
   }
 
   Bounded adagrad(const Bounded& grad, std::vector<Bounded>& state) const {

@@ -1,5 +1,5 @@
-// Tensors of any dtype between guard bytes (poisoned where the build has an address sanitizer), at aligned and odd
-// addresses, with random numbers in them.
+// Tensors of any dtype with random numbers, at aligned and odd addresses, between guard bytes. A build with the address
+// sanitizer poisons the guard bytes.
 #pragma once
 #include <sanitizer/asan_interface.h>
 
@@ -33,7 +33,7 @@ inline void check(bool ok, const char* what, int64_t row, int64_t element, doubl
   std::exit(1);
 }
 
-// Bits of a two-byte float with that many exponent and mantissa bits, by the definition of the format.
+// The value of a two-byte float with the given numbers of exponent and mantissa bits.
 inline double decode(uint16_t bits, int exponent_bits, int mantissa_bits) {
   const int mantissa = bits & ((1 << mantissa_bits) - 1),
             exponent = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1);
@@ -44,7 +44,7 @@ inline double decode(uint16_t bits, int exponent_bits, int mantissa_bits) {
   return bits & 0x8000 ? -magnitude : magnitude;
 }
 
-// What a dtype can tell apart: relative step between neighbours, and the step among its denormals.
+// The largest rounding error of a dtype: relative to a normal number, and absolute for denormal ones.
 struct Precision {
   double relative, absolute;
 };
@@ -112,7 +112,7 @@ class Tensor {
     return x;
   }
 
-  // Normal numbers, but one in a thousand infinite or NaN where `special`.
+  // Normally distributed numbers. If `special`, one in a thousand is inf or NaN.
   void fill(int64_t i, Random& random, bool positive, bool special) {
     double x = std::normal_distribution<double>()(random);
     if (positive) x = x * x;

@@ -1,5 +1,5 @@
-// How pieces are shared out, and when a pass is left to one thread: csrc/cpu/threads.cpp from within. Ends with 1, and
-// says why, where something is wrong.
+// Tests of csrc/cpu/threads.cpp, which it includes: how threads share pieces, and when one thread does a pass alone.
+// Prints the reason and exits with 1 if a test fails.
 #include "../../csrc/cpu/threads.cpp"
 
 #include <cmath>
@@ -18,7 +18,8 @@ void check(bool ok, const char* what) {
   std::exit(1);
 }
 
-// Every piece once, whoever takes it and whenever he comes. Two that took one piece would also be a race.
+// Each piece is taken once, even if threads start late or never. If two threads took one piece, the thread sanitizer
+// would report a race.
 void test_each_piece_once(int64_t pieces, int threads, Order order, std::mt19937& random) {
   Shares shares(pieces, threads, order);
   std::vector<int> taken(static_cast<size_t>(pieces));
@@ -52,8 +53,8 @@ void test_order() {
   check(backward.take(2) == 8 && backward.take(0) == 1, "and down from there");
 }
 
-// Mean seconds per pass of so many pieces in turn: what the policy does where a piece takes one thread `kPiece`
-// seconds, and `waits(pass)` is what a region's end costs on top of half of all.
+// The mean seconds per pass for each of `sizes` (numbers of pieces), which take turns. In this simulation one thread
+// needs kPiece seconds per piece, and a parallel region needs half the time plus waits(pass).
 constexpr double kPiece = 12e-6;
 
 template <class F>

@@ -1,11 +1,11 @@
-// The walker under test: walk_*.cpp says which. 0: done.
+// The walker under test, which walk_*.cpp selects. Functions that return int return 0 on success.
 #pragma once
 #include "../../csrc/tables.h"
 
-extern const bool any_order;  // whether chunks may come in any
+extern const bool any_order;  // whether the chunks of the table can be in any order
 
 int walk_step(const char* rule, const fused_optim::Tables& t);
 int walk_apply_update(const char* rule, const fused_optim::Tables& t);
 double walk_squares(const fused_optim::Tables& t);
-extern const double squares_error;  // of what they return, relative
+extern const double squares_error;  // relative error of walk_squares
 void walk_scale(const fused_optim::Tables& t);

@@ -1,4 +1,4 @@
-// The CUDA kernels, emulated, as a walker for driver.cpp.
+// Connects driver.cpp to the emulated CUDA kernels.
 #include <cmath>
 
 #include "../../csrc/cuda/step.h"
