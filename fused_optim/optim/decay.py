@@ -33,13 +33,17 @@ class Decoupled(FusedOptimizer):
         lr_reference: the lr at which $\eta$ is 1; None: each group's lr at the start.
         decay_period: number of updates in the current restart period: batches per epoch times epochs.
 
+        cautious_decay: decay only the elements that the update does not move away from 0: those whose param and update
+            have the same sign. Groups may have their own.
+
     Groups hold "lr_reference" and "decay_period" only if the convention uses them. Both may be changed between steps.
 
     Raises:
         ValueError: decay is not one of the three, lr_reference is negative or not used, or decay_period is missing, not
             positive or not used.
 
-    Source: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2 and appendix B.1.
+    Sources: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2 and appendix B.1; Chen et al., arXiv:2510.12402, for
+    cautious_decay.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Decoupled(FusedOptimizer):
         decay: Convention = "torch",
         lr_reference: float | None = None,
         decay_period: float | None = None,
+        cautious_decay: bool = False,
         **kwargs: Any,
     ) -> None:
         if decay not in CONVENTIONS:
@@ -58,6 +63,7 @@ class Decoupled(FusedOptimizer):
             raise ValueError(f'decay_period is not used with decay="{decay}"; leave it out, or pass decay="normalized"')
         self._decay = decay
         self._decay_options = {"lr_reference": lr_reference, "decay_period": decay_period}
+        self._cautious_decay = cautious_decay
         super().__init__(*args, **kwargs)
 
     @property
@@ -75,6 +81,8 @@ class Decoupled(FusedOptimizer):
             raise
 
     def _complete(self, group: dict[str, Any]) -> None:
+        if self._cautious_decay:
+            group.setdefault("cautious_decay", True)
         if self._decay == "torch":
             return
         reference = group.get("lr_reference", self._decay_options["lr_reference"])
@@ -98,12 +106,18 @@ class Decoupled(FusedOptimizer):
             group["decay_period"] = period
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_decay": self._decay, "_decay_options": self._decay_options}
+        return {
+            **super().__getstate__(),
+            "_decay": self._decay,
+            "_decay_options": self._decay_options,
+            "_cautious_decay": self._cautious_decay,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_decay", "torch")
         self.__dict__.setdefault("_decay_options", {"lr_reference": None, "decay_period": None})
+        self.__dict__.setdefault("_cautious_decay", False)
 
 
 # ---- around any optimizer

@@ -71,6 +71,8 @@ class Decayed(Common, total=False):
     """Default None: each group's initial lr. "paper" and "normalized" divide lr by it."""
     decay_period: float | None
     """Default None. The number of updates in the current restart period; required by decay="normalized"."""
+    cautious_decay: bool
+    """Default False. If True, only elements that the update moves towards 0 are decayed."""
 
 
 # Options of the whole optimizer, which a param group cannot set.
