@@ -86,7 +86,10 @@ def with_decay(update: Rule) -> Rule:
             grad = -grad
         if weight_decay != 0:
             if hyper.get("decoupled_weight_decay") or hyper.get("decouple_weight_decay"):
-                param = param * shrinkage(rate, weight_decay, hyper.get("lr_reference"), hyper.get("decay_period"))
+                kept = shrinkage(rate, weight_decay, hyper.get("lr_reference"), hyper.get("decay_period"))
+                if hyper.get("cautious_decay"):  # arXiv:2510.12402, algorithm 1: where update and param agree in sign
+                    kept = 1 - (1 - kept) * agreeing(param, update(grad, state, **hyper)[0], True)
+                param = param * kept
             else:
                 grad = grad + weight_decay * param
         change, new = update(grad, state, **hyper)
@@ -207,8 +210,9 @@ def muon(
         normalized = update / (moments.sqrt() + 1e-8)
         update = normalized * (update.norm() / normalized.norm())
     scale = 0.2 * math.sqrt(max(rows, columns)) if adjust_lr_fn else math.sqrt(max(1, rows / columns))
-    decay = shrinkage(rate, weight_decay, hyper.get("lr_reference"), hyper.get("decay_period"))
-    return decay * param - rate * scale * update.view_as(param), new
+    decay = 1 - shrinkage(rate, weight_decay, hyper.get("lr_reference"), hyper.get("decay_period"))
+    decay = decay * agreeing(param, update.view_as(param), hyper.get("cautious_decay", False))
+    return (1 - decay) * param - rate * scale * update.view_as(param), new
 
 
 @with_decay
@@ -325,6 +329,11 @@ def ademamix(
     return mean / ((new["exp_avg_sq"] / correction(beta2, step)).sqrt() + eps), new
 
 
+def agreeing(param: Tensor, update: Tensor, cautious: bool) -> Tensor:
+    """1 where cautious decay (arXiv:2510.12402) decays: where param and update have the same sign."""
+    return (param * update >= 0).to(param.dtype) if cautious else torch.ones_like(param)
+
+
 def adopt(
     param: Tensor,
     grad: Tensor,
@@ -370,6 +379,7 @@ def adan(
     maximize: bool,
     lr_reference: float | None = None,
     decay_period: float | None = None,
+    cautious_decay: bool = False,
     **_: Any,
 ) -> tuple[Tensor, State]:
     """Adan (arXiv:2208.06677, algorithm 1). Here a beta is the share that an average keeps."""
@@ -389,7 +399,7 @@ def adan(
     update = mean / ((new["exp_avg_sq"] / correction(beta3, step)).sqrt() + eps)
     if rate == 0:
         return param, new
-    decay = 1 - shrinkage(rate, weight_decay, lr_reference, decay_period)
+    decay = (1 - shrinkage(rate, weight_decay, lr_reference, decay_period)) * agreeing(param, update, cautious_decay)
     return (param * (1 - decay) - rate * update if no_prox else (param - rate * update) / (1 + decay)), new
 
 
@@ -406,6 +416,7 @@ def stableadamw(
     stored: torch.dtype,
     lr_reference: float | None = None,
     decay_period: float | None = None,
+    cautious_decay: bool = False,
     **_: Any,
 ) -> tuple[Tensor, State]:
     """StableAdamW (arXiv:2304.13013, algorithm 2). The update is made of the averages as they are stored."""
@@ -423,8 +434,9 @@ def stableadamw(
     rms = (grad / square.sqrt().clamp(min=eps)).square().mean().sqrt().item() if grad.numel() else 0.0
     if rate == 0:
         return param, new
-    decay = 1 - shrinkage(rate, weight_decay, lr_reference, decay_period)
-    return param - (decay * param + rate * mean / (square.sqrt() + eps)) / max(1.0, rms), new
+    update = mean / (square.sqrt() + eps)
+    decay = (1 - shrinkage(rate, weight_decay, lr_reference, decay_period)) * agreeing(param, update, cautious_decay)
+    return param - (decay * param + rate * update) / max(1.0, rms), new
 
 
 def lamb(

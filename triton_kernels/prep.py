@@ -177,6 +177,7 @@ def prep_kernel(
     tl.store(out + column(SCALARS, "grad_factor"), tl.where(group.maximize != 0.0, -scale, scale), mask=go)
     tl.store(out + column(SCALARS, "l2"), tl.where(decoupled, 0.0, group.weight_decay), mask=go)
     tl.store(out + column(SCALARS, "decay"), decay, mask=go)
+    tl.store(out + column(SCALARS, "cautious_decay"), group.cautious_decay, mask=go)
     tl.store(out + column(SCALARS, "ema_weight"), tl.where(copies, 1.0, 1.0 - group.ema_decay), mask=go)
     if OWN_SCALARS is not None:
         own = own_scalars(fields, group, at, go, OWN_SCALARS, RUNNING)

@@ -456,7 +456,7 @@ def stableadamw_measure(h: TensorScalars, param: tl.tensor, grad: tl.tensor, sta
 @triton.jit
 def stableadamw_ratio(group: GroupHparams, count: tl.tensor, squares: tl.tensor) -> tl.tensor:
     rms = tl.sqrt(squares / tl.where(count == 0.0, 1.0, count))
-    return tl.where(rms <= 1.0, 1.0, 1.0 / rms)
+    return 1.0 / maximum(rms, 1.0)
 
 
 class Rule(NamedTuple):

@@ -82,6 +82,7 @@ def scalars_of(table: Table, row: Row, grad_scale: float = 1.0, norm: float | No
         grad_factor=-factor if group.maximize else factor,
         l2=0.0 if group.decoupled else group.weight_decay,
         decay=decay,
+        cautious_decay=group.cautious_decay,
         ema_weight=1.0 if step == 1 and not row.ema_begun else 1 - group.ema_decay,
         skip=0.0,
         **{f"own_{name}": number for name, number in zip("abcdef", own, strict=False)},

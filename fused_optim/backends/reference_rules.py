@@ -46,8 +46,14 @@ class Arithmetic(NamedTuple):
 
 
 def with_decay(h: TensorScalars, param: Tensor, update: Tensor) -> Tensor:
-    """The update including decoupled decay. Infinite params are not decayed."""
-    return update + torch.where(param.isinf(), 0.0, h.decay * param) if h.decay else update
+    """The update including decoupled decay. Infinite params are not decayed, and with cautious decay those that the
+    update moves away from 0."""
+    if not h.decay:
+        return update
+    kept = param.isinf()
+    if h.cautious_decay:
+        kept = kept | torch.where(param > 0, update < 0, update > 0)
+    return update + torch.where(kept, 0.0, h.decay * param)
 
 
 def keep(average: Tensor, weight: float, small_beta: float) -> Tensor:

@@ -198,6 +198,7 @@ def build_tables(
     hparams: of all groups. sharers: the process group that shares the work of an orthogonal rule, or None.
     """
     looks = scaler.looks_at(groups)
+    cautious = any(group.get("cautious_decay") for group in groups)
     by_place: dict[tuple[str, torch.device, bool, Groups], list[Row]] = {}
     for row, its_rule in zip(built.rows, built.rules, strict=True):
         spread = groups_of(row.param) if looks or its_rule.trust else ()
@@ -207,5 +208,5 @@ def build_tables(
     tables = []
     for (name, device, _, spread), members in by_place.items():
         orthogonalize = Orthogonalizer(members, groups, sharers) if by_name[name].orthogonal else None
-        tables.append(Table(by_name[name], device, members, hparams, looks, spread, orthogonalize))
+        tables.append(Table(by_name[name], device, members, hparams, looks, spread, orthogonalize, cautious))
     return tables

@@ -46,6 +46,7 @@ OPTIONAL: tuple[Option, ...] = (
     ("decoupled_weight_decay", "decoupled", 1),
     ("lr_reference", "lr_reference", 1),
     ("decay_period", "decay_period", 1),
+    ("cautious_decay", "cautious_decay", 1),
     ("max_grad_norm", "max_norm", 1),
     ("trust_clip", "trust_low", 2),
 )
@@ -132,7 +133,7 @@ class Rule:
     def columns(self) -> list[tuple[str, int, int, bool, bool]]:
         """Of each option: its name, its first column, its number of columns, whether it is optional, and whether tables
         are rebuilt when its value changes from or to 0."""
-        switches = {*self.switched.values(), "max_grad_norm"}
+        switches = {*self.switched.values(), "max_grad_norm", "cautious_decay"}
         own = {name for key, first, _ in self.options + self.optional for name in (key, first)}
         required = tuple(option for option in REQUIRED if option[0] not in own)
         options = [(*option, False) for option in required + self.options]
@@ -272,6 +273,7 @@ class Table:
     which are on the device.
 
     clips: whether the norm of all gradients is computed. process_groups: every tensor is spread over their members.
+    cautious: whether a group has cautious decay.
     dtype_signatures: by their numbers in chunk_table.
     orthogonalize: what an orthogonal rule does between its walks.
     row_offsets, sums, trust: None unless the rule has a trust ratio. partials: None unless the rule has one or the norm
@@ -287,6 +289,7 @@ class Table:
         clips: bool,
         process_groups: tuple[Any, ...] = (),
         orthogonalize: Callable[[Table], None] | None = None,
+        cautious: bool = False,
     ) -> None:
         self.rule = rule
         self.device = device
@@ -294,6 +297,7 @@ class Table:
         self.clips = clips
         self.process_groups = process_groups
         self.orthogonalize = orthogonalize
+        self.cautious = cautious
         self.hparams = hparams
         self.copies = [row for row in rows if row.target is not row.shard]
         self.ema = any(row.ema is not None for row in rows)

@@ -73,6 +73,8 @@ class Decayed(Common, total=False):
     """Default None. The number of updates in the current restart period; required by decay="normalized"."""
     corrected_decay: bool
     """Default False. If True, the decay is multiplied by lr over the largest lr so far."""
+    cautious_decay: bool
+    """Default False. If True, only elements that the update moves towards 0 are decayed."""
 
 
 # Options of the whole optimizer, which a param group cannot set.
