@@ -91,7 +91,7 @@ int main(int, char** arguments) {
   double* group = group_hparams.data();
   group[kGroupLr] = 1e-3, group[kGroupBeta1] = 0.9, group[kGroupBeta2] = 0.999, group[kGroupEps] = 1e-8;
   group[kGroupWeightDecay] = 0.01, group[kGroupDecoupled] = 1, group[kGroupLrReference] = 1,
-  group[kGroupDecayPeriod] = 1;
+  group[kGroupDecayPeriod] = 1, group[kGroupNoProx] = 1;
   group[kGroupTrustHigh] = INFINITY, group[kGroupMaxNorm] = clips ? 1 : 0;
 
   const float scale = 4, found = 0;

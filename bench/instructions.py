@@ -112,9 +112,9 @@ def triton_counts(tree: Path, folder: Path) -> Iterator[Count]:
     for rule, name, dtypes, kind in kinds(tree):
         walks = {"update_moments": launch.step_variant, "apply_update": launch.apply_update_variant}
         for walk, variant in walks.items() if rule.trust else [("update", launch.step_variant)]:
-            yield Kernel("triton", name, walk, dtypes, ""), count(variant(rule.name, (kind,), False))
+            yield Kernel("triton", name, walk, dtypes, ""), count(variant(rule.name, (kind,), False, False))
             if walk != "update_moments":
-                averaging = variant(rule.name, ((*kind, FLOAT32),), True)
+                averaging = variant(rule.name, ((*kind, FLOAT32),), True, False)
                 yield Kernel("triton", name, walk, dtypes, "average"), count(averaging)
 
 

@@ -66,18 +66,19 @@ constexpr int kGroupMaximize = 7;
 constexpr int kGroupLrReference = 8;  // decoupled decay is lr / lr_reference * weight_decay / sqrt(decay_period)
 constexpr int kGroupDecayPeriod = 9;
 constexpr int kGroupFirstDecay = 10;  // the first step of a param that has decoupled decay
-constexpr int kGroupNoProx = 11;  // 0: decoupled decay divides by 1 + decay after the update
-constexpr int kGroupMaxNorm = 12;  // of all gradients; 0: not clipped, not in the norm; < 0: neither, but NaN and inf still show
-constexpr int kGroupClipEps = 13;  // added to the norm
-constexpr int kGroupTrustLow = 14;  // bounds of the trust ratio
-constexpr int kGroupTrustHigh = 15;
-constexpr int kGroupTrustAlways = 16;  // whether the trust ratio is also used without weight decay
-constexpr int kGroupEmaDecay = 17;  // share that a moving average of the weights keeps at each step
-constexpr int kGroupOptionA = 18;  // the rule's own options
-constexpr int kGroupOptionB = 19;
-constexpr int kGroupOptionC = 20;
-constexpr int kGroupOptionD = 21;
-constexpr int kGroupWidth = 22;
+constexpr int kGroupCautiousDecay = 11;  // whether decoupled decay leaves out elements that the update moves away from 0
+constexpr int kGroupNoProx = 12;  // 0: decoupled decay divides by 1 + decay after the update
+constexpr int kGroupMaxNorm = 13;  // of all gradients; 0: not clipped, not in the norm; < 0: neither, but NaN and inf still show
+constexpr int kGroupClipEps = 14;  // added to the norm
+constexpr int kGroupTrustLow = 15;  // bounds of the trust ratio
+constexpr int kGroupTrustHigh = 16;
+constexpr int kGroupTrustAlways = 17;  // whether the trust ratio is also used without weight decay
+constexpr int kGroupEmaDecay = 18;  // share that a moving average of the weights keeps at each step
+constexpr int kGroupOptionA = 19;  // the rule's own options
+constexpr int kGroupOptionB = 20;
+constexpr int kGroupOptionC = 21;
+constexpr int kGroupOptionD = 22;
+constexpr int kGroupWidth = 23;
 constexpr int kScalarLr = 0;
 constexpr int kScalarEps = 1;
 constexpr int kScalarWeight1 = 2;  // 1 - beta1
@@ -90,15 +91,16 @@ constexpr int kScalarDenomScale = 8;  // 1 / sqrt(1 - beta2**step)
 constexpr int kScalarGradFactor = 9;  // multiplies the gradient: 1 / grad_scale, the clip coefficient, the sign of maximize
 constexpr int kScalarL2 = 10;  // weight decay that is added to the gradient
 constexpr int kScalarDecay = 11;  // decoupled weight decay, multiplied by lr unless the rule has a trust ratio
-constexpr int kScalarEmaWeight = 12;  // weight of the new param in the moving average of the weights
-constexpr int kScalarSkip = 13;  // 1: this tensor is not updated, and the other columns have no meaning
-constexpr int kScalarOwnA = 14;  // results of the rule's function `scalars`
-constexpr int kScalarOwnB = 15;
-constexpr int kScalarOwnC = 16;
-constexpr int kScalarOwnD = 17;
-constexpr int kScalarOwnE = 18;
-constexpr int kScalarOwnF = 19;
-constexpr int kScalarWidth = 20;
+constexpr int kScalarCautiousDecay = 12;  // the group's
+constexpr int kScalarEmaWeight = 13;  // weight of the new param in the moving average of the weights
+constexpr int kScalarSkip = 14;  // 1: this tensor is not updated, and the other columns have no meaning
+constexpr int kScalarOwnA = 15;  // results of the rule's function `scalars`
+constexpr int kScalarOwnB = 16;
+constexpr int kScalarOwnC = 17;
+constexpr int kScalarOwnD = 18;
+constexpr int kScalarOwnE = 19;
+constexpr int kScalarOwnF = 20;
+constexpr int kScalarWidth = 21;
 constexpr int kArrayChunkTable = 0;  // int64 [chunks]: see `chunk_entry`; ordered by tensor, then by chunk
 constexpr int kArrayRows = 1;  // int64 [tensors, RowFields]
 constexpr int kArrayGrads = 2;  // int64 [tensors]: address of the gradient; 0: no gradient, and no update
@@ -128,6 +130,7 @@ struct GroupHparams {
   double lr_reference;  // decoupled decay is lr / lr_reference * weight_decay / sqrt(decay_period)
   double decay_period;
   double first_decay;  // the first step of a param that has decoupled decay
+  double cautious_decay;  // whether decoupled decay leaves out elements that the update moves away from 0
   double no_prox;  // 0: decoupled decay divides by 1 + decay after the update
   double max_norm;  // of all gradients; 0: not clipped, not in the norm; < 0: neither, but NaN and inf still show
   double clip_eps;  // added to the norm
@@ -142,7 +145,7 @@ struct GroupHparams {
 };
 
 FUSED_HD GroupHparams read_group_hparams(const double* in) {
-  return {in[kGroupLr], in[kGroupBeta1], in[kGroupBeta2], in[kGroupBeta3], in[kGroupEps], in[kGroupWeightDecay], in[kGroupDecoupled], in[kGroupMaximize], in[kGroupLrReference], in[kGroupDecayPeriod], in[kGroupFirstDecay], in[kGroupNoProx], in[kGroupMaxNorm], in[kGroupClipEps], in[kGroupTrustLow], in[kGroupTrustHigh], in[kGroupTrustAlways], in[kGroupEmaDecay], in[kGroupOptionA], in[kGroupOptionB], in[kGroupOptionC], in[kGroupOptionD]};
+  return {in[kGroupLr], in[kGroupBeta1], in[kGroupBeta2], in[kGroupBeta3], in[kGroupEps], in[kGroupWeightDecay], in[kGroupDecoupled], in[kGroupMaximize], in[kGroupLrReference], in[kGroupDecayPeriod], in[kGroupFirstDecay], in[kGroupCautiousDecay], in[kGroupNoProx], in[kGroupMaxNorm], in[kGroupClipEps], in[kGroupTrustLow], in[kGroupTrustHigh], in[kGroupTrustAlways], in[kGroupEmaDecay], in[kGroupOptionA], in[kGroupOptionB], in[kGroupOptionC], in[kGroupOptionD]};
 }
 
 // `tensor_scalars`, float64 [tensors, ...]: the numbers that a rule reads. Prepare writes them at each step. Walkers round each number once, to the dtype of their arithmetic.
@@ -160,6 +163,7 @@ struct TensorScalars {
   T grad_factor;  // multiplies the gradient: 1 / grad_scale, the clip coefficient, the sign of maximize
   T l2;  // weight decay that is added to the gradient
   T decay;  // decoupled weight decay, multiplied by lr unless the rule has a trust ratio
+  T cautious_decay;  // the group's
   T ema_weight;  // weight of the new param in the moving average of the weights
   T skip;  // 1: this tensor is not updated, and the other columns have no meaning
   T own_a;  // results of the rule's function `scalars`
@@ -172,7 +176,7 @@ struct TensorScalars {
 
 template <class T>
 FUSED_HD TensorScalars<T> read_tensor_scalars(const double* in) {
-  return {T(in[kScalarLr]), T(in[kScalarEps]), T(in[kScalarWeight1]), T(in[kScalarWeight2]), T(in[kScalarSmallBeta1]), T(in[kScalarSmallBeta2]), T(in[kScalarStepSize]), T(in[kScalarDebias]), T(in[kScalarDenomScale]), T(in[kScalarGradFactor]), T(in[kScalarL2]), T(in[kScalarDecay]), T(in[kScalarEmaWeight]), T(in[kScalarSkip]), T(in[kScalarOwnA]), T(in[kScalarOwnB]), T(in[kScalarOwnC]), T(in[kScalarOwnD]), T(in[kScalarOwnE]), T(in[kScalarOwnF])};
+  return {T(in[kScalarLr]), T(in[kScalarEps]), T(in[kScalarWeight1]), T(in[kScalarWeight2]), T(in[kScalarSmallBeta1]), T(in[kScalarSmallBeta2]), T(in[kScalarStepSize]), T(in[kScalarDebias]), T(in[kScalarDenomScale]), T(in[kScalarGradFactor]), T(in[kScalarL2]), T(in[kScalarDecay]), T(in[kScalarCautiousDecay]), T(in[kScalarEmaWeight]), T(in[kScalarSkip]), T(in[kScalarOwnA]), T(in[kScalarOwnB]), T(in[kScalarOwnC]), T(in[kScalarOwnD]), T(in[kScalarOwnE]), T(in[kScalarOwnF])};
 }
 
 // The whole layout by name, which every module shows to Python.
@@ -245,6 +249,7 @@ constexpr LayoutEntry kLayout[] = {
     {"GROUP_LR_REFERENCE", kGroupLrReference},
     {"GROUP_DECAY_PERIOD", kGroupDecayPeriod},
     {"GROUP_FIRST_DECAY", kGroupFirstDecay},
+    {"GROUP_CAUTIOUS_DECAY", kGroupCautiousDecay},
     {"GROUP_NO_PROX", kGroupNoProx},
     {"GROUP_MAX_NORM", kGroupMaxNorm},
     {"GROUP_CLIP_EPS", kGroupClipEps},
@@ -269,6 +274,7 @@ constexpr LayoutEntry kLayout[] = {
     {"SCALAR_GRAD_FACTOR", kScalarGradFactor},
     {"SCALAR_L2", kScalarL2},
     {"SCALAR_DECAY", kScalarDecay},
+    {"SCALAR_CAUTIOUS_DECAY", kScalarCautiousDecay},
     {"SCALAR_EMA_WEIGHT", kScalarEmaWeight},
     {"SCALAR_SKIP", kScalarSkip},
     {"SCALAR_OWN_A", kScalarOwnA},

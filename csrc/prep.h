@@ -40,6 +40,14 @@ FUSED_HD double decoupled_decay(const GroupHparams& group, bool scaled) {
   return group.lr / group.lr_reference * group.weight_decay / ::sqrt(group.decay_period);
 }
 
+// The share of its decay that a tensor keeps under corrected decay, arXiv:2506.02285: lr over the largest lr so far.
+FUSED_HD double corrected_share(double lr, int64_t largest_address) {
+  float* stored = reinterpret_cast<float*>(largest_address);
+  const double largest = largest_lr(lr, *stored);
+  *stored = static_cast<float>(largest);
+  return largest > 0.0 ? lr / largest : 1.0;
+}
+
 template <class Rule, class = void>
 struct HasScalars : std::false_type {};
 template <class Rule>
@@ -98,15 +106,20 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   const double step = *step_count;
 
   if (memo.beta1 != group.beta1 || memo.beta2 != group.beta2 || memo.beta3 != group.beta3 || memo.step != step) {
-    memo = {group.beta1, group.beta2, group.beta3, step};
-    memo.correction1 = bias_correction(group.beta1, step);
-    memo.correction2 = bias_correction(group.beta2, step);
-    memo.correction3 = bias_correction(group.beta3, step);
+    memo = {group.beta1,
+            group.beta2,
+            group.beta3,
+            step,
+            bias_correction(group.beta1, step),
+            bias_correction(group.beta2, step),
+            bias_correction(group.beta3, step)};
   }
   double scale = t.grad_scale ? 1.0 / *t.grad_scale : 1.0;
   if (t.squares) scale *= clip_coefficient(hparams, *t.squares, scale);
   const bool decoupled = group.decoupled != 0.0;
   double decay = decoupled && step >= group.first_decay ? decoupled_decay(group, scales_decay<Rule>()) : 0.0;
+  if (const int64_t largest = t.rows[row * kRowWidth + kRowRunning0 + RunningCount<Rule>::value])
+    decay *= corrected_share(group.lr, largest);
   if (group.no_prox == 0.0) {  // (param - update) / (1 + decay)
     decay /= 1.0 + decay;
     group.lr *= 1.0 - decay;
@@ -125,6 +138,7 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   out[kScalarGradFactor] = group.maximize != 0.0 ? -scale : scale;
   out[kScalarL2] = decoupled ? 0.0 : group.weight_decay;
   out[kScalarDecay] = decay;
+  out[kScalarCautiousDecay] = group.cautious_decay;
   out[kScalarEmaWeight] = copies ? 1.0 : 1.0 - group.ema_decay;
   if constexpr (HasScalars<Rule>::value) {
     const OwnScalars own = own_scalars<Rule>(group, memo, t.rows + row * kRowWidth);
@@ -137,17 +151,25 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   }
 }
 
-// Tensors with small betas are walked by slower loops. In the fast loops the small betas are the constant 0, which adds
-// no instruction.
+// Tensors with small betas or cautious decay are walked by slower loops. In the fast loops these scalars are the
+// constant 0, which adds no instruction.
 template <class T>
 FUSED_HD bool has_small_betas(const TensorScalars<T>& h) {
   return h.small_beta1 != T(0) || h.small_beta2 != T(0);
 }
 
 template <class T>
-FUSED_HD TensorScalars<T> without_small_betas(TensorScalars<T> h) {
-  h.small_beta1 = h.small_beta2 = T(0);
+FUSED_HD TensorScalars<T> as_usual(TensorScalars<T> h) {
+  h.small_beta1 = h.small_beta2 = h.cautious_decay = T(0);
   return h;
+}
+
+// The param as decoupled decay takes it: 0 where it is inf or NaN, and with cautious decay also where the update moves
+// it away from 0.
+template <class T>
+FUSED_HD T decaying(const TensorScalars<T>& h, T param, T update) {
+  const bool away = param > T(0) ? update < T(0) : update > T(0);
+  return h.cautious_decay != T(0) && away ? T(0) : finite(param);
 }
 
 // The gradient that a rule gets: scaled, clipped, with L2 added.
@@ -163,15 +185,15 @@ FUSED_HD T gradient(const TensorScalars<T>& h, T param, T grad) {
 template <class Rule, class T, int S>
 FUSED_HD T apply(const TensorScalars<T>& h, T param, T grad, T (&state)[S > 0 ? S : 1]) {
   const T update = Rule::template update<T, S>(h, param, gradient(h, param, grad), state);
-  return param - fma(h.decay, finite(param), update);
+  return param - fma(h.decay, decaying(h, param, update), update);
 }
 
 // The new param of a rule with a ratio, from the new states. h.lr includes the ratio.
 template <class Rule, class T, int S>
 FUSED_HD T apply_direction(const TensorScalars<T>& h, T param, const T (&state)[S]) {
   const T direction = Rule::template direction<T, S>(h, state);
-  if constexpr (scales_decay<Rule>()) return param - h.lr * fma(h.decay, finite(param), direction);
-  else return param - fma(h.decay, finite(param), h.lr * direction);
+  if constexpr (scales_decay<Rule>()) return param - h.lr * fma(h.decay, decaying(h, param, direction), direction);
+  else return param - fma(h.decay, decaying(h, param, direction), h.lr * direction);
 }
 
 // The average of the weights after a step. `param` is the value as stored, after rounding. With weight 1 the old

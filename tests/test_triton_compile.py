@@ -104,11 +104,11 @@ def averaging_walks() -> dict[str, Walk]:
     named = {}
     for rule, kinds in AVERAGED.items():
         for name, kind in kinds.items():
-            variant, divides = step_variant(rule, (kind,), True), rule in DIVIDES
+            variant, divides = step_variant(rule, (kind,), True, False), rule in DIVIDES
             named[f"{rule} {name} averaged"] = Walk(variant, (kind,), slice(0, None), divides=divides)
     for name, kind in AVERAGED["qhadam"].items():
         streams = ((kind[0], *kind[2:]),)
-        variant = apply_update_variant("lamb", (kind,), True)
+        variant = apply_update_variant("lamb", (kind,), True, False)
         named[f"apply update {name} averaged"] = Walk(variant, streams, (0, len(kind) - 2), divides=True)
     return named
 
@@ -116,7 +116,7 @@ def averaging_walks() -> dict[str, Walk]:
 def walks() -> dict[str, Walk]:
     named = {}
     for name, kinds in TABLES.items():
-        named[f"adam {name}"] = Walk(step_variant("adam", kinds, False), kinds, slice(0, None), divides=True)
+        named[f"adam {name}"] = Walk(step_variant("adam", kinds, False, False), kinds, slice(0, None), divides=True)
     for rule, name in itertools.product(STATES, OTHERS):
         param, state = OTHERS[name]
         for states in STATES[rule]:
@@ -124,12 +124,12 @@ def walks() -> dict[str, Walk]:
                 continue
             kinds = ((param, param, *[state] * states),)
             written, sums = (slice(2, None), 2) if RULE_OF[rule].trust else (slice(0, None), 0)
-            variant = step_variant(rule, kinds, False)
+            variant = step_variant(rule, kinds, False, False)
             named[f"{rule}{states} {name}"] = Walk(variant, kinds, written, sums, rule in DIVIDES)
             if RULE_OF[rule].trust:
                 streams = ((param, *[state] * states),)
                 named[f"apply update {name}"] = Walk(
-                    apply_update_variant(rule, kinds, False), streams, slice(0, 1), divides=True
+                    apply_update_variant(rule, kinds, False, False), streams, slice(0, 1), divides=True
                 )
     for name, (param, state) in OTHERS.items():  # Muon's second state is its workspace, which walk 1 only writes
         kinds, work = ((param, param, state, BF16),), ((param, state, BF16),)
@@ -252,7 +252,7 @@ def test_packed_formats_move_in_vectors_and_registers(name: str) -> None:
     memory, nothing spilled."""
     rule, kind, ema = PACKED[name]
     kind = (kind[0], BF16, *kind[2:])
-    kernel = step_variant(rule, (kind,), ema).compile_ahead(HOPPER)
+    kernel = step_variant(rule, (kind,), ema, False).compile_ahead(HOPPER)
     width = 16 // max(ITEMSIZE[code] for code in kind)
     lower = [{SPLIT16: 2, SPLIT8: 1}[kind[0]]] if kind[0] in (SPLIT16, SPLIT8) else []
     sizes = [width * size for size in [*(ITEMSIZE[code] for code in kind), *lower]]

@@ -59,15 +59,15 @@ class Handle:
 
 
 LAUNCHED = {
-    "adam": {"prep": prep_variant(None, False, False, 0), "step": step_variant("adam", F32_KINDS, False)},
+    "adam": {"prep": prep_variant(None, False, False, 0), "step": step_variant("adam", F32_KINDS, False, False)},
     "lamb": {
         "squares": squares_variant(F32_KINDS),
         "total": TOTAL,
         "prep": prep_variant(RULES["lamb"].scalars, True, True, 0),
-        "step": step_variant("lamb", F32_KINDS, False),
+        "step": step_variant("lamb", F32_KINDS, False, False),
         "row sums": ROW_SUMS,
         "trust": trust_variant(RULES["lamb"].ratio),
-        "apply update": apply_update_variant("lamb", F32_KINDS, False),
+        "apply update": apply_update_variant("lamb", F32_KINDS, False, False),
         "scale": scale_variant(F32_KINDS),
     },
 }
@@ -149,8 +149,8 @@ def test_one_specialisation_whatever_the_values(kernels: dict[Variant, Any], rul
 
 
 def test_kinds_have_kernels_of_their_own() -> None:
-    assert step_variant("adam", ((BF16,) * 4,), False) is not step_variant("adam", F32_KINDS, False)
-    assert step_variant("qhadam", F32_KINDS, False) is not step_variant("adam", F32_KINDS, False)
-    assert step_variant("adam", F32_KINDS, False) is step_variant("adam", F32_KINDS, False)
+    assert step_variant("adam", ((BF16,) * 4,), False, False) is not step_variant("adam", F32_KINDS, False, False)
+    assert step_variant("qhadam", F32_KINDS, False, False) is not step_variant("adam", F32_KINDS, False, False)
+    assert step_variant("adam", F32_KINDS, False, False) is step_variant("adam", F32_KINDS, False, False)
     # The first walk of a rule with a trust ratio does not access averages.
-    assert step_variant("lamb", ((F32,) * 5,), True) is step_variant("lamb", F32_KINDS, False)
+    assert step_variant("lamb", ((F32,) * 5,), True, False) is step_variant("lamb", F32_KINDS, False, False)

@@ -7,6 +7,7 @@ Arguments that the functions share:
 - signatures: the formats (param, grad, *states) of every dtype signature, in the order in which chunk_table numbers
   them. With `ema` the last format is that of the average of the weights.
 - ema: whether every row has an average of its weights.
+- cautious: whether a group has cautious decay.
 """
 
 from functools import cache
@@ -115,23 +116,37 @@ def prep_variant(scalars: triton.JITFunction | None, clips: bool, scales_decay: 
 
 
 @cache
-def step_variant(rule: str, signatures: Signatures, ema: bool) -> Variant:
+def step_variant(rule: str, signatures: Signatures, ema: bool, cautious: bool) -> Variant:
     """The whole step. For a rule with a trust ratio it is the first walk."""
     measure = RULES[rule].measure
     walk, absent = (step.update, ("partials", "trust")) if measure is None else (step.update_moments, ("trust",))
     if ema and measure is not None:  # the second walk updates the averages
-        return step_variant(rule, tuple(signature[:-1] for signature in signatures), False)
+        return step_variant(rule, tuple(signature[:-1] for signature in signatures), False, False)
     packed = tuple(map(pack_signature, signatures))
-    constants = {"PASS": walk, "RULE": RULES[rule].update, "SECOND": measure, "SIGNATURES": packed, "EMA": ema}
+    constants = {
+        "PASS": walk,
+        "RULE": RULES[rule].update,
+        "SECOND": measure,
+        "SIGNATURES": packed,
+        "EMA": ema,
+        "CAUTIOUS": cautious,
+    }
     return Variant(step.step_kernel, THREADS.value, *absent, **constants)
 
 
 @cache
-def apply_update_variant(rule: str, signatures: Signatures, ema: bool) -> Variant:
+def apply_update_variant(rule: str, signatures: Signatures, ema: bool, cautious: bool) -> Variant:
     """The second walk of a rule with a trust ratio. It reads no gradient."""
     packed = tuple(pack_signature((param, *states)) for param, _, *states in signatures)
     walk = step.apply_update if RULES[rule].scales_decay else step.apply_update_beside_decay
-    constants = {"PASS": walk, "RULE": None, "SECOND": RULES[rule].direction, "SIGNATURES": packed, "EMA": ema}
+    constants = {
+        "PASS": walk,
+        "RULE": None,
+        "SECOND": RULES[rule].direction,
+        "SIGNATURES": packed,
+        "EMA": ema,
+        "CAUTIOUS": cautious,
+    }
     return Variant(step.step_kernel, THREADS.value, "grads", "partials", **constants)
 
 
@@ -167,6 +182,7 @@ def launch(
     found_inf: Tensor | None,
     squares: Tensor | None,
     ema: bool = False,
+    cautious: bool = False,
 ) -> None:
     """One step of every tensor: prep, then the update. For a rule with a trust ratio it is the first walk, which ends
     with `sums`.
@@ -188,7 +204,7 @@ def launch(
     prep.start(device, programs, x.rows, x.grads, *hparams, x.tensor_scalars, scale, found, squares, tensors)
     partials = None if x.trust is None else x.partials  # without a trust ratio only clipping uses them
     if chunks:
-        walk = step_variant(rule, signatures, ema)
+        walk = step_variant(rule, signatures, ema, cautious)
         walk.start(device, chunks, x.chunk_table, x.rows, x.grads, x.tensor_scalars, partials, None)
     if x.trust is not None:
         ROW_SUMS.start(device, tensors, x.row_offsets, partials, x.sums)
@@ -199,6 +215,7 @@ def launch_apply_update(
     signatures: Signatures,
     x: TableArrays,
     ema: bool = False,
+    cautious: bool = False,
 ) -> None:
     """The second walk of a rule with a trust ratio: computes the ratios from `sums`, then updates the params. Does
     nothing for other rules."""
@@ -216,7 +233,7 @@ def launch_apply_update(
         tensors,
     )
     if chunks:
-        walk = apply_update_variant(rule, signatures, ema)
+        walk = apply_update_variant(rule, signatures, ema, cautious)
         walk.start(device, chunks, x.chunk_table, x.rows, None, x.tensor_scalars, None, x.trust)
 
 

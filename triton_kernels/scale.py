@@ -20,6 +20,7 @@ def scaled(
     DIRECTION: tl.constexpr,
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
 ) -> tl.tuple:
     """A pass (see step.py). Stream: the gradient."""
     store(pointers, 0, values[0] * factor, None, mask, SIGNATURE)
@@ -46,7 +47,7 @@ def scale_chunk(
         tl.int32
     )
     pointers = (pointer_to(grad, first, stream_dtype(SIGNATURE, 0)),)
-    walk(factor, pointers, (), count, grad & (ALIGNMENT - 1) == 0, (), scaled, None, None, SIGNATURE, False)
+    walk(factor, pointers, (), count, grad & (ALIGNMENT - 1) == 0, (), scaled, None, None, SIGNATURE, False, False)
 
 
 @triton.jit(do_not_specialize_on_alignment=["chunk_table", "rows", "grads", "group_hparams", "group_index", "squares"])

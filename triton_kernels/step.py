@@ -57,8 +57,8 @@ def read_scalars(
 
 
 @triton.jit
-def without_small_betas(h: TensorScalars) -> TensorScalars:
-    """The same scalars with the constant 0 for the small betas. Then small betas add no instruction."""
+def as_usual(h: TensorScalars) -> TensorScalars:
+    """The same scalars with the constant 0 for the small betas, which adds no instruction."""
     columns: tl.tuple = ()
     for i in tl.static_range(SCALAR_WIDTH):
         if i == column(SCALARS, "small_beta1") or i == column(SCALARS, "small_beta2"):
@@ -74,6 +74,17 @@ def gradient(h: TensorScalars, param: tl.tensor, grad: tl.tensor) -> tl.tensor:
     scaled = grad * h.grad_factor
     # Without decay the param is not used: 0 * inf would put NaN into the states.
     return tl.where(h.l2 != 0.0, tl.fma(h.l2, param, scaled), scaled)
+
+
+@triton.jit
+def decaying(h: TensorScalars, param: tl.tensor, update: tl.tensor, CAUTIOUS: tl.constexpr) -> tl.tensor:
+    """The param as decoupled decay takes it: 0 where it is inf or NaN, and with cautious decay also where the update
+    moves it away from 0. CAUTIOUS: whether some tensor of the table has cautious decay."""
+    if CAUTIOUS:
+        away = ((param > 0.0) & (update < 0.0)) | ((param < 0.0) & (update > 0.0))
+        return tl.where(away, tl.where(h.cautious_decay != 0.0, 0.0, finite(param)), finite(param))
+    else:
+        return finite(param)
 
 
 @triton.jit
@@ -103,13 +114,16 @@ def update(
     SECOND: tl.constexpr,
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
 ) -> tl.tuple:
     """The whole step of rules without a trust ratio. Streams: param, grad, states; with EMA the average of the
     weights."""
     param = values[0]
     change, states = RULE(h, param, gradient(h, param, values[1]), values[2 : len(values) - EMA])
     store_states(pointers, 2, states, packing, mask, SIGNATURE)  # before the param, to free registers
-    param = store(pointers, 0, param - tl.fma(h.decay, finite(param), change), packing, mask, SIGNATURE)
+    param = store(
+        pointers, 0, param - tl.fma(h.decay, decaying(h, param, change, CAUTIOUS), change), packing, mask, SIGNATURE
+    )
     if EMA:
         follow(h, pointers, values[len(values) - 1], param, packing, mask, SIGNATURE)
     return ()
@@ -126,6 +140,7 @@ def update_moments(
     SECOND: tl.constexpr,
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
 ) -> tl.tuple:
     """The first walk of a rule with a ratio. Updates the states. SECOND: the rule's function `measure`. Streams: param,
     grad, states."""
@@ -147,11 +162,13 @@ def apply_update(
     SECOND: tl.constexpr,
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
 ) -> tl.tuple:
     """The second walk. Updates the param. The ratio multiplies decay, too. SECOND: the rule's function `direction`.
     Streams: param, states; with EMA the average of the weights."""
     param = values[0]
-    change = tl.fma(h.decay, finite(param), SECOND(h, values[1 : len(values) - EMA]))
+    change = SECOND(h, values[1 : len(values) - EMA])
+    change = tl.fma(h.decay, decaying(h, param, change, CAUTIOUS), change)
     param = store(pointers, 0, param - h.lr * change, packing, mask, SIGNATURE)
     if EMA:
         follow(h, pointers, values[len(values) - 1], param, packing, mask, SIGNATURE)
@@ -169,10 +186,12 @@ def apply_update_beside_decay(
     SECOND: tl.constexpr,
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
 ) -> tl.tuple:
     """The same where the ratio does not multiply decay."""
     param = values[0]
-    change = tl.fma(h.decay, finite(param), h.lr * SECOND(h, values[1 : len(values) - EMA]))
+    change = SECOND(h, values[1 : len(values) - EMA])
+    change = tl.fma(h.decay, decaying(h, param, change, CAUTIOUS), h.lr * change)
     param = store(pointers, 0, param - change, packing, mask, SIGNATURE)
     if EMA:
         follow(h, pointers, values[len(values) - 1], param, packing, mask, SIGNATURE)
@@ -191,10 +210,11 @@ def walk_block(
     SECOND: tl.constexpr,
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
 ) -> tl.tuple:
     """Applies a pass to one block of elements. Returns the sums, with those of the block added."""
     values = load(pointers, packing, mask, SIGNATURE)
-    measured = PASS(h, pointers, values, packing, mask, RULE, SECOND, SIGNATURE, EMA)
+    measured = PASS(h, pointers, values, packing, mask, RULE, SECOND, SIGNATURE, EMA, CAUTIOUS)
     grown: tl.tuple = ()
     for i in tl.static_range(len(measured)):
         grown += (sums[i] + sum_squares(measured[i], mask),)
@@ -222,6 +242,7 @@ def walk(
     SECOND: tl.constexpr,
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
 ) -> tl.tuple:
     """Applies a pass to `count` elements. Aligned streams are accessed in vectors: first whole blocks, then the rest,
     with a mask. Misaligned tensors and tensors with small betas are accessed element by element. Returns the sums, with
@@ -231,7 +252,7 @@ def walk(
     BLOCK: tl.constexpr = THREADS * WIDTH
     usual = h
     if RULE is not None:  # without a rule h has no betas
-        usual = without_small_betas(h)
+        usual = as_usual(h)
         aligned = aligned & (h.small_beta1 == 0.0) & (h.small_beta2 == 0.0)
     # The compiler must see that this is a multiple of WIDTH. Then a mask is constant within a vector.
     vectored = tl.where(aligned, count // WIDTH, 0) * WIDTH
@@ -239,12 +260,12 @@ def walk(
     for i in range(blocks):
         at = i * BLOCK + tl.arange(0, BLOCK)
         here, packed = [pointer + at for pointer in pointers], at_elements(packing, at)
-        sums = walk_block(usual, here, packed, None, sums, PASS, RULE, SECOND, SIGNATURE, EMA)
+        sums = walk_block(usual, here, packed, None, sums, PASS, RULE, SECOND, SIGNATURE, EMA, CAUTIOUS)
     for i in range(blocks * BLOCK, vectored, BLOCK):
         at = i + tl.arange(0, BLOCK)
         mask = at < vectored
         here, packed = [pointer + at for pointer in pointers], at_elements(packing, at)
-        sums = walk_block(usual, here, packed, mask, sums, PASS, RULE, SECOND, SIGNATURE, EMA)
+        sums = walk_block(usual, here, packed, mask, sums, PASS, RULE, SECOND, SIGNATURE, EMA, CAUTIOUS)
     # Sums must not depend on alignment: each element belongs to the same thread in both loops.
     TAIL: tl.constexpr = BLOCK if len(sums) > 0 else THREADS
     start = vectored // TAIL * TAIL if len(sums) > 0 else vectored
@@ -252,7 +273,7 @@ def walk(
         at = i + tl.arange(0, TAIL)
         mask = (at >= vectored) & (at < count)
         here, packed = [pointer + at for pointer in pointers], at_elements(packing, at)
-        sums = walk_block(h, here, packed, mask, sums, PASS, RULE, SECOND, SIGNATURE, EMA)
+        sums = walk_block(h, here, packed, mask, sums, PASS, RULE, SECOND, SIGNATURE, EMA, CAUTIOUS)
     return sums
 
 
@@ -289,6 +310,7 @@ def step_chunk(
     SECOND: tl.constexpr,
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
 ) -> None:
     """Applies a pass to one chunk of one tensor."""
     row, first = row_of(entry), first_element(entry)
@@ -311,10 +333,10 @@ def step_chunk(
     count = tl.where(h.skip == 0.0, tl.minimum(tl.load(fields + column(ROWS, "numel")) - first, CHUNK), 0).to(tl.int32)
     packing = read_packing(fields, first, SIGNATURE)
     if partials is None:
-        walk(h, pointers, packing, count, aligned, (), PASS, RULE, SECOND, SIGNATURE, EMA)
+        walk(h, pointers, packing, count, aligned, (), PASS, RULE, SECOND, SIGNATURE, EMA, CAUTIOUS)
     else:
         none = tl.zeros((THREADS,), tl.float64)
-        sums = walk(h, pointers, packing, count, aligned, (none, none), PASS, RULE, SECOND, SIGNATURE, EMA)
+        sums = walk(h, pointers, packing, count, aligned, (none, none), PASS, RULE, SECOND, SIGNATURE, EMA, CAUTIOUS)
         store_sums(partials, sums)
 
 
@@ -331,14 +353,17 @@ def step_kernel(
     SECOND: tl.constexpr,
     SIGNATURES: tl.constexpr,
     EMA: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
 ) -> None:
     """One program per entry of chunk_table.
 
     RULE, SECOND: functions of the rule, or None. SIGNATURES: the streams that PASS walks, for every dtype signature of
-    the table, by its number in chunk_table. EMA: whether the last stream is the average of the weights. Arguments that
-    PASS does not use are None: grads in `apply_update`, partials except in `update_moments`, trust except in
-    `apply_update`."""
+    the table, by its number in chunk_table. EMA: whether the last stream is the average of the weights. CAUTIOUS:
+    whether a tensor of the table has cautious decay. Arguments that PASS does not use are None: grads in
+    `apply_update`, partials except in `update_moments`, trust except in `apply_update`."""
     entry = tl.load(chunk_table + tl.program_id(0))
     for i in tl.static_range(len(SIGNATURES)):
         if signature_number(entry) == i:
-            step_chunk(entry, rows, grads, tensor_scalars, partials, trust, PASS, RULE, SECOND, SIGNATURES[i], EMA)
+            step_chunk(
+                entry, rows, grads, tensor_scalars, partials, trust, PASS, RULE, SECOND, SIGNATURES[i], EMA, CAUTIOUS
+            )

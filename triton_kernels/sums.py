@@ -38,6 +38,7 @@ def measure(
     DIRECTION: tl.constexpr,
     SIGNATURE: tl.constexpr,
     EMA: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
 ) -> tl.tuple:
     """A pass (see step.py) that stores nothing. Stream: the gradient."""
     return values
@@ -65,7 +66,7 @@ def square_chunk(
     pointers = (pointer_to(grad, first, stream_dtype(SIGNATURE, 0)),)
     none = tl.zeros((THREADS,), tl.float64)
     (squares,) = walk(
-        None, pointers, (), count, grad & (ALIGNMENT - 1) == 0, (none,), measure, None, None, SIGNATURE, False
+        None, pointers, (), count, grad & (ALIGNMENT - 1) == 0, (none,), measure, None, None, SIGNATURE, False, False
     )
     # A group with max_norm < 0 adds 0, or NaN if its gradients are not finite: 0 * inf and 0 * NaN are NaN.
     store_sums(partials, (squares * tl.where(max_norm > 0.0, 1.0, 0.0),))

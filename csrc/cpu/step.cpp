@@ -75,11 +75,11 @@ struct Row {
 enum class Pass { kUpdate, kUpdateMoments, kApplyUpdate };
 
 // The loop over elements that the compiler vectorises. P, G and A are the storage types of param, grad and states.
-// kSmallBetas: whether betas may be below 0.5.
-template <Pass pass, class Rule, class T, int S, bool kSmallBetas, class P, class G, class A, class Prefetch>
+// kSpecial: whether betas may be below 0.5 and decay cautious.
+template <Pass pass, class Rule, class T, int S, bool kSpecial, class P, class G, class A, class Prefetch>
 void update_block(const TensorScalars<T>& scalars, P* param, const G* grad, A* const* states, int count,
                   const Prefetch& prefetch) {
-  const TensorScalars<T> h = kSmallBetas ? scalars : without_small_betas(scalars);
+  const TensorScalars<T> h = kSpecial ? scalars : as_usual(scalars);
   A* state[S > 0 ? S : 1];
   for (int s = 0; s < S; ++s) state[s] = states[s];
   for_each<P>(count, prefetch, [=](int i) FUSED_INLINE {
@@ -128,7 +128,7 @@ FUSED_HD uint32_t join(float even, float odd) {
 template <class Rule, int S, class Prefetch>
 void update_pairs(const TensorScalars<float>& scalars, Pair* param, const Pair* grad, BFloat16* const* states,
                   int count, const Prefetch& prefetch) {
-  const TensorScalars<float> h = without_small_betas(scalars);
+  const TensorScalars<float> h = as_usual(scalars);
   Pair* state[S > 0 ? S : 1];
   for (int s = 0; s < S; ++s) state[s] = reinterpret_cast<Pair*>(states[s]);
   const auto elements = [&](int i, int pairs) FUSED_INLINE { prefetch(2 * i, 2 * pairs); };
@@ -145,7 +145,7 @@ void update_pairs(const TensorScalars<float>& scalars, Pair* param, const Pair* 
 }
 
 // All streams in bfloat16: in pairs. If the count is odd, the last element is done alone.
-template <Pass pass, class Rule, class T, int S, bool kSmallBetas, class Prefetch,
+template <Pass pass, class Rule, class T, int S, bool kSpecial, class Prefetch,
           std::enable_if_t<pass == Pass::kUpdate, int> = 0>
 void update_block(const TensorScalars<T>& h, BFloat16* param, const BFloat16* grad, BFloat16* const* states, int count,
                   const Prefetch& prefetch) {
@@ -154,8 +154,8 @@ void update_block(const TensorScalars<T>& h, BFloat16* param, const BFloat16* gr
   if (count % 2 == 0) return;
   BFloat16* last[S > 0 ? S : 1];
   for (int s = 0; s < S; ++s) last[s] = states[s] + count - 1;
-  update_block<pass, Rule, T, S, kSmallBetas, BFloat16, BFloat16, BFloat16>(h, param + count - 1, grad + count - 1,
-                                                                            last, 1, kNoPrefetch);
+  update_block<pass, Rule, T, S, kSpecial, BFloat16, BFloat16, BFloat16>(h, param + count - 1, grad + count - 1, last,
+                                                                         1, kNoPrefetch);
 }
 
 template <class T, class P, class E>
@@ -191,8 +191,8 @@ void update_direct(const TensorScalars<T>& h, const Row<S>& row, int64_t begin, 
       if (pass != Pass::kApplyUpdate) prefetch_ahead(grad + i, group);
       for (int s = 0; s < S; ++s) prefetch_ahead(states[s] + i, group);
     };
-    constexpr bool kSmallBetas = sizeof(T) == 8;
-    update_block<pass, Rule, T, S, kSmallBetas>(h, param, grad, states, count, prefetch);
+    constexpr bool kSpecial = sizeof(T) == 8;
+    update_block<pass, Rule, T, S, kSpecial>(h, param, grad, states, count, prefetch);
     if constexpr (pass == Pass::kUpdateMoments)
       measure_block<Rule, T, S>(h, param, grad, states, count, sums + 2 * ((element - begin) / kChunk));
     if constexpr (kAverages) average_block(h, param, row.ema(), element, count);
@@ -203,7 +203,7 @@ void update_direct(const TensorScalars<T>& h, const Row<S>& row, int64_t begin, 
 template <class Rule, int S, class P, class States>
 void update_codes(const TensorScalars<float>& scalars, const P& param_codes, const BFloat16* grad,
                   const States& state_codes, int count) {
-  const TensorScalars<float> h = without_small_betas(scalars);
+  const TensorScalars<float> h = as_usual(scalars);
   const P param = param_codes;
   const States states = state_codes;
   const auto prefetch = [=](int i, int group) FUSED_INLINE {
@@ -252,7 +252,7 @@ bool update_packed(const TensorScalars<float>& h, const Row<S>& row, int64_t beg
   return true;
 }
 
-// Other formats, and small betas: each block is copied to float32 and back.
+// Other formats, and small betas and cautious decay: each block is copied to float32 and back.
 template <Pass pass, class Rule, bool kAverages, int S>
 void update_copied(const TensorScalars<float>& h, const Row<S>& row, int64_t begin, int64_t end, double* sums) {
   constexpr int kBlock = kBlockBytes / sizeof(float);
@@ -303,11 +303,11 @@ void update_row(const Tables& t, int64_t row_number, int64_t begin, int64_t end,
         scalars_of<double, pass>(t, row_number), row, begin, end, sums);
   }
   const TensorScalars<float> h = scalars_of<float, pass>(t, row_number);
-  const bool small_betas = pass != Pass::kApplyUpdate && has_small_betas(h);
+  const bool special = (pass != Pass::kApplyUpdate && has_small_betas(h)) || h.cautious_decay != 0;
   if constexpr (pass == Pass::kUpdate && !kAverages) {
-    if (!small_betas && update_packed<Rule, S>(h, row, begin, end)) return;
+    if (!special && update_packed<Rule, S>(h, row, begin, end)) return;
   }
-  if (alike && param == grad && !small_betas) {
+  if (alike && param == grad && !special) {
     if (param == kFloat32 && states == kFloat32)
       return update_direct<pass, Rule, kAverages, float, S, float, float, float>(h, row, begin, end, sums);
     if (param == kBfloat16 && states == kBfloat16)

@@ -149,7 +149,7 @@ FUSED_HD int update_vectors(const TensorScalars<T>& h, const Stream (&streams)[k
     for (int v = 0; v < V; ++v) {
       T state[S > 0 ? S : 1];
       for (int s = 0; s < S; ++s) state[s] = x[kStreamState0 + s][v];
-      update_element<pass, Rule, T, S>(without_small_betas(h), x[kStreamParam][v], x[kStreamGrad][v], state);
+      update_element<pass, Rule, T, S>(as_usual(h), x[kStreamParam][v], x[kStreamGrad][v], state);
       for (int s = 0; s < S; ++s) x[kStreamState0 + s][v] = state[s];
     }
     for (int i = 0; i < kAverage; ++i) {
@@ -197,7 +197,8 @@ FUSED_HD Sums update_chunk(const Tables& t, int64_t row_number, int64_t chunk, b
   // `unaligned` covers param, states and average.
   const bool aligned = !(reads(pass, kStreamParam) && unaligned) && !(reads(pass, kStreamGrad) && grad % kAccess != 0);
   Sums sums{};
-  const bool by_vectors = aligned && !(pass != Pass::kApplyUpdate && has_small_betas(h));
+  const bool special = (pass != Pass::kApplyUpdate && has_small_betas(h)) || h.cautious_decay != T(0);
+  const bool by_vectors = aligned && !special;
   int vectored = 0;
   // The usual formats have loops of their own, without branches on formats.
   if constexpr (sizeof(T) == 8) {
@@ -272,9 +273,17 @@ __device__ void add_up(X (&part)[kCount], F&& take) {
 }
 
 // Five blocks per SM keep 64 bytes or more in flight per thread; more would spill. With packed formats five would
-// spill, too, and with an average besides, three. kPacked: whether a stream of the table has a packed format.
+// spill, too, and with an average besides, three. An update that adds up several averages of the gradient needs more
+// registers: four blocks, or two. kPacked: whether a stream of the table has a packed format.
 template <Pass pass, class Rule, bool kAverages, bool kPacked>
-__global__ void __launch_bounds__(kThreads, kPacked ? 4 - 2 * kAverages : 5) step_kernel(Tables t) {
+constexpr int blocks_per_sm() {
+  const bool several = pass == Pass::kUpdate && Rule::signed_states > 1;
+  if (kPacked) return kAverages || several ? 2 : 4;
+  return several ? 4 : 5;
+}
+
+template <Pass pass, class Rule, bool kAverages, bool kPacked>
+__global__ void __launch_bounds__(kThreads, blocks_per_sm<pass, Rule, kAverages, kPacked>()) step_kernel(Tables t) {
   const int64_t entry = t.chunk_table[blockIdx.x], row = row_of(entry), chunk = chunk_of(entry);
   if (skipped(t, row)) return;
   const int64_t signature = t.rows[row * kRowWidth + kRowDtypeSignature];

@@ -202,7 +202,9 @@ FUSED_HD Sums update_packed_chunk(const Tables& t, int64_t row_number, int64_t c
   }
   // `unaligned` covers param, states and average.
   const bool aligned = !(reads(pass, kStreamParam) && unaligned) && !(reads(pass, kStreamGrad) && grad % kAccess != 0);
-  const int vectored = aligned ? count - count % V : 0;
+  const int vectored = aligned && h.cautious_decay == 0 ? count - count % V : 0;
+  TensorScalars<float> usual = h;
+  usual.cautious_decay = 0;
   Sums sums{};
 
   for (int piece = 0; piece < vectored; piece += kThreads * V) {
@@ -223,7 +225,7 @@ FUSED_HD Sums update_packed_chunk(const Tables& t, int64_t row_number, int64_t c
     for (int v = 0; v < V; ++v) {
       float state[S > 0 ? S : 1];
       for (int s = 0; s < S; ++s) state[s] = x[kStreamState0 + s][v];
-      update_element<pass, Rule, float, S>(h, x[kStreamParam][v], x[kStreamGrad][v], state);
+      update_element<pass, Rule, float, S>(usual, x[kStreamParam][v], x[kStreamGrad][v], state);
       for (int s = 0; s < S; ++s) x[kStreamState0 + s][v] = state[s];
     }
     FUSED_UNROLL

@@ -30,7 +30,8 @@ def choose(name: str, table: Table, steps: bool = True) -> Backend:
         backend = backends.pick(name, table.device)
         if not is_tried(backend, table.device):
             return backend.bind(table)
-        key = (backend.name, table.device, table.rule.name, table.dtype_signatures, table.clips, table.ema, steps)
+        kernels = table.dtype_signatures, table.clips, table.ema, table.cautious, steps
+        key = (backend.name, table.device, table.rule.name, *kernels)
         if key in _passed:
             return backend.bind(table)
         try:
@@ -91,7 +92,9 @@ def run_trial(backend: type[Backend], table: Table, steps: bool) -> None:
 
 def without_gradients(table: Table) -> Table:
     """A table of the same dtype signatures in the same order, with one row each: one element without a gradient."""
-    return _table_of(table.rule, table.device, table.dtype_signatures, table.clips, table.ema)
+    made = _table_of(table.rule, table.device, table.dtype_signatures, table.clips, table.ema)
+    made.cautious = table.cautious
+    return made
 
 
 def adamw_table(device: torch.device) -> Table:

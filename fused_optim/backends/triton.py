@@ -39,10 +39,17 @@ class Triton(OnDevice):
 
     def step(self, scaling: Scaling) -> None:
         numbers = scaling.grad_scale, scaling.found_inf, scaling.squares
-        self._call("launch", (self.table.rule.name, self.table.dtype_signatures), *numbers, self.table.ema)
+        self._call(
+            "launch", (self.table.rule.name, self.table.dtype_signatures), *numbers, self.table.ema, self.table.cautious
+        )
 
     def apply_update(self) -> None:
-        self._call("launch_apply_update", (self.table.rule.name, self.table.dtype_signatures), self.table.ema)
+        self._call(
+            "launch_apply_update",
+            (self.table.rule.name, self.table.dtype_signatures),
+            self.table.ema,
+            self.table.cautious,
+        )
 
     def scale_grads(self, squares: Tensor) -> None:
         self._call("launch_scale", (self.table.dtype_signatures,), squares)

@@ -56,6 +56,7 @@ class GroupHparams(NamedTuple):
     lr_reference: Any = 1.0  # decoupled decay is lr / lr_reference * weight_decay / sqrt(decay_period)
     decay_period: Any = 1.0
     first_decay: Any = 1.0  # the first step of a param that has decoupled decay
+    cautious_decay: Any = 0.0  # whether decoupled decay leaves out elements that the update moves away from 0
     no_prox: Any = 1.0  # 0: decoupled decay divides by 1 + decay after the update
     max_norm: Any = 0.0  # of all gradients; 0: not clipped, not in the norm; < 0: neither, but NaN and inf still show
     clip_eps: Any = 0.0  # added to the norm
@@ -85,6 +86,7 @@ class TensorScalars(NamedTuple):
     grad_factor: Any  # multiplies the gradient: 1 / grad_scale, the clip coefficient, the sign of maximize
     l2: Any  # weight decay that is added to the gradient
     decay: Any  # decoupled weight decay, multiplied by lr unless the rule has a trust ratio
+    cautious_decay: Any  # the group's
     ema_weight: Any  # weight of the new param in the moving average of the weights
     skip: Any  # 1: this tensor is not updated, and the other columns have no meaning
     own_a: Any = 0.0  # results of the rule's function `scalars`

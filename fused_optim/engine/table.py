@@ -46,9 +46,13 @@ OPTIONAL: tuple[Option, ...] = (
     ("decoupled_weight_decay", "decoupled", 1),
     ("lr_reference", "lr_reference", 1),
     ("decay_period", "decay_period", 1),
+    ("cautious_decay", "cautious_decay", 1),
     ("max_grad_norm", "max_norm", 1),
     ("trust_clip", "trust_low", 2),
 )
+
+
+LR_MAX = "lr_max"  # running scalar of params with corrected decay: their largest lr so far
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,11 @@ class Rule:
     """A rule without its arithmetic. Each backend looks up the arithmetic by `name`.
 
     states: names in `optimizer.state[param]`, in the order of the rule's arguments.
-    options: the options of its groups besides REQUIRED and OPTIONAL. optional: more of them, which may be None.
+    options: the options of its groups besides REQUIRED and OPTIONAL. An option of the same name replaces theirs.
+    optional: more of them, which may be None.
     switched: states that exist only if a group's option is true, as {state: option}. They come last in `states`.
     squares: states that are sums or averages of squares. They are never negative.
+    copies: states that start as copies of the param, and are stored as weights are.
     starts: the option that holds the start value of a state, as {state: option}. Other states start from 0. The maximum
         of an average starts from the average.
     running: float32 numbers of one tensor that carry over from step to step, as {name: start value}. Prepare updates
@@ -82,6 +88,7 @@ class Rule:
     options: tuple[Option, ...]
     switched: Mapping[str, str] = field(default_factory=dict)
     squares: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
     starts: Mapping[str, str] = field(default_factory=dict)
     running: Mapping[str, float] = field(default_factory=dict)
     eager: bool = False
@@ -111,19 +118,25 @@ class Rule:
     def starts_of(self, group: Mapping[str, Any]) -> dict[str, float]:
         return {state: float(group[option]) for state, option in self.starts.items()}
 
+    def running_of(self, group: Mapping[str, Any]) -> dict[str, float]:
+        """The running scalars of a group's params, with their start values."""
+        return {**self.running, **({LR_MAX: 0.0} if group.get("corrected_decay") else {})}
+
     @property
     def deciding(self) -> list[str]:
         """The options that have no column and decide which states exist."""
         with_column = {key for key, *_ in self.columns}
-        return [key for key in (*self.switched.values(), *self.decides) if key not in with_column]
+        options = (*self.switched.values(), *self.decides, "corrected_decay")
+        return [key for key in options if key not in with_column]
 
     @property
     def columns(self) -> list[tuple[str, int, int, bool, bool]]:
         """Of each option: its name, its first column, its number of columns, whether it is optional, and whether tables
         are rebuilt when its value changes from or to 0."""
-        switches = {*self.switched.values(), "max_grad_norm"}
-        own = {first for _, first, _ in self.options + self.optional}  # under another name
-        options = [(*option, False) for option in REQUIRED + self.options]
+        switches = {*self.switched.values(), "max_grad_norm", "cautious_decay"}
+        own = {name for key, first, _ in self.options + self.optional for name in (key, first)}
+        required = tuple(option for option in REQUIRED if option[0] not in own)
+        options = [(*option, False) for option in required + self.options]
         options += [(*option, True) for option in self.optional]
         options += [(*option, True) for option in OPTIONAL if option[1] not in own]
         return [
@@ -260,6 +273,7 @@ class Table:
     which are on the device.
 
     clips: whether the norm of all gradients is computed. process_groups: every tensor is spread over their members.
+    cautious: whether a group has cautious decay.
     dtype_signatures: by their numbers in chunk_table.
     orthogonalize: what an orthogonal rule does between its walks.
     row_offsets, sums, trust: None unless the rule has a trust ratio. partials: None unless the rule has one or the norm
@@ -275,6 +289,7 @@ class Table:
         clips: bool,
         process_groups: tuple[Any, ...] = (),
         orthogonalize: Callable[[Table], None] | None = None,
+        cautious: bool = False,
     ) -> None:
         self.rule = rule
         self.device = device
@@ -282,6 +297,7 @@ class Table:
         self.clips = clips
         self.process_groups = process_groups
         self.orthogonalize = orthogonalize
+        self.cautious = cautious
         self.hparams = hparams
         self.copies = [row for row in rows if row.target is not row.shard]
         self.ema = any(row.ema is not None for row in rows)

@@ -42,12 +42,12 @@ class FusedAdan(Decoupled):
         maximize: ascend.
         capturable: allow the step in a CUDA graph.
         ours: options of decoupled decay, see fused_optim.decay.Decoupled: decay="torch", lr_reference=None,
-            decay_period=None; and of every class, see FusedOptimizer: backend="auto", state_dtype=None,
-            master_weights=None, rounding="nearest", max_grad_norm=None, norm_type=2.0, skip_nonfinite=False,
-            norm_group=None, ema_decay=None, ema_dtype=None.
+            decay_period=None, corrected_decay=False, cautious_decay=False; and of every class, see FusedOptimizer:
+            backend="auto", state_dtype=None, master_weights=None, rounding="nearest", max_grad_norm=None,
+            norm_type=2.0, skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
 
     Raises:
-        ValueError: a hyperparameter is out of range.
+        ValueError: a hyperparameter is out of range, or cautious_decay=True without no_prox=True.
 
     Source: Xie et al., arXiv:2208.06677.
     """
@@ -78,6 +78,14 @@ class FusedAdan(Decoupled):
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "no_prox": no_prox}
         options |= {"decoupled_weight_decay": True, "maximize": maximize, "capturable": capturable}
         super().__init__(params, options, **ours)
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        super()._complete(group)
+        if group.get("cautious_decay") and not group["no_prox"]:
+            raise ValueError(
+                "cautious_decay multiplies the elements that decay before the update, but no_prox=False divides all "
+                "elements after it; pass no_prox=True, or leave cautious_decay out"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As FusedOptimizer.load_state_dict; takes checkpoints of the authors' code, which counts steps by group."""
