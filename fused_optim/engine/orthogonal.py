@@ -27,8 +27,8 @@ MOST_STEPS = 100
 # A batch holds intermediate results of all its matrices, so a large bucket is done in parts of this many elements.
 BATCH_ELEMENTS = 1 << 26
 # On a CPU matrices of up to this many rows and columns are done in a batch, by one thread: a product of two of them
-# takes longer to begin than to compute, and in each the threads wait for each other. Larger ones are done one by one, by
-# all threads.
+# takes longer to begin than to compute, and in each the threads wait for each other. All threads do larger ones, one
+# matrix after the other.
 CPU_BATCHED_SIDE = 128
 
 
