@@ -40,6 +40,14 @@ FUSED_HD double decoupled_decay(const GroupHparams& group, bool scaled) {
   return group.lr / group.lr_reference * group.weight_decay / ::sqrt(group.decay_period);
 }
 
+// The share of its decay that a tensor keeps under corrected decay, arXiv:2506.02285: lr over the largest lr so far.
+FUSED_HD double corrected_share(double lr, int64_t largest_address) {
+  float* stored = reinterpret_cast<float*>(largest_address);
+  const double largest = largest_lr(lr, *stored);
+  *stored = static_cast<float>(largest);
+  return largest > 0.0 ? lr / largest : 1.0;
+}
+
 template <class Rule, class = void>
 struct HasScalars : std::false_type {};
 template <class Rule>
@@ -110,6 +118,8 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   if (t.squares) scale *= clip_coefficient(hparams, *t.squares, scale);
   const bool decoupled = group.decoupled != 0.0;
   double decay = decoupled && step >= group.first_decay ? decoupled_decay(group, scales_decay<Rule>()) : 0.0;
+  if (const int64_t largest = t.rows[row * kRowWidth + kRowRunning0 + RunningCount<Rule>::value])
+    decay *= corrected_share(group.lr, largest);
   if (group.no_prox == 0.0) {  // (param - update) / (1 + decay)
     decay /= 1.0 + decay;
     group.lr *= 1.0 - decay;

@@ -52,6 +52,14 @@ struct BiasCorrections {
   double beta1, beta2, beta3, step, correction1, correction2, correction3;
 };
 
+// The larger of lr and the largest lr before, which is stored as float32. A constant lr stays the largest.
+FUSED_HD double largest_lr(double lr, double before) { return static_cast<float>(lr) >= before ? lr : before; }
+
+// base**exponent for base >= 0. nvcc makes a call of ::pow, and inlines these.
+FUSED_HD double positive_power(double base, double exponent) {
+  return exponent == 0.0 ? 1.0 : ::exp(exponent * ::log(base));
+}
+
 // GCC vectorises these builtins. Without FMA hardware they would be one library call per element, so the product is
 // rounded separately instead.
 template <class T>
@@ -341,6 +349,79 @@ struct NAdam {
   }
 };
 
+// RAdam, arXiv:1908.03265, as in torch.
+struct RAdam {
+  static constexpr const char* name = "radam";
+  static constexpr bool trust = false;
+  static constexpr int signed_states = 1, min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
+
+  // The step size; whether exp_avg is divided by the root. It is not while the average of squares has few summands.
+  FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
+    const double longest = 2.0 / (1.0 - group.beta2) - 1.0, step_size = group.lr / at.correction1;
+    const double length = longest - 2.0 * at.step * (1.0 - at.correction2) / at.correction2;
+    if (!(length > 5.0)) return {step_size, 0.0};
+    const double rectified = (length - 4.0) * (length - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * length);
+    return {step_size * ::sqrt(rectified * at.correction2), 1.0};
+  }
+
+  template <class T, int S>
+  FUSED_HD static T update(const TensorScalars<T>& h, T /*param*/, T grad, T (&state)[S > 0 ? S : 1]) {
+    const T exp_avg = state[0] = move_average(state[0], grad, h.weight1, h.small_beta1);
+    const T exp_avg_sq = state[1] = move_average_square(state[1], grad, h.weight2, h.small_beta2);
+    const T root = square_root(exp_avg_sq) + h.eps;
+    return h.own_a * (exp_avg / (h.own_b != T(0) ? root : T(1)));
+  }
+};
+
+// Schedule-Free, arXiv:2405.15682, as in the package schedulefree. The param is y, at which gradients are taken, and a
+// state is z. The average x is not stored. Options: warmup_steps, r, weight_lr_power, and weight_decay at y. Running:
+// weight_sum, lr_max.
+struct ScheduleFree {
+  static constexpr bool trust = false;
+  static constexpr int running = 2;
+
+  // The weight of z in the average; lr after its warm-up; the step of y; weight decay.
+  FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at, double (&running)[2]) {
+    const double lr = at.step < group.option_a ? group.lr * (at.step / group.option_a) : group.lr;
+    running[1] = largest_lr(lr, running[1]);
+    const double weight = positive_power(at.step, group.option_b) * positive_power(running[1], group.option_c);
+    running[0] += weight;
+    const double share = running[0] > 0.0 ? weight / running[0] : 0.0;
+    return {share, lr, lr * (1.0 - group.beta1 * (1.0 - share)), group.option_d};
+  }
+
+  // Moves z, and returns what y is moved by.
+  template <class T>
+  FUSED_HD static T move(const TensorScalars<T>& h, T y, T& z, T direction) {
+    const T change = fma(h.own_c, direction, h.own_a * finite(y - z));
+    z = fma(-h.own_b, direction, z);
+    return change;
+  }
+};
+
+struct ScheduleFreeAdamW : ScheduleFree {
+  static constexpr const char* name = "schedule_free_adamw";
+  static constexpr int signed_states = 1, min_states = 2, max_states = 2;  // z, exp_avg_sq
+
+  template <class T, int S>
+  FUSED_HD static T update(const TensorScalars<T>& h, T param, T grad, T (&state)[S > 0 ? S : 1]) {
+    const T exp_avg_sq = state[1] = move_average_square(state[1], grad, h.weight2, h.small_beta2);
+    const T direction = grad / fma(square_root(exp_avg_sq), h.denom_scale, h.eps);
+    return move(h, param, state[0], fma(h.own_d, finite(param), direction));
+  }
+};
+
+struct ScheduleFreeSgd : ScheduleFree {
+  static constexpr const char* name = "schedule_free_sgd";
+  static constexpr bool has_betas = false;
+  static constexpr int signed_states = 1, min_states = 1, max_states = 1;  // z
+
+  template <class T, int S>
+  FUSED_HD static T update(const TensorScalars<T>& h, T param, T grad, T (&state)[S > 0 ? S : 1]) {
+    return move(h, param, state[0], fma(h.own_d, finite(param), grad));
+  }
+};
+
 // AdEMAMix, arXiv:2409.03137, as in Apple's ml-ademamix. Options: alpha, alpha_warmup, beta3_warmup.
 struct AdEMAMix {
   static constexpr const char* name = "ademamix";
@@ -469,6 +550,7 @@ struct RuleList {
 };
 
 // All rules. Kernels, modules and tests iterate over this list.
-using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion, Adagrad, NAdam, AdEMAMix, Adopt, Adan, StableAdamW, Muon>;
+using AllRules = RuleList<Adam, Sgd, QHAdam, Lamb, Lion, Adagrad, NAdam, RAdam, ScheduleFreeAdamW, ScheduleFreeSgd,
+                          AdEMAMix, Adopt, Adan, StableAdamW, Muon>;
 
 }  // namespace fused_optim

@@ -14,7 +14,9 @@ from .optim.lion import FusedLion
 from .optim.muon import FusedMuon
 from .optim.nadam import FusedNAdam
 from .optim.qhadam import FusedQHAdam, FusedQHAdamW
+from .optim.radam import FusedRAdam
 from .optim.release import GradientRelease, release_gradients
+from .optim.schedule_free import FusedScheduleFreeAdamW, FusedScheduleFreeSGD
 from .optim.sgd import FusedSGD, FusedSGDW
 from .optim.stableadamw import FusedStableAdamW
 from .recipes.clip import clip_grad_norm_
@@ -34,8 +36,11 @@ __all__ = [
     "FusedOptimizer",
     "FusedQHAdam",
     "FusedQHAdamW",
+    "FusedRAdam",
     "FusedSGD",
     "FusedSGDW",
+    "FusedScheduleFreeAdamW",
+    "FusedScheduleFreeSGD",
     "FusedStableAdamW",
     "GradientRelease",
     "clip_grad_norm_",

@@ -37,6 +37,9 @@ from fused_optim import (
     FusedNAdam,
     FusedQHAdam,
     FusedQHAdamW,
+    FusedRAdam,
+    FusedScheduleFreeAdamW,
+    FusedScheduleFreeSGD,
     FusedSGD,
     FusedSGDW,
     FusedStableAdamW,
@@ -210,6 +213,21 @@ CASES = [
         oracle.nadam,
         {"lr": 0.01, "weight_decay": 0.1, "momentum_decay": 0.02, "decoupled_weight_decay": True},
     ),
+    Case("radam", FusedRAdam, torch.optim.RAdam, oracle.radam, {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.9)}),
+    Case(
+        "schedule-free-adamw",
+        FusedScheduleFreeAdamW,
+        None,
+        oracle.schedule_free_adamw,
+        {"lr": 0.01, "weight_decay": 0.1, "warmup_steps": 3, "r": 0.5},
+    ),
+    Case(
+        "schedule-free-sgd-maximize",
+        FusedScheduleFreeSGD,
+        None,
+        oracle.schedule_free_sgd,
+        {"lr": 0.01, "weight_decay": 0.1, "maximize": True},
+    ),
     Case(
         "ademamix",
         FusedAdEMAMix,
@@ -224,7 +242,7 @@ CASES = [
 BY_NAME = {case.name: case for case in CASES}
 ADAMW, AMSGRAD = BY_NAME["adamw"], BY_NAME["adamw-amsgrad"]  # the latter has every state
 LAMB = BY_NAME["lamb"]
-SCALARS = {"step", *(name for case in CASES for name in case.ours.rule.running)}  # states of one number
+SCALARS = {"step", "lr_max", *(name for case in CASES for name in case.ours.rule.running)}  # states of one number
 
 
 class Target(NamedTuple):

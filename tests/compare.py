@@ -110,9 +110,10 @@ def scales(
     for old, new, start, total, hyper in zip(before, after, absolute, summed, hypers, strict=True):
         param = torch.maximum(larger(old.param, new.param), (start.param - total.param).abs())
         param = param.clamp(min=float(hyper["lr"])) if "eps" in hyper else param
-        result.append(
-            oracle.Slot(param, {key: larger(old.state.get(key), value) for key, value in total.state.items()})
-        )
+        magnitudes = {key: larger(old.state.get(key), value) for key, value in total.state.items()}
+        for key in COPIES & magnitudes.keys():  # the first step makes them of the param
+            magnitudes[key] = torch.maximum(larger(magnitudes[key], new.state[key]), param)
+        result.append(oracle.Slot(param, magnitudes))
     if rule in (oracle.lion, oracle.lamb):
         doubtful_elements = 0
         for slot, moved, hyper in zip(result, swayed(rule, before, grads, hypers), hypers, strict=True):
@@ -131,6 +132,7 @@ def scales(
     return result
 
 
+COPIES = {state for case in CASES for state in case.ours.rule.copies}  # states that are moved as params are
 NORM_ULPS = 2.0**26  # of float64, in the norm of float32 gradients
 
 
@@ -170,7 +172,8 @@ def larger_scales(a: Sequence[oracle.Slot], b: Sequence[oracle.Slot]) -> list[or
 
 # LAMB multiplies gradients by the clipping coefficient. This is one more rounding, and a square doubles its error. LAMB
 # computes the update from the stored averages, which in a 16-bit dtype can be rounded to the other side of a tie.
-MORE = {oracle.lamb: 1.0}
+# Schedule-Free AdamW adds decay to a quotient before both z and y are moved by it.
+MORE = {oracle.lamb: 1.0, oracle.schedule_free_adamw: 1.0}
 
 
 def checked_step(

@@ -17,6 +17,7 @@ MARKERS = {
     "codegen": "compiles kernels, and reads the code or runs it without torch",
     "backend": "depends on the backend: given to every test that takes a target",
     "host": "its subject is host code, the same for every rule: in interpreters one case is enough",
+    "shared": "its subject is code that all rules share: one case for each kind of rule is enough on every backend",
     "arithmetic": "its subject is the arithmetic of the rules: every rule on every backend",
     "once": "takes a target, but is not repeated for one more backend",
     "compiled": "of the tests that depend on the backend, those that `make test` runs on the compiled GPU kernels",
@@ -36,9 +37,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("backend")
     with_amsgrad = {function(item) for item in items if arguments(item).get("case") is AMSGRAD}
     needless = [item for item in items if is_needless(item) and function(item) in with_amsgrad]
-    needless += repetitions(items)
-    config.hook.pytest_deselected(items=needless)
-    dropped = set(needless)
+    dropped = {*needless, *repetitions(items)}
+    config.hook.pytest_deselected(items=[item for item in items if item in dropped])
     items[:] = [item for item in items if item not in dropped]
 
 
@@ -48,22 +48,23 @@ def of_rules(item: pytest.Item) -> bool:
 
 
 def repetitions(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Tests that run the same code as another test with other numbers, on all backends but "cpp" and Triton's.
+    """Tests that run the same code as another test with other numbers.
 
     The emulated CUDA kernels compute with the sources of "cpp" (csrc/prep.h, csrc/rules.h), and the PTX interpreter is
     slow: tests of the rules take one case for each kernel. Plain PyTorch has its own arithmetic and takes all cases.
-    Other tests take one case for each kind of rule. "cpp" takes all cases in all tests.
+    Other tests take one case for each kind of rule. "cpp" takes all cases, except in tests marked `shared`.
     """
     groups: dict[Any, list[pytest.Item]] = {}
     for item in items:
         found = dict(arguments(item))
         target, case = found.pop("target", None), found.pop("case", None)
-        if not (isinstance(target, Target) and isinstance(case, Case)):
+        if not isinstance(case, Case):
             continue
-        if target.backend in ("cpp", "triton") or target.device != "cpu":
-            continue
-        if of_rules(item) and target.backend == "reference":
-            continue
+        if item.get_closest_marker("shared") is None:
+            if not isinstance(target, Target) or target.backend in ("cpp", "triton") or target.device != "cpu":
+                continue
+            if of_rules(item) and target.backend == "reference":
+                continue
         code = case.kernel if of_rules(item) else case.kind
         others = tuple((name, repr(value)) for name, value in found.items())
         groups.setdefault((function(item), target, code, others), []).append(item)

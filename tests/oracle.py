@@ -60,6 +60,21 @@ def shrinkage(rate: float, weight_decay: float, lr_reference: float | None, deca
     return 1 - schedule * weight_decay / math.sqrt(1 if decay_period is None else decay_period)
 
 
+def larger_lr(rate: float, before: Tensor | None) -> Tensor:
+    """The largest lr so far. It is stored as float32, which rounds it: an lr that rounds to it is as large."""
+    new = torch.tensor(rate, dtype=torch.float64)
+    return new if before is None or new.float() >= before else before
+
+
+def with_correction(state: State, hyper: dict[str, Any]) -> tuple[dict[str, Any], State]:
+    """The options with the decay of this step where it is corrected (arXiv:2506.02285), and the state this needs."""
+    if not hyper.get("corrected_decay"):
+        return hyper, {}
+    largest = larger_lr(scalar(hyper["lr"]), state.get("lr_max"))
+    share = scalar(hyper["lr"]) / largest.item() if largest != 0 else 1.0
+    return {**hyper, "weight_decay": hyper["weight_decay"] * share}, {"lr_max": largest}
+
+
 def with_decay(update: Rule) -> Rule:
     """Adds weight decay, lr and maximize to an update. L2 is added to the gradient. Decoupled decay shrinks the param
     before the update is subtracted."""
@@ -218,6 +233,69 @@ def nadam(
     product = new["mu_product"].item()
     mean = after * new["exp_avg"] / (1 - product * after) + (1 - now) * grad / (1 - product)
     return mean / ((new["exp_avg_sq"] / correction(beta2, step)).sqrt() + eps), new
+
+
+@with_decay
+def radam(grad: Tensor, state: State, *, betas: Pair, eps: float, **_: Any) -> tuple[Tensor, State]:
+    """RAdam (arXiv:1908.03265, algorithm 2), with torch's bound of 5 and its eps, which is added before the bias
+    correction."""
+    beta1, beta2 = scalar(betas[0]), scalar(betas[1])
+    zeros, step = torch.zeros_like(grad), next_step(state)
+    new = {
+        "step": step,
+        "exp_avg": beta1 * state.get("exp_avg", zeros) + (1 - beta1) * grad,
+        "exp_avg_sq": beta2 * state.get("exp_avg_sq", zeros) + (1 - beta2) * grad**2,
+    }
+    mean = new["exp_avg"] / correction(beta1, step)
+    limit = 2 / (1 - beta2) - 1
+    length = limit - 2 * step.item() * beta2 ** step.item() / correction(beta2, step)
+    if length <= 5:
+        return mean, new
+    rectification = math.sqrt((length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length))
+    return rectification * mean * math.sqrt(correction(beta2, step)) / (new["exp_avg_sq"].sqrt() + eps), new
+
+
+def schedule_free(
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    warmup_steps: int,
+    r: float,
+    weight_lr_power: float,
+    maximize: bool,
+    **hyper: Any,
+) -> tuple[Tensor, State]:
+    """Schedule-Free (arXiv:2405.15682, algorithm 1 for AdamW, equations 1 to 3 for SGD) with the average x made of y,
+    which is the param, and z."""
+    adam = "betas" in hyper
+    beta = scalar(hyper["betas"][0] if adam else hyper["momentum"])
+    step = next_step(state)
+    t, y, z = step.item(), param, state.get("z", param)
+    beta_x = y - (1 - beta) * z
+    rate = scalar(lr) * (min(1.0, t / warmup_steps) if warmup_steps else 1.0)
+    new = {"step": step, "lr_max": larger_lr(rate, state.get("lr_max"))}
+    weight = t**r * new["lr_max"].item() ** weight_lr_power
+    new["weight_sum"] = state.get("weight_sum", torch.zeros_like(step)) + weight
+    update = -grad if maximize else grad
+    if adam:
+        beta2 = scalar(hyper["betas"][1])
+        new["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", torch.zeros_like(grad)) + (1 - beta2) * grad**2
+        update = update / ((new["exp_avg_sq"] / correction(beta2, step)).sqrt() + hyper["eps"])
+    new["z"] = z - rate * (update + weight_decay * y)
+    share = weight / new["weight_sum"].item() if new["weight_sum"] != 0 else 0.0
+    beta_x = (1 - share) * beta_x + beta * share * new["z"]
+    return (1 - beta) * new["z"] + beta_x, new
+
+
+def schedule_free_adamw(param: Tensor, grad: Tensor, state: State, **hyper: Any) -> tuple[Tensor, State]:
+    return schedule_free(param, grad, state, **hyper)
+
+
+def schedule_free_sgd(param: Tensor, grad: Tensor, state: State, **hyper: Any) -> tuple[Tensor, State]:
+    return schedule_free(param, grad, state, **hyper)
 
 
 @with_decay
@@ -449,6 +527,7 @@ def step(
         if grad is None:
             result.append(Slot(slot.param, dict(slot.state), slot.stored))
         else:
-            new = rule(slot.param, grad, slot.state, **hyper, **shared, stored=slot.stored)
-            result.append(Slot(*new, slot.stored))
+            options, kept = with_correction(slot.state, hyper)
+            param, state = rule(slot.param, grad, slot.state, **options, **shared, stored=slot.stored)
+            result.append(Slot(param, state | kept, slot.stored))
     return result

@@ -145,6 +145,7 @@ for_every_rule_and_change = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.shared
 @on_every_target
 @for_every_rule_and_change
 def test_changes_between_steps_are_noticed(case: Case, target: Target, change: Change) -> None:

@@ -25,7 +25,7 @@ from cases import (
 )
 from compare import assert_equal, checked_step, states
 
-from fused_optim import FusedSGD
+from fused_optim import FusedAdamW, FusedSGD
 
 SHAPES = [(5, 3), (), (0,), (40,)]
 CONVENTIONS: dict[str, dict[str, Any]] = {
@@ -46,7 +46,7 @@ def build(case: Case, params: Any, target: Target, convention: str = "torch", **
     return case.ours(params, backend=target.backend, **options)
 
 
-@pytest.mark.arithmetic
+@pytest.mark.shared
 @on_every_target
 @for_every_decoupled
 @for_every_convention
@@ -81,7 +81,8 @@ def test_shares_by_hand(case: Case, target: Target) -> None:
         "normalized-reference": 0.15 / math.sqrt(12.5),
     }
     for convention, share in wanted.items():
-        ours = build(case, make_params([(40,)], torch.float64, target.device), target, convention, lr=0.01)
+        params = make_params([(40,)], torch.float64, target.device)
+        ours = build(case, params, target, convention, lr=0.01, **case.known(no_prox=True))
         assert share_taken(ours) == pytest.approx(share, rel=1e-12)
 
 
@@ -246,3 +247,74 @@ def test_a_refused_group_is_not_added(case: Case, options: dict[str, Any]) -> No
 def test_classes_with_l2_know_no_convention() -> None:
     with pytest.raises(TypeError, match="decay"):
         FusedSGD(make_params(), decay="paper")
+
+
+# ---- corrected decay
+
+
+@on_every_target
+@for_every_decoupled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_corrected_decay_against_the_oracle(case: Case, target: Target, dtype: torch.dtype) -> None:
+    """lr grows and falls, so the largest lr is of another step."""
+    params = make_params(SHAPES, dtype, target.device)
+    ours = build(case, params, target, corrected_decay=True)
+    for step, lr in enumerate([0.003, 0.01, 0.004, 0.0][: quick(target, 4, 3)]):
+        ours.param_groups[0]["lr"] = lr
+        set_grads(params, random_grads(params, step))
+        checked_step(ours, case.rule, {torch.bfloat16: 0.6, torch.float64: 200.0}.get(dtype, 3.0))
+    assert [float(ours.state[p]["lr_max"]) for p in params] == [pytest.approx(0.01)] * len(params)
+
+
+@on_every_target
+@for_every_decoupled
+def test_corrected_decay_of_a_constant_lr_is_torchs(case: Case, target: Target) -> None:
+    """Bit for bit, although the largest lr is stored as float32; and its share by hand."""
+    params = make_params(SHAPES, device=target.device)
+    ours, plain = (
+        build(case, p, target, lr=0.007, **o) for p, o in ((params, {"corrected_decay": True}), (copies(params), {}))
+    )
+    train([ours, plain], 3)
+    assert_equal([p.detach() for p in parameters(ours)], [p.detach() for p in parameters(plain)])
+
+    options = case.known(no_prox=True)  # else Adan divides by 1 + decay
+    wide = make_params([(40,)], torch.float64, target.device)
+    other = build(case, wide, target, lr=0.01, corrected_decay=True, **options)
+    assert share_taken(other) == pytest.approx(0.003, rel=1e-7)
+    other.state[parameters(other)[0]].get("exp_avg", torch.zeros(())).zero_()
+    other.param_groups[0]["lr"] = 0.005
+    assert share_taken(other) == pytest.approx(0.00075, rel=1e-7)
+
+
+@on_every_target
+def test_corrected_decay_per_group_and_in_checkpoints(target: Target) -> None:
+    """A group may have its own, also later. The largest lr is a state."""
+    params = make_params(SHAPES, device=target.device)
+    groups = [{"params": params[:2], "corrected_decay": True}, {"params": params[2:]}]
+    ours = FusedAdamW(groups, lr=0.01, weight_decay=0.3, backend=target.backend)
+    train([ours], 1)
+    assert ["lr_max" in ours.state[p] for p in params] == [True, True, False, False]
+    for group in ours.param_groups:
+        group["lr"] = 0.002
+    ours.param_groups[1]["corrected_decay"] = True
+    train([ours], 1, seed=1)
+    assert [float(ours.state[p]["lr_max"]) for p in params] == [pytest.approx(x) for x in (0.01, 0.01, 0.002, 0.002)]
+    back = FusedAdamW(copies(params), lr=0.5, backend=target.backend, corrected_decay=True)
+    back.add_param_group({"params": [back.param_groups[0]["params"].pop() for _ in range(2)][::-1]})
+    back.load_state_dict(copy.deepcopy(ours.state_dict()))
+    train([ours, back], 2, seed=2)
+    assert_equal(states(ours), states(back))
+    assert_equal([p.detach() for p in parameters(ours)], [p.detach() for p in parameters(back)])
+    again = pickle.loads(pickle.dumps(ours))
+    assert again.param_groups[0]["corrected_decay"]
+
+
+@pytest.mark.parametrize("decay", ["paper", "normalized"])
+def test_corrected_decay_needs_torchs_convention(decay: Any) -> None:
+    options = {"decay_period": 5} if decay == "normalized" else {}
+    with pytest.raises(ValueError, match='corrected_decay=True corrects a decay of lr \\* weight_decay, but decay="'):
+        FusedAdamW(make_params([(3,)]), decay=decay, corrected_decay=True, **options)
+    ours = FusedAdamW(make_params([(3,)]), decay=decay, **options)
+    with pytest.raises(ValueError, match='leave corrected_decay out, or pass decay="torch"'):
+        ours.add_param_group({"params": make_params([(2,)]), "corrected_decay": True})
+    assert len(ours.param_groups) == 1

@@ -65,6 +65,7 @@ def plain(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+@pytest.mark.shared
 @pytest.mark.host
 @on_every_target
 @for_every_class

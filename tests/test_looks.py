@@ -44,6 +44,7 @@ USED = getattr(modules.poll(), "ChangeDetector", class_of("python"))  # the one 
 on_other_looks = pytest.mark.parametrize("look", [look for look in LOOKS if class_of(look) is not USED], indirect=True)
 
 
+@pytest.mark.shared
 @pytest.mark.slow
 @on_other_looks  # test_changes.py covers the one that is used
 @for_every_rule_and_change

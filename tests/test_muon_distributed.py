@@ -3,6 +3,7 @@ way is compared with one process that has all gradients."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -150,7 +151,7 @@ def test_checkpoints_of_shards(world: World) -> None:
     ours.step()
     other = sharded(world)[0]
     again = build(other, normuon=True)
-    again.load_state_dict(ours.state_dict())
+    again.load_state_dict(copy.deepcopy(ours.state_dict()))
     with torch.no_grad():
         for p, q in zip(parameters(ours), parameters(again), strict=True):
             q.copy_(p)

@@ -152,7 +152,7 @@ def test_params_with_holes(target: Target) -> None:
 def test_training_stays_near_that_in_float32(case: Case, target: Target) -> None:
     kwargs = {
         **case.kwargs,
-        **({"betas": (0.9, 0.999)} if "betas" in case.options and case.ours.rule.name != "lion" else {}),
+        **(case.known(betas=(0.9, 0.999)) if case.ours.rule.name != "lion" else {}),
     }
     params = make_params(((200,), (20, 7)))
     ours = build(Case(case.name, case.ours, None, case.rule, kwargs), target, copies(params), state_dtype="compact")

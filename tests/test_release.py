@@ -21,7 +21,6 @@ from cases import (
     Case,
     Target,
     build,
-    for_every_case,
     for_every_rule,
     on_every_target,
     parameters,
@@ -30,7 +29,7 @@ from cases import (
 from compare import assert_equal
 from torch import Tensor, nn
 
-from fused_optim import FusedAdamW, GradientRelease, release_gradients
+from fused_optim import FusedAdamW, FusedMuon, GradientRelease, groups, release_gradients
 from fused_optim.optim import release as release_module
 
 BF16 = torch.bfloat16
@@ -88,7 +87,7 @@ def side_by_side(net: nn.Module, ours: Any, other: nn.Module, plain: Any, steps:
 
 
 @on_every_target
-@for_every_case
+@for_every_rule
 def test_steps_are_plain_steps(case: Case, target: Target) -> None:
     net, ours, release, other, plain = pair(case, target, max_grad_norm=None)
     assert len(release._buckets) > 3
@@ -276,6 +275,17 @@ def test_lamb_keeps_its_ratios() -> None:
     assert len(ratios[0]) == len(ratios[1]) > 5
     for p, q in zip(parameters(ours), parameters(plain), strict=True):
         assert_equal(ratios[0].get(p), ratios[1].get(q))
+
+
+@on_every_target
+def test_muon(target: Target) -> None:
+    """Matrices of one shape are orthogonalized together, in batches of a bucket, which may round otherwise."""
+    nets = [Net(device=target.device) for _ in range(2)]
+    ours, plain = (FusedMuon(groups.muon(net), backend=target.backend) for net in nets)
+    release_gradients(nets[0], ours, bucket_bytes=BUCKET)
+    side_by_side(nets[0], ours, nets[1], plain, 3)
+    for p, q in zip(parameters(ours), parameters(plain), strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-3, atol=1e-5)
 
 
 # ---- what changes between steps
@@ -490,7 +500,7 @@ def test_what_cannot_be_released() -> None:
         ours.step()
 
 
-@for_every_rule
+@pytest.mark.parametrize("case", [AMSGRAD, BY_NAME["sgd-dampening-maximize"], LAMB], ids=str)
 def test_without_any_gradient(case: Case) -> None:
     """step() alone counts as a step without gradients."""
     net, ours, _, other, plain = pair(case, REFERENCE, ema_decay=0.9)

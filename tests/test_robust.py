@@ -43,6 +43,7 @@ from fused_optim.engine import modules
 SHAPES = [(5, 3), (), (40,), (9,)]
 
 
+@pytest.mark.shared
 @pytest.mark.slow
 @on_every_target
 @for_every_case

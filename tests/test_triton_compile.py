@@ -66,7 +66,7 @@ STATES = {  # the numbers of states that a rule supports
 class Walk:
     """A kernel that walks over elements. streams: dtype codes of the tensors that it reads. written: which of these it
     writes. sums: the number of sums per chunk. divides: whether it divides elements. clips: whether it computes a
-    clipping coefficient."""
+    clipping coefficient. unread: streams that it does not read."""
 
     variant: Variant
     streams: Signatures
@@ -74,6 +74,7 @@ class Walk:
     sums: int = 0
     divides: bool = False
     clips: bool = False
+    unread: tuple[int, ...] = ()
 
 
 AVERAGED = {  # the average of the weights is the last stream
@@ -130,6 +131,11 @@ def walks() -> dict[str, Walk]:
                 named[f"apply update {name}"] = Walk(
                     apply_update_variant(rule, kinds, False, False), streams, slice(0, 1), divides=True
                 )
+    for name, (param, state) in OTHERS.items():  # Muon's second state is its workspace, which walk 1 only writes
+        kinds, work = ((param, param, state, BF16),), ((param, state, BF16),)
+        named[f"muon {name}"] = Walk(step_variant("muon", kinds, False), kinds, (2, 3), 1, unread=(3,))
+        variant = apply_update_variant("muon", kinds, False)
+        named[f"apply update muon {name}"] = Walk(variant, work, (0,), unread=(1,))
     for name in ("f32", "bf16", "f64", "mixed"):
         streams = tuple((kind[1],) for kind in TABLES[name])
         named[f"squares {name}"] = Walk(squares_variant(TABLES[name]), streams, slice(0, 0), sums=1)
@@ -201,7 +207,7 @@ def vector_accesses(walk: Walk) -> Counter:
         for stream, code in enumerate(kind):
             size = width * ITEMSIZE[code]
             suffix = {16: "v4.b32", 8: "v2.b32"}[size] if code != F64 else "v2.b64"
-            accesses[f"ld.global.{suffix}"] += 2
+            accesses[f"ld.global.{suffix}"] += 2 * (stream not in walk.unread)
             accesses[f"st.global.{suffix}"] += 2 * (stream in written)
     return accesses
 

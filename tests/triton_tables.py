@@ -48,7 +48,7 @@ KINDS = {
     "f64 amsgrad": (F64,) * 5,
 }
 GUARD = 64  # elements before and after every tensor, which nobody may touch
-STATES = {case.ours.rule.name: case.ours.rule.states for case in CASES}
+STATES = {case.ours.rule.name: case.ours.rule.states for case in CASES} | {"muon": ("momentum_buffer", "workspace")}
 ORACLES = {case.ours.rule.name: case.rule for case in CASES}
 RUNNING = {case.ours.rule.name: case.ours.rule.running for case in CASES}
 

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from fused_optim.engine.layout import GroupHparams
 
-from .rules import BiasCorrections
+from .rules import BiasCorrections, largest_lr
 from .tables import EMA_BEGUN, GROUP_WIDTH, GROUPS, ROW_WIDTH, ROWS, SCALAR_WIDTH, SCALARS, column, read_group
 
 PREP_TENSORS = tl.constexpr(32)  # tensors per program, which is one warp
@@ -60,6 +60,17 @@ def with_lr(group: GroupHparams, lr: tl.tensor) -> GroupHparams:
         else:
             columns += (group[i],)
     return GroupHparams(*columns)
+
+
+@triton.jit
+def corrected_share(fields: tl.tensor, lr: tl.tensor, mask: tl.tensor, RUNNING: tl.constexpr) -> tl.tensor:
+    """The share of its decay that a tensor keeps under corrected decay, arXiv:2506.02285: lr over the largest lr so
+    far, which is the running scalar after those of the rule. 1 without one."""
+    address = tl.load(fields + column(ROWS, "running0") + RUNNING, mask=mask, other=0)
+    stored, corrects = address.to(tl.pointer_type(tl.float32)), mask & (address != 0)
+    largest = largest_lr(lr, tl.load(stored, mask=corrects, other=0.0).to(tl.float64))
+    tl.store(stored, largest.to(tl.float32), mask=corrects)
+    return tl.where(corrects & (largest > 0.0), lr / tl.where(largest > 0.0, largest, 1.0), 1.0)
 
 
 @triton.jit
@@ -147,6 +158,7 @@ def prep_kernel(
     if squares is not None:
         scale *= clip_coefficient(group, tl.load(squares), scale)
     decay = tl.where(decoupled & (step >= group.first_decay), decoupled_decay(group, SCALES_DECAY), 0.0)
+    decay *= corrected_share(fields, group.lr, go, RUNNING)
     proximal = group.no_prox == 0.0  # (param - update) / (1 + decay)
     decay = tl.where(proximal, decay / (1.0 + decay), decay)
     group = with_lr(group, tl.where(proximal, group.lr * (1.0 - decay), group.lr))

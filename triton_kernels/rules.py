@@ -237,8 +237,9 @@ def muon_direction(h: TensorScalars, states: tl.tuple) -> tl.tensor:
 
 @triton.jit
 def muon_measure(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
-    """The update, whose norm the orthogonalization needs."""
-    return tl.zeros_like(states[1]), states[1]
+    """The update, whose norm the orthogonalization needs. The first sum is not used. A constant in its place would be
+    summed in a layout of its own, through shared memory."""
+    return states[1], states[1]
 
 
 @triton.jit
@@ -281,6 +282,77 @@ def nadam(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple)
     exp_avg_sq = move_average_square(states[1], grad, h.weight2, h.small_beta2)
     mean = tl.fma(h.own_b, exp_avg, h.own_a * grad)
     return h.lr * divide(mean, square_root(h.own_c * exp_avg_sq) + h.eps), (exp_avg, exp_avg_sq)
+
+
+@triton.jit
+def radam_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
+    """The step size; whether exp_avg is divided by the root. It is not while the average of squares has few
+    summands."""
+    longest = 2.0 / (1.0 - group.beta2) - 1.0
+    length = longest - 2.0 * at.step * (1.0 - at.correction2) / at.correction2
+    rectifies = length > 5.0
+    longest, length = tl.where(rectifies, longest, 6.0), tl.where(rectifies, length, 6.0)
+    rectified = (length - 4.0) * (length - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * length)
+    scale = tl.where(rectifies, tl.sqrt(rectified * at.correction2), 1.0)
+    return group.lr / at.correction1 * scale, tl.where(rectifies, 1.0, 0.0)
+
+
+@triton.jit
+def radam(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """RAdam, arXiv:1908.03265, as in torch. States: exp_avg, exp_avg_sq."""
+    exp_avg = move_average(states[0], grad, h.weight1, h.small_beta1)
+    exp_avg_sq = move_average_square(states[1], grad, h.weight2, h.small_beta2)
+    divisor = tl.where(h.own_b != 0.0, square_root(exp_avg_sq) + h.eps, 1.0)
+    return h.own_a * divide(exp_avg, divisor), (exp_avg, exp_avg_sq)
+
+
+@triton.jit
+def largest_lr(lr: tl.tensor, before: tl.tensor) -> tl.tensor:
+    """The larger of lr and the largest lr before, which is stored as float32. A constant lr stays the largest."""
+    return tl.where(lr.to(tl.float32).to(tl.float64) >= before, lr, before)
+
+
+@triton.jit
+def positive_power(base: tl.tensor, exponent: tl.tensor) -> tl.tensor:
+    """base**exponent for base >= 0."""
+    return tl.where(exponent == 0.0, 1.0, tl.exp(exponent * tl.log(base)))
+
+
+@triton.jit
+def schedule_free_scalars(group: GroupHparams, at: BiasCorrections, running: tl.tuple) -> tl.tuple:
+    """The weight of z in the average; lr after its warm-up; the step of y; weight decay. Running: weight_sum,
+    lr_max."""
+    warms_up = at.step < group.option_a
+    lr = tl.where(warms_up, group.lr * (at.step / tl.where(warms_up, group.option_a, 1.0)), group.lr)
+    lr_max = largest_lr(lr, running[1])
+    weight = positive_power(at.step, group.option_b) * positive_power(lr_max, group.option_c)
+    total = running[0] + weight
+    share = tl.where(total > 0.0, weight / tl.where(total > 0.0, total, 1.0), 0.0)
+    return (share, lr, lr * (1.0 - group.beta1 * (1.0 - share)), group.option_d), (total, lr_max)
+
+
+@triton.jit
+def schedule_free_move(h: TensorScalars, y: tl.tensor, z: tl.tensor, direction: tl.tensor) -> tl.tuple:
+    """What y is moved by, and the new z. With weight decay at y."""
+    direction = tl.fma(h.own_d, finite(y), direction)
+    return tl.fma(h.own_c, direction, h.own_a * finite(y - z)), tl.fma(-h.own_b, direction, z)
+
+
+@triton.jit
+def schedule_free_adamw(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """Schedule-Free AdamW, arXiv:2405.15682, as in the package schedulefree. The param is y. Options: warmup_steps, r,
+    weight_lr_power, weight_decay. States: z, exp_avg_sq."""
+    exp_avg_sq = move_average_square(states[1], grad, h.weight2, h.small_beta2)
+    direction = divide(grad, tl.fma(square_root(exp_avg_sq), h.denom_scale, h.eps))
+    change, z = schedule_free_move(h, param, states[0], direction)
+    return change, (z, exp_avg_sq)
+
+
+@triton.jit
+def schedule_free_sgd(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) -> tl.tuple:
+    """Schedule-Free SGD, arXiv:2405.15682, as in the package schedulefree. States: z."""
+    change, z = schedule_free_move(h, param, states[0], grad)
+    return change, (z,)
 
 
 @triton.jit
@@ -406,6 +478,9 @@ RULES = {
     "adagrad": Rule(adagrad, adagrad_scalars),
     "muon": Rule(muon_moments, muon_scalars, direction=muon_direction, measure=muon_measure, ratio=muon_ratio),
     "nadam": Rule(nadam, nadam_scalars, running=1),
+    "radam": Rule(radam, radam_scalars),
+    "schedule_free_adamw": Rule(schedule_free_adamw, schedule_free_scalars, running=2),
+    "schedule_free_sgd": Rule(schedule_free_sgd, schedule_free_scalars, running=2),
     "ademamix": Rule(ademamix, ademamix_scalars),
     "adopt": Rule(adopt, adopt_scalars),
     "adan": Rule(adan, adan_scalars),

@@ -13,7 +13,7 @@ from ..engine.formats import DITHER_PARAM
 from ..engine.layout import GroupHparams, TensorScalars, column
 from ..engine.table import Row, Table
 from .formats import load, load_param, load_states, real_view, store_param, store_rounded, store_states
-from .reference_rules import RULES, BiasCorrections, with_decay
+from .reference_rules import RULES, BiasCorrections, largest_lr, with_decay
 
 SKIP = column(TensorScalars, "skip")
 
@@ -57,12 +57,15 @@ def scalars_of(table: Table, row: Row, grad_scale: float = 1.0, norm: float | No
     if norm is not None and group.max_norm > 0:
         bound = quotient(group.max_norm, norm + group.clip_eps)
         factor *= 1.0 if bound >= 1 else bound
+    scalars, running = RULES[table.rule.name].scalars, [float(scalar) for scalar in row.running]
     decays = group.decoupled and step >= group.first_decay
     decay = decoupled_decay(group, RULES[table.rule.name].scales_decay) if decays else 0.0
+    if len(running) > len(table.rule.running):  # corrected decay: the largest lr comes last
+        running[-1] = largest_lr(group.lr, running[-1])
+        decay *= group.lr / running[-1] if running[-1] else 1.0
     if not group.no_prox:  # (param - update) / (1 + decay)
         decay /= 1 + decay
         group = group._replace(lr=group.lr * (1 - decay))
-    scalars, running = RULES[table.rule.name].scalars, [float(scalar) for scalar in row.running]
     own = () if scalars is None else scalars(group, at, running) if table.rule.running else scalars(group, at)
     for stored, scalar in zip(row.running, running, strict=True):
         stored.fill_(scalar)

@@ -188,6 +188,57 @@ def nadam(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -
     return h.lr * (mean / ((h.own_c * exp_avg_sq).sqrt() + h.eps)), [exp_avg, exp_avg_sq]
 
 
+def radam_scalars(group: GroupHparams, at: BiasCorrections) -> tuple[float, ...]:
+    longest = 2 / (1 - group.beta2) - 1
+    length = longest - 2 * at.step * (1 - at.correction2) / at.correction2
+    if not length > 5:
+        return group.lr / at.correction1, 0.0
+    rectified = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+    return group.lr / at.correction1 * math.sqrt(rectified * at.correction2), 1.0
+
+
+def radam(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+    """arXiv:1908.03265, as in torch. Own: the step size, whether exp_avg is divided by the root."""
+    exp_avg, exp_avg_sq = averages(h, grad, states)
+    return h.own_a * (exp_avg / (exp_avg_sq.sqrt() + h.eps) if h.own_b else exp_avg), [exp_avg, exp_avg_sq]
+
+
+def largest_lr(lr: float, before: float) -> float:
+    """The larger of lr and the largest lr before, which is stored as float32. A constant lr stays the largest."""
+    return lr if float(torch.tensor(lr, dtype=torch.float32)) >= before else before
+
+
+def schedule_free_scalars(group: GroupHparams, at: BiasCorrections, running: list[float]) -> tuple[float, ...]:
+    """Options: warmup_steps, r, weight_lr_power, weight_decay. Running: weight_sum, lr_max."""
+    lr = group.lr * (at.step / group.option_a) if at.step < group.option_a else group.lr
+    running[1] = largest_lr(lr, running[1])
+    weight = at.step**group.option_b * running[1] ** group.option_c
+    running[0] += weight
+    share = weight / running[0] if running[0] > 0 else 0.0
+    return share, lr, lr * (1 - group.beta1 * (1 - share)), group.option_d
+
+
+def schedule_free_move(h: TensorScalars, y: Tensor, z: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """What y is moved by, and the new z. Own: the weight of z in the average, lr after its warm-up, the step of y,
+    weight decay. Infinite params stay where they are."""
+    apart, finite = y - z, torch.where(y.isfinite(), y, 0.0)
+    direction = direction + h.own_d * finite
+    return h.own_a * torch.where(apart.isfinite(), apart, 0.0) + h.own_c * direction, z - h.own_b * direction
+
+
+def schedule_free_adamw(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+    """arXiv:2405.15682, as in the package schedulefree. The param is y."""
+    _, exp_avg_sq = averages(h, grad, states)  # z is no average
+    direction = grad / (exp_avg_sq.sqrt() * h.denom_scale + h.eps)
+    change, z = schedule_free_move(h, param, states[0], direction)
+    return change, [z, exp_avg_sq]
+
+
+def schedule_free_sgd(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:
+    change, z = schedule_free_move(h, param, states[0], grad)
+    return change, [z]
+
+
 def ademamix_scalars(group: GroupHparams, at: BiasCorrections) -> tuple[float, ...]:
     """Options: alpha, alpha_warmup, beta3_warmup."""
     alpha, beta3 = group.option_a * (at.step / group.option_b if at.step < group.option_b else 1.0), group.beta3
@@ -279,6 +330,9 @@ RULES = {
     "adagrad": Arithmetic(adagrad, adagrad_scalars),
     "muon": Arithmetic(muon, muon_scalars, direction=muon_direction, measure=muon_measure, ratio=muon_ratio),
     "nadam": Arithmetic(nadam, nadam_scalars),
+    "radam": Arithmetic(radam, radam_scalars),
+    "schedule_free_adamw": Arithmetic(schedule_free_adamw, schedule_free_scalars),
+    "schedule_free_sgd": Arithmetic(schedule_free_sgd, schedule_free_scalars),
     "ademamix": Arithmetic(ademamix, ademamix_scalars),
     "adopt": Arithmetic(adopt, adopt_scalars),
     "adan": Arithmetic(adan, adan_scalars),

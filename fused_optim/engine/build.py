@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dtensor import Groups, first_element_of, groups_of, is_sharded
+from .dtensor import Groups, first_element_of, groups_of, is_sharded, local
 from .ema import EMA, WeightAverage
 from .masters import LOW, MasterWeights
 from .orthogonal import Settings, row_moments
@@ -96,10 +96,10 @@ def build_states(
             fresh[ANCHOR] = old[ANCHOR]
         if fresh:
             fresh = convert(param, fresh, choices_of(state_dtype, rule), group.get("betas"))
-        made = missing_states(rule, group, param, fresh, state_dtype, masters)
+        made = missing_states(rule, group, param, fresh, state_dtype, masters, kept)
         fresh.update(made)
         step = match_scalar(param, _count_of(rule, old, counts.get(param), begun=not made), "step")
-        running = match_running(param, old, rule.running)
+        running = match_running(param, old, rule.running_of(group))
         row = make_row(param, fresh, wanted, step, index)
         row.running = [*running.values()]
         row.first_element, row.anchor = first_element_of(param), fresh.get(ANCHOR, 0)
@@ -133,7 +133,7 @@ def make_eager_states(
         state.pop(param, None)
         if may_get_grad(param):
             step = {"step": match_scalar(param, 0.0, "step")} if rule.counted else {}
-            running = match_running(param, {}, rule.running)
+            running = match_running(param, {}, rule.running_of(group))
             state[param] = {**step, **running, **missing_states(rule, group, param, {}, state_dtype, masters)}
 
 
@@ -144,17 +144,23 @@ def missing_states(
     state: dict[str, Any],
     state_dtype: StateDtype,
     masters: MasterWeights,
+    kept: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """New tensors for the rule's states that `state` lacks, and the anchor of a new exp_avg in anchored8.
 
-    state_dtype: of the optimizer; a group may have its own.
+    state_dtype: of the optimizer; a group may have its own. kept: the present states, which may hold the lower half of
+        the param.
     """
     rule = rule.of(group)
     wanted = rule.states_of(group)
     choices: dict[str, Any] = choices_of(group.get("state_dtype", state_dtype), rule)
     dtypes = dict.fromkeys(wanted, torch.float32) if masters.covers(param) else {}
     dtypes |= {name: CODE_DTYPES.get(choice, choice) for name, choice in choices.items()}
-    made = make_states(param, state, wanted, dtypes, rule.starts_of(group))
+    copies = {name: masters.master(param, kept or {}) for name in rule.copies if name not in state}
+    made = make_states(param, {**state, **copies}, wanted, dtypes, rule.starts_of(group))
+    for name, master in copies.items():
+        made |= make_states(param, {}, [name], dtypes)
+        local(made[name]).copy_(local(master))
     if "exp_avg" in made and choices.get("exp_avg") == "anchored8" and takes_codes(param):
         made[ANCHOR] = exponent_for(*group["betas"])
     return made

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import formats
 from .dtensor import is_sharded, like, local
 from .states import match_layout
-from .table import Row
+from .table import NARROW, Row
 
 Kind = Literal["exact", "24bit"]
 LOW = "param_low"  # key in optimizer.state[param]
@@ -145,6 +145,21 @@ class MasterWeights:
             return like(param, formats.join(local(param).detach(), local(low)))
         wide = param.dtype if param.dtype in (torch.float64, torch.complex64, torch.complex128) else torch.float32
         return param.detach().to(wide, copy=True)
+
+    @torch.no_grad()
+    def move(self, param: Tensor, state: Mapping[str, Any], target: Tensor, share: float) -> None:
+        """Moves a param, or its master weights, by a share of the way to `target`. Elements of the param that are
+        infinite stay. The arithmetic is float32 or wider."""
+        shard, low = local(param), state.get(LOW)
+        mastered = isinstance(low, Tensor) and self.covers(param)
+        wide = local(self.master(param, state)) if mastered or param.dtype in NARROW[1:] else shard
+        wide.add_((local(target).to(wide.dtype) - wide).masked_fill_(wide.isinf(), 0.0), alpha=share)
+        if isinstance(low, Tensor) and mastered:
+            upper, lower = formats.split(wide)
+            shard.copy_(upper)
+            local(low).copy_(formats.convert_lower(lower, low.dtype))
+        elif wide is not shard:
+            shard.copy_(wide)
 
     @torch.no_grad()
     def lower(self, params: Sequence[Tensor], state: MutableMapping[Tensor, dict[str, Any]], kind: Kind) -> None:

@@ -72,8 +72,9 @@ def choices_of(value: StateDtype, rule: Rule) -> dict[str, torch.dtype | Code]:
         return dict(value)
     if value != "compact":
         return dict.fromkeys(rule.states, value)
-    compact: dict[str, torch.dtype | Code] = dict.fromkeys(rule.states, torch.bfloat16)
-    compact |= {name: "e8m8" for name in rule.states if name in SQUARES}
+    names = [name for name in rule.states if name not in rule.copies]
+    compact: dict[str, torch.dtype | Code] = dict.fromkeys(names, torch.bfloat16)
+    compact |= {name: "e8m8" for name in names if name in SQUARES}
     return compact | ({"exp_avg": "anchored8"} if is_anchored(rule) else {})
 
 

@@ -52,14 +52,19 @@ OPTIONAL: tuple[Option, ...] = (
 )
 
 
+LR_MAX = "lr_max"  # running scalar of params with corrected decay: their largest lr so far
+
+
 @dataclass(frozen=True)
 class Rule:
     """A rule without its arithmetic. Each backend looks up the arithmetic by `name`.
 
     states: names in `optimizer.state[param]`, in the order of the rule's arguments.
-    options: the options of its groups besides REQUIRED and OPTIONAL. optional: more of them, which may be None.
+    options: the options of its groups besides REQUIRED and OPTIONAL. An option of the same name replaces theirs.
+    optional: more of them, which may be None.
     switched: states that exist only if a group's option is true, as {state: option}. They come last in `states`.
     squares: states that are sums or averages of squares. They are never negative.
+    copies: states that start as copies of the param, and are stored as weights are.
     starts: the option that holds the start value of a state, as {state: option}. Other states start from 0. The maximum
         of an average starts from the average.
     running: float32 numbers of one tensor that carry over from step to step, as {name: start value}. Prepare updates
@@ -83,6 +88,7 @@ class Rule:
     options: tuple[Option, ...]
     switched: Mapping[str, str] = field(default_factory=dict)
     squares: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
     starts: Mapping[str, str] = field(default_factory=dict)
     running: Mapping[str, float] = field(default_factory=dict)
     eager: bool = False
@@ -112,19 +118,25 @@ class Rule:
     def starts_of(self, group: Mapping[str, Any]) -> dict[str, float]:
         return {state: float(group[option]) for state, option in self.starts.items()}
 
+    def running_of(self, group: Mapping[str, Any]) -> dict[str, float]:
+        """The running scalars of a group's params, with their start values."""
+        return {**self.running, **({LR_MAX: 0.0} if group.get("corrected_decay") else {})}
+
     @property
     def deciding(self) -> list[str]:
         """The options that have no column and decide which states exist."""
         with_column = {key for key, *_ in self.columns}
-        return [key for key in (*self.switched.values(), *self.decides) if key not in with_column]
+        options = (*self.switched.values(), *self.decides, "corrected_decay")
+        return [key for key in options if key not in with_column]
 
     @property
     def columns(self) -> list[tuple[str, int, int, bool, bool]]:
         """Of each option: its name, its first column, its number of columns, whether it is optional, and whether tables
         are rebuilt when its value changes from or to 0."""
         switches = {*self.switched.values(), "max_grad_norm", "cautious_decay"}
-        own = {first for _, first, _ in self.options + self.optional}  # under another name
-        options = [(*option, False) for option in REQUIRED + self.options]
+        own = {name for key, first, _ in self.options + self.optional for name in (key, first)}
+        required = tuple(option for option in REQUIRED if option[0] not in own)
+        options = [(*option, False) for option in required + self.options]
         options += [(*option, True) for option in self.optional]
         options += [(*option, True) for option in OPTIONAL if option[1] not in own]
         return [

@@ -254,6 +254,44 @@ def to_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {"state": converted, "param_groups": groups}
 
 
+def to_schedulefree(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Converts a checkpoint of FusedScheduleFreeAdamW or FusedScheduleFreeSGD to one that the package schedulefree
+    loads. The other direction needs no converter: load_state_dict() takes checkpoints of the package.
+
+    The package counts updates per group. A group gets the count, weight_sum and lr_max of its param with the most
+    updates. States in packed formats become float32. What the package does not know is left out, as in to_torch.
+
+    Args:
+        state_dict: state_dict of an optimizer of this package.
+
+    Raises:
+        ValueError: state_dict is of no Schedule-Free optimizer.
+
+    Warns:
+        UserWarning: the params of a group have had different numbers of updates.
+
+    Source: schedulefree 1.4.1.
+    """
+    saved = to_torch(state_dict)
+    groups = []
+    for group in saved["param_groups"]:
+        if not {"train_mode", "weight_lr_power"} <= group.keys():
+            raise ValueError("the checkpoint must be of FusedScheduleFreeAdamW or FusedScheduleFreeSGD, but is not")
+        states = [saved["state"][index] for index in group["params"] if index in saved["state"]]
+        if len({float(state["step"]) for state in states}) > 1:
+            warnings.warn(
+                "the params of a group have had different numbers of updates, and schedulefree counts per group: all "
+                "of them get the largest number",
+                stacklevel=2,
+            )
+        most = max(states, key=lambda state: float(state["step"]), default={"step": 0, "weight_sum": 0, "lr_max": -1})
+        numbers = {"k": int(most["step"]), "weight_sum": float(most["weight_sum"]), "lr_max": float(most["lr_max"])}
+        groups.append({**_without(group, "maximize", "capturable"), **numbers, "scheduled_lr": numbers["lr_max"]})
+    scalars = ("step", "weight_sum", "lr_max")
+    states_only = {index: _without(state, *scalars) for index, state in saved["state"].items()}
+    return {"state": states_only, "param_groups": groups}
+
+
 # ---- helpers
 
 

@@ -25,7 +25,7 @@ from ..engine.masters import check_param as check_master
 from ..engine.orthogonal import MOMENTS
 from ..engine.scaling import SQUARES, Scaler
 from ..engine.state_formats import ANCHOR, StateDtype, check_betas, check_state_dtype
-from ..engine.table import Rule
+from ..engine.table import LR_MAX, Rule
 from ..engine.validation import check_param, may_get_grad
 from ..engine.walk import copy_in, walk
 from .masters import Mastered
@@ -210,8 +210,7 @@ class FusedOptimizer(Mastered):
             return self._release.end_step(closure, grad_scale)
         if self._on_cuda:
             self._check_capture()
-        if self._ema is not None:
-            self._ema.begin()
+        self._begin()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -249,6 +248,11 @@ class FusedOptimizer(Mastered):
         given = self.__dict__  # GradScaler puts its two tensors here, and takes them away after the step
         scales = (given.get("grad_scale"), grad_scale)
         return self._scaler(self._tables, self._looks, scales, given.get("found_inf"))
+
+    def _begin(self) -> None:
+        """Before everything else in a step. Raises an error if no step can be taken now."""
+        if self._ema is not None:
+            self._ema.begin()
 
     def _check_capture(self) -> None:
         if "capturable" not in self.defaults:  # torch lets such optimizers be captured as they are
@@ -367,7 +371,7 @@ class FusedOptimizer(Mastered):
         left_out: dict[Tensor, set[str]] = {}
         begun = {param: step for param, step in self._steps.items() if self.state.get(param)}
         for param in without_update(begun):
-            left_out[param] = {*self.rule.states, *self.rule.running, ANCHOR, MOMENTS}
+            left_out[param] = {*self.rule.states, *self.rule.running, LR_MAX, ANCHOR, MOMENTS}
         if self._ema is not None:
             self._ema.check_not_swapped("state_dict() cannot be called")
             self._find_not_updated()

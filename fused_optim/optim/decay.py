@@ -28,22 +28,31 @@ class Decoupled(FusedOptimizer):
     - "normalized": $d = \eta \lambda / \sqrt{T}$, where $T$ is decay_period. The best decay does not depend on the
       length of the training either.
 
+    With corrected_decay $d = lr^2 / lr_{\max} \cdot \lambda$, with $lr_{\max}$ the largest lr so far. This is the decay
+    of AdamC, which keeps the ratio of gradient to weight in layers before a normalization from growing while lr falls.
+    AdamC differs in two things. It takes the peak of the whole schedule for $lr_{\max}$, which is the same once a
+    warm-up is over. And it corrects only the layers before a normalization: give these a param group with
+    corrected_decay=True to do so. The largest lr is a running value of each param, the state "lr_max".
+
     Args:
         decay: "torch", "paper" or "normalized".
         lr_reference: the lr at which $\eta$ is 1; None: each group's lr at the start.
         decay_period: number of updates in the current restart period: batches per epoch times epochs.
 
+        corrected_decay: multiply the decay by lr over the largest lr so far; for decay="torch". Groups may have their
+            own.
         cautious_decay: decay only the elements that the update does not move away from 0: those whose param and update
             have the same sign. Groups may have their own.
 
-    Groups hold "lr_reference" and "decay_period" only if the convention uses them. Both may be changed between steps.
+    Groups hold "lr_reference" and "decay_period" only if the convention uses them, and "corrected_decay" and
+    "cautious_decay" only if they are given. All four may be changed between steps.
 
     Raises:
-        ValueError: decay is not one of the three, lr_reference is negative or not used, or decay_period is missing, not
-            positive or not used.
+        ValueError: decay is not one of the three, lr_reference is negative or not used, decay_period is missing, not
+            positive or not used, or corrected_decay is True with another decay than "torch".
 
-    Sources: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2 and appendix B.1; Chen et al., arXiv:2510.12402, for
-    cautious_decay.
+    Sources: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2 and appendix B.1; Defazio, arXiv:2506.02285; Chen et
+    al., arXiv:2510.12402.
     """
 
     def __init__(
@@ -52,6 +61,7 @@ class Decoupled(FusedOptimizer):
         decay: Convention = "torch",
         lr_reference: float | None = None,
         decay_period: float | None = None,
+        corrected_decay: bool = False,
         cautious_decay: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -63,6 +73,7 @@ class Decoupled(FusedOptimizer):
             raise ValueError(f'decay_period is not used with decay="{decay}"; leave it out, or pass decay="normalized"')
         self._decay = decay
         self._decay_options = {"lr_reference": lr_reference, "decay_period": decay_period}
+        self._corrected_decay = corrected_decay
         self._cautious_decay = cautious_decay
         super().__init__(*args, **kwargs)
 
@@ -81,6 +92,13 @@ class Decoupled(FusedOptimizer):
             raise
 
     def _complete(self, group: dict[str, Any]) -> None:
+        if self._corrected_decay:
+            group.setdefault("corrected_decay", True)
+        if group.get("corrected_decay") and self._decay != "torch":
+            raise ValueError(
+                f'corrected_decay=True corrects a decay of lr * weight_decay, but decay="{self._decay}" has another '
+                'measure, lr / lr_reference; leave corrected_decay out, or pass decay="torch"'
+            )
         if self._cautious_decay:
             group.setdefault("cautious_decay", True)
         if self._decay == "torch":
@@ -106,17 +124,14 @@ class Decoupled(FusedOptimizer):
             group["decay_period"] = period
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "_decay": self._decay,
-            "_decay_options": self._decay_options,
-            "_cautious_decay": self._cautious_decay,
-        }
+        kept = ("_decay", "_decay_options", "_corrected_decay", "_cautious_decay")
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_decay", "torch")
         self.__dict__.setdefault("_decay_options", {"lr_reference": None, "decay_period": None})
+        self.__dict__.setdefault("_corrected_decay", False)
         self.__dict__.setdefault("_cautious_decay", False)
 
 

@@ -71,6 +71,8 @@ class Decayed(Common, total=False):
     """Default None: each group's initial lr. "paper" and "normalized" divide lr by it."""
     decay_period: float | None
     """Default None. The number of updates in the current restart period; required by decay="normalized"."""
+    corrected_decay: bool
+    """Default False. If True, the decay is multiplied by lr over the largest lr so far."""
     cautious_decay: bool
     """Default False. If True, only elements that the update moves towards 0 are decayed."""
 

@@ -172,8 +172,7 @@ class GradientRelease:
         if optimizer._on_cuda:
             optimizer._check_capture()
         average = optimizer._ema
-        if average is not None:
-            average.begin()
+        optimizer._begin()
         reset_threads_after_fork()
         steps = 0 if average is None else average.steps
         try:

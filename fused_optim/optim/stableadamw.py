@@ -38,9 +38,9 @@ class FusedStableAdamW(Decoupled):
         maximize: ascend.
         capturable: allow the step in a CUDA graph.
         ours: options of decoupled decay, see fused_optim.decay.Decoupled: decay="torch", lr_reference=None,
-            decay_period=None, cautious_decay=False; and of every class, see FusedOptimizer: backend="auto",
-            state_dtype=None, master_weights=None, rounding="nearest", max_grad_norm=None, norm_type=2.0,
-            skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
+            decay_period=None, corrected_decay=False, cautious_decay=False; and of every class, see FusedOptimizer:
+            backend="auto", state_dtype=None, master_weights=None, rounding="nearest", max_grad_norm=None,
+            norm_type=2.0, skip_nonfinite=False, norm_group=None, ema_decay=None, ema_dtype=None.
 
     Raises:
         ValueError: a hyperparameter is out of range.

@@ -16,8 +16,9 @@ struct Group {
   double lr, beta1, beta2, beta3, eps, weight_decay;
   bool decoupled, maximize;
   // sgd: dampening, nesterov; qhadam: the two nus; lamb: grad_averaging, bias_correction; nadam: its decay; ademamix:
-  // alpha, alpha_warmup, beta3_warmup; adopt: factor and exponent of the bound; muon: momentum, nesterov
-  double a, b, c;
+  // alpha, alpha_warmup, beta3_warmup; adopt: factor and exponent of the bound; muon: momentum, nesterov;
+  // schedule_free: warmup_steps, r, weight_lr_power, weight_decay
+  double a, b, c, d;
   double lr_reference, decay_period, first_decay;
   bool no_prox;
   double max_norm, clip_eps;
@@ -52,6 +53,11 @@ class Oracle {
         correction2_(correction(g.beta2, step)),
         correction3_(correction(g.beta3, step)),
         running_(running.begin(), running.end()) {
+    if (is_schedule_free()) {
+      if (static_cast<float>(warm_lr()) >= running_[1]) running_[1] = warm_lr();
+      weight_ = std::pow(static_cast<long double>(step), group_.b) * std::pow(running_[1], group_.c);
+      running_[0] += weight_;
+    }
     if (is("nadam")) running_[0] = static_cast<float>(running_[0]) * static_cast<float>(nadam_momentum(step));
   }
 
@@ -69,6 +75,8 @@ class Oracle {
     if (is("lion")) return lion(grad, state);
     if (is("adagrad")) return adagrad(grad, state);
     if (is("nadam")) return nadam(grad, state);
+    if (is("radam")) return radam(grad, state);
+    if (is_schedule_free()) return schedule_free(param, raw_grad, state);
     if (is("muon")) return muon(grad, state);
     if (is("ademamix")) return ademamix(grad, state);
     if (is("adopt")) return adopt(grad, state);
@@ -186,6 +194,41 @@ class Oracle {
     return lr_ * mean / (square_root(state[1] / correction2_) + eps_);
   }
 
+  Bounded radam(const Bounded& grad, std::vector<Bounded>& state) const {
+    state[0] = kept(state[0], beta1_) + rest1_ * grad;
+    state[1] = beta2_ * state[1] + rest2_ * grad * grad;
+    const Bounded mean = lr_ * (state[0] / correction1_);
+    const long double power = std::pow(static_cast<long double>(group_.beta2), step_);
+    const long double limit = 2 / (1 - static_cast<long double>(group_.beta2)) - 1,
+                      length = limit - 2 * step_ * power / (1 - power);
+    if (length <= 5) return mean;
+    const long double squared = (length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length);
+    // The difference of limit and the quotient loses digits.
+    const Bounded rectified = Bounded::rounded(std::sqrt(squared), 0x1p-46L * limit * limit);
+    return mean * rectified * square_root(correction2_) / (square_root(state[1]) + eps_);
+  }
+
+  bool is_schedule_free() const { return std::strncmp(rule_, "schedule_free", 13) == 0; }
+  long double warm_lr() const {
+    return step_ < group_.a ? group_.lr * (step_ / static_cast<long double>(group_.a)) : group_.lr;
+  }
+
+  // The change of y, of which the average x is no part.
+  Bounded schedule_free(const Bounded& param, const Bounded& grad, std::vector<Bounded>& state) const {
+    Bounded direction = grad;
+    if (state.size() == 2) {
+      state[1] = beta2_ * state[1] + rest2_ * grad * grad;
+      direction = grad / (square_root(state[1] / correction2_) + eps_);
+    }
+    if (std::isfinite(param.value)) direction = direction + Bounded::constant(group_.d) * param;
+    const Bounded rate = Bounded::constant(warm_lr());
+    const long double share = weight_ / running_[0];
+    const Bounded apart = param - state[0];
+    const Bounded change = Bounded::constant(warm_lr() * (1 - group_.beta1 * (1 - share))) * direction;
+    state[0] = state[0] - rate * direction;
+    return std::isfinite(apart.value) ? change + Bounded::constant(share) * apart : change;
+  }
+
   Bounded ademamix(const Bounded& grad, std::vector<Bounded>& state) const {
     const long double alpha = group_.a * std::min(step_ / static_cast<long double>(group_.b), 1.0L);
     long double beta3 = group_.beta3;
@@ -248,4 +291,5 @@ class Oracle {
   Bounded lr_, beta1_, beta2_, beta3_, rest1_, rest2_, rest3_, a_, b_, rest_a_, rest_b_, eps_;
   Bounded correction1_, correction2_, correction3_;
   std::vector<long double> running_;
+  long double weight_ = 0;
 };
