@@ -3,8 +3,8 @@
     python bench/muon.py          # into bench/results/<machine>/muon.md and muon.json
 
 The optimizers of a workload take turns in random order, round after round. The params of two steps must agree,
-within the rounding of the iteration. The last column is the share of our step that is left if the Newton-Schulz iteration does
-nothing: both passes over memory, the division by the norm, Python.
+within the rounding of the iteration. The last column is the share of our step that is left if the Newton-Schulz
+iteration does nothing: both passes over memory, the division by the norm, Python.
 """
 
 from __future__ import annotations

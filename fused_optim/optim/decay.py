@@ -38,7 +38,6 @@ class Decoupled(FusedOptimizer):
         decay: "torch", "paper" or "normalized".
         lr_reference: the lr at which $\eta$ is 1; None: each group's lr at the start.
         decay_period: number of updates in the current restart period: batches per epoch times epochs.
-
         corrected_decay: multiply the decay by lr over the largest lr so far; for decay="torch". Groups may have their
             own.
         cautious_decay: decay only the elements that the update does not move away from 0: those whose param and update
@@ -51,8 +50,8 @@ class Decoupled(FusedOptimizer):
         ValueError: decay is not one of the three, lr_reference is negative or not used, decay_period is missing, not
             positive or not used, or corrected_decay is True with another decay than "torch".
 
-    Sources: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2 and appendix B.1; Defazio, arXiv:2506.02285; Chen et
-    al., arXiv:2510.12402.
+    Sources: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2 and appendix B.1; corrected_decay: Defazio,
+    arXiv:2506.02285; cautious_decay: Chen et al., arXiv:2510.12402.
     """
 
     def __init__(
