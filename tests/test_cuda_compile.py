@@ -62,7 +62,7 @@ def streaming_kernels() -> list[Streaming]:
             for average in (0, 1) if number != UPDATE_MOMENTS else (0,):  # an average is read and written
                 symbol = f"step_kernelILNS_4PassE{number}ENS_{len(rule)}{rule}ELb{average}E{PLAIN}"
                 crowded = bool(average) and number == UPDATE and squares
-                several = number == UPDATE and int(traits.group(2)) > 1
+                several = number != APPLY_UPDATE and int(traits.group(2)) > 1
                 streams = reads + average, writes + average
                 kernels.append(Streaming(symbol, states, *streams, writes_states, shared, crowded, several))
     return kernels
@@ -116,7 +116,7 @@ def check_resources(arch: str, log: str) -> None:
         if kernel.endswith(PACKED):
             blocks = 2 if kernel.endswith(f"ELb1E{PACKED}") or kernel.removesuffix(PACKED) in several else 4
         else:
-            blocks = 4 if kernel.removesuffix(PLAIN) in several else 5
+            blocks = 4 if kernel.removesuffix(PLAIN) in several and "PassE0" in kernel else 5
         threads = 1024 if kernel == "total_kernel" else blocks * 128
         assert int(registers.group(1)) <= 65536 // threads // 8 * 8, entry
 

@@ -152,7 +152,7 @@ SMALL |= {
     for rule in RULES
     for clips in (False, True)
 }
-LIBRARY = ("prep nadam", "prep ademamix", "prep adopt")  # call exp or log
+LIBRARY = ("prep nadam", "prep ademamix", "prep adopt", "prep schedule_free")  # call exp or log
 HOPPER = GPUTarget("cuda", 90, 32)
 NVIDIA = (GPUTarget("cuda", 80, 32), HOPPER, GPUTarget("cuda", 100, 32))
 INSTINCT = GPUTarget("hip", "gfx942", 64)
