@@ -60,6 +60,7 @@ class Group:
     lr: float = 1e-2
     beta1: float = 0.9
     beta2: float = 0.999
+    beta3: float = 0.9995
     eps: float = 1e-8
     weight_decay: float = 0.0
     decoupled: bool = False
