@@ -168,8 +168,9 @@ FUSED_HD TensorScalars<T> as_usual(TensorScalars<T> h) {
 // it away from 0.
 template <class T>
 FUSED_HD T decaying(const TensorScalars<T>& h, T param, T update) {
-  const bool away = param > T(0) ? update < T(0) : update > T(0);
-  return h.cautious_decay != T(0) && away ? T(0) : finite(param);
+  // & and | in place of && and ||, which are branches that a compiler may not vectorise.
+  const bool away = ((param > T(0)) & (update < T(0))) | ((param < T(0)) & (update > T(0)));
+  return (h.cautious_decay != T(0)) & away ? T(0) : finite(param);
 }
 
 // The gradient that a rule gets: scaled, clipped, with L2 added.
