@@ -311,7 +311,7 @@ def ademamix(
     **_: Any,
 ) -> tuple[Tensor, State]:
     """AdEMAMix (arXiv:2409.03137, algorithm 1), with the schedules of the authors' code."""
-    beta1, beta2, beta3 = betas
+    beta1, beta2, beta3 = map(scalar, betas)
     zeros, step = torch.zeros_like(grad), next_step(state)
     t = step.item()
     if alpha_warmup is not None:
@@ -383,7 +383,7 @@ def adan(
     **_: Any,
 ) -> tuple[Tensor, State]:
     """Adan (arXiv:2208.06677, algorithm 1). Here a beta is the share that an average keeps."""
-    rate, (beta1, beta2, beta3) = scalar(lr), betas
+    rate, (beta1, beta2, beta3) = scalar(lr), map(scalar, betas)
     zeros, step = torch.zeros_like(param), next_step(state)
     if maximize:
         grad = -grad

@@ -71,7 +71,7 @@ def test_states_are_exact_for_all_betas(case: Case, dtype: torch.dtype, target: 
     numbers = random.Random(case.name)
     betas = EDGES + [(some_beta(numbers), some_beta(numbers)) for _ in range(quick(target, 41, 5))]
     params = [make_params([(40,)], dtype, target.device, seed)[0] for seed in range(len(betas))]
-    groups = [{"params": [p], "betas": pair} for p, pair in zip(params, betas, strict=True)]
+    groups = [{"params": [p], **case.known(betas=pair)} for p, pair in zip(params, betas, strict=True)]
     options = {**case.kwargs, **case.known(weight_decay=0.0, max_grad_norm=None)}
     optimizer = case.ours(groups, backend=target.backend, state_dtype=torch.float32, **options)
     for number in range(quick(target, 4, 3)):

@@ -33,7 +33,6 @@ from fused_optim import FusedAdamW, FusedAdan, FusedLion
 CAUTIOUS: dict[str, Any] = {"weight_decay": 0.5, "cautious_decay": True}
 
 
-@pytest.mark.compiled
 @on_every_target
 @every([case for case in DECOUPLED if case.name != "muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -45,6 +44,7 @@ def test_against_the_oracle(case: Case, target: Target, dtype: torch.dtype) -> N
         checked_step(optimizer, case.rule, one_step_bound(dtype))
 
 
+@pytest.mark.compiled
 @on_every_target
 def test_signs(target: Target) -> None:
     """Lion moves each element by lr. Where it moves away from 0 nothing is decayed; an update of 0 decays."""

@@ -50,7 +50,7 @@ def streaming_kernels() -> list[Streaming]:
     kernels = [Streaming("squares_kernel", range(1), 1, 0, False, SHARED["squares_kernel"])]
     kernels.append(Streaming("scale_kernel", range(1), 1, 1, False, 0))
     for rule in listed_rules():
-        has_trust = rf"struct {rule} {{.*?trust = (\w+);.*?"
+        has_trust = rf"struct {rule} {{.*?trust = (\w+)\b.*?"
         traits = re.search(has_trust + r"signed_states = (\d), min_states = (\d), max_states = (\d);", rules, re.DOTALL)
         assert traits, rule
         states = range(int(traits.group(3)), int(traits.group(4)) + 1)
@@ -62,7 +62,7 @@ def streaming_kernels() -> list[Streaming]:
             for average in (0, 1) if number != UPDATE_MOMENTS else (0,):  # an average is read and written
                 symbol = f"step_kernelILNS_4PassE{number}ENS_{len(rule)}{rule}ELb{average}E{PLAIN}"
                 crowded = bool(average) and number == UPDATE and squares
-                several = number == UPDATE and int(traits.group(2)) > 1
+                several = number != APPLY_UPDATE and int(traits.group(2)) > 1
                 streams = reads + average, writes + average
                 kernels.append(Streaming(symbol, states, *streams, writes_states, shared, crowded, several))
     return kernels
@@ -116,7 +116,7 @@ def check_resources(arch: str, log: str) -> None:
         if kernel.endswith(PACKED):
             blocks = 2 if kernel.endswith(f"ELb1E{PACKED}") or kernel.removesuffix(PACKED) in several else 4
         else:
-            blocks = 4 if kernel.removesuffix(PLAIN) in several else 5
+            blocks = 4 if kernel.removesuffix(PLAIN) in several and "PassE0" in kernel else 5
         threads = 1024 if kernel == "total_kernel" else blocks * 128
         assert int(registers.group(1)) <= 65536 // threads // 8 * 8, entry
 

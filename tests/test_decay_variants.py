@@ -81,7 +81,8 @@ def test_shares_by_hand(case: Case, target: Target) -> None:
         "normalized-reference": 0.15 / math.sqrt(12.5),
     }
     for convention, share in wanted.items():
-        ours = build(case, make_params([(40,)], torch.float64, target.device), target, convention, lr=0.01)
+        params = make_params([(40,)], torch.float64, target.device)
+        ours = build(case, params, target, convention, lr=0.01, **case.known(no_prox=True))
         assert share_taken(ours) == pytest.approx(share, rel=1e-12)
 
 

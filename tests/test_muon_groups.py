@@ -294,6 +294,38 @@ def test_decay_conventions(target: Target, decay: Any) -> None:
         torch.testing.assert_close(p.detach(), (1 - share) * q.detach(), rtol=1e-6, atol=0)
 
 
+@on_every_target
+def test_cautious_decay(target: Target) -> None:
+    """Matrices decay only where their orthogonalized update has their sign."""
+    params = make(target)
+    ways: list[dict[str, Any]] = [{"weight_decay": 0.0}, {"weight_decay": 5.0}, {"weight_decay": 5.0}]
+    optimizers = [build(target, copies(params), **way) for way in ways[:2]]
+    optimizers.append(build(target, copies(params), **ways[2], cautious_decay=True))
+    for optimizer in optimizers:
+        steps(optimizer, 1)
+    for p, free, decayed, cautious in zip(params[:3], *map(parameters, optimizers), strict=False):
+        agree = (p - free) * p > 0
+        assert agree.any() and not agree.all()
+        torch.testing.assert_close(cautious, torch.where(agree, decayed, free), rtol=1e-6, atol=1e-6)
+
+
+@on_every_target
+def test_corrected_decay(target: Target) -> None:
+    """With a quarter of the largest lr the decay is a sixteenth. The largest lr is a state of every param."""
+    params = make(target)
+    optimizer = build(target, params, weight_decay=0.5, corrected_decay=True)
+    for lr in (0.02, 0.005):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        before = copies(params)
+        set_grads(params, [torch.zeros_like(p) for p in params])
+        optimizer.step()
+        for p, q in zip(params[:3], before, strict=False):
+            share = lr * lr / 0.02 * 0.5
+            torch.testing.assert_close(p.detach(), (1 - share) * q.detach(), rtol=1e-6, atol=1e-7)
+    assert all("lr_max" in optimizer.state[p] for p in params)
+
+
 @pytest.mark.slow
 def test_inside_of_torch_compile() -> None:
     params = make_params(MATRICES + OTHERS)

@@ -62,7 +62,10 @@ def test_formats_come_back_close(signed: bool) -> None:
         torch.testing.assert_close(back, value, rtol=0.1, atol=0.02 * float(value.max()))
 
 
-@pytest.mark.parametrize("name", contestants.BY_NAME)
+SOME = contestants.BASE, "24-bit masters, compact", "FlashOptim, 24-bit masters", "bitsandbytes 8-bit, float32"
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_sections(name: str) -> None:
     each = contestants.BY_NAME[name]
     assert precision.small_updates(each, 3)["largest"] >= 0

@@ -255,7 +255,7 @@ def test_report_where_memory_is_short(capsys: pytest.CaptureFixture[str], monkey
         ("--model gpt5", ", ".join(list(MODELS)[-2:])),
         ("--optimizer lamb", "--model and --state-dict"),
         ("--model resnet50 --optimizer lion --amsgrad", "--amsgrad is an option of adam, adamw, but"),
-        ("--model resnet50 --momentum 0.9", "--momentum is an option of sgd, sgdw, but the optimizer is adamw"),
+        ("--model resnet50 --momentum 0.9", "--momentum is an option of sgd, sgdw, schedulefreesgd, but the"),
         ("--model resnet50 --optimizer sgd --momentum -1", "Invalid momentum value: -1.0"),
         ("--model resnet50 --gbps 0", "--gbps"),
         ("--model resnet50 --dtype float16 --master-weights exact", "is for bfloat16 params, but got one of"),

@@ -93,7 +93,7 @@ INVALID: list[tuple[str, Any, str]] = [
 def test_invalid_values(case: Case, option: str, value: Any, error: str) -> None:
     nesterov = {"momentum": 0.9, "nesterov": True} if option == "dampening" else {}
     with pytest.raises(ValueError, match=error):
-        case.ours(make_params(), **{option: value}, **nesterov)
+        case.ours(make_params(), **case.known(**{option: value}), **nesterov)
 
 
 @for_every_class
@@ -260,7 +260,7 @@ def test_tensor_lr_filled_between_steps(case: Case, target: Target, dtype: torch
 @every(RUN, "betas")
 def test_tensor_betas(case: Case, target: Target) -> None:
     params = make_params([(5, 3), (40,)], device=target.device)
-    optimizer = build(case, target, params, betas=(torch.tensor(0.75), torch.tensor([0.96875])))
+    optimizer = build(case, target, params, **case.known(betas=(torch.tensor(0.75), torch.tensor([0.96875]))))
     for step in range(quick(target, 4, 2)):
         set_grads(params, random_grads(params, step))
         checked_step(optimizer, case.rule, 3.0)

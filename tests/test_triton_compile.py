@@ -133,8 +133,8 @@ def walks() -> dict[str, Walk]:
                 )
     for name, (param, state) in OTHERS.items():  # Muon's second state is its workspace, which walk 1 only writes
         kinds, work = ((param, param, state, BF16),), ((param, state, BF16),)
-        named[f"muon {name}"] = Walk(step_variant("muon", kinds, False), kinds, (2, 3), 1, unread=(3,))
-        variant = apply_update_variant("muon", kinds, False)
+        named[f"muon {name}"] = Walk(step_variant("muon", kinds, False, False), kinds, (2, 3), 1, unread=(3,))
+        variant = apply_update_variant("muon", kinds, False, False)
         named[f"apply update muon {name}"] = Walk(variant, work, (0,), unread=(1,))
     for name in ("f32", "bf16", "f64", "mixed"):
         streams = tuple((kind[1],) for kind in TABLES[name])

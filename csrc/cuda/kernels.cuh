@@ -277,9 +277,9 @@ __device__ void add_up(X (&part)[kCount], F&& take) {
 // registers: four blocks, or two. kPacked: whether a stream of the table has a packed format.
 template <Pass pass, class Rule, bool kAverages, bool kPacked>
 constexpr int blocks_per_sm() {
-  const bool several = pass == Pass::kUpdate && Rule::signed_states > 1;
+  const bool several = pass != Pass::kApplyUpdate && Rule::signed_states > 1;
   if (kPacked) return kAverages || several ? 2 : 4;
-  return several ? 4 : 5;
+  return several && pass == Pass::kUpdate ? 4 : 5;
 }
 
 template <Pass pass, class Rule, bool kAverages, bool kPacked>

@@ -99,7 +99,7 @@ def step_row(table: Table, row: Row, number: int, grad_scale: float, norm: float
         return
     row.step += 1
     h = scalars_of(table, row, grad_scale, norm)
-    table.tensor_scalars[number] = torch.tensor(h, dtype=torch.float64)
+    table.tensor_scalars[number] = torch.tensor(h, dtype=torch.float64, device=table.tensor_scalars.device)
     param, grad = load_param(row), load(grad) * h.grad_factor
     if h.l2:
         grad = grad + h.l2 * param

@@ -176,7 +176,7 @@ def adagrad(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor])
 def nadam_scalars(group: GroupHparams, at: BiasCorrections, running: list[float]) -> tuple[float, ...]:
     """Option: momentum_decay. Running: mu_product."""
     now, after = (group.beta1 * (1 - 0.5 * 0.96 ** (group.option_a * step)) for step in (at.step, at.step + 1))
-    running[0] = float(torch.tensor(running[0], dtype=torch.float32) * now)  # in float32, as in torch
+    running[0] = float(torch.tensor(running[0], dtype=torch.float32, device="cpu") * now)  # in float32, as in torch
     return (1 - now) / (1 - running[0]), after / (1 - running[0] * after), 1 / at.correction2
 
 
@@ -205,7 +205,7 @@ def radam(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -
 
 def largest_lr(lr: float, before: float) -> float:
     """The larger of lr and the largest lr before, which is stored as float32. A constant lr stays the largest."""
-    return lr if float(torch.tensor(lr, dtype=torch.float32)) >= before else before
+    return lr if float(torch.tensor(lr, dtype=torch.float32, device="cpu")) >= before else before
 
 
 def schedule_free_scalars(group: GroupHparams, at: BiasCorrections, running: list[float]) -> tuple[float, ...]:

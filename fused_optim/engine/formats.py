@@ -21,8 +21,8 @@ class Dither(NamedTuple):
     step: int
 
 
-DITHER_SQUARE = Dither(0x6A09E667, 0x9E3779B9)  # exp_avg_sq, max_exp_avg_sq
-DITHER_AVERAGE = Dither(0xBB67AE85, 0x32370B91)  # exp_avg, momentum_buffer
+DITHER_SQUARE = Dither(0x6A09E667, 0x9E3779B9)  # the other states
+DITHER_AVERAGE = Dither(0xBB67AE85, 0x32370B91)  # the first state of a rule
 DITHER_PARAM = Dither(0x3C6EF372, 0xA54FF53B)  # params, and averages of the weights
 NEAREST = 0x80000000  # the threshold that rounds to nearest
 

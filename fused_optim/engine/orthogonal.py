@@ -9,7 +9,8 @@ need no copy. The second walk reads the result from the workspace.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,9 @@ MOST_STEPS = 100
 
 # A batch holds intermediate results of all its matrices, so a large bucket is done in parts of this many elements.
 BATCH_ELEMENTS = 1 << 26
-# On a CPU larger matrices are multiplied one by one, which is then faster: see docs/cpu.md.
+# On a CPU matrices of up to this many rows and columns are done in a batch, by one thread: a product of two of them
+# takes longer to begin than to compute, and in each the threads wait for each other. All threads do larger ones, one
+# matrix after the other.
 CPU_BATCHED_SIDE = 128
 
 
@@ -58,6 +61,20 @@ class Settings(NamedTuple):
         if self.adjust_lr_fn == "match_rms_adamw":
             return 0.2 * math.sqrt(max(rows, columns))
         return 1.0
+
+
+@contextmanager
+def one_thread(on: bool) -> Iterator[None]:
+    """Context manager in which torch's CPU operators use one thread, if `on`."""
+    threads = torch.get_num_threads()
+    if not on or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def newton_schulz(x: Tensor, settings: Settings, scale: float = 1.0) -> Tensor:
@@ -204,9 +221,10 @@ class Bucket:
                 x = self.wide[place].to(torch.bfloat16) / norms[place]
                 self.wide[place] = newton_schulz(x, self.settings, scale).to(self.buffer.dtype)
             return
-        for part in self.parts(places):
-            x = self.wide[part].to(torch.bfloat16) / norms[part][:, None, None]
-            self.wide[part] = newton_schulz(x, self.settings, scale).to(self.buffer.dtype)
+        with one_thread(self.buffer.device.type == "cpu"):
+            for part in self.parts(places):
+                x = self.wide[part].to(torch.bfloat16) / norms[part][:, None, None]
+                self.wide[part] = newton_schulz(x, self.settings, scale).to(self.buffer.dtype)
 
     def normalize(self, places: Sequence[int], skips: Tensor) -> None:
         """NorMuon: multiplies the rows by their factors."""
