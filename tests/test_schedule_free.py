@@ -25,7 +25,7 @@ from cases import (
 from compare import assert_equal
 from torch import Tensor
 
-from fused_optim import FusedScheduleFreeAdamW, FusedScheduleFreeSGD
+from fused_optim import FusedScheduleFreeAdamW, FusedScheduleFreeSGD, release_gradients
 from fused_optim.convert import to_schedulefree
 
 package = pytest.importorskip("schedulefree", reason="the comparison is with the package schedulefree")
@@ -148,6 +148,21 @@ def test_a_step_in_eval_mode_is_refused(name: str) -> None:
         ours.step(lambda: pytest.fail("the closure was called"))
     assert_equal([p.detach() for p in parameters(ours)], params)
     assert_equal(ours.state_dict()["state"], before["state"])
+
+
+def test_gradient_release_in_eval_mode_is_refused() -> None:
+    """The update is part of backward() then."""
+    model = torch.nn.Linear(3, 2)
+    ours = FusedScheduleFreeSGD(model.parameters(), backend="reference")
+    release_gradients(model, ours)
+    model(torch.ones(1, 3)).sum().backward()
+    ours.step()
+    ours.eval()
+    before = model.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="needs train mode, but the optimizer is in eval mode"):
+        model(torch.ones(1, 3)).sum().backward()
+    assert_equal(model.weight.detach(), before)
+    ours.train()
 
 
 def test_errors() -> None:
