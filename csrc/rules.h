@@ -377,7 +377,6 @@ struct RAdam {
 // state is z. The average x is not stored. Options: warmup_steps, r, weight_lr_power, and weight_decay at y. Running:
 // weight_sum, lr_max.
 struct ScheduleFree {
-  static constexpr bool trust = false;
   static constexpr int running = 2;
 
   // The weight of z in the average; lr after its warm-up; the step of y; weight decay.
@@ -401,6 +400,7 @@ struct ScheduleFree {
 
 struct ScheduleFreeAdamW : ScheduleFree {
   static constexpr const char* name = "schedule_free_adamw";
+  static constexpr bool trust = false;
   static constexpr int signed_states = 1, min_states = 2, max_states = 2;  // z, exp_avg_sq
 
   template <class T, int S>
@@ -413,6 +413,7 @@ struct ScheduleFreeAdamW : ScheduleFree {
 
 struct ScheduleFreeSgd : ScheduleFree {
   static constexpr const char* name = "schedule_free_sgd";
+  static constexpr bool trust = false;
   static constexpr bool has_betas = false;
   static constexpr int signed_states = 1, min_states = 1, max_states = 1;  // z
 
@@ -502,10 +503,18 @@ struct StableAdamW {
   static constexpr bool trust = true, scales_decay = true;
   static constexpr int signed_states = 1, min_states = 2, max_states = 2;  // exp_avg, exp_avg_sq
 
-  // 1 - beta of the debiased betas, beta (1 - beta**(step - 1)) / (1 - beta**step); the betas themselves if small.
+  // A debiased beta: beta (1 - beta**(step - 1)) / (1 - beta**step), if it is small. weight: 1 minus it.
+  FUSED_HD static double small(double beta, double step, double correction, double weight) {
+    if (weight <= 0.5) return 0.0;
+    // 1 - weight loses digits for a small beta, and 1 - beta**(step - 1) for a large one.
+    return beta < 0.5 ? beta * (1.0 - positive_power(beta, step - 1.0)) / correction : 1.0 - weight;
+  }
+
+  // 1 - beta of the debiased betas; these betas if they are small.
   FUSED_HD static OwnScalars scalars(const GroupHparams& group, const BiasCorrections& at) {
     const double weight1 = (1.0 - group.beta1) / at.correction1, weight2 = (1.0 - group.beta2) / at.correction2;
-    return {weight1, weight2, weight1 > 0.5 ? 1.0 - weight1 : 0.0, weight2 > 0.5 ? 1.0 - weight2 : 0.0};
+    return {weight1, weight2, small(group.beta1, at.step, at.correction1, weight1),
+            small(group.beta2, at.step, at.correction2, weight2)};
   }
 
   template <class T, int S>

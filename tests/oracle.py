@@ -260,6 +260,7 @@ def schedule_free(
     grad: Tensor,
     state: State,
     *,
+    adam: bool,
     lr: float | Tensor,
     weight_decay: float,
     warmup_steps: int,
@@ -270,7 +271,6 @@ def schedule_free(
 ) -> tuple[Tensor, State]:
     """Schedule-Free (arXiv:2405.15682, algorithm 1 for AdamW, equations 1 to 3 for SGD) with the average x made of y,
     which is the param, and z."""
-    adam = "betas" in hyper
     beta = scalar(hyper["betas"][0] if adam else hyper["momentum"])
     step = next_step(state)
     t, y, z = step.item(), param, state.get("z", param)
@@ -291,11 +291,11 @@ def schedule_free(
 
 
 def schedule_free_adamw(param: Tensor, grad: Tensor, state: State, **hyper: Any) -> tuple[Tensor, State]:
-    return schedule_free(param, grad, state, **hyper)
+    return schedule_free(param, grad, state, adam=True, **hyper)
 
 
 def schedule_free_sgd(param: Tensor, grad: Tensor, state: State, **hyper: Any) -> tuple[Tensor, State]:
-    return schedule_free(param, grad, state, **hyper)
+    return schedule_free(param, grad, state, adam=False, **hyper)
 
 
 @with_decay
@@ -425,10 +425,14 @@ def stableadamw(
     if maximize:
         grad = -grad
     rest1, rest2 = ((1 - beta) / correction(beta, step) for beta in (beta1, beta2))  # 1 - debiased beta
+    # The debiased betas themselves. They are 0 in the first step.
+    kept1, kept2 = (
+        beta * correction(beta, step - 1) / correction(beta, step) if step > 1 else 0.0 for beta in (beta1, beta2)
+    )
     new = {
         "step": step,
-        "exp_avg": (1 - rest1) * state.get("exp_avg", zeros) + rest1 * grad,
-        "exp_avg_sq": (1 - rest2) * state.get("exp_avg_sq", zeros) + rest2 * grad**2,
+        "exp_avg": kept1 * state.get("exp_avg", zeros) + rest1 * grad,
+        "exp_avg_sq": kept2 * state.get("exp_avg_sq", zeros) + rest2 * grad**2,
     }
     mean, square = (new[name].to(stored).to(torch.float64) for name in ("exp_avg", "exp_avg_sq"))
     rms = (grad / square.sqrt().clamp(min=eps)).square().mean().sqrt().item() if grad.numel() else 0.0

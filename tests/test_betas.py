@@ -72,7 +72,8 @@ def test_states_are_exact_for_all_betas(case: Case, dtype: torch.dtype, target: 
     betas = EDGES + [(some_beta(numbers), some_beta(numbers)) for _ in range(quick(target, 41, 5))]
     params = [make_params([(40,)], dtype, target.device, seed)[0] for seed in range(len(betas))]
     groups = [{"params": [p], **case.known(betas=pair)} for p, pair in zip(params, betas, strict=True)]
-    options = {**case.kwargs, **case.known(weight_decay=0.0, max_grad_norm=None)}
+    # The schedule of beta3 rounds 1 - beta3 by more than these bounds.
+    options = {**case.kwargs, **case.known(weight_decay=0.0, max_grad_norm=None, beta3_warmup=None)}
     optimizer = case.ours(groups, backend=target.backend, state_dtype=torch.float32, **options)
     for number in range(quick(target, 4, 3)):
         grads = [grad * 1e-3**number for grad in random_grads(params, number)]

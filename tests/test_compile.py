@@ -116,7 +116,7 @@ def change(optimizer: Any, step: int) -> None:
         group["lr"] = 0.02 / (step + 1)
         group["weight_decay"] = 0.01 * step
         if "betas" in group:
-            group["betas"] = (0.9 - 0.03 * step, 0.99 - 0.01 * step)
+            group["betas"] = (0.9 - 0.03 * step, 0.99 - 0.01 * step, *group["betas"][2:])
         if group.get("momentum"):
             group["momentum"] = 0.9 - 0.1 * step
 

@@ -50,7 +50,7 @@ def streaming_kernels() -> list[Streaming]:
     kernels = [Streaming("squares_kernel", range(1), 1, 0, False, SHARED["squares_kernel"])]
     kernels.append(Streaming("scale_kernel", range(1), 1, 1, False, 0))
     for rule in listed_rules():
-        has_trust = rf"struct {rule} {{.*?trust = (\w+)\b.*?"
+        has_trust = rf"struct {rule}(?: : \w+)? {{.*?trust = (\w+)\b.*?"
         traits = re.search(has_trust + r"signed_states = (\d), min_states = (\d), max_states = (\d);", rules, re.DOTALL)
         assert traits, rule
         states = range(int(traits.group(3)), int(traits.group(4)) + 1)
@@ -91,7 +91,7 @@ def check_resources(arch: str, log: str) -> None:
     shared = dict(SHARED)
     shared |= {f"prep_kernelINS_{len(rule)}{rule}E": 0 for rule in listed_rules()}
     twice = {
-        re.search(r"NS_(\d+[A-Za-z]+)E", kernel.symbol)[1]
+        re.search(r"PassE2ENS_(\d+[A-Za-z]+)E", kernel.symbol)[1]
         for kernel in streaming_kernels()
         if "PassE2E" in kernel.symbol
     }

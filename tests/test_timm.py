@@ -94,7 +94,7 @@ def test_every_class_can_be_made(timm: ModuleType) -> None:
     classes = [getattr(fused_optim, name) for name in fused_optim.__all__ if name.startswith("Fused")]
     classes.remove(fused_optim.FusedOptimizer)
     classes.remove(fused_optim.FusedMuon)  # needs groups of matrices
-    assert [type(optimizer) for optimizer in made] == classes
+    assert {type(optimizer) for optimizer in made} == {*classes} and len(made) == len(classes)
     for optimizer in made:
         assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.1]
         assert optimizer.defaults.get("momentum", 0.7) == 0.7

@@ -427,11 +427,19 @@ def adan(h: TensorScalars, param: tl.tensor, grad: tl.tensor, states: tl.tuple) 
 
 
 @triton.jit
+def small_debiased_beta(beta: tl.tensor, step: tl.tensor, correction: tl.tensor, weight: tl.tensor) -> tl.tensor:
+    """beta (1 - beta**(step - 1)) / (1 - beta**step), if it is small. weight: 1 minus it, which loses digits for a
+    small beta, as 1 - beta**(step - 1) does for a large one."""
+    exact = beta * (1.0 - positive_power(beta, step - 1.0)) / correction
+    return tl.where(weight <= 0.5, 0.0, tl.where(beta < 0.5, exact, 1.0 - weight))
+
+
+@triton.jit
 def stableadamw_scalars(group: GroupHparams, at: BiasCorrections) -> tl.tuple:
-    """1 - beta of the debiased betas, beta (1 - beta**(step - 1)) / (1 - beta**step); the betas themselves if small."""
+    """1 - beta of the debiased betas; these betas if they are small."""
     weight1, weight2 = (1.0 - group.beta1) / at.correction1, (1.0 - group.beta2) / at.correction2
-    small1, small2 = tl.where(weight1 > 0.5, 1.0 - weight1, 0.0), tl.where(weight2 > 0.5, 1.0 - weight2, 0.0)
-    return weight1, weight2, small1, small2
+    small1 = small_debiased_beta(group.beta1, at.step, at.correction1, weight1)
+    return weight1, weight2, small1, small_debiased_beta(group.beta2, at.step, at.correction2, weight2)
 
 
 @triton.jit

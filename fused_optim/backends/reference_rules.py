@@ -298,7 +298,14 @@ def adan(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) ->
 def stableadamw_scalars(group: GroupHparams, at: BiasCorrections) -> tuple[float, ...]:
     """The weights of gradient and square for debiased betas; these betas if they are small."""
     weights = (1 - group.beta1) / at.correction1, (1 - group.beta2) / at.correction2
-    return *weights, *(1 - weight if weight > 0.5 else 0.0 for weight in weights)
+    # 1 - weight loses digits for a small beta, and 1 - beta**(step - 1) for a large one.
+    debiased = [
+        beta * (1 - beta ** (at.step - 1)) / correction if beta < 0.5 else 1 - weight
+        for beta, correction, weight in zip(
+            (group.beta1, group.beta2), (at.correction1, at.correction2), weights, strict=True
+        )
+    ]
+    return *weights, *(beta if weight > 0.5 else 0.0 for beta, weight in zip(debiased, weights, strict=True))
 
 
 def stableadamw(h: TensorScalars, param: Tensor, grad: Tensor, states: list[Tensor]) -> Update:

@@ -42,7 +42,7 @@ class ScheduleFree(FusedOptimizer):
         optimizer.train()
 
     States are z, step, weight_sum (the sum of the $w$) and lr_max. The mode is the option "train_mode" of every param
-    group, and checkpoints have it.
+    group, and checkpoints have it. For the arguments see FusedOptimizer.
 
     Source: Defazio et al., arXiv:2405.15682.
     """

@@ -101,6 +101,7 @@ Group make_group(Random& random, const Rule& rule) {
   g.lr_kind = static_cast<int>(below(random, 3));
   g.lr32 = static_cast<float>(g.lr);
   if (g.lr_kind == 1) g.lr = g.lr32;
+  if (std::strncmp(rule.name, "schedule_free", 13) == 0) g.weight_decay = 0, g.no_prox = true;  // it has its own decay
   return g;
 }
 
