@@ -323,7 +323,8 @@ def lr_address(group: Group) -> int:
 
 
 def assert_rounded(view: Tensor, wanted: Tensor, size: float = 0.0) -> None:
-    """size: of numbers that cancelled. `view` is `wanted` up to the rounding of the arithmetic; 16-bit values are the nearest ones but for near ties."""
+    """`view` is `wanted` up to the rounding of the arithmetic; 16-bit values are the nearest ones but for near ties.
+    size: of numbers that cancelled."""
     if view.dtype in (BF16, F16):
         rounded = wanted.to(view.dtype)
         assert (view == rounded).double().mean().nan_to_num(1.0) >= 0.99 or view.numel() < 100
