@@ -12,8 +12,8 @@ constexpr int kBlockBytes = 1024;  // of the params; a block of every stream sta
 constexpr int kGroupBytes = 256;   // of the params, between two prefetches
 
 // The loop over the elements of a block: body(i) for every i below `count`, vectorised. P is the type of the param.
-// Each group of elements is preceded by prefetch(i), for the group's own share of lines. All prefetches of a block at
-// once would be more than the processor can have in flight, and it would wait for them before it computes.
+// Before each group of elements, prefetch(first, elements) requests as many elements as the group has, for later. A
+// core can have few lines in flight. If a whole block were requested at once, the core would wait before it computes.
 template <class P, class Prefetch, class Body>
 FUSED_HD void for_each(int count, const Prefetch& prefetch, const Body& body) {
   constexpr int kGroup = kGroupBytes / sizeof(P);
@@ -252,7 +252,7 @@ bool update_packed(const TensorScalars<float>& h, const Row<S>& row, int64_t beg
   return true;
 }
 
-// Other formats, and small betas and cautious decay: each block is copied to float32 and back.
+// Other formats, small betas and cautious decay: each block is copied to float32 and back.
 template <Pass pass, class Rule, bool kAverages, int S>
 void update_copied(const TensorScalars<float>& h, const Row<S>& row, int64_t begin, int64_t end, double* sums) {
   constexpr int kBlock = kBlockBytes / sizeof(float);

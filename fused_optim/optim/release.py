@@ -292,7 +292,7 @@ class GradientRelease:
 
     def _arrange(self, optimizer: FusedOptimizer) -> None:
         """Divides the params into buckets, unless they are already. Gradients come in the reverse order of the model's
-        params. Params that get no gradients now are stepped by step(), should they get some."""
+        params. Params without a hook are updated by step() if they have a gradient then."""
         params = optimizer._all_params()
         hooked = [param for param in params if param.requires_grad and param.is_leaf]
         known = [param for bucket in self._buckets for param in bucket.params]
@@ -361,7 +361,7 @@ def release_gradients(
     grad_scale: float | Tensor | None = None,
 ) -> GradientRelease:
     """Makes backward() update the params, bucket by bucket, as soon as all params of a bucket have their gradients, and
-    free these gradients. At no time there are the gradients of the whole model. The training loop stays as it is:
+    free these gradients. The gradients of the whole model never exist at once. The training loop stays as it is:
     step() updates what is left, params in buckets of which some param had no gradient, and ends the step.
 
         release = release_gradients(model, optimizer)
