@@ -52,7 +52,7 @@ costs."""
 
 
 class Rule(NamedTuple):
-    struct: str  # in csrc/rules.h
+    struct: str  # in csrc/rules/
     name: str
     trust: bool
     states: range
@@ -72,7 +72,8 @@ Counts = dict[Kernel, float]
 
 def rules(tree: Path) -> list[Rule]:
     pattern = r'struct (\w+) {\s[^}]*?name = "(\w+)";.*?trust = (\w+);.*?min_states = (\d), max_states = (\d);'
-    found = re.findall(pattern, (tree / "csrc/rules.h").read_text(), re.DOTALL)
+    text = "\n".join(file.read_text() for file in sorted((tree / "csrc/rules").glob("*.h")))
+    found = re.findall(pattern, text, re.DOTALL)
     return [Rule(struct, name, trust == "true", range(int(a), int(b) + 1)) for struct, name, trust, a, b in found]
 
 

@@ -2,7 +2,7 @@
 // arithmetic with selects in place of branches, so the compiler vectorises loops over them and they need no instruction
 // set extension. They are also correct if the CPU flushes denormals to zero.
 #pragma once
-#include "rules.h"
+#include "arithmetic.h"
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>

@@ -2,7 +2,7 @@
 // integer arithmetic on the bits of float32 (and one exact float addition), with selects in place of branches. So the
 // compiler vectorises loops over it, and every backend stores the same bits.
 #pragma once
-#include "rules.h"
+#include "arithmetic.h"
 #include "tables.h"
 
 namespace fused_optim {

@@ -1,7 +1,7 @@
 """The table of cases, and what most tests share: targets, tensors, training.
 
 A case is a row of the table: our class, torch's class if there is one, the oracle's rule and keyword arguments. A new
-optimizer needs one or two rows here and one function in oracle.py. A target is a backend and a device. The targets
+optimizer needs one or two rows here and one function in oracle/. A target is a backend and a device. The targets
 depend on `fused_optim.backends.available()` and on the environment. `make gpu` runs the same tests on a GPU.
 
     TRITON_INTERPRET=1          adds the Triton kernels on the CPU, in Triton's interpreter, with small sizes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import subprocess
 from pathlib import Path
@@ -16,3 +17,14 @@ def run(command: list[str]) -> str:
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
     return done.stdout
+
+
+def rule_sources(tree: Path = ROOT) -> str:
+    """The rules in C++."""
+    return "\n".join(file.read_text() for file in sorted((tree / "csrc/rules").glob("*.h")))
+
+
+def rule_structs() -> list[str]:
+    """The names of the rules in C++."""
+    lists = re.findall(r"using \w+Rules = RuleList<(.*?)>;", rule_sources(), re.DOTALL)
+    return [name for listed in lists for name in re.split(r",\s+", listed)]

@@ -50,7 +50,7 @@ def of_rules(item: pytest.Item) -> bool:
 def repetitions(items: list[pytest.Item]) -> list[pytest.Item]:
     """Tests that run the same code as another test with other numbers.
 
-    The emulated CUDA kernels compute with the sources of "cpp" (csrc/prep.h, csrc/rules.h), and the PTX interpreter is
+    The emulated CUDA kernels compute with the sources of "cpp" (csrc/prep.h, csrc/rules/), and the PTX interpreter is
     slow: tests of the rules take one case for each kernel. Plain PyTorch has its own arithmetic and takes all cases.
     Other tests take one case for each kind of rule. "cpp" takes all cases, except in tests marked `shared`.
     """

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import ROOT, SETUP, run
+from commands import SETUP, rule_sources, rule_structs, run
 
 pytestmark = pytest.mark.codegen
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
@@ -36,20 +36,13 @@ class Streaming:
     several: bool = False  # adds up several averages of the gradient
 
 
-def listed_rules() -> list[str]:
-    """The rules in rules.h."""
-    listed = re.search(r"RuleList<(.*?)>;", (ROOT / "csrc/rules.h").read_text(), re.DOTALL)
-    assert listed
-    return re.split(r",\s+", listed.group(1))
-
-
 def streaming_kernels() -> list[Streaming]:
     """squares_kernel and scale_kernel; for every rule one kernel, or two with a trust ratio; and a variant with an
     average of the weights of each kernel that writes params."""
-    rules = (ROOT / "csrc/rules.h").read_text()
+    rules = rule_sources()
     kernels = [Streaming("squares_kernel", range(1), 1, 0, False, SHARED["squares_kernel"])]
     kernels.append(Streaming("scale_kernel", range(1), 1, 1, False, 0))
-    for rule in listed_rules():
+    for rule in rule_structs():
         has_trust = rf"struct {rule}(?: : \w+)? {{.*?trust = (\w+)\b.*?"
         traits = re.search(has_trust + r"signed_states = (\d), min_states = (\d), max_states = (\d);", rules, re.DOTALL)
         assert traits, rule
@@ -89,7 +82,7 @@ def check_resources(arch: str, log: str) -> None:
     gradient are added up, they allow four and two."""
     entries = {entry.split("'")[1]: entry for entry in re.split(r"Compiling entry function", log)[1:]}
     shared = dict(SHARED)
-    shared |= {f"prep_kernelINS_{len(rule)}{rule}E": 0 for rule in listed_rules()}
+    shared |= {f"prep_kernelINS_{len(rule)}{rule}E": 0 for rule in rule_structs()}
     twice = {
         re.search(r"PassE2ENS_(\d+[A-Za-z]+)E", kernel.symbol)[1]
         for kernel in streaming_kernels()

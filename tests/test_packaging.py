@@ -53,7 +53,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_sdist_holds_all_sources(dist: Path) -> None:
     with tarfile.open(dist / f"fused_optim-{VERSION}.tar.gz") as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = sources("csrc", "**/*.cpp", "**/*.h", "**/*.cu", "**/*.cuh") | sources("triton_kernels", "*.py")
+    wanted = sources("csrc", "**/*.cpp", "**/*.h", "**/*.cu", "**/*.cuh") | sources("triton_kernels", "**/*.py")
     wanted |= sources("fused_optim", "**/*.py") | sources("bench", "*.py")
     wanted |= sources("tests", "*.py", "*.sh", "cpp/*.cpp", "cpp/*.h") | sources("docs", "**/*.*")
     wanted |= {"README.md", "LICENSE", "CHANGELOG.md", "Makefile", "pyproject.toml", "setup.py", "requirements-dev.txt"}
@@ -71,7 +71,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist: Path) -> None:
     with zipfile.ZipFile(dist / f"fused_optim-{VERSION}-py3-none-any.whl") as archive:
         names, facts = set(archive.namelist()), metadata(archive)
     package = {name for name in names if ".dist-info/" not in name}
-    kernels = {f"fused_optim/{name}" for name in sources("triton_kernels", "*.py")}
+    kernels = {f"fused_optim/{name}" for name in sources("triton_kernels", "**/*.py")}
     assert package == sources("fused_optim", "**/*.py") | {"fused_optim/py.typed"} | kernels
     assert f"fused_optim-{VERSION}.dist-info/licenses/LICENSE" in names
     assert facts["Version"] == VERSION
@@ -88,6 +88,7 @@ import importlib.metadata, importlib.util, torch, fused_optim
 assert fused_optim.__file__.startswith({target!r}), fused_optim.__file__
 assert importlib.metadata.version("fused-optim") == fused_optim.__version__ == {version!r}
 assert importlib.util.find_spec("fused_optim.triton_kernels.step")
+assert importlib.util.find_spec("fused_optim.triton_kernels.rules.adaptive")
 p, q = (torch.nn.Parameter(torch.ones(10)) for _ in range(2))
 ours, theirs = fused_optim.FusedAdamW([p], backend="reference"), torch.optim.AdamW([q])
 p.grad, q.grad = torch.ones(10), torch.ones(10)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES
-from commands import ROOT, run
+from commands import ROOT, rule_structs, run
 
 from fused_optim.engine import modules
 
@@ -98,9 +98,7 @@ def test_cpu_walker_is_vectorised(isa: str, register: str) -> None:
     if isinstance(module, str):
         pytest.skip(module)  # a developer's build may leave out instruction sets
     wide = wide_arithmetic(str(module.__file__), register)
-    listed = re.search(r"RuleList<(.*?)>;", (ROOT / "csrc/rules.h").read_text(), re.DOTALL)
-    assert listed
-    for rule in re.split(r",\s+", listed.group(1)):
+    for rule in rule_structs():
         loops = {name: count for name, count in wide.items() if re.search(rf"{LOOP}<.*\b{rule}\b", name)}
         assert loops, f"no loop of {rule} was found"
         assert not [name for name, count in loops.items() if not count and not re.search(TAIL, name)], rule

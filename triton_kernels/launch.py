@@ -109,7 +109,7 @@ class Variant:
 
 @cache
 def prep_variant(scalars: triton.JITFunction | None, clips: bool, scales_decay: bool, running: int) -> Variant:
-    """scalars, scales_decay, running: the rule's, see rules.py."""
+    """scalars, scales_decay, running: the rule's, see rules/rule.py."""
     absent = () if clips else ("squares",)
     constants = {"OWN_SCALARS": scalars, "SCALES_DECAY": scales_decay, "RUNNING": running}
     return Variant(prep_kernel, PREP_TENSORS.value, *absent, **constants)

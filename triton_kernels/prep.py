@@ -6,7 +6,8 @@ import triton.language as tl
 
 from fused_optim.engine.layout import GroupHparams
 
-from .rules import BiasCorrections, largest_lr
+from .arithmetic import largest_lr
+from .rules.rule import BiasCorrections
 from .tables import EMA_BEGUN, GROUP_WIDTH, GROUPS, ROW_WIDTH, ROWS, SCALAR_WIDTH, SCALARS, column, read_group
 
 PREP_TENSORS = tl.constexpr(32)  # tensors per program, which is one warp

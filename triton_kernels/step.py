@@ -1,5 +1,5 @@
 """The walk over the elements of a table on a GPU, one chunk per program. It is the same for all optimizers. The
-arithmetic is in rules.py.
+arithmetic is in rules/.
 
 A pass gets pointers and values of one block of elements, for each stream. It stores the new values and returns the
 values whose squares are summed.
@@ -10,6 +10,7 @@ import triton.language as tl
 
 from fused_optim.engine.layout import TensorScalars
 
+from .arithmetic import finite, lerp
 from .formats import (
     Packing,
     at_elements,
@@ -24,7 +25,6 @@ from .formats import (
     stream_dtype,
     vector_width,
 )
-from .rules import finite, lerp
 from .tables import (
     ALIGNMENT,
     CHUNK,
@@ -104,6 +104,23 @@ def follow(
 
 
 @triton.jit
+def move_param(
+    h: TensorScalars,
+    pointers: tl.tuple,
+    values: tl.tuple,
+    change: tl.tensor,
+    packing: tl.tuple,
+    mask: tl.tensor | None,
+    SIGNATURE: tl.constexpr,
+    EMA: tl.constexpr,
+) -> None:
+    """Subtracts the change from the param. With EMA updates the average of the weights."""
+    param = store(pointers, 0, values[0] - change, packing, mask, SIGNATURE)
+    if EMA:
+        follow(h, pointers, values[len(values) - 1], param, packing, mask, SIGNATURE)
+
+
+@triton.jit
 def update(
     h: TensorScalars,
     pointers: tl.tuple,
@@ -121,11 +138,8 @@ def update(
     param = values[0]
     change, states = RULE(h, param, gradient(h, param, values[1]), values[2 : len(values) - EMA])
     store_states(pointers, 2, states, packing, mask, SIGNATURE)  # before the param, to free registers
-    param = store(
-        pointers, 0, param - tl.fma(h.decay, decaying(h, param, change, CAUTIOUS), change), packing, mask, SIGNATURE
-    )
-    if EMA:
-        follow(h, pointers, values[len(values) - 1], param, packing, mask, SIGNATURE)
+    change = tl.fma(h.decay, decaying(h, param, change, CAUTIOUS), change)
+    move_param(h, pointers, values, change, packing, mask, SIGNATURE, EMA)
     return ()
 
 
@@ -166,12 +180,9 @@ def apply_update(
 ) -> tl.tuple:
     """The second walk. Updates the param. The ratio multiplies decay, too. SECOND: the rule's function `direction`.
     Streams: param, states; with EMA the average of the weights."""
-    param = values[0]
     change = SECOND(h, values[1 : len(values) - EMA])
-    change = tl.fma(h.decay, decaying(h, param, change, CAUTIOUS), change)
-    param = store(pointers, 0, param - h.lr * change, packing, mask, SIGNATURE)
-    if EMA:
-        follow(h, pointers, values[len(values) - 1], param, packing, mask, SIGNATURE)
+    change = h.lr * tl.fma(h.decay, decaying(h, values[0], change, CAUTIOUS), change)
+    move_param(h, pointers, values, change, packing, mask, SIGNATURE, EMA)
     return ()
 
 
@@ -189,12 +200,9 @@ def apply_update_beside_decay(
     CAUTIOUS: tl.constexpr,
 ) -> tl.tuple:
     """The same where the ratio does not multiply decay."""
-    param = values[0]
     change = SECOND(h, values[1 : len(values) - EMA])
-    change = tl.fma(h.decay, decaying(h, param, change, CAUTIOUS), h.lr * change)
-    param = store(pointers, 0, param - change, packing, mask, SIGNATURE)
-    if EMA:
-        follow(h, pointers, values[len(values) - 1], param, packing, mask, SIGNATURE)
+    change = tl.fma(h.decay, decaying(h, values[0], change, CAUTIOUS), h.lr * change)
+    move_param(h, pointers, values, change, packing, mask, SIGNATURE, EMA)
     return ()
 
 

@@ -1,7 +1,7 @@
 // Rows with packed formats (../formats.h) on the GPU. Tables without packed formats use kernels without this code.
 #pragma once
 #include "../formats.h"
-#include "formats.cuh"
+#include "walk.cuh"
 
 namespace fused_optim {
 

@@ -1,4 +1,4 @@
-"""Rules in plain PyTorch: the arithmetic of each optimizer, on whole tensors. Mirrors csrc/rules.h.
+"""Rules in plain PyTorch: the arithmetic of each optimizer, on whole tensors. Mirrors csrc/rules/.
 
 A rule gets the scalars `h` of the tensor, the param, the gradient and the states, and returns the update that is
 subtracted from the param, and the new states. A rule may have `scalars`, which makes scalars of its own (own_a to

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import threading
 import weakref
@@ -17,32 +16,16 @@ from torch._compile import _disable_dynamo
 from ..engine.backend import Backend, Scaling
 from ..engine.build import make_hparams, members_of, validate
 from ..engine.changes import RAW_CHANGED, REBUILD, detect_changes
-from ..engine.dtensor import groups_of, local
+from ..engine.dtensor import local
 from ..engine.forks import reset_threads_after_fork
 from ..engine.graphs import refuse_capture
 from ..engine.scaling import SQUARES, BucketScaler
 from ..engine.table import HostHparams
 from ..engine.walk import copy_in, walk
 from .base import FusedOptimizer
+from .buckets import BUCKET_BYTES, Bucket, divided, parts_of
 from .options import check_grad_scale
 from .plans import Plan, make_plan
-
-BUCKET_BYTES = 25 << 20
-
-
-class Bucket:
-    """Params that are stepped together.
-
-    expected: how many of them have hooks; 0: the bucket waits for step(). arrived: how many have their gradient in this
-    step. updated: whether the bucket was updated in this step. stale: whether other buckets have replaced it.
-    """
-
-    def __init__(self, params: list[Tensor], expected: int) -> None:
-        self.params = params
-        self.expected = expected
-        self.arrived = 0
-        self.updated = self.stale = False
-        self.plan: Plan | None = None
 
 
 class Hook:
@@ -321,36 +304,6 @@ def refuse_rebuilding() -> None:
         "params cannot take their first step, or their first one with other params, states or groups,",
         "take one step before the capture",
     )
-
-
-def divided(params: Sequence[Tensor], size: int) -> list[list[Tensor]]:
-    """The params in lists of at most `size` bytes, or of one param. All params of a list are on one device, and their
-    elements are spread over the same processes. All processes make the same lists: the bytes of a shard are those of an
-    even one."""
-    parts: list[list[Tensor]] = []
-    current: dict[Any, list[Tensor]] = {}
-    bytes_of: dict[Any, int] = {}
-    for param in params:
-        groups = groups_of(param)
-        place = local(param).device, groups
-        share = math.ceil(param.numel() / math.prod(group.size() for group in groups)) * param.element_size()
-        if place not in current or bytes_of[place] + share > size:
-            current[place], bytes_of[place] = [], 0
-            parts.append(current[place])
-        current[place].append(param)
-        bytes_of[place] += share
-    return parts
-
-
-def parts_of(optimizer: FusedOptimizer, params: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """The optimizer's groups with these params alone."""
-    wanted = {*params}
-    parts = [{**group, "params": [p for p in group["params"] if p in wanted]} for group in optimizer.param_groups]
-    for part, group in zip(parts, optimizer.param_groups, strict=True):
-        if "param_names" in group:
-            pairs = zip(group["param_names"], group["params"], strict=True)
-            part["param_names"] = [name for name, param in pairs if param in wanted]
-    return parts
 
 
 def release_gradients(

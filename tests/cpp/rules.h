@@ -1,4 +1,4 @@
-// The optimizers as in their papers, one element at a time, independent of csrc/rules.h.
+// The optimizers as in their papers, one element at a time, independent of csrc/rules/.
 #pragma once
 #include <cstdio>
 #include <cstdlib>

@@ -1,6 +1,7 @@
 """Runs the compiled GPU kernels without a GPU: their PTX is interpreted.
 
 kernel.py        parses the PTX text of one kernel
+arithmetic.py    what they compute, on arrays
 instructions.py  the instructions that the interpreter supports, and their effect on registers
 accesses.py      loads and stores
 machine.py       runs the blocks of a launch
