@@ -76,9 +76,9 @@ def test_compiled_models() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error:.*Dynamo does not know how to trace")
-def test_compiled_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(compiled_autograd=True)
+def test_compiled_autograd() -> None:
     """It compiles the backward pass with the hooks, and must leave the step out."""
-    monkeypatch.setattr(torch._dynamo.config, "compiled_autograd", True)
     net, ours, _, other, plain = pair(ADAMW, REFERENCE)
 
     @torch.compile(backend="eager")
