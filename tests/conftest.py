@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cases import AMSGRAD, LAMB, SLOW, Case, Target
+from cases import AMSGRAD, INTERPRETED, LAMB, SLOW, Case, Target
+from interpreter import patch_languages_once
 
 from fused_optim.optim import plans
 
@@ -25,6 +26,8 @@ MARKERS = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if INTERPRETED:
+        patch_languages_once()
     plans.told.add(plans.SLOW_AVERAGES)  # it would be given in whichever test comes first
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
