@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "grads.h"
+#include "scalars.h"
 #include "walk.h"
 
 namespace fused_optim::FUSED_ISA {
@@ -333,30 +334,6 @@ void update(const Tables& t, int64_t first, int64_t end, const double* scalars) 
   visit_states<Rule>(columns[kRowDtypeSignature], [&](auto states) {
     update_row<pass, Rule, kAverages, decltype(states)::value>(t, row, element, end_element, scalars, sums);
   });
-}
-
-// The scalars of the last row that a thread opened. Rows of the same group and step have the same scalars, unless they
-// have running scalars.
-struct LastRow {
-  BiasCorrections at{};
-  Preparation from{-1, 0.0, false, 0};
-  double scalars[kScalarWidth]{};
-};
-
-constexpr struct Skipped {
-  double scalars[kScalarWidth]{};
-  constexpr Skipped() { scalars[kScalarSkip] = 1.0; }
-} kSkipped;
-
-// Counts the step of a row and returns its scalars.
-template <class Rule>
-const double* open_row(const Tables& t, int64_t row, LastRow& last) {
-  if (is_skipped(t, row)) return kSkipped.scalars;
-  const Preparation from = count_step<Rule>(t, row);
-  const bool same = from.group == last.from.group && from.step == last.from.step && from.copies == last.from.copies &&
-                    (from.largest_lr | last.from.largest_lr) == 0;
-  if (RunningCount<Rule>::value > 0 || !same) write_scalars<Rule>(t, row, last.from = from, last.at, last.scalars);
-  return last.scalars;
 }
 
 // Backward after the norm of the gradients: the last gradients are still in the cache.
