@@ -133,7 +133,7 @@ def cpu_modules() -> list[Extension]:
 def aten_module() -> Extension:
     """The only module built with torch's headers and libraries, in the C++ standard that this torch requires."""
     assert cpp_extension is not None
-    made = module("_poll_aten", sources("poll/*_changes.cpp", "poll/aten/*.cpp"), [])
+    made = module("_poll_aten", sources("poll/*_changes.cpp", "poll/aten/*.cpp", "cpu/threads.cpp"), ["-fopenmp"])
     made.extra_compile_args = [flag for flag in made.extra_compile_args if not flag.startswith("-std")]
     made.include_dirs = cpp_extension.include_paths()
     made.library_dirs, made.libraries = cpp_extension.library_paths(), ["c10", "torch_cpu", "torch_python"]

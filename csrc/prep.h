@@ -87,24 +87,39 @@ FUSED_HD OwnScalars own_scalars(const GroupHparams& group, const BiasCorrections
   }
 }
 
-// Increments the step count of tensor `row` and writes its scalars. If the tensor is skipped, only the skip flag is
-// written, and its running scalars do not change. `memo` holds the bias corrections of the last tensor: tensors with
-// the same betas and step reuse them.
-template <class Rule>
-FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
-  double* out = t.tensor_scalars + row * kScalarWidth;
-  const bool skip = t.grads[row] == 0 || (t.found_inf && *t.found_inf != 0.0f);
-  out[kScalarSkip] = skip;
-  if (skip) return;
+// Whether a tensor is not updated in this step.
+FUSED_HD bool is_skipped(const Tables& t, int64_t row) {
+  return t.grads[row] == 0 || (t.found_inf && *t.found_inf != 0.0f);
+}
 
-  const int64_t index = t.group_index[row];
-  const double* hparams = t.group_hparams + index * kGroupWidth;
-  GroupHparams group = read_group_hparams(hparams);
-  if (const int64_t address = t.lr[index]) group.lr = device_lr(address);
-  float* step_count = reinterpret_cast<float*>(t.rows[row * kRowWidth + kRowStep]);
+// What the scalars of a tensor are computed from, besides its running scalars.
+struct Preparation {
+  int64_t group;       // its row of group_hparams
+  double step;         // counted from 1
+  bool copies;         // whether the update copies the new param into its average
+  int64_t largest_lr;  // address, or 0
+};
+
+// Increments the step count of tensor `row`, which is not skipped.
+template <class Rule>
+FUSED_HD Preparation count_step(const Tables& t, int64_t row) {
+  const int64_t* columns = t.rows + row * kRowWidth;
+  float* step_count = reinterpret_cast<float*>(columns[kRowStep]);
   *step_count += 1.0f;
   const double step = *step_count;
+  // The first update copies the new param into its average, unless the average has had updates before.
+  const bool copies = step == 1.0 && !(columns[kRowDtypeSignature] & kEmaBegun);
+  return {t.group_index[row], step, copies, columns[kRowRunning0 + RunningCount<Rule>::value]};
+}
 
+// Writes the scalars of tensor `row` to `out`, and updates its running scalars. `memo` holds the bias corrections of
+// the last tensor: tensors with the same betas and step reuse them.
+template <class Rule>
+FUSED_HD void write_scalars(const Tables& t, int64_t row, const Preparation& from, BiasCorrections& memo, double* out) {
+  const double* hparams = t.group_hparams + from.group * kGroupWidth;
+  const double step = from.step;
+  GroupHparams group = read_group_hparams(hparams);
+  if (const int64_t address = t.lr[from.group]) group.lr = device_lr(address);
   if (memo.beta1 != group.beta1 || memo.beta2 != group.beta2 || memo.beta3 != group.beta3 || memo.step != step) {
     memo = {group.beta1,
             group.beta2,
@@ -118,14 +133,12 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   if (t.squares) scale *= clip_coefficient(hparams, *t.squares, scale);
   const bool decoupled = group.decoupled != 0.0;
   double decay = decoupled && step >= group.first_decay ? decoupled_decay(group, scales_decay<Rule>()) : 0.0;
-  if (const int64_t largest = t.rows[row * kRowWidth + kRowRunning0 + RunningCount<Rule>::value])
-    decay *= corrected_share(group.lr, largest);
+  if (from.largest_lr) decay *= corrected_share(group.lr, from.largest_lr);
   if (group.no_prox == 0.0) {  // (param - update) / (1 + decay)
     decay /= 1.0 + decay;
     group.lr *= 1.0 - decay;
   }
-  // The first update copies the new param into its average, unless the average has had updates before.
-  const bool copies = step == 1.0 && !(t.rows[row * kRowWidth + kRowDtypeSignature] & kEmaBegun);
+  out[kScalarSkip] = 0.0;
   out[kScalarLr] = group.lr;
   out[kScalarEps] = group.eps;
   out[kScalarWeight1] = 1.0 - group.beta1;
@@ -139,7 +152,7 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
   out[kScalarL2] = decoupled ? 0.0 : group.weight_decay;
   out[kScalarDecay] = decay;
   out[kScalarCautiousDecay] = group.cautious_decay;
-  out[kScalarEmaWeight] = copies ? 1.0 : 1.0 - group.ema_decay;
+  out[kScalarEmaWeight] = from.copies ? 1.0 : 1.0 - group.ema_decay;
   if constexpr (HasScalars<Rule>::value) {
     const OwnScalars own = own_scalars<Rule>(group, memo, t.rows + row * kRowWidth);
     out[kScalarOwnA] = own.a;
@@ -149,6 +162,15 @@ FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
     out[kScalarOwnE] = own.e;
     out[kScalarOwnF] = own.f;
   }
+}
+
+// Increments the step count of tensor `row` and stores its scalars in the table. If the tensor is skipped, only the
+// skip flag is written, and its running scalars do not change.
+template <class Rule>
+FUSED_HD void prepare(const Tables& t, int64_t row, BiasCorrections& memo) {
+  double* out = t.tensor_scalars + row * kScalarWidth;
+  if (is_skipped(t, row)) out[kScalarSkip] = 1.0;
+  else write_scalars<Rule>(t, row, count_step<Rule>(t, row), memo, out);
 }
 
 // Tensors with small betas or cautious decay are walked by slower loops. In the fast loops these scalars are the

@@ -2,7 +2,10 @@
 // setup.py compiles this file once per instruction set, with FUSED_ISA naming the namespace.
 #include "step.h"
 
+#include <tuple>
+
 #include "grads.h"
+#include "scalars.h"
 #include "walk.h"
 
 namespace fused_optim::FUSED_ISA {
@@ -187,6 +190,7 @@ void update_direct(const TensorScalars<T>& h, const Row<S>& row, int64_t begin, 
     auto* param = reinterpret_cast<P*>(row.param.at(element));
     const auto* grad = reinterpret_cast<const G*>(row.grad.at(element));
     const auto prefetch = [&](int i, int group) FUSED_INLINE {
+      if (end <= kSmallRow) return;  // the row is in a cache
       prefetch_ahead(param + i, group);
       if (pass != Pass::kApplyUpdate) prefetch_ahead(grad + i, group);
       for (int s = 0; s < S; ++s) prefetch_ahead(states[s] + i, group);
@@ -283,15 +287,14 @@ void update_copied(const TensorScalars<float>& h, const Row<S>& row, int64_t beg
 
 // The scalars of a row. In the second walk of a rule with a trust ratio, lr is multiplied by the ratio.
 template <class T, Pass pass>
-TensorScalars<T> scalars_of(const Tables& t, int64_t row) {
-  const double* in = t.tensor_scalars + row * kScalarWidth;
+TensorScalars<T> scalars_of(const Tables& t, int64_t row, const double* in) {
   TensorScalars<T> h = read_tensor_scalars<T>(in);
   if (pass == Pass::kApplyUpdate) h.lr = static_cast<T>(in[kScalarLr] * t.trust[row]);
   return h;
 }
 
 template <Pass pass, class Rule, bool kAverages, int S>
-void update_row(const Tables& t, int64_t row_number, int64_t begin, int64_t end, double* sums) {
+void update_row(const Tables& t, int64_t row_number, int64_t begin, int64_t end, const double* scalars, double* sums) {
   const Row<S> row(t.rows + row_number * kRowWidth, t.grads[row_number]);
   const Format param = row.param.format, grad = row.grad.format, states = S > 0 ? row.state(0).format : param;
   bool alike = true;
@@ -300,9 +303,9 @@ void update_row(const Tables& t, int64_t row_number, int64_t begin, int64_t end,
 
   if (param == kFloat64) {
     return update_direct<pass, Rule, kAverages, double, S, double, double, double>(
-        scalars_of<double, pass>(t, row_number), row, begin, end, sums);
+        scalars_of<double, pass>(t, row_number, scalars), row, begin, end, sums);
   }
-  const TensorScalars<float> h = scalars_of<float, pass>(t, row_number);
+  const TensorScalars<float> h = scalars_of<float, pass>(t, row_number, scalars);
   const bool special = (pass != Pass::kApplyUpdate && has_small_betas(h)) || h.cautious_decay != 0;
   if constexpr (pass == Pass::kUpdate && !kAverages) {
     if (!special && update_packed<Rule, S>(h, row, begin, end)) return;
@@ -318,23 +321,19 @@ void update_row(const Tables& t, int64_t row_number, int64_t begin, int64_t end,
   update_copied<pass, Rule, kAverages, S>(h, row, begin, end, sums);
 }
 
-// Consecutive chunks of one row are updated together, so that scalars and addresses are looked up once.
+// Updates consecutive chunks of one row.
 template <Pass pass, class Rule, bool kAverages>
-void update(const Tables& t, int64_t first, int64_t end) {
-  for (int64_t next; first < end; first = next) {
-    constexpr int64_t kNextChunk = chunk_entry(1, 0, 0, false);
-    for (next = first + 1; next < end && t.chunk_table[next] == t.chunk_table[next - 1] + kNextChunk;) ++next;
-    double* const sums = t.partials + 2 * first;
-    if constexpr (pass == Pass::kUpdateMoments) std::fill(sums, t.partials + 2 * next, 0.0);
-    const int64_t row = row_of(t.chunk_table[first]);
-    if (t.tensor_scalars[row * kScalarWidth + kScalarSkip] != 0.0) continue;
-    const int64_t* columns = t.rows + row * kRowWidth;
-    const int64_t element = chunk_of(t.chunk_table[first]) * kChunk;
-    const int64_t end_element = std::min(columns[kRowNumel], element + (next - first) * kChunk);
-    visit_states<Rule>(columns[kRowDtypeSignature], [&](auto states) {
-      update_row<pass, Rule, kAverages, decltype(states)::value>(t, row, element, end_element, sums);
-    });
-  }
+void update(const Tables& t, int64_t first, int64_t end, const double* scalars) {
+  double* const sums = t.partials + 2 * first;
+  if constexpr (pass == Pass::kUpdateMoments) std::fill(sums, t.partials + 2 * end, 0.0);
+  if (scalars[kScalarSkip] != 0.0) return;
+  const int64_t row = row_of(t.chunk_table[first]);
+  const int64_t* columns = t.rows + row * kRowWidth;
+  const int64_t element = chunk_of(t.chunk_table[first]) * kChunk;
+  const int64_t end_element = std::min(columns[kRowNumel], element + (end - first) * kChunk);
+  visit_states<Rule>(columns[kRowDtypeSignature], [&](auto states) {
+    update_row<pass, Rule, kAverages, decltype(states)::value>(t, row, element, end_element, scalars, sums);
+  });
 }
 
 // Backward after the norm of the gradients: the last gradients are still in the cache.
@@ -343,9 +342,16 @@ Order order_of_step(const Tables& t) { return t.squares ? Order::kBackward : Ord
 template <class Rule, bool kAverages>
 void step_all(const Tables& t, int threads) {
   constexpr Pass pass = Rule::trust ? Pass::kUpdateMoments : Pass::kUpdate;
-  walk_rows(
-      t, threads, order_of_step(t), [&](int64_t row, BiasCorrections& memo) { prepare<Rule>(t, row, memo); },
-      update<pass, Rule, kAverages>);
+  const auto store = [&](int64_t row, LastRow& last) { prepare<Rule>(t, row, last.at); };
+  // The second walk of a rule with a trust ratio reads the scalars from the table.
+  const auto open = [&](int64_t row, LastRow& last) {
+    if constexpr (!Rule::trust) return open_row<Rule>(t, row, last);
+    store(row, last);
+    return static_cast<const double*>(t.tensor_scalars + row * kScalarWidth);
+  };
+  walk_rows<LastRow>(t, threads, order_of_step(t), store, open, [&](int64_t first, int64_t end, const double* scalars) {
+    update<pass, Rule, kAverages>(t, first, end, scalars);
+  });
   if constexpr (Rule::trust) {
     for (int64_t row = 0; row < t.tensors; ++row) {
       double first = 0.0, second = 0.0;
@@ -362,12 +368,14 @@ void step_all(const Tables& t, int threads) {
 template <class Rule, bool kAverages>
 void apply_update_all(const Tables& t, int threads) {
   // Backward: the last params and states of the first walk are still in the cache.
-  walk_rows(
-      t, threads, Order::kBackward,
-      [&](int64_t row, BiasCorrections&) {
-        if (t.tensor_scalars[row * kScalarWidth + kScalarSkip] == 0.0) t.trust[row] = ratio_of<Rule>(t, row);
-      },
-      update<Pass::kApplyUpdate, Rule, kAverages>);
+  const auto open = [&](int64_t row, std::tuple<>&) {
+    const double* scalars = t.tensor_scalars + row * kScalarWidth;
+    if (scalars[kScalarSkip] == 0.0) t.trust[row] = ratio_of<Rule>(t, row);
+    return scalars;
+  };
+  walk_rows<std::tuple<>>(t, threads, Order::kBackward, open, open, [&](int64_t first, int64_t end, const double* x) {
+    update<Pass::kApplyUpdate, Rule, kAverages>(t, first, end, x);
+  });
 }
 
 bool step(const char* rule, const Tables& t, int threads) {

@@ -77,7 +77,7 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 // another process keeps a core busy, a thread begins one or two time slices late. This is many times what the thread
 // saves in a small pass, and an OpenMP region ends only with its last thread. So after a late end the calling thread
 // works alone until this has cost as much as the wait. Each further late end doubles that limit, and ends in time
-// reduce it again. One instance serves the whole process. Times are in seconds.
+// reduce it again. Each compiled module has one instance. Times are in seconds.
 class Lateness {
  public:
   bool alone(int64_t pieces, int threads) const {

@@ -38,6 +38,10 @@ inline uint64_t version_of(PyObject* dict) {
 #endif
 }
 
+inline void prefetch_version(PyObject* dict) {
+  __builtin_prefetch(&reinterpret_cast<PyDictObject*>(dict)->ma_used + 1);  // the version is after the size
+}
+
 inline bool unchanged(PyObject* dict, uint64_t version) { return kVersions && version_of(dict) == version; }
 
 }  // namespace fused_optim

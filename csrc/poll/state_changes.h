@@ -36,8 +36,10 @@ class StateChanges {
   bool poll();
   // Whether the dict of a row still holds the same objects.
   bool poll(size_t row);
+  // False if only poll() can tell. Unlike poll(), it makes no call of Python.
+  bool has_same_version(size_t row) const { return unchanged(dicts_[row].dict, dicts_[row].version); }
   void prefetch(size_t row) const {
-    __builtin_prefetch(dicts_[row].dict);
+    prefetch_version(dicts_[row].dict);
     if (!kVersions) prefetch_lines(dicts_[row].keys, 2);
   }
 

@@ -36,13 +36,16 @@ struct PolledRow {
   at::ScalarType grad_dtype;
   int first_place;  // in `places_`: the param, then the tensors among its states
   int places;
+  bool spread;     // whether the param is a DTensor
+  bool wraps;      // whether a tensor of the row is a subclass, whose C++ methods can call Python
+  bool inference;  // whether the param is an inference tensor, which has no version
   // Addresses that the last poll found and that are not in a Place. They are only prefetched, some rows ahead, and
   // never read, so a stale address is harmless. Without prefetches, dependent cache misses would cost more than the
   // whole step.
   const void* autograd_meta;
+  const void* version;
   const c10::TensorImpl* grad;
   const c10::StorageImpl* grad_storage;
-  bool spread;      // whether the param is a DTensor
   py::object spec;  // the _spec of the last gradient with the param's placements
 };
 
@@ -73,10 +76,17 @@ class ChangeDetector {
 
  private:
   void add_place(py::handle tensor, bool of_param);
+  // Polls the rows from first to end without calls of Python and of torch's operators, so all threads can do it while
+  // the caller holds the GIL. Returns false if a row needs such a call, or new tables.
+  bool poll_unchanged(size_t first, size_t end, int& answer);
+  bool poll_unchanged(size_t number, int& answer);
+  bool poll_row(size_t number, int& answer);
   bool poll_places(const PolledRow& row) const;
   bool same(const Place& place) const;
   void prefetch(size_t row) const;
-  bool poll_grad(PolledRow& row, int& answer);
+  void prefetch_done(size_t row) const;
+  bool poll_grad(size_t number, int& answer);
+  void hold(size_t number, at::Tensor grad, int& answer);
   at::Tensor shard_of_grad(PolledRow& row, const at::Tensor& grad) const;
 
   GroupChanges groups_;
@@ -89,7 +99,8 @@ class ChangeDetector {
   std::vector<py::object> pending_;
   std::vector<py::object> guarded_;
   std::vector<int64_t> versions_;  // of those
-  std::vector<at::Tensor> held_;   // gradients in use: no other thread can free them while the GIL is released
+  std::vector<at::Tensor> held_;   // by row, gradients in use: no other thread can free them while the GIL is released
+  int64_t elements_ = 0;           // of all rows
 };
 
 }  // namespace fused_optim
