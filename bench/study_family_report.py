@@ -29,7 +29,7 @@ of its standard library, {words:,} words with a vocabulary of {vocabulary:,}, fo
 words. It is scored on other files.""",
 }
 INTRODUCTION = """\
-`python bench/study_family.py` wrote this page from {count:,} runs, which took {minutes:.1f} minutes in total. Made with:
+`python bench/study_family.py` wrote this page from {count:,} runs, which took {minutes:.1f} minutes. Made with:
 
 {made}
 
