@@ -1,4 +1,4 @@
-"""Writes the tables of measured figures in README.md and docs/benchmarks.md from the committed JSON.
+"""Writes the tables of figures in README.md, docs/benchmarks.md and docs/choose.md from the committed results.
 
 python bench/readme.py           # writes each table between its marks
 python bench/readme.py --check   # exits with 1 and names the page if a table differs from the JSON
@@ -102,9 +102,34 @@ def family(machine: str) -> str:
     return markdown(header, rows, left=2)
 
 
+def memory() -> str:
+    """Bytes per element of a large float32 param, by the library's own cost model."""
+    import torch
+
+    from fused_optim.cost.step_cost import OPTIMIZERS, cost_of, prepare
+
+    rows = []
+    for name, cls in OPTIMIZERS.items():
+        options: dict[str, Any] = {"momentum": 0.9} if name in ("sgd", "sgdw") else {}
+        cost = cost_of(prepare({"param": torch.empty(1 << 20, device="meta")}, name, **options))
+        states, moved = (round(value / cost.elements) for value in (cost.states, cost.moved))
+        rows.append([f"`{cls.__name__}`", str(states), str(moved), str(cost.loops)])  # type: ignore[attr-defined]
+    rows.sort(key=lambda row: (int(row[1]), int(row[2]), row[0]))
+    return markdown(["class", "bytes of states", "bytes moved by a step", "passes"], rows)
+
+
+def study() -> str:
+    import study_family_report
+    from study_claims import Results
+
+    done = study_family_report.read(ROOT / "bench" / "results" / "study_family" / "runs.jsonl")
+    return study_family_report.summary(Results(done))
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"step-cpu": partial(steps, XEON)},
     "docs/benchmarks.md": {"step-cpu-epyc": partial(steps, EPYC), "step-family": partial(family, EPYC)},
+    "docs/choose.md": {"memory": memory, "study": study},
 }
 
 

@@ -71,7 +71,12 @@ class Here(Executor):
 
 
 def carry_out(
-    chains: list[study_plan.Chain], records: Records, place: Place, executor: Executor, jobs: int
+    chains: list[study_plan.Chain],
+    records: Records,
+    place: Place,
+    executor: Executor,
+    jobs: int,
+    train: Callable[[Run, Place], Outcome],
 ) -> Iterator[Run]:
     """Trains and records the runs that are not recorded yet, `jobs` at once. Yields each run when it is done."""
     made = about(place)
@@ -166,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
             workers(options.jobs, options.threads) as executor,
             tqdm(total=total, initial=done, unit="run", smoothing=0.05) as bar,
         ):
-            for run in carry_out(plan(), records, place, executor, options.jobs):
+            for run in carry_out(plan(), records, place, executor, options.jobs, train):
                 bar.set_postfix_str(str(run), refresh=False)
                 bar.update()
     page = study_report.write(options.out, recorded(plan(), records), records.made, options.quick)

@@ -66,24 +66,23 @@ def score(outcome: Outcome) -> float:
     return math.inf if outcome["score"] is None else outcome["score"]
 
 
-def search(make: Callable[[float, float], Run], contender: Contender, kind: str, size: Size) -> Search:
+def search(make: Callable[[float, float], Run], start_lr: float, start_decay: float, size: Size) -> Search:
     """Searches for the lr at the start decay, then for the decay at the best lr. Returns the best pair. Every optimizer
     gets the same number of runs."""
     lrs: dict[float, float] = {}
-    best_lr, best_decay = contender.lr[kind], contender.decay
     while len(lrs) < size.lr_trials:
         rung = ladder(lrs)
-        outcome = yield make(rounded(contender.lr[kind] * LR_FACTOR**rung), best_decay)
+        outcome = yield make(rounded(start_lr * LR_FACTOR**rung), start_decay)
         lrs[rung] = score(outcome)
     best = min(sorted(lrs), key=lambda rung: lrs[rung])
-    best_lr = rounded(best_lr * LR_FACTOR**best)
+    best_lr = rounded(start_lr * LR_FACTOR**best)
     decays = {0.0: lrs[best]}
     while len(decays) <= size.decay_trials:
         rung = ladder(decays)
-        outcome = yield make(best_lr, rounded(contender.decay * DECAY_FACTOR**rung))
+        outcome = yield make(best_lr, rounded(start_decay * DECAY_FACTOR**rung))
         decays[rung] = score(outcome)
     best = min(sorted(decays), key=lambda rung: decays[rung])
-    return best_lr, rounded(best_decay * DECAY_FACTOR**best)
+    return best_lr, rounded(start_decay * DECAY_FACTOR**best)
 
 
 Task = dict[str, str | int | float | bool]
@@ -138,7 +137,7 @@ def contest(task: Task, contender: Contender, variant: str, seeds: range, size: 
     def make(lr: float, decay: float, seed: int = SEARCH_SEED, split: str = "valid") -> Run:
         return Run(settings, contender.name, lr, decay, epochs, contender.schedule, seed, split, variant)
 
-    lr, decay = yield from search(make, contender, kind, size)
+    lr, decay = yield from search(make, contender.lr[kind], contender.decay, size)
     for seed in seeds:
         yield make(lr, decay, seed, "test")
 
@@ -152,7 +151,7 @@ def race(task: Task, contender: Contender, schedule: str, seeds: range, size: Si
     def make(lr: float, decay: float) -> Run:
         return Run(settings, contender.name, lr, decay, middle, schedule, SEARCH_SEED, "valid")
 
-    lr, decay = yield from search(make, contender, "images", Size(size.lr_trials, 0))
+    lr, decay = yield from search(make, contender.lr["images"], contender.decay, Size(size.lr_trials, 0))
     for epochs in size.lengths[-1:] if schedule == "constant" else size.lengths:
         for seed in seeds:
             yield Run(settings, contender.name, lr, decay, epochs, schedule, seed, "test")
